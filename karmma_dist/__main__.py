@@ -1,0 +1,7 @@
+"""`python -m karmma_dist` is `karmma-dist`: what torchrun starts on every rank."""
+
+import sys
+
+from karmma_dist.cli import main
+
+sys.exit(main())
