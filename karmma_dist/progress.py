@@ -1,0 +1,67 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then on a pipe or in a job's log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol
+
+_LINE_EVERY_S = 10.0
+
+
+class Report(Protocol):
+    """What long work calls: `report("packing", 3, 12)`; more can be said in `note`."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """`done` of `total` units of `stage` are finished."""
+
+
+def silent(stage: str, done: int, total: int, note: str = "") -> None:
+    """A `Report` that says nothing: for tests and for ranks other than 0."""
+
+
+class Progress:
+    """A `Report` on stderr, used as a context manager.
+
+    On a terminal each stage has a bar; elsewhere a stage prints its first and last unit and one line every ten seconds.
+    """
+
+    def __init__(self) -> None:
+        self._bars = None
+        self._tasks: dict[str, object] = {}
+        self._started: dict[str, float] = {}
+        self._printed: dict[str, float] = {}
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bars
+
+            self._bars = Bars(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True),
+            )
+
+    def __enter__(self) -> Progress:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` units of `stage` are finished."""
+        if self._bars:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total, note=note)
+            self._bars.update(self._tasks[stage], completed=done, total=total, note=note)  # type: ignore[arg-type]
+            return
+        now = time.monotonic()
+        started = self._started.setdefault(stage, now)
+        if stage not in self._printed or now - self._printed[stage] >= _LINE_EVERY_S or done == total:
+            self._printed[stage] = now
+            print(f"{stage}: {done}/{total} after {now - started:.0f} s {note}".rstrip(), file=sys.stderr, flush=True)

@@ -1,0 +1,372 @@
+"""The typed recipe: everything a run depends on, read from YAML, checked in one place, saved with the run.
+
+    recipe = load_recipe("epic_kitchens/distill", ["training.epochs=10"])
+
+Fields marked [paper] carry the paper's value as their default (arXiv 2504.08578); [ours] marks a choice the paper
+leaves open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from karmma_dist.errors import UserError
+from karmma_dist.modality import MODALITIES
+from karmma_dist.settings import Settings, dump, find_file, load_settings
+
+_SHARED_OVERRIDES = ("runs_dir", "data.shards", "data.num_workers")
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class VideoInput(Settings):
+    """How many frames of video and flow a model sees, and which pixels of them."""
+
+    num_frames: Positive = 32
+    """Frames taken from a clip [paper]."""
+    sampling: Literal["segments", "dense"] = "segments"
+    """`segments`: one frame from each of num_frames equal parts of the clip; `dense`: a window with a stride [ours]."""
+    stride: Positive = 2
+    """Stored frames from one sampled frame to the next in dense sampling."""
+    short_side: Positive = 256
+    """Frames are resized so that their short side has this many pixels, before cropping [ours]."""
+    crop: Positive = 224
+    """Side of the square crop: random in training, centred in evaluation [paper]."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """Strength of the colour jitter in training: brightness, contrast and saturation within 1 +- jitter [ours]."""
+    horizontal_flip: bool = False
+    """Mirror half of the training clips. Leave off for datasets whose classes know left from right."""
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> VideoInput:
+        if self.crop > self.short_side:
+            raise ValueError(f"crop {self.crop} is larger than short_side {self.short_side}")
+        return self
+
+
+class AudioInput(Settings):
+    """The mel spectrogram: n_fft 1024, window 160, hop 80, power 2, at 16 kHz [paper]."""
+
+    num_windows: Positive = 32
+    """Windows spread over the clip, one centred on each video frame [paper]."""
+    window_s: Annotated[float, Field(gt=0.01)] = 1.116
+    """Length of one window in seconds, padded with silence at the clip's borders [paper]."""
+    num_mels: Positive = 128
+    """Mel bands [paper]."""
+
+    @property
+    def window_samples(self) -> int:
+        """Samples of one window at 16 kHz."""
+        return round(self.window_s * 16_000)
+
+    @property
+    def num_steps(self) -> int:
+        """Spectrogram columns of one window, at 80 samples a hop."""
+        return self.window_samples // 80 + 1
+
+
+class DetectionsInput(Settings):
+    """Detected boxes of hands and objects."""
+
+    num_frames: Positive = 32
+    """Frames whose boxes are taken, at the same times as the video's [ours]."""
+    max_boxes: Positive = 14
+    """Boxes kept per frame, best score first [STLT's code]."""
+
+
+class InputRecipe(Settings):
+    """What each modality's tensor looks like. Teacher and student of a distillation share it."""
+
+    video: VideoInput = VideoInput()
+    """Video and flow: same frames, same crop."""
+    audio: AudioInput = AudioInput()
+    """Sound."""
+    detections: DetectionsInput = DetectionsInput()
+    """Boxes."""
+
+
+class ModalityDropout(Settings):
+    """Training-time modality dropout: decided once per clip, before decoding, for teacher and student alike."""
+
+    probability: Probability = 0.0
+    """Probability that a modality is dropped; at least one that the clip has is kept [paper: 0.5]."""
+    draw: Literal["independent", "stratified"] = "stratified"
+    """`independent`: each clip on its own [paper]. `stratified`: every run of 2^M positions holds each pattern in
+    proportion to its probability, shuffled: the same distribution per clip, no rank slower than others [ours]."""
+
+
+class DataRecipe(Settings):
+    """Which clips, in which form."""
+
+    shards: str
+    """Folder of packed shards."""
+    train_split: str = "train"
+    """Split to learn from."""
+    validation_split: str = "validation"
+    """Split to evaluate on."""
+    modalities: list[str] = ["video", "flow", "audio"]
+    """Modalities the model uses, of those the shards declare."""
+    modality_dropout: ModalityDropout = ModalityDropout()
+    """Training-time modality dropout."""
+    num_workers: Annotated[int, Field(ge=0)] = 1
+    """Decoding processes per rank."""
+    max_damaged_fraction: Probability = 0.001
+    """Damaged clips tolerated, as a fraction of the split, before the run ends with a list."""
+    drop_nouns: list[int] = []
+    """Validation clips of these noun classes are left out: Epic-Kitchens nouns that never occur in training [paper]."""
+
+    @model_validator(mode="after")
+    def _known_modalities(self) -> DataRecipe:
+        unknown = [m for m in self.modalities if m not in MODALITIES]
+        if unknown:
+            raise ValueError(f"unknown modality '{unknown[0]}'; there are {', '.join(MODALITIES)}")
+        if not self.modalities:
+            raise ValueError("modalities is empty: name at least one")
+        order = [m for m in MODALITIES if m in self.modalities]
+        if order != self.modalities:
+            raise ValueError(f"modalities must be listed once each and in this order: {', '.join(order)}")
+        return self
+
+
+class EncoderRecipe(Settings):
+    """One modality's encoder."""
+
+    name: str
+    """Name in the encoder table: swin3d_t, swin3d_b, ast_t, stlt, small_video, small_audio, ..."""
+    frozen: bool = False
+    """Do not train it; it stays in eval mode."""
+    weights: str | None = None
+    """Starting weights: a run's name under `runs_dir`, a run folder, or a file (.safetensors, or .pth in a published
+    layout). None: random."""
+    options: dict[str, Any] = {}
+    """Sizes the encoder takes, e.g. {width: 32}; see the encoder's docstring."""
+
+
+class ModelRecipe(Settings):
+    """Encoders, fusion block and heads (paper, Sec. III). Defaults are the student's."""
+
+    encoders: dict[str, EncoderRecipe] = {}
+    """One encoder per modality."""
+    tau: Positive = 300
+    """Most tokens a modality brings to the fusion block [paper]."""
+    grouping: Literal["paper", "even"] = "paper"
+    """Groups averaged down to tau tokens: floor(n/tau) each, the last takes the rest [paper]; or even ones [ours]."""
+    width: Positive = 384
+    """Width of the fusion block."""
+    num_heads: Positive = 8
+    """Attention heads of the fusion block [paper]."""
+    num_layers: Positive = 1
+    """Layers of the fusion block."""
+    feedforward: Positive = 384
+    """Feed-forward width of the fusion block."""
+    fc_width: Positive = 768
+    """Width of the fully connected layer the heads share."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on attention weights in the fusion block [paper: teacher 0.3, student 0]."""
+    missing: Literal["leave_out", "stand_in"] = "stand_in"
+    """Absent tokens are left out of attention (teacher), or learnable ones stand in for them (student) [paper]."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelRecipe:
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class DistillRecipe(Settings):
+    """Stage 2: alpha * CE + (1 - alpha) * KL(teacher || student)."""
+
+    teacher: str
+    """The finished teacher: a run's name under `runs_dir`, or a run folder."""
+    alpha: Probability = 0.7
+    """Weight of the cross-entropy; 1.0 is no distillation [paper]."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Softens both distributions; the KL is scaled by its square [ours]."""
+
+
+class OptimizerRecipe(Settings):
+    """Optimizer and learning-rate schedule, in epochs of optimizer steps."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW [paper], or plain SGD without momentum, for tests of exactness."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Highest learning rate, reached after warm-up [ours]."""
+    start_lr: Annotated[float, Field(ge=0)] = 1e-6
+    """Learning rate at the first and at the last step [paper: back to the start value; ours: 1e-6]."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 10
+    """Epochs of linear warm-up; may be a fraction [paper]."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decoupled weight decay [paper: teacher 0.05, student 0.01]."""
+    decay_norms: bool = False
+    """Also decay norms, biases and learnable tokens [ours: no]."""
+    clip: Annotated[float, Field(ge=0)] = 2.0
+    """Largest norm of the whole gradient; 0 switches clipping off [paper: teacher 1.0, student 2.0]."""
+
+
+class TrainingRecipe(Settings):
+    """The loop."""
+
+    epochs: Positive = 100
+    """Passes over the training clips [paper]."""
+    batch_size: Positive = 32
+    """Clips per optimizer step, over all ranks and accumulation steps [paper: teacher 32, student 6]."""
+    accumulation: Positive = 1
+    """Forward passes per optimizer step on each rank."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on a GPU, fp32 on a CPU."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 + gradients, 3 + parameters."""
+    checkpoint_every_epochs: Positive = 1
+    """Epochs between checkpoints. The last epoch always saves."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept."""
+    validate_every_epochs: Annotated[int, Field(ge=0)] = 5
+    """Epochs between validations with every modality present; 0: only after the last epoch."""
+    log_every_steps: Positive = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of the model per rank; 0 leaves it to torch."""
+
+
+class EvaluationRecipe(Settings):
+    """How evaluation batches are formed."""
+
+    batch_size: Positive = 16
+    """Clips per batch and rank; the answers do not depend on it."""
+
+
+class SlurmRecipe(Settings):
+    """Flags `launch --slurm` hands to sbatch."""
+
+    script: str = "distill.sh"
+    """Script of the slurm/ folder."""
+    nodes: Positive = 2
+    """Nodes."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    """GPUs, and so ranks, per node; 0: one rank per node, on its CPUs."""
+    time: str | None = None
+    """Time limit as sbatch takes it, e.g. 2-00:00:00."""
+    partition: str | None = None
+    """Partition."""
+    account: str | None = None
+    """Account."""
+    extra: list[str] = []
+    """Further sbatch flags, e.g. ["--qos=high"]."""
+
+
+class Recipe(Settings):
+    """One run."""
+
+    name: str
+    """The run's name: its folder under `runs_dir`."""
+    runs_dir: str = "runs"
+    """Folder of all runs."""
+    stage: Literal["supervised", "teacher", "distill"]
+    """`supervised`: a model on labels alone. `teacher`: the same on frozen encoders. `distill`: a student taught online
+    by a finished teacher."""
+    after: list[str] = []
+    """Recipes whose runs this one builds on. Those not finished yet are trained first, on the same ranks."""
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    """Every random choice of the run follows from this."""
+    data: DataRecipe
+    """Clips."""
+    inputs: InputRecipe = InputRecipe()
+    """Tensors."""
+    model: ModelRecipe
+    """The model that is trained."""
+    distill: DistillRecipe | None = None
+    """Required by the distill stage, refused by the others."""
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    """Optimizer."""
+    training: TrainingRecipe = TrainingRecipe()
+    """Loop."""
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    """Evaluation."""
+    slurm: SlurmRecipe = SlurmRecipe()
+    """Submission."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs_dir) / self.name
+
+    def find_run(self, name: str) -> Path:
+        """A run that this recipe refers to: an existing path, or a name under `runs_dir`."""
+        return Path(name) if Path(name).exists() else Path(self.runs_dir) / name
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if self.stage == "distill" and self.distill is None:
+            raise ValueError("stage distill needs a section 'distill' naming its teacher")
+        if self.stage != "distill" and self.distill is not None:
+            raise ValueError(f"stage {self.stage} has no use for the section 'distill': remove it")
+        missing = [m for m in self.data.modalities if m not in self.model.encoders]
+        if missing:
+            raise ValueError(f"model.encoders has no entry for modality '{missing[0]}'")
+        trained = [m for m in self.data.modalities if not self.model.encoders[m].frozen]
+        if self.stage == "teacher" and trained:
+            raise ValueError(f"stage teacher keeps its encoders frozen: set model.encoders.{trained[0]}.frozen: true")
+        if self.optimizer.warmup_epochs > self.training.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs {self.optimizer.warmup_epochs:g} exceeds "
+                f"training.epochs {self.training.epochs}"
+            )
+        if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            raise ValueError(f"name '{self.name}' must stay inside runs_dir")
+        return self
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe by path or by name under `recipes/` (`demo/distill`), with `a.b=c` overrides applied.
+
+    Raises:
+        UserError: no such file, unknown key (with the nearest), wrong value.
+    """
+    return load_settings(find_file(name, "recipes"), Recipe, list(overrides))
+
+
+def load_chain(name: str, overrides: Sequence[str] = ()) -> list[Recipe]:
+    """A recipe preceded by all it comes `after`, in the order to train them, each once.
+
+    Overrides of where things are (`runs_dir`, `data.shards`, `data.num_workers`) hold for all of them, the others for
+    the last alone.
+
+    Raises:
+        UserError: as `load_recipe`, or recipes that wait for each other.
+    """
+    shared = [text for text in overrides if text.partition("=")[0].strip() in _SHARED_OVERRIDES]
+    chain: list[Recipe] = []
+
+    def visit(name: str, overrides: Sequence[str], waiting: tuple[str, ...]) -> None:
+        recipe = load_recipe(name, overrides)
+        if recipe.name in waiting:
+            raise UserError(f"recipes wait for each other: {' -> '.join([*waiting, recipe.name])}")
+        for earlier in recipe.after:
+            visit(earlier, shared, (*waiting, recipe.name))
+        if recipe.name not in [done.name for done in chain]:
+            chain.append(recipe)
+
+    visit(name, overrides, ())
+    return chain
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe, every default spelled out."""
+    path.write_text(dump(recipe))
+
+
+def read_run_recipe(run_dir: Path) -> Recipe:
+    """The resolved recipe of a run folder.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    path = run_dir / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir}: not a run folder: it holds no recipe.yaml")
+    return load_settings(path, Recipe)

@@ -1,0 +1,176 @@
+"""Typed YAML files: `extends`, `${ENVIRONMENT}` variables, `a.b=c` overrides, and errors that name file and key.
+
+Recipes (`recipe.py`) and packing specifications (`packing/spec.py`) are both read through here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from karmma_dist.errors import UserError, nearest
+
+
+class Settings(BaseModel):
+    """A section of a typed YAML file: unknown keys are errors, the docstring under a field is its meaning."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def find_file(name: str, folder: str) -> Path:
+    """Find the YAML file `name`: a path, or a name inside `folder` ("recipes" or "shards").
+
+    The folder is looked for in the working directory, then beside the package, then in the installation's
+    share/karmma-dist.
+
+    Raises:
+        UserError: no such file, with the nearest name that exists.
+    """
+    direct = Path(name)
+    if direct.is_file():
+        return direct
+    homes = [Path.cwd(), Path(__file__).resolve().parent.parent, Path(sys.prefix) / "share" / "karmma-dist"]
+    folders = [home / folder for home in homes if (home / folder).is_dir()]
+    for base in folders:
+        for candidate in (base / name, base / f"{name}.yaml"):
+            if candidate.is_file() and base.resolve() in candidate.resolve().parents:
+                return candidate
+    known = sorted({str(p.relative_to(b).with_suffix("")) for b in folders for p in b.glob("**/*.yaml")})
+    stem = re.sub(r"\.ya?ml$", "", name.removeprefix(f"{folder}/"))
+    raise UserError(f"{name}: no such file{nearest(stem, known)}; {folder}/ holds {', '.join(known) or 'nothing'}")
+
+
+def load_settings(path: Path, cls: type[S], overrides: tuple[str, ...] | list[str] = ()) -> S:
+    """Read `path` as `cls`: merge what it extends, expand variables, apply `a.b=c` overrides, validate.
+
+    Raises:
+        UserError: naming file, key and nearest match.
+    """
+    tree = read_tree(path)
+    for override in overrides:
+        _override(tree, override)
+    return validate(_expand(tree, path), cls, str(path))
+
+
+def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the plain dictionary of a YAML file merged over the one it `extends` (relative to itself)."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{seen[-1] if seen else path}: extends {path}, which does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected keys and values at the top level, found a {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    return tree if base is None else merge(read_tree(path.parent / base, (*seen, path)), tree)
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Merge `top` over `base`: dictionaries key by key, everything else replaced."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def validate(tree: dict[str, Any], cls: type[S], where: str) -> S:
+    """Build `cls` from `tree`; every problem is one clause of one line."""
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e, cls) for e in error.errors())) from None
+
+
+def dump(settings: Settings) -> str:
+    """The settings as YAML, every field written out."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override}: expected KEY=VALUE, for example --set training.epochs=3")
+    parts = key.strip().split(".")
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: '{part}' holds a value, not a section")
+        node = child
+    try:
+        node[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+
+
+def _expand(value: Any, path: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, path) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise UserError(f"{path}: environment variable {match[1]} is not set (export {match[1]}=...)")
+        return found
+
+    return _VARIABLE.sub(replace, value)
+
+
+def _explain(problem: Any, cls: type[Settings]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{nearest(location[-1], _fields_at(cls, location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"key '{key}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = "" if isinstance(given, dict) or not key else f" (given: {given!r})"
+    return f"'{key}': {message}{shown}" if key else message
+
+
+def _fields_at(cls: type[Settings], location: list[str]) -> list[str]:
+    """Names of the fields of the section at `location`, for the nearest match."""
+    current: Any = cls
+    for part in location:
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            continue  # a key of a dictionary of sections: its value type is already `current`
+        current = _section_type(field.annotation)
+    return list(getattr(current, "model_fields", {}))
+
+
+def _section_type(annotation: Any) -> Any:
+    """The Settings class inside `X | None`, `dict[str, X]` or `X` itself."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_type(argument)
+        if found is not None:
+            return found
+    return None

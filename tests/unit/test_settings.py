@@ -1,0 +1,105 @@
+"""Typed YAML: inheritance, variables, overrides, and errors a person can act on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from karmma_dist.errors import UserError
+from karmma_dist.settings import Settings, dump, find_file, load_settings
+
+
+class Inner(Settings):
+    rate: float = 1.0
+    """A rate."""
+    names: list[str] = []
+    """Names."""
+
+
+class Outer(Settings):
+    title: str
+    """A title."""
+    inner: Inner = Inner()
+    """A section."""
+    table: dict[str, Inner] = {}
+    """Sections by name."""
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_extends_merges_sections_key_by_key_and_replaces_lists(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "title: base\ninner: {rate: 2, names: [a, b]}")
+    path = write(tmp_path, "sub/top.yaml", "extends: ../base.yaml\ninner: {names: [c]}")
+    assert load_settings(path, Outer) == Outer(title="base", inner=Inner(rate=2, names=["c"]))
+
+
+def test_an_override_wins_over_the_file_and_reaches_into_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "title: a")
+    loaded = load_settings(path, Outer, ["inner.rate=3", "table.x.names=[p, q]", "title=b"])
+    assert loaded == Outer(title="b", inner=Inner(rate=3), table={"x": Inner(names=["p", "q"])})
+
+
+def test_what_is_dumped_loads_to_the_same_settings(tmp_path: Path) -> None:
+    settings = Outer(title="x: 'y'", inner=Inner(rate=0.1), table={"z": Inner(names=["ü"])})
+    assert load_settings(write(tmp_path, "d.yaml", dump(settings)), Outer) == settings
+
+
+def test_variables_are_expanded_and_an_unset_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "a.yaml", "title: ${KD_ROOT:-home}/x")
+    monkeypatch.delenv("KD_ROOT", raising=False)
+    assert load_settings(path, Outer).title == "home/x"
+    monkeypatch.setenv("KD_ROOT", "/data")
+    assert load_settings(path, Outer).title == "/data/x"
+    with pytest.raises(UserError, match="KD_MISSING is not set"):
+        load_settings(write(tmp_path, "b.yaml", "title: ${KD_MISSING}"), Outer)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title: a\ninner: {rat: 1}", r"bad\.yaml: unknown key 'inner\.rat' \(did you mean 'rate'\?\)"),
+        ("title: a\ntable: {x: {nmes: []}}", r"unknown key 'table\.x\.nmes' \(did you mean 'names'\?\)"),
+        ("inner: {}", r"key 'title' is missing"),
+        ("title: a\ninner: {rate: fast}", r"'inner\.rate': .*number.* \(given: 'fast'\)"),
+        ("title: [", r"not valid YAML"),
+        ("- a", r"expected keys and values"),
+        ("extends: nowhere.yaml", r"extends .*nowhere\.yaml, which does not exist"),
+        ("extends: bad.yaml", r"extends itself"),
+    ],
+)
+def test_a_wrong_file_is_one_line_naming_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_settings(write(tmp_path, "bad.yaml", text), Outer)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "title: a")
+    with pytest.raises(UserError, match="expected KEY=VALUE"):
+        load_settings(path, Outer, ["title"])
+    with pytest.raises(UserError, match="holds a value, not a section"):
+        load_settings(path, Outer, ["title.x=1"])
+
+
+def test_a_file_is_found_by_its_name_in_the_folder_and_the_nearest_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "recipes/kitchen/teacher.yaml", "title: a")
+    assert find_file("kitchen/teacher", "recipes").name == "teacher.yaml"
+    with pytest.raises(UserError, match="did you mean 'kitchen/teacher'"):
+        find_file("kitchen/teachr", "recipes")
+
+
+def test_a_name_cannot_leave_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work" / "recipes").mkdir(parents=True)
+    write(tmp_path, "secret.yaml", "title: a")
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(UserError, match="no such file"):
+        find_file("../../secret", "recipes")
