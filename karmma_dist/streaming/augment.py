@@ -1,0 +1,73 @@
+"""Random choices of one clip: which frames, which crop, which colour jitter. A function of (seed, epoch, key).
+
+Video and flow share one `View`; audio windows are centred on the same moments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from karmma_dist.recipe import VideoInput
+
+
+@dataclass(frozen=True)
+class View:
+    """How one clip is looked at."""
+
+    times_F: np.ndarray
+    """Moments of the frames, as fractions of the clip in [0, 1)."""
+    top: float
+    """Crop's upper edge as a fraction of the room there is."""
+    left: float
+    """Crop's left edge, likewise."""
+    flip: bool
+    """Mirror horizontally."""
+    jitter_3: np.ndarray
+    """Factors of brightness, contrast, saturation; float32."""
+
+
+def clip_generator(seed: int, epoch: int, key: str) -> np.random.Generator:
+    """A generator that is a function of its arguments alone."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+
+
+def training_view(video: VideoInput, num_stored: int, seed: int, epoch: int, key: str) -> View:
+    """A random view: frames random within each segment (or a random dense window), random crop, flip and jitter.
+
+    Args:
+        video: what the recipe asks for.
+        num_stored: frames the clip has in its shard; only dense sampling looks at it.
+        seed: the run's.
+        epoch: counted from 0.
+        key: the clip's.
+    """
+    random = clip_generator(seed, epoch, key)
+    top, left, flip = random.random(3)
+    jitter = 1 + video.jitter * random.uniform(-1, 1, 3)
+    if video.sampling == "segments":
+        times = (np.arange(video.num_frames) + random.random(video.num_frames)) / video.num_frames
+    else:
+        times = _dense_times(video, num_stored, random.random())
+    return View(times, top, left, video.horizontal_flip and flip < 0.5, jitter.astype(np.float32))
+
+
+def evaluation_view(video: VideoInput, num_stored: int) -> View:
+    """The one view of evaluation: middle of each segment (or the middle window), centre crop, no jitter."""
+    if video.sampling == "segments":
+        times = (np.arange(video.num_frames) + 0.5) / video.num_frames
+    else:
+        times = _dense_times(video, num_stored, 0.5)
+    return View(times, 0.5, 0.5, False, np.ones(3, dtype=np.float32))
+
+
+def _dense_times(video: VideoInput, num_stored: int, place: float) -> np.ndarray:
+    """Frame centres of a window with a stride; a window longer than the clip stays on its last frame."""
+    num_stored = max(num_stored, 1)
+    span = (video.num_frames - 1) * video.stride + 1
+    start = int(place * (max(num_stored - span, 0) + 1))
+    frames = np.minimum(start + np.arange(video.num_frames) * video.stride, num_stored - 1)
+    return (frames + 0.5) / num_stored

@@ -1,0 +1,138 @@
+"""The batch: identical in structure on every rank and step, tensors of the clips that are there only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from karmma_dist.recipe import InputRecipe
+from karmma_dist.streaming.spectrogram import mel_spectrogram
+
+UNLABELLED = -1
+"""Label of a clip whose split carries none."""
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_FLOW_STD = 0.226
+_LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass
+class Damage:
+    """One member that was declared and could not be read or decoded."""
+
+    shard: str
+    key: str
+    member: str
+    what: str
+
+
+@dataclass
+class Sample:
+    """One decoded clip: arrays of the modalities it brings, all others absent."""
+
+    key: str
+    labels: dict[str, int | None]
+    arrays: dict[str, np.ndarray]
+    jitter_3: np.ndarray
+
+
+@dataclass
+class Batch:
+    """B clips. As it leaves the loader the inputs are uint8 / int16; `prepare` makes them what models take."""
+
+    keys: list[str]
+    """Clip keys, "" for padding."""
+    present_BM: Tensor
+    """bool, True = there; columns in the order of the recipe's modalities."""
+    inputs: dict[str, Tensor]
+    """Per modality the present clips only, in batch order; a modality nobody has is left out."""
+    labels: dict[str, Tensor]
+    """Per head int64 (B,), -1 where unlabelled."""
+    valid_B: Tensor
+    """bool, False = padding in evaluation."""
+    jitter_N3: Tensor
+    """float32, colour jitter of the clips of inputs["video"]."""
+    epoch: int = 0
+    step: int = 0
+    damage: list[Damage] = field(default_factory=list)
+    """What was found unreadable while this batch was put together."""
+    load_s: float = 0.0
+    """Seconds the worker spent on it."""
+
+
+def collate(
+    samples: Sequence[Sample | None], modalities: Sequence[str], heads: Sequence[str], epoch: int = 0, step: int = 0
+) -> Batch:
+    """Put samples together; None is padding (no modality, no label, not valid)."""
+    present = [[sample is not None and m in sample.arrays for m in modalities] for sample in samples]
+    inputs = {}
+    for modality in modalities:
+        arrays = [sample.arrays[modality] for sample in samples if sample is not None and modality in sample.arrays]
+        if arrays:
+            inputs[modality] = torch.from_numpy(np.stack(arrays))
+    labels = {
+        head: torch.tensor([_label(sample, head) for sample in samples], dtype=torch.int64) for head in heads
+    }
+    jitter = [sample.jitter_3 for sample in samples if sample is not None and "video" in sample.arrays]
+    return Batch(
+        keys=["" if sample is None else sample.key for sample in samples],
+        present_BM=torch.tensor(present, dtype=torch.bool).reshape(len(samples), len(modalities)),
+        inputs=inputs,
+        labels=labels,
+        valid_B=torch.tensor([sample is not None for sample in samples]),
+        jitter_N3=torch.from_numpy(np.stack(jitter)) if jitter else torch.ones(0, 3),
+        epoch=epoch,
+        step=step,
+    )
+
+
+def _label(sample: Sample | None, head: str) -> int:
+    label = None if sample is None else sample.labels.get(head)
+    return UNLABELLED if label is None else label
+
+
+def prepare(batch: Batch, inputs: InputRecipe, device: torch.device | str) -> Batch:
+    """Move a batch to `device` and turn raw pixels and samples into the normalised floats models take (float32).
+
+    video: (N, F, H, W, 3) uint8 -> (N, 3, F, H, W), jittered, ImageNet-normalised. flow: (N, F, H, W, 2) uint8 ->
+    (N, 3, F, H, W), 0 = no motion, third channel 0. audio: int16 windows -> mel spectrograms.
+    """
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
+    if "video" in moved:
+        moved["video"] = _normalise_video(moved["video"], batch.jitter_N3.to(device))
+    if "flow" in moved:
+        moved["flow"] = _normalise_flow(moved["flow"])
+    if "audio" in moved:
+        moved["audio"] = mel_spectrogram(moved["audio"], inputs.audio.num_mels)
+    return replace(
+        batch,
+        present_BM=batch.present_BM.to(device),
+        inputs=moved,
+        labels={head: label.to(device) for head, label in batch.labels.items()},
+        valid_B=batch.valid_B.to(device),
+    )
+
+
+def _normalise_video(video: Tensor, jitter_N3: Tensor) -> Tensor:
+    """Brightness, contrast and saturation as in torchvision's ColorJitter (in this order), then ImageNet statistics."""
+    pixels = video.float() / 255  # (N, F, H, W, 3)
+    if bool((jitter_N3 != 1).any()):
+        brightness, contrast, saturation = jitter_N3[:, :, None, None, None, None].unbind(1)
+        luma = pixels.new_tensor(_LUMA)
+        pixels = (pixels * brightness).clamp(0, 1)
+        mean = (pixels @ luma).mean(dim=(1, 2, 3), keepdim=True)[..., None]
+        pixels = (mean + (pixels - mean) * contrast).clamp(0, 1)
+        gray = (pixels @ luma)[..., None]
+        pixels = (gray + (pixels - gray) * saturation).clamp(0, 1)
+    pixels = (pixels - pixels.new_tensor(_IMAGENET_MEAN)) / pixels.new_tensor(_IMAGENET_STD)
+    return pixels.permute(0, 4, 1, 2, 3).contiguous()
+
+
+def _normalise_flow(flow: Tensor) -> Tensor:
+    centred = (flow.float() / 255 - 0.5) / _FLOW_STD  # (N, F, H, W, 2)
+    return torch.nn.functional.pad(centred, (0, 1)).permute(0, 4, 1, 2, 3).contiguous()

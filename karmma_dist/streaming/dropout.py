@@ -1,0 +1,52 @@
+"""Training-time modality dropout: which modalities each place of an epoch keeps, decided before anything is decoded.
+
+The draw depends on (seed, epoch, place in the epoch's order) alone: the same for any number of ranks and workers, and
+the same for teacher and student (paper, Sec. III-B and its diagram).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from karmma_dist.recipe import ModalityDropout
+from karmma_dist.streaming.order import random_words
+
+_TO_UNIT = 2.0**-64
+
+
+def keep_patterns(num_places: int, num_modalities: int, dropout: ModalityDropout, seed: int, epoch: int) -> np.ndarray:
+    """Return keep_NM, bool: True = kept. A place may come out empty: `keep_present` then keeps one.
+
+    `stratified` gives each run of 2^M places evenly spread quantiles of the pattern distribution, shuffled (at
+    probability 0.5: every pattern exactly once). Each place's own distribution is that of the independent draw, and
+    batches cost the same on every rank.
+    """
+    if dropout.probability == 0:
+        return np.ones((num_places, num_modalities), dtype=bool)
+    if dropout.draw == "independent":
+        words = random_words(num_places * num_modalities, seed, 2 * epoch + 1)
+        kept: np.ndarray = words.reshape(num_places, num_modalities) * _TO_UNIT >= dropout.probability
+        return kept
+    num_patterns = 2**num_modalities
+    num_blocks = -(-num_places // num_patterns)
+    shuffle, jitter = random_words(2 * num_blocks * num_patterns, seed, 2 * epoch + 1).reshape(2, num_blocks, -1)
+    quantiles = (np.argsort(shuffle, axis=1, kind="stable") + jitter * _TO_UNIT) / num_patterns
+    patterns = np.searchsorted(_cumulative(num_modalities, dropout.probability), quantiles.reshape(-1), side="right")
+    return (patterns[:num_places, None] >> np.arange(num_modalities)) & 1 == 1
+
+
+def keep_present(keep_M: np.ndarray, present_M: np.ndarray, word: int) -> np.ndarray:
+    """Modalities a clip brings to its batch: those kept and there; where that is none, one of those there by `word`."""
+    kept: np.ndarray = keep_M & present_M
+    if kept.any() or not present_M.any():
+        return kept
+    there = np.flatnonzero(present_M)
+    kept[there[word % len(there)]] = True
+    return kept
+
+
+def _cumulative(num_modalities: int, probability: float) -> np.ndarray:
+    """Upper ends of the patterns' probability intervals, without the last (1.0). Bit m of a pattern: m is kept."""
+    num_kept = np.array([pattern.bit_count() for pattern in range(2**num_modalities)])
+    weights = (1 - probability) ** num_kept * probability ** (num_modalities - num_kept)
+    return np.cumsum(weights)[:-1]

@@ -1,0 +1,52 @@
+"""One clip of a shards folder -> one decoded `Sample`, or `DamageError`. Never a sample with fewer modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import av
+import numpy as np
+
+from karmma_dist.recipe import InputRecipe
+from karmma_dist.shards import Clip, DamageError, ShardFolder, member_name
+from karmma_dist.streaming.augment import View
+from karmma_dist.streaming.batch import Sample
+from karmma_dist.streaming.decode import decode_audio, decode_detections, decode_flow, decode_video
+
+
+def num_stored_frames(metadata: dict[str, Any]) -> int:
+    """Frames stored for a clip: the video's, else the flow's, else 0."""
+    for modality in ("video", "flow"):
+        if metadata["modalities"].get(modality):
+            return int(metadata["modalities"][modality]["num_frames"])
+    return 0
+
+
+def read_sample(
+    folder: ShardFolder, clip: Clip, metadata: dict[str, Any], wanted: Iterable[str], inputs: InputRecipe, view: View
+) -> Sample:
+    """Read, check and decode the `wanted` modalities of a clip (all of which it must declare).
+
+    Raises:
+        DamageError: a member is unreadable, not the bytes that were written, or does not decode.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for modality in wanted:
+        data = folder.read(clip, modality)
+        try:
+            arrays[modality] = _decode(modality, data, metadata["modalities"][modality], inputs, view)
+        except (ValueError, KeyError, IndexError, av.error.FFmpegError) as error:
+            what = f"does not decode: {error}"
+            raise DamageError(clip.shard, clip.key, member_name(clip.key, modality), what) from None
+    return Sample(clip.key, clip.labels, arrays, view.jitter_3)
+
+
+def _decode(modality: str, data: bytes, described: dict[str, Any], inputs: InputRecipe, view: View) -> np.ndarray:
+    if modality == "video":
+        return decode_video(data, described["num_frames"], inputs.video, view)
+    if modality == "flow":
+        return decode_flow(data, described["num_frames"], inputs.video, view)
+    if modality == "audio":
+        return decode_audio(data, inputs.audio, view)
+    return decode_detections(data, inputs.detections, view)

@@ -1,0 +1,43 @@
+"""Waveform windows -> normalised mel spectrograms in dB, in batch and on the device (paper, Sec. IV-A).
+
+n_fft 1024, window 160, hop 80, power 2, HTK mel scale over 0 to 8 kHz, reflected ends: torchaudio's
+`MelSpectrogram` with its defaults, written out because torchaudio is no dependency. Normalised as (dB + 28.1) / 16.6.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+N_FFT, WINDOW, HOP, RATE = 1024, 160, 80, 16_000
+MEAN_DB, STD_DB, FLOOR = -28.1, 16.6, 1e-10
+
+
+def mel_spectrogram(windows_NWS: Tensor, num_mels: int) -> Tensor:
+    """int16 or float windows (N, W, samples) -> float32 (N, W, num_mels, samples // 80 + 1). int16 is full scale 1."""
+    waves = windows_NWS.float()
+    if not windows_NWS.is_floating_point():
+        waves = waves / 32768
+    num, num_windows, samples = waves.shape
+    hann = torch.hann_window(WINDOW, device=waves.device)
+    spectrum = torch.stft(
+        waves.reshape(-1, samples), N_FFT, HOP, WINDOW, window=hann, center=True, pad_mode="reflect",
+        return_complex=True,
+    )  # (N*W, N_FFT/2+1, steps)
+    power = spectrum.real.square() + spectrum.imag.square()
+    mels = mel_filters(num_mels).to(waves.device).T @ power  # (N*W, mels, steps)
+    decibels = 10 * torch.log10(mels.clamp_min(FLOOR))
+    return ((decibels - MEAN_DB) / STD_DB).reshape(num, num_windows, num_mels, -1)
+
+
+@functools.cache
+def mel_filters(num_mels: int) -> Tensor:
+    """Triangular filters (N_FFT/2+1, num_mels), evenly spaced on the HTK mel scale, not area-normalised."""
+    bins = torch.linspace(0, RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
+    top = 2595 * torch.log10(torch.tensor(1 + RATE / 2 / 700, dtype=torch.float64))
+    edges = 700 * (10 ** (torch.linspace(0, float(top), num_mels + 2, dtype=torch.float64) / 2595) - 1)
+    rising = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp_min(0).float()

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests: a tiny synthetic kitchen, packed once per session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_extension_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiled extensions, if any, must not meet another run's half-built ones."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("extensions"))
+
+
+@pytest.fixture(scope="session")
+def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw recordings in Epic-Kitchens' layout: 6 for training (one silent, one without picture), 2 for validation."""
+    from karmma_dist.packing.synthetic import write_kitchen
+
+    root = tmp_path_factory.mktemp("kitchen")
+    write_kitchen(root, seed=0, train_recordings=6, validation_recordings=2, clips_per_recording=5)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(kitchen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kitchen packed: 30 training clips and 10 for validation."""
+    from karmma_dist.packing.pack import pack
+    from karmma_dist.packing.spec import load_spec
+
+    out = tmp_path_factory.mktemp("shards") / "kitchen"
+    pack(load_spec("demo", raw=kitchen, out=out, overrides=["clips_per_shard=8"]))
+    return out

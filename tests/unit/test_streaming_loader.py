@@ -1,0 +1,205 @@
+"""Batches from real shards: the same for any number of ranks and workers, and damage never looks like absence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from karmma_dist.errors import UserError
+from karmma_dist.recipe import DataRecipe, InputRecipe
+from karmma_dist.shards import Clip, DamageError, ShardFolder
+from karmma_dist.streaming.augment import evaluation_view
+from karmma_dist.streaming.batch import Batch, prepare
+from karmma_dist.streaming.loader import (
+    EvaluationClips,
+    TrainingClips,
+    evaluation_batches,
+    open_shards,
+    training_batches,
+)
+from karmma_dist.streaming.order import Position, Schedule
+from karmma_dist.streaming.reader import num_stored_frames, read_sample
+
+INPUTS = InputRecipe.model_validate(
+    {
+        "video": {"num_frames": 4, "short_side": 32, "crop": 24, "jitter": 0.4},
+        "audio": {"num_windows": 1, "window_s": 0.5, "num_mels": 16},
+    }
+)
+
+
+def data_recipe(shards: Path, workers: int = 0, drop: float = 0.0, damaged: float = 1.0) -> DataRecipe:
+    return DataRecipe.model_validate(
+        {
+            "shards": str(shards),
+            "num_workers": workers,
+            "modality_dropout": {"probability": drop},
+            "max_damaged_fraction": damaged,
+        }
+    )
+
+
+def training(shards: Path, world: int = 1, workers: int = 0, drop: float = 0.0, epochs: int = 2) -> list[list[Batch]]:
+    """Batches of every rank."""
+    data = data_recipe(shards, workers, drop)
+    clips = TrainingClips(open_shards(data), data, INPUTS, seed=3)
+    schedule = Schedule(len(clips.clips), batch_size=8, world_size=world)
+    return [list(training_batches(clips, schedule, rank, Position(0, 0), epochs)) for rank in range(world)]
+
+
+def by_clip(batches: list[Batch]) -> dict[tuple[int, int, str], tuple[list[bool], list[bytes]]]:
+    """(epoch, step, key) -> presence and the bytes of everything the clip brings."""
+    found = {}
+    for batch in batches:
+        taken = dict.fromkeys(["video", "flow", "audio"], 0)
+        for row, key in enumerate(batch.keys):
+            arrays = []
+            for name, there in zip(taken, batch.present_BM[row].tolist(), strict=True):
+                if there:
+                    arrays.append(batch.inputs[name][taken[name]].numpy().tobytes())
+                    taken[name] += 1
+            found[batch.epoch, batch.step, key] = (batch.present_BM[row].tolist(), arrays)
+    return found
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (1, 2)])
+def test_clips_masks_and_pixels_do_not_depend_on_ranks_or_workers(shards: Path, world: int, workers: int) -> None:
+    alone = by_clip(training(shards, drop=0.5)[0])
+    many = by_clip([batch for rank in training(shards, world, workers, drop=0.5) for batch in rank])
+    assert len(alone) == 2 * 3 * 8
+    assert many == alone
+
+
+def test_dropped_modalities_are_left_out_and_everything_kept_is_there(shards: Path) -> None:
+    declared = {clip.key: clip for clip in ShardFolder(shards).clips("train")}
+    names = ["video", "flow", "audio"]
+    for batch in training(shards, drop=0.5)[0]:
+        assert batch.present_BM.any(dim=1).all()
+        for key, present in zip(batch.keys, batch.present_BM.tolist(), strict=True):
+            assert all(declared[key].has(name) for name, there in zip(names, present, strict=True) if there)
+        for column, name in enumerate(names):
+            rows = int(batch.present_BM[:, column].sum())
+            assert (len(batch.inputs[name]) if rows else 0) == rows
+
+
+def test_prepared_inputs_have_the_shapes_and_scale_models_expect(shards: Path) -> None:
+    batch = prepare(training(shards)[0][0], INPUTS, "cpu")
+    video, flow, audio = (batch.inputs[name] for name in ("video", "flow", "audio"))
+    assert video.shape[1:] == flow.shape[1:] == (3, 4, 24, 24)
+    assert audio.shape[1:] == (1, 16, INPUTS.audio.num_steps)
+    assert float(flow[:, 2].abs().max()) == 0
+    assert abs(float(flow.mean())) < 0.5
+    assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in (video, flow, audio))
+
+
+def test_evaluation_sees_every_clip_once_with_all_it_has_and_pads_the_end(shards: Path) -> None:
+    data = data_recipe(shards)
+    clips = EvaluationClips(open_shards(data), data, INPUTS, "validation")
+    ranks = [list(evaluation_batches(clips, 4, rank, 2)) for rank in range(2)]
+    assert [len(batches) for batches in ranks] == [2, 2]
+    seen = [(k, p) for batches in ranks for b in batches for k, p in zip(b.keys, b.present_BM.tolist(), strict=True)]
+    declared = {clip.key: [clip.has(m) for m in data.modalities] for clip in clips.clips}
+    assert sorted((key, p) for key, p in seen if key) == sorted(declared.items())
+    assert sum(int((~batch.valid_B).sum()) for batches in ranks for batch in batches) == 16 - len(declared)
+
+
+def read_all(folder: ShardFolder, clips: list[Clip]) -> dict[str, set[str]]:
+    """Key -> modalities delivered, for the clips that are delivered at all."""
+    delivered = {}
+    for clip in clips:
+        try:
+            metadata = folder.metadata(clip)
+            view = evaluation_view(INPUTS.video, num_stored_frames(metadata))
+            wanted = [m for m in folder.modalities if clip.has(m)]
+            delivered[clip.key] = set(read_sample(folder, clip, metadata, wanted, INPUTS, view).arrays)
+        except DamageError as error:
+            named_right = error.key == clip.key and error.member.startswith(clip.key)
+            assert named_right, error  # noqa: PT017  (most clips must not raise at all)
+    return delivered
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_shard_never_changes_a_clips_modalities(
+    shards: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    whole = ShardFolder(shards)
+    clips = [clip for clip in whole.clips("validation") if clip.shard == "validation-000000.tar"]
+    declared = {clip.key: {m for m in whole.modalities if clip.has(m)} for clip in clips}
+    copy = tmp_path_factory.mktemp("damaged") / "s"
+    shutil.copytree(shards, copy)
+    tar = copy / "validation-000000.tar"
+    content = bytearray(tar.read_bytes())
+    if data.draw(st.booleans(), label="cut"):
+        del content[data.draw(st.integers(0, len(content) // 512), label="block") * 512 :]
+    else:
+        for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=20), label="flips"):
+            content[place] ^= 0xFF
+    tar.write_bytes(content)
+    delivered = read_all(ShardFolder(copy), clips)
+    assert all(modalities == declared[key] for key, modalities in delivered.items())
+    shutil.rmtree(copy)
+
+
+def test_a_damaged_clip_is_replaced_and_reported_and_the_batch_keeps_its_size(shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "s"
+    shutil.copytree(shards, copy)
+    folder = ShardFolder(copy)
+    victim = folder.clips("train")[0]
+    member = victim.members["audio"] or victim.members["video"]
+    assert member is not None
+    tar = copy / victim.shard
+    content = bytearray(tar.read_bytes())
+    content[member.offset + member.size // 2] ^= 0xFF
+    tar.write_bytes(content)
+    batches = training(copy, epochs=1)[0]
+    events = [event for batch in batches for event in batch.damage]
+    assert {event.key for event in events} <= {victim.key}
+    assert all(len(batch.keys) == 8 and victim.key not in batch.keys for batch in batches)
+    assert all("crc32 differs" in event.what for event in events)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_without_one_whole_clip_are_one_line_also_from_a_worker(
+    shards: Path, tmp_path: Path, workers: int
+) -> None:
+    copy = tmp_path / "s"
+    shutil.copytree(shards, copy)
+    for tar in copy.glob("train-*.tar"):
+        tar.write_bytes(b"")
+    with pytest.raises(UserError, match="clips in a row are damaged") as caught:
+        training(copy, workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_flow_video_and_sound_are_read_at_the_same_moments(shards: Path) -> None:
+    """Frames decoded alone equal those decoded with others: the numbers asked for are the ones delivered."""
+    folder = ShardFolder(shards)
+    clip = next(c for c in folder.clips("train") if c.has("video"))
+    metadata = folder.metadata(clip)
+    video = INPUTS.video.model_copy(update={"num_frames": 6})
+    view = evaluation_view(video, num_stored_frames(metadata))
+    inputs = INPUTS.model_copy(update={"video": video})
+    together = read_sample(folder, clip, metadata, ["video"], inputs, view).arrays["video"]
+    for place in range(6):
+        alone = type(view)(np.array([view.times_F[place]]), view.top, view.left, False, view.jitter_3)
+        single = read_sample(folder, clip, metadata, ["video"], inputs, alone).arrays["video"]
+        assert (single[0] == together[place]).all()
+
+
+def test_shards_that_are_missing_or_lack_a_modality_are_one_line(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such shards folder"):
+        open_shards(data_recipe(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        open_shards(data_recipe(tmp_path / "empty"))
+    with pytest.raises(UserError, match="not 'detections'"):
+        open_shards(DataRecipe(shards=str(shards), modalities=["detections"]))
+    with pytest.raises(UserError, match="no split 'exam'"):
+        ShardFolder(shards).clips("exam")
