@@ -1,0 +1,53 @@
+"""What an encoder is: a clip's tensor of one modality in, tokens out. `layout.py` holds the table of them.
+
+Legend: N clips, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from karmma_dist.errors import UserError
+from karmma_dist.recipe import InputRecipe
+from karmma_dist.settings import Settings
+
+
+class Encoder(nn.Module):
+    """Base of all encoders. A clip's tokens depend on that clip alone, whatever else is in the batch."""
+
+    width: int
+    """D."""
+    num_tokens: int
+    """T, the same for every clip."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode N clips of the shape that `layout.input_shape` names; returns (N, T, D)."""
+        raise NotImplementedError
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename, resize and drop entries of a published checkpoint so that they are this module's `state_dict`.
+
+        Raises:
+            UserError: there is no published checkpoint of this architecture.
+        """
+        first = next(iter(state), "nothing")
+        raise UserError(
+            f"{type(self).__name__} has no published weights, and '{first}' is no key of a run's weights: "
+            "give a run folder"
+        )
+
+
+@dataclass(frozen=True)
+class EncoderType:
+    """One line of the encoder table."""
+
+    options: type[Settings]
+    """The recipe's `options`, typed."""
+    modalities: tuple[str, ...]
+    """Modalities it takes."""
+    build: Callable[[str, InputRecipe, Any], Encoder]
+    """Called with the modality, the input sizes and the options."""

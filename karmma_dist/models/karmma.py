@@ -1,0 +1,227 @@
+"""The KARMMA model, teacher and student alike (arXiv 2504.08578, Sec. III).
+
+    encoders -> tau-average -> one Linear per modality -> fusion block over [CLS] and all tokens
+      -> M + 1 output tokens: [CLS] and the mean of each modality's -> shared FC -> one classifier per head on each,
+      logits averaged per head
+
+`encode` looks at each modality alone and `fuse` puts them together, so that evaluation encodes a clip once and fuses
+it once per subset of modalities.
+
+Legend: B clips, M modalities, N clips that have a modality, T tokens, D width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from karmma_dist.errors import UserError
+from karmma_dist.models.fusion import FusionBlock
+from karmma_dist.models.layout import build_encoder, input_shape
+from karmma_dist.models.tokens import tau_average
+from karmma_dist.models.transformer import INIT_STD, init_linears
+from karmma_dist.recipe import InputRecipe, ModelRecipe
+
+
+class StandIn(nn.Module):
+    """`t_mod + t_tok_i`: added to a modality's tokens where it is present, and all there is where it is not.
+
+    Args:
+        num_tokens: T.
+        width: D.
+    """
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.modality_token = nn.Parameter(torch.empty(1, 1, width))
+        self.position_token = nn.Parameter(torch.empty(1, num_tokens, width))
+        nn.init.trunc_normal_(self.modality_token, std=INIT_STD)
+        nn.init.trunc_normal_(self.position_token, std=INIT_STD)
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Return (B, T, D); tokens of clips without the modality come in as zeros."""
+        return tokens_BTD + (self.modality_token + self.position_token)
+
+
+class KarmmaModel(nn.Module):
+    """Encoders, fusion block and heads.
+
+    With `missing: stand_in` (student) learnable tokens take the place of an absent modality, so the fusion block's
+    length never changes. With `missing: leave_out` (teacher, Baseline) absent tokens take no part in attention nor
+    in the averages, and there are no learnable tokens but [CLS]: a modality embedding would only repeat the bias of
+    its Linear, and position tokens (0.69 M) would not fit the teacher's published 11.25 M trainable parameters. A
+    model of one modality has nothing to stand in for and makes none either (29.64 M for the student on video).
+
+    Args:
+        model: Architecture.
+        inputs: Sizes of the inputs.
+        modalities: Columns of `present_BM`; each has an encoder in `model.encoders`.
+        heads: Number of classes per head.
+
+    Raises:
+        UserError: an encoder is missing or unknown, or its options are.
+    """
+
+    num_tokens: dict[str, int]
+    """Tokens each modality brings to the fusion block."""
+    _like: Tensor
+
+    def __init__(
+        self, model: ModelRecipe, inputs: InputRecipe, modalities: Sequence[str], heads: dict[str, int]
+    ) -> None:
+        super().__init__()
+        missing = [modality for modality in modalities if modality not in model.encoders]
+        if missing or not modalities:
+            raise UserError(f"model.encoders: no encoder for modality '{missing[0]}'" if missing else "no modality")
+        if not heads:
+            raise UserError("the model has no head: the clips carry no label to learn")
+        self.recipe, self.inputs = model, inputs
+        self.modalities, self.heads = tuple(modalities), dict(heads)
+        encoders = {m: build_encoder(m, model.encoders[m], inputs) for m in modalities}
+        self.encoders = nn.ModuleDict(encoders)
+        self.num_tokens = {m: min(encoder.num_tokens, model.tau) for m, encoder in encoders.items()}
+        self.frozen = frozenset(m for m in modalities if model.encoders[m].frozen)
+        self.projections = nn.ModuleDict({m: nn.Linear(e.width, model.width) for m, e in encoders.items()})
+        self.leaves_out = model.missing == "leave_out"
+        standing_in = () if self.leaves_out or len(modalities) == 1 else modalities
+        self.stand_ins = nn.ModuleDict({m: StandIn(self.num_tokens[m], model.width) for m in standing_in})
+        self.fusion = FusionBlock(
+            model.width, model.num_heads, model.num_layers, model.feedforward, model.attention_dropout
+        )
+        self.shared = nn.Linear(model.width, model.fc_width)
+        self.classifiers = nn.ModuleDict({head: nn.Linear(model.fc_width, num) for head, num in heads.items()})
+        # Tells device and dtype. Asking a parameter would gather it where parameters are sharded over ranks.
+        self.register_buffer("_like", torch.zeros(()), persistent=False)
+        for part in (self.projections, self.shared, self.classifiers):
+            init_linears(part)
+        for modality in self.frozen:
+            self.encoders[modality].requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> KarmmaModel:
+        """Set the mode of everything but frozen encoders, which stay in eval mode."""
+        super().train(mode)
+        for modality in self.frozen:
+            self.encoders[modality].eval()
+        return self
+
+    def forward(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
+        """Logits (B, C) per head. See `encode` and `fuse`."""
+        return self.fuse(self.encode(inputs, present_BM), present_BM)
+
+    def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
+        """Run each encoder on the clips that have its modality.
+
+        While training, a modality that no clip has is run on one clip of zeros of which nothing is kept: its
+        parameters then get zero gradients at the same point of the backward pass as on ranks where clips have it.
+        ZeRO reduces gradients in the order in which they come, so ranks must not differ in it.
+
+        Args:
+            inputs: Per modality the present clips only, in batch order, of `layout.input_shape` and the dtype of the
+                parameters; a modality that nobody has may be left out.
+            present_BM: bool, True = the clip has the modality; on any device.
+
+        Returns:
+            Per modality (N, T, D): after encoder, tau-average and Linear.
+
+        Raises:
+            ValueError: `present_BM` and `inputs` disagree.
+        """
+        present = self._on_cpu(present_BM, "present_BM")
+        tokens = {}
+        for modality, num in zip(self.modalities, present.sum(dim=0).tolist(), strict=True):
+            given = inputs.get(modality)
+            if (0 if given is None else len(given)) != num:
+                raise ValueError(
+                    f"inputs['{modality}'] holds {0 if given is None else len(given)} clips, but present_BM says {num}"
+                )
+            if given is not None and num:
+                tokens[modality] = self._encode(modality, given)
+            elif self.training and torch.is_grad_enabled():
+                zeros = self._like.new_zeros(1, *input_shape(modality, self.inputs))
+                tokens[modality] = self._encode(modality, zeros)[:0]
+        return tokens
+
+    def _encode(self, modality: str, x: Tensor) -> Tensor:
+        """Inputs of N clips -> (N, T, D)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and modality not in self.frozen):
+            tokens = tau_average(self.encoders[modality](x), self.recipe.tau, self.recipe.grouping)
+        projected: Tensor = self.projections[modality](tokens)
+        return projected
+
+    def fuse(
+        self, tokens: dict[str, Tensor], present_BM: Tensor, keep_BM: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Predict from the tokens of the kept modalities.
+
+        Args:
+            tokens: What `encode` returned for `present_BM`.
+            present_BM: bool, as given to `encode`.
+            keep_BM: bool, subset of `present_BM`: use only these. None: everything that is present.
+
+        Returns:
+            Per head logits (B, C). A clip's do not depend on its batch mates.
+
+        Raises:
+            ValueError: a clip keeps no modality or one it does not have (named by its position), or `tokens` are not
+                those of `present_BM`.
+        """
+        present = self._on_cpu(present_BM, "present_BM")
+        keep = present if keep_BM is None else self._on_cpu(keep_BM, "keep_BM")
+        _check_keep(keep, present)
+        # Without gradients, positions that no clip attends to can go altogether; with them the graph must stay whole.
+        drops = self.leaves_out and not torch.is_grad_enabled()
+        used = [m for m in range(len(self.modalities)) if not drops or bool(keep[:, m].any())]
+        names = [self.modalities[m] for m in used]
+        lengths = [self.num_tokens[name] for name in names]
+        parts = [self._place(name, tokens, present[:, m], keep[:, m]) for m, name in zip(used, names, strict=True)]
+        keep = keep[:, used]
+        attend_BT = None
+        if self.leaves_out and not bool(keep.all()):
+            attend_BT = keep.repeat_interleave(torch.tensor(lengths), dim=1).to(parts[0].device)
+        cls_B1D, *rest = self.fusion(torch.cat(parts, dim=1), attend_BT).split([1, *lengths], dim=1)
+        outputs = torch.cat([cls_B1D, *(part.mean(dim=1, keepdim=True) for part in rest)], dim=1)  # (B, M + 1, D)
+        counted = F.pad(keep if self.leaves_out else torch.ones_like(keep), (1, 0), value=True).to(outputs)
+        return self._predict(outputs, counted / counted.sum(dim=1, keepdim=True))
+
+    def _place(self, modality: str, tokens: dict[str, Tensor], present_B: Tensor, keep_B: Tensor) -> Tensor:
+        """Bring tokens of N clips into the order of the batch: (B, T, D), zeros (plus stand-ins) where not kept."""
+        shape = (self.num_tokens[modality], self.recipe.width)
+        given = tokens.get(modality, self._like.new_zeros(0, *shape))
+        num = int(present_B.sum())
+        if given.shape != (num, *shape):
+            raise ValueError(f"tokens['{modality}'] are {tuple(given.shape)}, expected {(num, *shape)}")
+        padded = torch.cat([given, given.new_zeros(1, *shape)])
+        rows_B = torch.where(keep_B, present_B.cumsum(dim=0) - 1, num)
+        placed = padded.index_select(0, rows_B.to(padded.device))
+        if modality in self.stand_ins:
+            return cast(Tensor, self.stand_ins[modality](placed))
+        return placed
+
+    def _predict(self, outputs_BMD: Tensor, weights_BM: Tensor) -> dict[str, Tensor]:
+        """Average the predictions of the M + 1 output tokens with weights that sum to 1."""
+        hidden = F.gelu(self.shared(outputs_BMD))  # (B, M + 1, FC width)
+        weights = weights_BM[:, :, None]
+        return {head: (classifier(hidden) * weights).sum(dim=1) for head, classifier in self.classifiers.items()}
+
+    def _on_cpu(self, flags_BM: Tensor, name: str) -> Tensor:
+        if flags_BM.dtype != torch.bool or flags_BM.ndim != 2 or flags_BM.shape[1] != len(self.modalities):
+            raise ValueError(
+                f"{name} is {flags_BM.dtype} {tuple(flags_BM.shape)}, expected torch.bool (B, {len(self.modalities)})"
+            )
+        return flags_BM.cpu()
+
+
+def _check_keep(keep_BM: Tensor, present_BM: Tensor) -> None:
+    if keep_BM.shape != present_BM.shape:
+        raise ValueError(f"keep_BM is {tuple(keep_BM.shape)}, present_BM {tuple(present_BM.shape)}")
+    invented = (keep_BM & ~present_BM).any(dim=1).nonzero().flatten().tolist()
+    if invented:
+        raise ValueError(f"clip {invented[0]} of the batch keeps a modality that it does not have")
+    empty = (~keep_BM.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"clip {empty[0]} of the batch keeps no modality: every clip needs one")

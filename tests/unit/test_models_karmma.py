@@ -1,0 +1,292 @@
+"""The model: clips do not see each other, absence is exact, and all ranks get gradients in the same order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from karmma_dist.errors import UserError
+from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.layout import input_shape
+from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe
+
+INPUTS = InputRecipe.model_validate(
+    {
+        "video": {"num_frames": 4, "crop": 16, "short_side": 16},
+        "audio": {"num_windows": 2, "window_s": 0.2, "num_mels": 16},
+        "detections": {"num_frames": 3, "max_boxes": 2},
+    }
+)
+MODALITIES = ("video", "flow", "audio", "detections")
+HEADS = {"verb": 5, "noun": 3}
+SUBSETS = [tuple(bits) for bits in itertools.product([False, True], repeat=4) if any(bits)]
+STLT = {"spatial_layers": 1, "temporal_layers": 1, "width": 8, "heads": 2, "dropout": 0.0}
+MISSING = ("leave_out", "stand_in")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are so small that handing them to threads takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(missing: str = "leave_out", modalities: tuple[str, ...] = MODALITIES, **changes: Any) -> KarmmaModel:
+    frozen = changes.pop("frozen", ())
+    names = {"video": "small_video", "flow": "small_video", "audio": "small_audio", "detections": "stlt"}
+    options = {m: STLT if m == "detections" else {"width": 4} for m in names}
+    encoders = {m: EncoderRecipe(name=names[m], options=options[m], frozen=m in frozen) for m in modalities}
+    sizes = {"width": 16, "num_heads": 2, "feedforward": 16, "fc_width": 24, "tau": 5, "num_layers": 2}
+    recipe = ModelRecipe(encoders=encoders, missing=missing, **{**sizes, **changes})  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    return KarmmaModel(recipe, INPUTS, modalities, HEADS)
+
+
+def clips(num: int, modalities: tuple[str, ...] = MODALITIES) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    whole = {m: torch.randn(num, *input_shape(m, INPUTS)) for m in modalities}
+    if "detections" in whole:
+        whole["detections"][..., 4] = torch.randint(0, 3, whole["detections"].shape[:-1])
+    return whole
+
+
+def only(whole: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
+    return {m: whole[m][present_BM[:, i]] for i, m in enumerate(whole) if bool(present_BM[:, i].any())}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for head in a:
+        torch.testing.assert_close(a[head], b[head], atol=1e-5, rtol=1e-5)
+
+
+def gradients(model: KarmmaModel, logits: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    model.zero_grad()
+    sum(value.square().sum() for value in logits.values()).backward()  # type: ignore[union-attr]
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_clips_logits_do_not_depend_on_its_batch_mates(missing: str, training: bool) -> None:
+    model = build(missing).train(training)
+    present = torch.tensor(SUBSETS)
+    whole = clips(len(SUBSETS))
+    together = model(only(whole, present), present)
+    for row in range(len(SUBSETS)):
+        alone = {m: x[row : row + 1] for m, x in whole.items()}
+        mask = present[row : row + 1]
+        with torch.set_grad_enabled(training):
+            assert_same(model(only(alone, mask), mask), {head: x[row : row + 1] for head, x in together.items()})
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_the_order_of_clips_only_orders_the_logits(missing: str) -> None:
+    model = build(missing).eval()
+    present, whole = torch.tensor(SUBSETS), clips(len(SUBSETS))
+    order = torch.randperm(len(SUBSETS))
+    logits = model(only(whole, present), present)
+    shuffled = model(only({m: x[order] for m, x in whole.items()}, present[order]), present[order])
+    assert_same({head: x[order] for head, x in logits.items()}, shuffled)
+
+
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("grad", [False, True])
+def test_keeping_a_subset_is_as_if_the_rest_were_absent(missing: str, grad: bool) -> None:
+    model = build(missing).eval()
+    keep, whole = torch.tensor(SUBSETS), clips(len(SUBSETS))
+    present = torch.ones_like(keep)
+    with torch.set_grad_enabled(grad):
+        kept = model.fuse(model.encode(whole, present), present, keep)
+        assert_same(kept, model(only(whole, keep), keep))
+
+
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("subset", [(True, False, False, False), (False, False, True, True), (True, True, True, True)])
+def test_every_parameter_gets_a_finite_gradient_whatever_is_present(missing: str, subset: tuple[bool, ...]) -> None:
+    model = build(missing).train()
+    present = torch.tensor([subset] * 3)
+    whole = clips(3)
+    logits = model(only(whole, present), present)
+    for name, gradient in gradients(model, logits).items():
+        assert gradient is not None, name
+        assert bool(gradient.isfinite().all()), name
+        modality = name.split(".")[1]
+        absent = modality in MODALITIES and not subset[MODALITIES.index(modality)]
+        if name.startswith(("encoders", "projections")) and absent:
+            assert not gradient.any(), name
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_gradients_arrive_in_one_order_whatever_is_present(missing: str) -> None:
+    model = build(missing, frozen=("flow",)).train()
+    arrived: list[str] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    orders = set()
+    for rows in [[subset] for subset in SUBSETS] + [SUBSETS]:
+        present = torch.tensor(rows)
+        arrived.clear()
+        gradients(model, model(only(clips(len(rows)), present), present))
+        orders.add(tuple(arrived))
+    assert len(orders) == 1
+    assert len(orders.pop()) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_running_an_encoder_for_nobody_changes_no_logit() -> None:
+    present = torch.tensor([[True, False, False, False]] * 2)
+    whole = only(clips(2), present)
+    for missing in MISSING:
+        model = build(missing)
+        trained = model.train()(whole, present)
+        with torch.no_grad():
+            assert_same(trained, model(whole, present))
+            assert_same(trained, model.eval()(whole, present))
+
+
+def test_without_gradients_the_encoder_of_an_absent_modality_is_not_run() -> None:
+    model = build().eval()
+    ran: list[str] = []
+    for modality, encoder in model.encoders.items():
+        encoder.register_forward_hook(lambda *_, modality=modality: ran.append(modality))
+    present = torch.tensor([[True, False, False, True]])
+    with torch.no_grad():
+        tokens = model.encode(only(clips(1), present), present)
+    assert ran == list(tokens) == ["video", "detections"]
+
+
+@pytest.mark.parametrize("subset", [(True, True, True, True), (True, False, True, True)])
+def test_frozen_encoders_stay_in_eval_mode_and_get_no_gradient(subset: tuple[bool, ...]) -> None:
+    model = build(frozen=("flow", "detections")).train()
+    present = torch.tensor([subset])
+    before = {name: p.clone() for name, p in model.encoders.named_parameters()}
+    gradients(model, model(only(clips(1), present), present))
+    for modality in MODALITIES:
+        frozen = modality in ("flow", "detections")
+        assert all(m.training is not frozen for m in model.encoders[modality].modules())
+        assert all((p.grad is None) is frozen for p in model.encoders[modality].parameters())
+        assert all(p.grad is not None for p in model.projections[modality].parameters())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    for name, parameter in model.encoders.named_parameters():
+        changed = not torch.equal(parameter, before[name])
+        assert not changed or not name.startswith(("flow", "detections"))
+
+
+def test_an_absent_modalitys_stand_in_is_what_learns() -> None:
+    model = build("stand_in").train()
+    present = torch.tensor([[True, False, True, True]])
+    found = gradients(model, model(only(clips(1), present), present))
+    for name, gradient in found.items():
+        if name.startswith("stand_ins.flow"):
+            assert gradient is not None
+            assert bool(gradient.any())
+
+
+def test_attention_dropout_acts_in_training_only() -> None:
+    model = build(attention_dropout=0.5)
+    present, whole = torch.ones(2, 4, dtype=torch.bool), clips(2)
+    model.train()
+    assert not torch.equal(model(whole, present)["verb"], model(whole, present)["verb"])
+    model.eval()
+    assert torch.equal(model(whole, present)["verb"], model(whole, present)["verb"])
+
+
+def test_a_seed_decides_all_weights() -> None:
+    first, second = build("stand_in").state_dict(), build("stand_in").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(bool(tensor.isfinite().all()) for tensor in first.values())
+
+
+def test_the_model_runs_in_bfloat16_with_a_modality_absent() -> None:
+    model = build("stand_in").to(torch.bfloat16).train()
+    present = torch.tensor([[True, False, False, True]])
+    whole = {m: x.to(torch.bfloat16) for m, x in only(clips(1), present).items()}
+    logits = model(whole, present)
+    assert all(x.dtype == torch.bfloat16 and bool(x.isfinite().all()) for x in logits.values())
+    assert all(gradient is not None for gradient in gradients(model, logits).values())
+
+
+def test_a_unimodal_model_has_nothing_to_stand_in_for() -> None:
+    for missing in MISSING:
+        model = build(missing, ("audio",))
+        logits = model(clips(2, ("audio",)), torch.ones(2, 1, dtype=torch.bool))
+        assert {head: tuple(x.shape) for head, x in logits.items()} == {"verb": (2, 5), "noun": (2, 3)}
+        assert not len(model.stand_ins)
+
+
+def test_tau_limits_the_tokens_of_each_modality() -> None:
+    model = build(tau=5)
+    tokens = model.encode(clips(2), torch.ones(2, 4, dtype=torch.bool))
+    assert {m: x.shape[1] for m, x in tokens.items()} == model.num_tokens
+    assert model.num_tokens == {"video": 5, "flow": 5, "audio": 3, "detections": 4}
+
+
+@pytest.mark.parametrize(
+    ("present", "keep", "message"),
+    [
+        ([[1, 1, 1, 1], [0, 0, 0, 0]], None, "clip 1 of the batch keeps no modality"),
+        ([[1, 1, 1, 1], [1, 0, 0, 0]], [[1, 0, 0, 0], [0, 0, 0, 0]], "clip 1 of the batch keeps no modality"),
+        ([[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 0, 0, 1], [1, 0, 0, 0]], "clip 0 of the batch keeps a modality that"),
+    ],
+)
+def test_a_clip_that_cannot_be_predicted_is_named(present: Any, keep: Any, message: str) -> None:
+    model = build().eval()
+    present_BM = torch.tensor(present) > 0
+    tokens = model.encode(only(clips(2), present_BM), present_BM)
+    with pytest.raises(ValueError, match=message):
+        model.fuse(tokens, present_BM, None if keep is None else torch.tensor(keep) > 0)
+
+
+def test_inputs_that_contradict_present_are_refused() -> None:
+    model = build().eval()
+    present = torch.tensor([[True, False, False, False]] * 2)
+    with pytest.raises(ValueError, match=r"inputs\['video'\] holds 3 clips, but present_BM says 2"):
+        model.encode({"video": clips(3)["video"]}, present)
+    with pytest.raises(ValueError, match=r"inputs\['video'\] holds 0 clips, but present_BM says 2"):
+        model.encode({}, present)
+    with pytest.raises(ValueError, match=r"expected torch.bool \(B, 4\)"):
+        model.encode({}, present.float())
+    with pytest.raises(ValueError, match=r"tokens\['video'\] are \(0, 5, 16\), expected \(2, 5, 16\)"):
+        model.fuse({}, present)
+
+
+def test_a_modality_without_an_encoder_is_named() -> None:
+    with pytest.raises(UserError, match="no encoder for modality 'flow'"):
+        KarmmaModel(ModelRecipe(encoders={"video": EncoderRecipe(name="small_video")}), INPUTS, MODALITIES, HEADS)
+
+
+TEACHER = {"width": 768, "num_layers": 2, "feedforward": 768, "fc_width": 1536, "missing": "leave_out"}
+
+
+@pytest.mark.parametrize(
+    ("encoders", "recipe", "gflops", "trainable"),
+    [
+        ({"video": "swin3d_b"}, TEACHER, 567.961, None),
+        ({"video": "swin3d_b", "flow": "swin3d_b", "audio": "swin3d_b"}, TEACHER, 1707.166, 11.25),
+        ({"video": "swin3d_b", "flow": "swin3d_b", "audio": "swin3d_b"}, TEACHER | {"tau": 100}, 1693.298, None),
+        ({"video": "swin3d_t"}, {}, 176.379, 29.64),
+    ],
+)
+def test_published_cost_and_size_are_reproduced(
+    encoders: dict[str, str], recipe: dict[str, Any], gflops: float, trainable: float | None
+) -> None:
+    with torch.device("meta"):
+        kinds = {m: EncoderRecipe(name=name, frozen=name == "swin3d_b") for m, name in encoders.items()}
+        model = KarmmaModel(
+            ModelRecipe(encoders=kinds, **recipe), InputRecipe(), list(encoders), {"verb": 97, "noun": 300}
+        ).eval()
+        inputs = {m: torch.empty(1, *input_shape(m, InputRecipe())) for m in encoders}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(inputs, torch.ones(1, len(encoders), dtype=torch.bool))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gflops, abs=6e-4)
+    if trainable is not None:
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6 == pytest.approx(trainable, abs=5e-3)
