@@ -1,0 +1,144 @@
+"""Which sensors fail: evaluation conditions, and the modalities each clip keeps under one of them.
+
+A condition is a subset of the modalities and a drop probability. Which modalities a clip loses is a function of
+(seed, clip key, modality) alone: the same for every model, batch size and world size.
+
+Legend: B clips, M modalities (columns in the model's order).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from karmma_dist.errors import UserError
+from karmma_dist.modality import subsets as all_subsets
+
+DROP_PROBS: tuple[float, ...] = tuple(tenth / 10 for tenth in range(10))
+"""The drop probabilities of a sweep (paper, Fig. 4)."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is there at inference: `modalities`, each lost with probability `drop_prob`, at least one kept.
+
+    Raises:
+        UserError: no modality, one named twice, a probability outside [0, 1], or a negative seed.
+    """
+
+    modalities: tuple[str, ...]
+    drop_prob: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise UserError(f"condition {list(self.modalities)}: name at least one modality, each of them once")
+        if not 0 <= self.drop_prob <= 1:
+            raise UserError(f"drop probability {self.drop_prob:g}: it must lie between 0 and 1")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed}: it must not be negative")
+
+
+def build_conditions(
+    available: Sequence[str],
+    *,
+    modalities: Sequence[str] | None = None,
+    drop_prob: float | None = None,
+    subsets: bool = False,
+    sweep: bool = False,
+    num_seeds: int = 1,
+) -> list[Condition]:
+    """Turn the choices of one evaluation into its conditions, in the order of the report, none of them twice.
+
+    Without any choice there is one condition: everything in `available` present. `modalities` narrows that set.
+    `subsets` takes every non-empty subset of it, and `drop_prob` applies to each of these. `sweep` adds
+    :data:`DROP_PROBS` on the whole (narrowed) set. Only conditions that drop something are repeated per seed
+    (0 to `num_seeds` - 1).
+
+    Raises:
+        UserError: a modality that is not available, or a probability or number of seeds out of range.
+    """
+    if num_seeds < 1:
+        raise UserError(f"number of seeds {num_seeds}: it must be at least 1")
+    base = _in_order(available if modalities is None else modalities, available)
+    wanted: list[tuple[tuple[str, ...], float]] = []
+    if subsets or drop_prob is not None or not sweep:
+        chosen = all_subsets(base) if subsets else [base]
+        wanted += [(subset, drop_prob or 0.0) for subset in chosen]
+    if sweep:
+        wanted += [(base, probability) for probability in DROP_PROBS]
+    if all(_drops_nothing(*pair) for pair in wanted):
+        if num_seeds > 1:
+            _logger.warning("%d seeds were asked for, but no condition drops anything at random: one is run", num_seeds)
+        if any(probability > 0 for _, probability in wanted):
+            _logger.warning("a drop probability has no effect on a single modality: one is always kept")
+    conditions = [
+        Condition(subset, probability, seed)
+        for subset, probability in dict.fromkeys(wanted)
+        for seed in range(1 if _drops_nothing(subset, probability) else num_seeds)
+    ]
+    return list(dict.fromkeys(conditions))
+
+
+def keep(condition: Condition, keys: Sequence[str], present_BM: Tensor, modalities: Sequence[str]) -> Tensor:
+    """Return keep_BM, bool: True = the model may use this modality of this clip.
+
+    A modality is kept if the clip has it, the condition names it, and it is not dropped. It is dropped when its
+    uniform number u(seed, key, modality) lies below the drop probability; where that would drop all, the one with
+    the largest u stays. Given that all lie below, the largest is a uniform choice, so the distribution is that of
+    independent drops with an empty draw replaced by one random modality (the paper's protocol). The masks are nested:
+    what is dropped at 0.3 is dropped at 0.4, so curves over the drop probability vary less.
+
+    A clip that has none of the condition's modalities keeps none: it cannot be evaluated under this condition.
+
+    Args:
+        condition: What is there.
+        keys: B clip keys.
+        present_BM: bool, True = the dataset has it; columns in the order of `modalities`.
+        modalities: The model's modalities.
+
+    Raises:
+        UserError: the condition names a modality that is not among `modalities`.
+    """
+    _in_order(condition.modalities, modalities)
+    named_M = torch.tensor([name in condition.modalities for name in modalities], device=present_BM.device)
+    eligible_BM = present_BM & named_M
+    if condition.drop_prob == 0:
+        return eligible_BM
+    uniforms_BM = _uniforms(condition.seed, tuple(keys), tuple(modalities)).to(present_BM.device)
+    last_B = uniforms_BM.masked_fill(~eligible_BM, -1.0).argmax(dim=1)
+    is_last_BM = torch.nn.functional.one_hot(last_B, len(modalities)).bool()
+    return eligible_BM & ((uniforms_BM >= condition.drop_prob) | is_last_BM)
+
+
+def uniform(seed: int, key: str, modality: str) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments: the top 53 bits of a BLAKE2b hash."""
+    digest = hashlib.blake2b(f"{seed}\0{key}\0{modality}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
+@lru_cache(maxsize=64)
+def _uniforms(seed: int, keys: tuple[str, ...], modalities: tuple[str, ...]) -> Tensor:
+    """uniforms_BM, float64. Cached because a sweep asks for the same batch at every drop probability."""
+    flat = [uniform(seed, key, modality) for key in keys for modality in modalities]
+    return torch.tensor(flat, dtype=torch.float64).reshape(len(keys), len(modalities))
+
+
+def _drops_nothing(modalities: Sequence[str], drop_prob: float) -> bool:
+    """Whether the masks of such a condition are the same for every seed."""
+    return drop_prob == 0 or len(modalities) == 1
+
+
+def _in_order(names: Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
+    unknown = [name for name in names if name not in available]
+    if unknown:
+        raise UserError(f"modality '{unknown[0]}' is not one of this model's: {', '.join(available)}")
+    return tuple(name for name in available if name in names)

@@ -1,0 +1,201 @@
+"""Evaluate one model under many conditions in one pass over the clips.
+
+    conditions = build_conditions(model.modalities, subsets=True, sweep=True, num_seeds=3)
+    results = evaluate(model, batches, conditions, device="cuda")
+
+Encoders do not see each other, so each runs once per clip and only the fusion block is run again; and since a clip
+has at most 2^M - 1 different masks, it runs that often at most, whatever the number of conditions.
+
+Legend: B clips of a batch, N clips of the split, M modalities, K conditions, P different masks, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation import metrics
+from karmma_dist.evaluation.conditions import Condition, keep
+from karmma_dist.evaluation.scores import BatchScores, Results, merge, ranked, score_rows
+from karmma_dist.streaming.batch import Batch
+
+
+class SensorModel(Protocol):
+    """What evaluation needs of a model: `karmma_dist.models.karmma.KarmmaModel` has it."""
+
+    @property
+    def modalities(self) -> Sequence[str]:
+        """Columns of present_BM."""
+
+    @property
+    def heads(self) -> Mapping[str, int]:
+        """Number of classes per head."""
+
+    def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
+        """Tokens of the present clips, per modality."""
+
+    def fuse(self, tokens: dict[str, Tensor], present_BM: Tensor, keep_BM: Tensor) -> dict[str, Tensor]:
+        """Logits (B, C) per head from the tokens of the kept modalities; every clip keeps at least one."""
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """All modules, the model itself among them."""
+
+    def eval(self) -> Any:
+        """Switch to evaluation mode."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: SensorModel,
+    batches: Iterable[Batch],
+    conditions: Sequence[Condition],
+    *,
+    device: torch.device | str,
+    drop_nouns: Collection[int] = (),
+    progress: Callable[[int], None] | None = None,
+    gather: Callable[[list[BatchScores]], list[BatchScores]] | None = None,
+) -> Results:
+    """Run `model` over `batches` and score it under every condition.
+
+    The model is in eval mode meanwhile, and every module's own mode is restored afterwards. It must be whole on
+    each rank: a rank whose last batch is all padding makes no call, so parameters sharded over ranks would wait
+    for it. Only `gather` communicates; every rank must call it where there is more than one.
+
+    Args:
+        model: What is evaluated.
+        batches: This rank's clips, inputs as the model takes them; each clip on one rank only.
+        conditions: What is there (see `build_conditions`).
+        device: Where the model is.
+        drop_nouns: Clips of these classes of the head "noun" are left out (the paper: nouns never trained on).
+        progress: Called with the number of clips of each finished batch.
+        gather: Returns the lists of all ranks put together, in any order (see torch's all_gather_object), so that
+            every rank returns the same results; None: this process has all clips.
+
+    Raises:
+        UserError: no clip, no labelled clip, a clip given twice, a label out of range, a prediction that is not a
+            number, or a condition with a modality the model lacks.
+    """
+    if not conditions:
+        raise UserError("no condition to evaluate: name at least one")
+    if drop_nouns and "noun" not in model.heads:
+        raise UserError(f"drop_nouns is set, but the model has no head 'noun' (it has {', '.join(model.heads)})")
+    scores = []
+    with _eval_mode(model):
+        for batch in batches:
+            scores.append(_score_batch(model, batch, conditions, torch.device(device)))
+            if progress is not None:
+                progress(len(scores[-1].keys))
+    merged = merge(gather(scores) if gather is not None else scores)
+    return score_rows(merged, conditions, list(model.modalities), dict(model.heads), drop_nouns)
+
+
+@contextmanager
+def _eval_mode(model: SensorModel) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _score_batch(
+    model: SensorModel, batch: Batch, conditions: Sequence[Condition], device: torch.device
+) -> BatchScores:
+    """Encode once, fuse once per different mask, and keep the ranks of the clips that are no padding."""
+    _check_labels(model, batch)
+    used = {name for condition in conditions for name in condition.modalities}
+    used_M = torch.tensor([name in used for name in model.modalities])
+    present_BM = batch.present_BM.cpu()
+    masks = [keep(condition, batch.keys, present_BM, model.modalities) for condition in conditions]
+    bits_M = 2 ** torch.arange(len(model.modalities))
+    masks_BK = torch.stack([(mask_BM * bits_M).sum(dim=1) for mask_BM in masks], dim=1).numpy()
+    ranks = {name: np.full(masks_BK.shape, -1, dtype=np.int32) for name in ranked(list(model.heads))}
+    runnable_B = (present_BM & used_M).any(dim=1)
+    if bool((runnable_B & batch.valid_B.cpu()).any()):
+        rows = runnable_B.numpy()
+        found = _ranks_of_masks(model, batch, used_M, runnable_B, masks_BK[rows], device)
+        for name, ranks_RK in found.items():
+            ranks[name][rows] = np.where(masks_BK[rows] > 0, ranks_RK, -1)
+    valid_B = batch.valid_B.cpu().numpy()
+    return BatchScores(
+        keys=[key for key, valid in zip(batch.keys, valid_B, strict=True) if valid],
+        labels={head: batch.labels[head].cpu().numpy()[valid_B] for head in model.heads},
+        present_BM=present_BM.numpy()[valid_B],
+        masks_BK=masks_BK[valid_B].astype(np.uint8),
+        ranks={name: ranks_BK[valid_B] for name, ranks_BK in ranks.items()},
+        damage=[f"{one.shard}: clip {one.key}: {one.member}: {one.what}" for one in batch.damage],
+    )
+
+
+def _ranks_of_masks(
+    model: SensorModel,
+    batch: Batch,
+    used_M: Tensor,
+    runnable_B: Tensor,
+    masks_RK: np.ndarray,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """Ranks (R, K) of the R runnable clips; entries whose mask is 0 are meaningless.
+
+    Clips without any usable modality own no row of any input, so leaving them out of present_BM is all it takes.
+    Inputs of modalities that no condition uses are left out, as if nobody had them: their encoders need not run.
+    """
+    present_RM = (batch.present_BM.cpu() & used_M)[runnable_B].to(device)
+    used = [name for name, use in zip(model.modalities, used_M.tolist(), strict=True) if use]
+    inputs = {name: batch.inputs[name].to(device) for name in used if name in batch.inputs}
+    labels = {head: batch.labels[head].cpu()[runnable_B].to(device) for head in model.heads}
+    tokens = model.encode(inputs, present_RM)
+    masks_RP, place_RK = _distinct(masks_RK)
+    bits_M = 2 ** np.arange(len(model.modalities))
+    passes = []
+    for mask_R in masks_RP.T:
+        keep_RM = torch.from_numpy((mask_R[:, None] & bits_M) > 0).to(device)
+        logits = model.fuse(tokens, present_RM, keep_RM)
+        passes.append(_rank(logits, labels, batch, runnable_B))
+    ranks_RP = {name: torch.stack([one[name] for one in passes], dim=1).cpu().numpy() for name in passes[0]}
+    return {name: np.take_along_axis(ranks, place_RK, axis=1) for name, ranks in ranks_RP.items()}
+
+
+def _distinct(masks_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each clip's different non-zero masks (R, P), filled up with its first, and where each of the K stands there."""
+    distinct = [np.unique(masks_K[masks_K > 0]) for masks_K in masks_RK]
+    masks_RP = np.stack([np.resize(masks, max(map(len, distinct))) for masks in distinct])
+    place_RK = np.stack([np.searchsorted(*pair) for pair in zip(distinct, masks_RK, strict=True)])
+    return masks_RP, place_RK
+
+
+def _rank(
+    logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], batch: Batch, runnable_B: Tensor
+) -> dict[str, Tensor]:
+    """Ranks (R,), int64, of "action" and of each head."""
+    log_probs = {head: torch.log_softmax(scores.double(), dim=1) for head, scores in logits.items()}
+    for head, scores in log_probs.items():
+        if bool(scores.isnan().any()):
+            rows = torch.arange(len(runnable_B))[runnable_B]
+            key = batch.keys[int(rows[scores.isnan().any(dim=1).cpu()][0])]
+            raise UserError(f"clip {key}: head '{head}' predicts nan: the weights diverged; use an earlier checkpoint")
+    return {
+        name: metrics.joint_ranks([log_probs[head] for head in heads], [labels[head] for head in heads])
+        for name, heads in ranked(list(logits)).items()
+    }
+
+
+def _check_labels(model: SensorModel, batch: Batch) -> None:
+    for head, num_classes in model.heads.items():
+        if head not in batch.labels:
+            raise UserError(f"the clips carry no '{head}' label: evaluate on shards of the model's own dataset")
+        labels_B = batch.labels[head]
+        if len(labels_B) and int(labels_B.max()) >= num_classes:
+            row = int(labels_B.argmax())
+            raise UserError(
+                f"clip {batch.keys[row]}: {head} {int(labels_B[row])} is out of range: the model knows {num_classes} "
+                "classes; evaluate on shards of the model's own dataset"
+            )

@@ -1,0 +1,253 @@
+"""Write what was measured: results.json, report.md with its plots, and a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.findings import METRIC, findings, model_ranks, subset_values
+from karmma_dist.evaluation.plots import Curve, drop_curves, subset_bars
+from karmma_dist.evaluation.scores import Results
+from karmma_dist.evaluation.summary import metric_names
+from karmma_dist.modality import letters
+from karmma_dist.shards import write_json
+
+RESULTS = "results.json"
+REPORT = "report.md"
+CURVE_PLOT = "drop_curve.png"
+SUBSET_PLOT = "subsets.png"
+
+Models = Mapping[str, dict[str, Any]]
+
+
+def write_results(results: Results, folder: Path) -> Path:
+    """Write `folder`/results.json, whole or not at all, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RESULTS, results.to_dict())
+    return folder / RESULTS
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    models: Models,
+    notes: Sequence[str] = (),
+    timings: Mapping[str, float] | None = None,
+) -> Path:
+    """Write `folder`/report.md and the plots it shows, and return its path.
+
+    A section that the rows do not allow (no subsets, no sweep) is left out, and so is its plot.
+
+    Args:
+        folder: Made if missing.
+        title: First line.
+        models: Results (the object of results.json) per model name, in the order of the columns.
+        notes: Sentences of the caller, for what the numbers cannot tell.
+        timings: Seconds per step.
+
+    Raises:
+        UserError: `models` is empty.
+    """
+    if not models:
+        raise UserError("no results to report: evaluate at least one model")
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = [
+        f"# {title}\n",
+        _measured(models),
+        _findings_section(models),
+        _subset_section(folder, models),
+        _sweep_section(folder, models),
+        _rows_section(models),
+        _list_section("Notes", notes),
+        _table_section("Time", ["step", "seconds"], [[_text(n), f"{s:.1f}"] for n, s in (timings or {}).items()]),
+    ]
+    path = folder / REPORT
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text("\n".join(section for section in sections if section), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def results_table(results: Results, title: str | None = None) -> Table:
+    """The rows as a table that fits a terminal of 80 columns: percentages, one line per condition."""
+    names = [name for name in metric_names(results.rows) if name.endswith("_top1") or name == "action_top5"]
+    table = Table(title=title, caption=f"percent of {results.summary['num_clips']:,} clips; without: has none of these")
+    table.add_column("modalities", no_wrap=True)
+    for heading in ("drop %", "seed", "clips", "without", *(_heading(name) for name in names)):
+        table.add_column(heading, justify="right")
+    for row in results.rows:
+        table.add_row(*_row_cells(row), *(_percent(row[name]) for name in names))
+    return table
+
+
+def _measured(models: Models) -> str:
+    """What the figures rest on: clips, chance, seeds, and what the data itself lacks."""
+    first = next(iter(models.values()))["summary"]
+    lines = ["## What was measured\n"]
+    for name, num in first["num_classes"].items():
+        majority = first["majority_top1"][name]
+        lines.append(
+            f"* {name}: {num:,} classes, chance {first['chance_top1'][name]:.3g} % top-1; naming the most frequent one "
+            f"each time {_percent(majority)} %."
+        )
+    seeds = max(len(results["summary"]["seeds"]) for results in models.values())
+    lines.append(f"* Seeds of the drops: {seeds}. What a clip loses depends on seed and key alone, not on the model.")
+    fewest = min(results["summary"]["num_clips"] for results in models.values())
+    lines.append(
+        f"* {fewest:,} clips: by sampling alone, the 95 % interval of a figure is up to "
+        f"±{98 / math.sqrt(fewest):.1f} points."
+    )
+    modalities = list(dict.fromkeys(m for results in models.values() for m in results["summary"]["modalities"]))
+    header = ["model", "clips", "unlabelled", "left out by noun", "unreadable", *(f"without {m}" for m in modalities)]
+    table = []
+    for name, results in models.items():
+        summary = results["summary"]
+        counts = [summary[key] for key in ("num_clips", "num_unlabelled", "num_pruned", "num_damaged")]
+        lacking = [_lacking(summary, modality) for modality in modalities]
+        table.append([_text(name), *(f"{count:,}" for count in counts), *lacking])
+    damage = [f"* unreadable: {line}" for line in first["damage"]]
+    return "\n".join([*lines, *damage, "", _table(header, table), ""])
+
+
+def _lacking(summary: dict[str, Any], modality: str) -> str:
+    """How many clips have no such modality in the data."""
+    if modality not in summary["num_present"]:
+        return "not used"
+    return f"{summary['num_clips'] - summary['num_present'][modality]:,}"
+
+
+def _findings_section(models: Models) -> str:
+    return _list_section("What the figures say", findings(models))
+
+
+def _subset_section(folder: Path, models: Models) -> str:
+    probability, values = subset_values(models)
+    subsets = list(dict.fromkeys(subset for of in values.values() for subset in of))
+    if len(subsets) < 2:
+        return ""
+    table = [
+        [letters(subset), _clips(models, subset, probability), *_best([of.get(subset) for of in values.values()])]
+        for subset in subsets
+    ]
+    over = {name: results["summary"]["subsets"] for name, results in models.items()}
+    table.append(["average over subsets", "", *_best([_figure(of, "average") for of in over.values()])])
+    drops = [_figure(of, "relative_drop") for of in over.values()]
+    table.append(["average relative drop (%)", "", *_best(drops, lowest=True)])
+    if len(models) > 1:
+        table.append(["average rank", "", *_best(list(model_ranks(models).values()), lowest=True)])
+    bars = {name: {letters(subset): value for subset, value in of.items()} for name, of in values.items()}
+    subset_bars(folder / SUBSET_PLOT, bars, "action top-1 (%)")
+    at = f" at drop probability {probability:g}" if probability else ""
+    lines = [
+        f"## Subsets of the modalities{at}: action top-1 (%)\n",
+        _table(["present", "clips", *map(_text, models)], table),
+        "\nA clip that has none of a subset's modalities cannot be shown to a model: counted apart, as *without*.",
+        f"\n![action top-1 per subset]({SUBSET_PLOT})\n",
+    ]
+    return "\n".join(lines)
+
+
+def _figure(summary: dict[str, Any] | None, key: str) -> float | None:
+    return None if summary is None else summary[key][METRIC]
+
+
+def _clips(models: Models, subset: tuple[str, ...], probability: float) -> str:
+    """Clips behind a line of the subset table; both numbers where models differ."""
+    counts = dict.fromkeys(
+        f"{row['num_clips']:,}" + (f" ({row['num_without']:,} without)" if row["num_without"] else "")
+        for results in models.values()
+        for row in results["rows"]
+        if tuple(row["modalities"]) == subset and row["drop_prob"] == probability
+    )
+    return " / ".join(counts)
+
+
+def _sweep_section(folder: Path, models: Models) -> str:
+    curves = {name: results["summary"]["drop_curve"] for name, results in models.items()}
+    curves = {name: curve for name, curve in curves.items() if curve is not None}
+    if not curves:
+        return ""
+    probabilities = sorted({p for curve in curves.values() for p in curve["drop_prob"]})
+    places = [{p: k for k, p in enumerate(curve["drop_prob"])} for curve in curves.values()]
+    table = []
+    for probability in probabilities:
+        at = [place.get(probability) for place in places]
+        mean = [None if k is None else c["mean"][METRIC][k] for k, c in zip(at, curves.values(), strict=True)]
+        std = [None if k is None else c["std"][METRIC][k] for k, c in zip(at, curves.values(), strict=True)]
+        spread = [f" ± {s:.2f}" if s and c["num_seeds"] > 1 else "" for s, c in zip(std, curves.values(), strict=True)]
+        table.append([f"{100 * probability:g}", *(m + s for m, s in zip(_best(mean), spread, strict=True))])
+    table.append(["mean height (area)", *_best([curve["area"][METRIC] for curve in curves.values()])])
+    table.append(["fall (points)", *_best([curve["fall"][METRIC] for curve in curves.values()], lowest=True)])
+    falls = [curve["relative_fall"][METRIC] for curve in curves.values()]
+    table.append(["fall (% of the start)", *_best(falls, lowest=True)])
+    lines = {n: Curve(c["drop_prob"], c["mean"][METRIC], c["std"][METRIC]) for n, c in curves.items()}
+    chance = next(iter(models.values()))["summary"]["chance_top1"]["action"]
+    drop_curves(folder / CURVE_PLOT, lines, "action top-1 (%)", ("chance", chance))
+    columns = [f"{_text(name)} ({letters(curve['modalities'])})" for name, curve in curves.items()]
+    return "\n".join(
+        [
+            "## Modalities missing at random: action top-1 (%)\n",
+            _table(["drop probability (%)", *columns], table),
+            "\nAt least one modality of each clip stays. ± is the standard deviation over the seeds.",
+            f"\n![action top-1 over drop probability]({CURVE_PLOT})\n",
+        ]
+    )
+
+
+def _rows_section(models: Models) -> str:
+    lines = ["## All rows (%)\n"]
+    for name, results in models.items():
+        names = metric_names(results["rows"])
+        header = ["modalities", "drop %", "seed", "clips", "without", *map(_heading, names)]
+        body = [[*_row_cells(row), *(_percent(row[key]) for key in names)] for row in results["rows"]]
+        lines += [f"### {_text(name)}\n", _table(header, body), ""]
+    return "\n".join(lines)
+
+
+def _row_cells(row: dict[str, Any]) -> list[str]:
+    """Condition and counts of a row, as text."""
+    counts = [f"{row['seed']}", f"{row['num_clips']:,}", f"{row['num_without']:,}"]
+    return [letters(row["modalities"]), f"{100 * row['drop_prob']:g}", *counts]
+
+
+def _heading(name: str) -> str:
+    """`action_top1` -> `action top-1`."""
+    for ending, figure in (("_top1", "top-1"), ("_top5", "top-5"), ("_mean_class", "per class")):
+        if name.endswith(ending):
+            return f"{name.removesuffix(ending)} {figure}"
+    return name
+
+
+def _best(values: Sequence[float | None], lowest: bool = False) -> list[str]:
+    """Two digits each, the best in bold where there are several to choose from."""
+    known = [value for value in values if value is not None]
+    best = None if len(known) < 2 else _percent((min if lowest else max)(known))
+    return [f"**{best}**" if value is not None and _percent(value) == best else _percent(value) for value in values]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _text(name: str) -> str:
+    """A name as a table cell: a bar would end it."""
+    return name.replace("|", "\\|")
+
+
+def _list_section(heading: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"## {heading}\n", *(f"* {line}" for line in lines), ""]) if lines else ""
+
+
+def _table_section(heading: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    return f"## {heading}\n\n{_table(header, body)}\n" if body else ""
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *body])

@@ -1,0 +1,151 @@
+"""From a run folder to its results: find the run, load the model, stream the split, evaluate.
+
+`validate` is the same for a model that is being trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.conditions import Condition
+from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.scores import Results
+from karmma_dist.models.pretrained import load_model
+from karmma_dist.progress import Report, silent
+from karmma_dist.recipe import DataRecipe, InputRecipe, Recipe, read_run_recipe
+from karmma_dist.streaming.batch import prepare
+from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
+from karmma_dist.training.rendezvous import World
+from karmma_dist.training.telemetry import STATE, read_state
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation was of."""
+
+    name: str
+    """The run's name, or the weights file's."""
+    folder: Path
+    """Where its report goes unless told otherwise."""
+    data: DataRecipe
+    """The clips it was evaluated on; `validation_split` is the split."""
+    results: Results
+
+
+def newest_finished_run(runs_dir: Path) -> Path:
+    """The run folder below `runs_dir` that finished last.
+
+    Raises:
+        UserError: there is none.
+    """
+    states = {path.parent: read_state(path.parent) for path in runs_dir.glob(f"**/{STATE}")}
+    finished = {run: state["time"] for run, state in states.items() if state.get("state") == "finished"}
+    if not finished:
+        raise UserError(f"{runs_dir}: no finished run in it: name a run folder, or train one: karmma-dist train RECIPE")
+    return max(finished, key=lambda run: finished[run])
+
+
+def evaluate_run(
+    run: Path,
+    conditions: Callable[[Sequence[str]], list[Condition]],
+    *,
+    shards: str | None = None,
+    split: str | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    report: Report = silent,
+) -> Evaluated:
+    """Evaluate a run folder or a weights file.
+
+    Args:
+        run: Run folder, or weights file with its model.yaml beside it.
+        conditions: Given the model's modalities, what is there at inference.
+        shards: Shards folder; None: the run's own.
+        split: Split; None: the run's validation split.
+        batch_size: Clips per batch; None: the recipe's. The answers do not depend on it.
+        num_workers: Decoding processes; None: the recipe's.
+        report: Progress.
+
+    Raises:
+        UserError: no weights, no shards, a split or modality that does not exist.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, card = load_model(run, device)
+    folder = run if run.is_dir() else run.parent
+    recipe = read_run_recipe(folder) if (folder / "recipe.yaml").is_file() else None
+    if recipe is None and shards is None:
+        raise UserError(f"{folder}: no recipe.yaml beside the weights, so name the shards with --shards DIR")
+    base = recipe.data if recipe else DataRecipe(shards=str(shards), modalities=list(card.modalities))
+    changes = {"shards": shards, "validation_split": split, "num_workers": num_workers}
+    data = base.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    size = batch_size or (recipe.evaluation.batch_size if recipe else 16)
+    name = recipe.name if recipe else run.stem
+    chosen = conditions(model.modalities)
+    results = _evaluate(model, data, card.inputs, chosen, size, device, name, report)
+    return Evaluated(name, folder / "eval", data, results)
+
+
+def _evaluate(
+    model: Any,
+    data: DataRecipe,
+    inputs: InputRecipe,
+    conditions: Sequence[Condition],
+    batch_size: int,
+    device: torch.device,
+    name: str,
+    report: Report,
+) -> Results:
+    """One process, every clip."""
+    clips = EvaluationClips(open_shards(data), data, inputs, data.validation_split)
+    total = len(clips.clips)
+    done = 0
+
+    def progress(num: int) -> None:
+        nonlocal done
+        done += num
+        report(f"eval {name}", done, total)
+
+    batches = (prepare(batch, inputs, device) for batch in evaluation_batches(clips, batch_size))
+    return evaluate(model, batches, conditions, device=device, drop_nouns=data.drop_nouns, progress=progress)
+
+
+def validate(model: nn.Module, recipe: Recipe, world: World) -> dict[str, float]:
+    """Top-1 and top-5 of a model in training on its validation split, everything present; percent.
+
+    Every rank must call this and takes its share of the clips; all return the same numbers. Damaged clips are left
+    out and counted in `num_damaged`.
+    """
+    from karmma_dist.training.engine import gather
+
+    parameter = next(model.parameters())
+    data, size = recipe.data, recipe.evaluation.batch_size
+    clips = EvaluationClips(open_shards(data), data, recipe.inputs, data.validation_split)
+    prepared = (
+        prepare(batch, recipe.inputs, parameter.device)
+        for batch in evaluation_batches(clips, size, world.rank, world.size)
+    )
+    cast = (_cast(batch, parameter.dtype) for batch in prepared)
+    everything = [Condition(tuple(data.modalities))]
+    results = evaluate(
+        model,  # type: ignore[arg-type]
+        cast,
+        everything,
+        device=parameter.device,
+        drop_nouns=data.drop_nouns,
+        gather=gather,
+    )
+    row = results.rows[0]
+    scores = {name: value for name, value in row.items() if name.endswith(("_top1", "_top5")) and value is not None}
+    return {**scores, "num_clips": row["num_clips"], "num_damaged": results.summary["num_damaged"]}
+
+
+def _cast(batch: Any, dtype: torch.dtype) -> Any:
+    batch.inputs = {name: tensor.to(dtype) for name, tensor in batch.inputs.items()}
+    return batch

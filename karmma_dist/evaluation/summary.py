@@ -1,0 +1,111 @@
+"""Figures over the rows of one model: averages over subsets, and the curve over the drop probability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from karmma_dist.evaluation import metrics
+
+Row = dict[str, Any]
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return `seeds`, and where the rows allow them `subsets` and `drop_curve` (else None).
+
+    * `subsets`: over the rows of the lowest drop probability at which there are several subsets, mean over seeds
+      first: `average` (all of them, the full set too) and `relative_drop` (percent lost against the full set,
+      averaged over the proper subsets; None where the largest subset is not the union of all).
+    * `drop_curve`: over the rows of the modalities swept at the most probabilities: `mean` and `std` (population)
+      over seeds at each of `drop_prob`, `area` (mean height in percent, trapezoid rule), `fall` (points lost from the
+      first probability to the last) and `relative_fall` (the same as a percentage of the first).
+    """
+    names = metric_names(rows)
+    return {
+        "seeds": sorted({row["seed"] for row in rows}),
+        "subsets": _over_subsets(rows, names),
+        "drop_curve": _over_drop_probs(rows, names),
+    }
+
+
+def metric_names(rows: Sequence[Row]) -> list[str]:
+    """Keys of a row that are percentages."""
+    return [key for key in rows[0] if key.endswith(("_top1", "_top5", "_mean_class"))] if rows else []
+
+
+def mean_over_seeds(rows: Sequence[Row], name: str) -> float | None:
+    """Mean of one percentage over rows that differ in their seed."""
+    return metrics.average([row[name] for row in rows])
+
+
+def by_subset(rows: Sequence[Row]) -> tuple[float, dict[tuple[str, ...], list[Row]]] | None:
+    """The lowest drop probability at which several subsets were evaluated, and its rows per subset (one per seed)."""
+    for probability in sorted({row["drop_prob"] for row in rows}):
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in rows:
+            if row["drop_prob"] == probability:
+                groups.setdefault(tuple(row["modalities"]), []).append(row)
+        if len(groups) > 1:
+            return probability, groups
+    return None
+
+
+def by_drop_prob(rows: Sequence[Row]) -> tuple[tuple[str, ...], dict[float, list[Row]]] | None:
+    """The modalities evaluated at the most drop probabilities (at least two), and their rows per probability."""
+    groups: dict[tuple[str, ...], dict[float, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row["modalities"]), {}).setdefault(row["drop_prob"], []).append(row)
+    swept = max(groups, key=lambda names: (len(groups[names]), len(names)), default=None)
+    if swept is None or len(groups[swept]) < 2:
+        return None
+    return swept, dict(sorted(groups[swept].items()))
+
+
+def _over_subsets(rows: Sequence[Row], names: list[str]) -> dict[str, Any] | None:
+    found = by_subset(rows)
+    if found is None:
+        return None
+    probability, groups = found
+    full = max(groups, key=len)
+    has_full = all(set(subset) <= set(full) for subset in groups)
+    values = {name: {subset: mean_over_seeds(of, name) for subset, of in groups.items()} for name in names}
+    return {
+        "drop_prob": probability,
+        "num_subsets": len(groups),
+        "full": list(full) if has_full else None,
+        "average": {name: metrics.average(list(of.values())) for name, of in values.items()},
+        "relative_drop": {
+            name: metrics.average_relative_drop(of[full], [v for s, v in of.items() if s != full]) if has_full else None
+            for name, of in values.items()
+        },
+    }
+
+
+def _over_drop_probs(rows: Sequence[Row], names: list[str]) -> dict[str, Any] | None:
+    found = by_drop_prob(rows)
+    if found is None:
+        return None
+    modalities, groups = found
+    probabilities = list(groups)
+    mean = {name: [mean_over_seeds(of, name) for of in groups.values()] for name in names}
+    return {
+        "modalities": list(modalities),
+        "drop_prob": probabilities,
+        "num_seeds": max(len(of) for of in groups.values()),
+        "mean": mean,
+        "std": {name: [_std([row[name] for row in of]) for of in groups.values()] for name in names},
+        "area": {name: metrics.curve_area(probabilities, values) for name, values in mean.items()},
+        "fall": {name: _difference(values) for name, values in mean.items()},
+        "relative_fall": {name: metrics.relative_drop(values[0], values[-1]) for name, values in mean.items()},
+    }
+
+
+def _std(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.std(known, dtype=np.float64)) if known else None
+
+
+def _difference(values: list[float | None]) -> float | None:
+    return None if values[0] is None or values[-1] is None else values[0] - values[-1]

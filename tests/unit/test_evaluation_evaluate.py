@@ -1,0 +1,300 @@
+"""One pass with each clip encoded once says exactly what running the model anew under every condition says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
+from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.streaming.batch import Batch, Damage
+
+MODALITIES = ["video", "flow", "audio"]
+HEADS = {"verb": 4, "noun": 5}
+WIDTH = 6
+
+
+class Fusion(nn.Module):
+    """A linear model with small integer weights: its answers are exact, whatever the batch."""
+
+    def __init__(self, modalities: list[str] = MODALITIES, heads: dict[str, int] = HEADS) -> None:
+        super().__init__()
+        self.modalities, self.heads = list(modalities), dict(heads)
+        generator = torch.Generator().manual_seed(1)
+        self.encoders = nn.ParameterDict(
+            {name: torch.randint(-3, 4, (WIDTH, WIDTH), generator=generator).float() for name in modalities}
+        )
+        self.classifiers = nn.ParameterDict(
+            {head: torch.randint(-3, 4, (WIDTH, num), generator=generator).float() for head, num in heads.items()}
+        )
+        self.frozen = nn.Dropout(0.9)
+        self.num_encoded = dict.fromkeys(modalities, 0)
+        self.num_fused = 0
+
+    def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
+        tokens = {}
+        for column, name in enumerate(self.modalities):
+            num = int(present_BM[:, column].sum())
+            assert len(inputs.get(name, ())) == num
+            if num:
+                tokens[name] = self.frozen(inputs[name]) @ self.encoders[name]
+                self.num_encoded[name] += num
+        return tokens
+
+    def fuse(self, tokens: dict[str, Tensor], present_BM: Tensor, keep_BM: Tensor) -> dict[str, Tensor]:
+        assert not (keep_BM & ~present_BM).any()
+        assert keep_BM.any(dim=1).all()
+        self.num_fused += 1
+        sum_BD = torch.zeros(len(present_BM), WIDTH)
+        for column, name in enumerate(self.modalities):
+            if name in tokens:
+                part_BD = torch.zeros(len(present_BM), WIDTH)
+                part_BD[present_BM[:, column]] = tokens[name]
+                sum_BD = sum_BD + part_BD * keep_BM[:, column : column + 1]
+        return {head: sum_BD @ weight for head, weight in self.classifiers.items()}
+
+
+def make_batches(num: int = 37, batch_size: int = 8, heads: dict[str, int] = HEADS, seed: int = 0) -> list[Batch]:
+    """Clips of any non-empty presence, each a function of its number alone; the last batch is padded."""
+    clips = []
+    for number in range(num):
+        generator = np.random.default_rng([seed, number])
+        present = generator.random(3) < 0.7
+        present[generator.integers(3)] = True
+        inputs = {m: generator.integers(-2, 3, WIDTH) for m, there in zip(MODALITIES, present, strict=True) if there}
+        labels = {head: int(generator.integers(classes)) for head, classes in heads.items()}
+        clips.append((f"clip_{number}", inputs, labels))
+    return [make_batch(clips[first : first + batch_size], batch_size, heads) for first in range(0, num, batch_size)]
+
+
+def make_batch(clips: list, batch_size: int, heads: dict[str, int]) -> Batch:
+    padding = [("", {}, dict.fromkeys(heads, -1))] * (batch_size - len(clips))
+    rows = [*clips, *padding]
+    inputs = {m: [inputs[m] for _, inputs, _ in rows if m in inputs] for m in MODALITIES}
+    return Batch(
+        keys=[key for key, _, _ in rows],
+        present_BM=torch.tensor([[m in inputs for m in MODALITIES] for _, inputs, _ in rows]),
+        inputs={m: torch.from_numpy(np.stack(values)).float() for m, values in inputs.items() if values},
+        labels={head: torch.tensor([labels[head] for _, _, labels in rows]) for head in heads},
+        valid_B=torch.tensor([key != "" for key, _, _ in rows]),
+        jitter_N3=torch.ones(0, 3),
+    )
+
+
+def singles(batches: list[Batch]) -> list[Batch]:
+    """The same clips, each a batch of its own, without padding."""
+    found = []
+    for batch in batches:
+        for row in range(len(batch.keys)):
+            if batch.valid_B[row]:
+                places = batch.present_BM[:row].sum(dim=0)
+                there = [(c, m) for c, m in enumerate(MODALITIES) if batch.present_BM[row, c]]
+                one = slice(row, row + 1)
+                clip = replace(batch, keys=batch.keys[one], present_BM=batch.present_BM[one])
+                clip.valid_B = batch.valid_B[one]
+                clip.inputs = {m: batch.inputs[m][places[c] : places[c] + 1] for c, m in there}
+                clip.labels = {head: values[one] for head, values in batch.labels.items()}
+                found.append(clip)
+    return found
+
+
+@torch.no_grad()
+def naive_row(model: Fusion, clips: list[Batch], condition: Condition) -> dict[str, float]:
+    """Each clip alone, from its raw inputs, with what it loses taken away before the encoders."""
+    places: dict[str, list[int]] = {"action": [], "verb": [], "noun": []}
+    for clip in clips:
+        keep_BM = keep(condition, clip.keys, clip.present_BM, MODALITIES)
+        if not keep_BM.any():
+            continue
+        inputs = {m: x for m, x in clip.inputs.items() if keep_BM[0, MODALITIES.index(m)]}
+        logits = model.fuse(model.encode(inputs, keep_BM), keep_BM, keep_BM)
+        scores = {head: values[0].double().log_softmax(0) for head, values in logits.items()}
+        joint = (scores["verb"][:, None] + scores["noun"][None, :]).flatten()
+        truth = {head: int(clip.labels[head]) for head in HEADS}
+        for name, values, true in (
+            ("verb", scores["verb"], truth["verb"]),
+            ("noun", scores["noun"], truth["noun"]),
+            ("action", joint, truth["verb"] * HEADS["noun"] + truth["noun"]),
+        ):
+            places[name].append(torch.argsort(values, descending=True, stable=True).tolist().index(true))
+    return {"num_clips": len(places["verb"])} | {
+        f"{name}_top{k}": 100.0 * sum(p < k for p in of) / len(of) for name, of in places.items() for k in (1, 5)
+    }
+
+
+CONDITIONS = build_conditions(MODALITIES, subsets=True, sweep=True, num_seeds=2)
+
+
+def test_encoding_once_gives_exactly_what_running_every_condition_from_the_inputs_gives():
+    batches = make_batches()
+    results = evaluate(Fusion().eval(), batches, CONDITIONS, device="cpu")
+    for condition, row in zip(CONDITIONS, results.rows, strict=True):
+        assert (tuple(row["modalities"]), row["drop_prob"], row["seed"]) == (
+            condition.modalities, condition.drop_prob, condition.seed
+        )  # fmt: skip
+        expected = naive_row(Fusion().eval(), singles(batches), condition)
+        assert {name: row[name] for name in expected} == expected
+
+
+def test_every_encoder_sees_every_clip_once_and_fusion_runs_at_most_once_per_different_mask():
+    batches, model = make_batches(), Fusion()
+    evaluate(model, batches, CONDITIONS, device="cpu")
+    num_present = {m: sum(int(b.present_BM[:, c].sum()) for b in batches) for c, m in enumerate(MODALITIES)}
+    assert model.num_encoded == num_present
+    assert model.num_fused <= len(batches) * 7 < len(batches) * len(CONDITIONS)
+
+
+def test_encoders_of_modalities_that_no_condition_uses_do_not_run():
+    model = Fusion()
+    evaluate(model, make_batches(), [Condition(("audio",)), Condition(("video", "audio"), 0.5)], device="cpu")
+    assert model.num_encoded["flow"] == 0
+    assert model.num_encoded["audio"] > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 37, 64])
+def test_results_do_not_depend_on_the_batch_size(batch_size):
+    expected = evaluate(Fusion(), make_batches(), CONDITIONS, device="cpu")
+    assert evaluate(Fusion(), make_batches(batch_size=batch_size), CONDITIONS, device="cpu") == expected
+
+
+def test_two_ranks_gathered_give_the_rows_of_one():
+    batches = make_batches()
+    whole = evaluate(Fusion(), batches, CONDITIONS, device="cpu")
+    sent: list = []
+    evaluate(Fusion(), batches[::2], CONDITIONS, device="cpu", gather=lambda own: sent.extend(own) or own)
+    for order in (1, -1):
+        halves = evaluate(
+            Fusion(), batches[1::2], CONDITIONS, device="cpu", gather=lambda own, order=order: [*own, *sent][::order]
+        )
+        assert halves == whole
+
+
+def test_a_rank_whose_batch_is_all_padding_adds_nothing():
+    batches = make_batches()
+    empty = make_batch([], 8, HEADS)
+    expected = evaluate(Fusion(), batches, CONDITIONS, device="cpu")
+    assert evaluate(Fusion(), [*batches, empty], CONDITIONS, device="cpu") == expected
+
+
+def test_padding_is_never_counted_even_when_it_looks_like_a_clip():
+    batches = make_batches(num=16)
+    batches[1].valid_B[3:] = False
+    finished: list[int] = []
+    results = evaluate(Fusion(), batches, CONDITIONS[:7], device="cpu", progress=finished.append)
+    assert finished == [8, 3]
+    assert results.summary["num_clips"] == 11
+    assert all(row["num_clips"] + row["num_without"] == 11 for row in results.rows)
+
+
+def test_clips_without_any_of_the_subset_are_counted_apart():
+    batches = make_batches()
+    present_NM = torch.cat([b.present_BM[b.valid_B] for b in batches])
+    results = evaluate(Fusion(), batches, build_conditions(MODALITIES, subsets=True), device="cpu")
+    for row in results.rows:
+        shown_N = present_NM[:, [MODALITIES.index(m) for m in row["modalities"]]].any(dim=1)
+        assert row["num_clips"] == int(shown_N.sum())
+        assert row["num_without"] == int((~shown_N).sum())
+        assert list(row["num_present"].values()) == present_NM[shown_N].sum(dim=0).tolist()
+    assert any(row["num_without"] for row in results.rows)
+    assert list(results.summary["num_present"].values()) == present_NM.sum(dim=0).tolist()
+
+
+def test_a_subset_that_no_clip_has_leaves_its_figures_empty():
+    batch = make_batches(num=4, batch_size=4)[0]
+    batch.present_BM[:] = torch.tensor([True, False, False])
+    batch.inputs = {"video": torch.ones(4, WIDTH)}
+    row = evaluate(Fusion(), [batch], [Condition(("audio",)), Condition(("video",))], device="cpu").rows[0]
+    assert (row["num_clips"], row["num_without"], row["action_top1"]) == (0, 4, None)
+
+
+def test_kept_modalities_follow_from_presence_and_drops():
+    batches = make_batches()
+    rows = evaluate(Fusion(), batches, build_conditions(MODALITIES, sweep=True), device="cpu").rows
+    assert rows[0]["num_kept"] == rows[0]["num_present"]
+    totals = [sum(row["num_kept"].values()) for row in rows]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[-1] >= rows[-1]["num_clips"]
+
+
+def test_modes_of_all_modules_are_as_before():
+    model = Fusion().train()
+    model.frozen.eval()
+    evaluate(model, make_batches(), CONDITIONS[:1], device="cpu")
+    assert model.training
+    assert not model.frozen.training
+    model.frozen.train()
+    with pytest.raises(UserError):
+        evaluate(model, [], CONDITIONS[:1], device="cpu")
+    assert model.frozen.training
+
+
+def test_nouns_left_out_and_unlabelled_clips_are_counted_and_not_scored():
+    batches = make_batches()
+    nouns = torch.cat([b.labels["noun"][b.valid_B] for b in batches])
+    batches[0].labels["verb"][0] = -1
+    left_out = 2 if int(nouns[0]) != 2 else 3
+    results = evaluate(Fusion(), batches, CONDITIONS[-1:], device="cpu", drop_nouns=[left_out])
+    pruned = int((nouns == left_out).sum())
+    assert results.summary["num_pruned"] == pruned > 0
+    assert results.summary["num_unlabelled"] == 1
+    assert results.rows[0]["num_clips"] == len(nouns) - pruned - 1
+
+
+def test_a_single_head_is_the_action_itself():
+    heads = {"action": 6}
+    results = evaluate(Fusion(heads=heads), make_batches(heads=heads), CONDITIONS[:1], device="cpu")
+    assert [name for name in results.rows[0] if name.endswith("_top1")] == ["action_top1"]
+    assert results.summary["num_classes"] == {"action": 6}
+    assert results.summary["chance_top1"]["action"] == pytest.approx(100 / 6)
+
+
+def test_what_could_not_be_read_is_counted_and_listed():
+    batches = make_batches()
+    batches[0].damage = [Damage("val-000000.tar", "clip_99", "clip_99.flow.mp4", "crc32 differs")]
+    summary = evaluate(Fusion(), batches, CONDITIONS[:1], device="cpu").summary
+    assert summary["num_damaged"] == 1
+    assert summary["damage"] == ["val-000000.tar: clip clip_99: clip_99.flow.mp4: crc32 differs"]
+
+
+def test_summary_averages_over_seeds_subsets_and_probabilities():
+    results = evaluate(Fusion(), make_batches(num=80), CONDITIONS, device="cpu")
+    alone = [row["verb_top1"] for row in results.rows[:7]]
+    subsets, curve = results.summary["subsets"], results.summary["drop_curve"]
+    assert subsets["average"]["verb_top1"] == pytest.approx(np.mean(alone))
+    assert subsets["relative_drop"]["verb_top1"] == pytest.approx(
+        np.mean([100 * (alone[-1] - value) / alone[-1] for value in alone[:-1]])
+    )
+    half = [row["verb_top1"] for row in results.rows if row["drop_prob"] == 0.5]
+    assert len(half) == 2
+    assert curve["mean"]["verb_top1"][5] == pytest.approx(np.mean(half))
+    assert curve["fall"]["verb_top1"] == pytest.approx(curve["mean"]["verb_top1"][0] - curve["mean"]["verb_top1"][-1])
+    assert results.summary["seeds"] == [0, 1]
+
+
+def test_bad_input_is_one_line_that_names_the_clip():
+    def raises(says: str, batches: list[Batch], **options: object) -> None:
+        model = options.pop("model", None) or Fusion()
+        with pytest.raises(UserError, match=says) as caught:
+            evaluate(model, batches, options.pop("conditions", CONDITIONS), device="cpu", **options)
+        assert "\n" not in str(caught.value)
+
+    unlabelled = make_batches(num=8)
+    unlabelled[0].labels["noun"][:] = -1
+    raises("no clip has a label", unlabelled)
+    other = make_batches(num=8)
+    other[0].labels["noun"][2] = 5
+    raises("clip_2: noun 5 is out of range", other)
+    diverged = Fusion()
+    diverged.classifiers["noun"].data[0, 0] = float("nan")
+    raises("clip clip_0: head 'noun' predicts nan", make_batches(num=8), model=diverged)
+    raises("twice", make_batches(num=8) * 2)
+    raises("no clip to evaluate", [])
+    raises("no condition", make_batches(num=8), conditions=[])
+    raises("leaves no clip", make_batches(num=8), drop_nouns=range(5))
+    raises("no 'action' label", make_batches(num=8), model=Fusion(heads={"action": 3}))
+    raises("no head 'noun'", make_batches(num=8), model=Fusion(heads={"action": 3}), drop_nouns=[1])

@@ -1,0 +1,122 @@
+"""Ranks agree with sorting, the action metric with the full joint, and averages with their definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from karmma_dist.evaluation import metrics
+
+sizes = st.integers(1, 7)
+
+
+@st.composite
+def scored(draw: st.DrawFn, num_heads: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log-probabilities of a few clips (often tied) and labels, some of them missing."""
+    num = draw(st.integers(1, 5))
+    scores, labels = [], []
+    for _ in range(num_heads):
+        classes = draw(sizes)
+        values = st.sampled_from([0.0, -0.25, -1.0, -3.5]) | st.floats(-50, 0, width=32)
+        scores.append(torch.from_numpy(draw(arrays(np.float64, (num, classes), elements=values))))
+        labels.append(torch.tensor(draw(st.lists(st.integers(-1, classes - 1), min_size=num, max_size=num))))
+    return scores, labels
+
+
+@given(scored(1))
+def test_rank_is_the_place_of_the_true_class_in_a_stable_sort(case):
+    (scores_BC,), (labels_B,) = case
+    order_BC = torch.argsort(scores_BC, dim=1, descending=True, stable=True)
+    expected = [-1 if t < 0 else row.tolist().index(t) for row, t in zip(order_BC, labels_B.tolist(), strict=True)]
+    assert metrics.class_ranks(scores_BC, labels_B).tolist() == expected
+
+
+@given(scored(2), st.sampled_from([1, 2**23]))
+def test_action_rank_is_that_of_the_full_joint_of_all_pairs(case, elements):
+    (verb_BV, noun_BN), (verb_B, noun_B) = case
+    original = metrics._JOINT_ELEMENTS
+    metrics._JOINT_ELEMENTS = elements
+    try:
+        ranks = metrics.joint_ranks([verb_BV, noun_BN], [verb_B, noun_B]).tolist()
+    finally:
+        metrics._JOINT_ELEMENTS = original
+    for clip, rank in enumerate(ranks):
+        pairs = [(v, n) for v in range(verb_BV.shape[1]) for n in range(noun_BN.shape[1])]
+        pairs.sort(key=lambda pair: -float(verb_BV[clip, pair[0]] + noun_BN[clip, pair[1]]))
+        true = (int(verb_B[clip]), int(noun_B[clip]))
+        assert rank == (-1 if -1 in true else pairs.index(true))
+
+
+@given(scored(1))
+def test_one_heads_joint_is_the_head_itself(case):
+    scores, labels = case
+    assert torch.equal(metrics.joint_ranks(scores, labels), metrics.class_ranks(scores[0], labels[0]))
+
+
+def test_action_is_right_exactly_when_verb_and_noun_are():
+    generator = torch.Generator().manual_seed(0)
+    verb_BV, noun_BN = (torch.randn(300, c, generator=generator).double().log_softmax(1) for c in (4, 5))
+    verb_B, noun_B = (torch.randint(c, (300,), generator=generator) for c in (4, 5))
+    both = (metrics.class_ranks(verb_BV, verb_B) == 0) & (metrics.class_ranks(noun_BN, noun_B) == 0)
+    assert torch.equal(metrics.joint_ranks([verb_BV, noun_BN], [verb_B, noun_B]) == 0, both)
+    assert both.any()
+
+
+def test_a_model_that_scores_all_classes_alike_is_right_at_chance_only():
+    labels_B = torch.arange(10)
+    ranks = metrics.class_ranks(torch.zeros(10, 10), labels_B).numpy()
+    assert metrics.top_k(ranks, 1) == 10.0
+    assert metrics.top_k(ranks, 5) == 50.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=40))
+def test_mean_class_accuracy_is_the_average_over_classes_that_occur(clips):
+    labels = np.array([label for label, _ in clips])
+    ranks = np.array([0 if right else 4 for _, right in clips])
+    expected = np.mean([100 * (ranks[labels == label] == 0).mean() for label in set(labels.tolist())])
+    assert metrics.mean_class_accuracy(ranks, labels) == pytest.approx(expected)
+
+
+def test_figures_over_no_clip_are_none():
+    nothing = np.zeros(0, dtype=np.int64)
+    assert metrics.top_k(nothing, 1) is None
+    assert metrics.mean_class_accuracy(nothing, nothing) is None
+    assert metrics.majority_share(nothing) is None
+    assert metrics.average([None]) is None
+
+
+def test_majority_share_is_the_commonest_class():
+    assert metrics.majority_share(np.array([3, 3, 1, 0])) == 50.0
+
+
+def test_relative_drop_is_a_share_of_the_full_set():
+    assert metrics.average_relative_drop(40.0, [30.0, 10.0]) == pytest.approx((25 + 75) / 2)
+    assert metrics.relative_drop(40.0, 44.0) == pytest.approx(-10)
+    assert metrics.relative_drop(0.0, 0.0) is None
+
+
+@given(st.lists(st.floats(0, 100), min_size=2, max_size=10))
+def test_curve_area_lies_between_the_lowest_and_highest_point(values):
+    probabilities = [k / 10 for k in range(len(values))]
+    area = metrics.curve_area(probabilities, values)
+    assert min(values) - 1e-9 <= area <= max(values) + 1e-9
+
+
+def test_curve_area_of_a_line_is_its_middle_whatever_the_spacing():
+    assert metrics.curve_area([0.0, 0.1, 0.9], [90.0, 80.0, 0.0]) == pytest.approx(45.0)
+    assert metrics.curve_area([0.0, 0.5], [90.0, None]) is None
+
+
+def test_average_rank_shares_places_between_equals_and_skips_columns_somebody_lacks():
+    ranks = metrics.average_ranks({"a": [50.0, 10.0, 1.0], "b": [50.0, 20.0, None], "c": [40.0, 30.0, 2.0]})
+    assert ranks == {"a": (1.5 + 3) / 2, "b": (1.5 + 2) / 2, "c": (3 + 1) / 2}
+
+
+@given(st.lists(st.lists(st.floats(0, 100), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_average_ranks_add_up_to_those_of_a_full_podium(table):
+    ranks = metrics.average_ranks({str(place): values for place, values in enumerate(table)})
+    assert sum(ranks.values()) == pytest.approx(len(table) * (len(table) + 1) / 2)

@@ -1,0 +1,178 @@
+"""The report holds every row and says what the numbers say, whoever wins."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.conditions import build_conditions
+from karmma_dist.evaluation.findings import findings
+from karmma_dist.evaluation.plots import _spread
+from karmma_dist.evaluation.report import results_table, write_report, write_results
+from karmma_dist.evaluation.scores import Results
+from karmma_dist.evaluation.summary import summarise
+from karmma_dist.modality import letters
+
+MODALITIES = ["video", "flow", "audio"]
+NUM_CLIPS = 9644
+
+BASELINE = [40.00, 36.16, 32.24, 28.38, 24.64, 21.55, 18.05, 15.82, 13.84, 12.79]
+DROPOUT = [41.49, 39.45, 37.25, 34.77, 32.26, 29.85, 27.70, 25.93, 24.56, 23.43]
+STUDENT = [43.00, 40.99, 38.79, 36.48, 33.82, 31.40, 29.78, 27.63, 26.14, 25.17]
+
+
+def make_results(curve, modalities=MODALITIES, majority=1.0, **choices) -> Results:
+    """Results whose sweep is `curve`, and whose subsets keep a share of its start."""
+    rows = []
+    for condition in build_conditions(modalities, **(choices or {"subsets": True, "sweep": True, "num_seeds": 2})):
+        share = len(condition.modalities) / len(modalities)
+        top1 = curve[round(10 * condition.drop_prob)] * share
+        rows.append(
+            {
+                "modalities": list(condition.modalities),
+                "drop_prob": condition.drop_prob,
+                "seed": condition.seed,
+                "num_clips": NUM_CLIPS - 12 * (condition.modalities == ("audio",)),
+                "num_without": 12 * (condition.modalities == ("audio",)),
+                "num_present": dict.fromkeys(modalities, NUM_CLIPS),
+                "num_kept": dict.fromkeys(modalities, NUM_CLIPS),
+                "action_top1": top1,
+                "action_top5": min(100.0, 2 * top1),
+                "action_mean_class": top1 / 2,
+            }
+        )
+    counts = {
+        "modalities": list(modalities),
+        "num_clips": NUM_CLIPS,
+        "num_unlabelled": 3,
+        "num_pruned": 24,
+        "num_damaged": 1,
+        "damage": ["val-000000.tar: clip x: x.flow.mp4: cut"],
+        "num_present": {name: NUM_CLIPS - 12 * (name == "audio") for name in modalities},
+        "num_classes": {"action": 29100},
+        "chance_top1": {"action": 100 / 29100},
+        "majority_top1": {"action": majority},
+    }
+    return Results(rows, counts | summarise(rows))
+
+
+def as_models(**curves: list[float]) -> dict:
+    return {name: make_results(curve).to_dict() for name, curve in curves.items()}
+
+
+def test_results_file_is_the_results(tmp_path):
+    results = make_results(STUDENT)
+    path = write_results(results, tmp_path / "eval")
+    assert json.loads(path.read_text()) == results.to_dict()
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_report_holds_every_row_count_and_note(tmp_path):
+    models = as_models(baseline=BASELINE, dropout=DROPOUT, student=STUDENT)
+    notes, timings = ["Trained for one hour."], {"evaluate": 12.34}
+    text = write_report(tmp_path, "Sensors that fail", models, notes, timings).read_text()
+    for results in models.values():
+        for row in results["rows"]:
+            percent = f"{100 * row['drop_prob']:g}"
+            start = f"| {letters(row['modalities'])} | {percent} | {row['seed']} | {row['num_clips']:,} |"
+            assert any(
+                one.startswith(start) and f"| {row['action_top1']:.2f} | {row['action_top5']:.2f} |" in one
+                for one in text.splitlines()
+            )
+    for part in ("# Sensors that fail", "29,100 classes", notes[0], "12.3", "(12 without)", "x.flow.mp4"):
+        assert part in text
+    assert "| student | 9,644 | 3 | 24 | 1 | 0 | 0 | 12 |" in text
+    for plot in ("drop_curve.png", "subsets.png"):
+        assert plot in text
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_best_of_each_line_is_bold_and_a_single_model_has_no_best(tmp_path):
+    text = write_report(tmp_path, "t", as_models(baseline=BASELINE, student=STUDENT)).read_text()
+    assert "| V+F+A | 9,644 | 40.00 | **43.00** |" in text
+    assert "| average rank |  | 2.00 | **1.00** |" in text
+    alone = write_report(tmp_path, "t", as_models(student=STUDENT)).read_text()
+    assert "**" not in alone
+    assert "average rank" not in alone
+
+
+def test_sections_that_the_rows_do_not_allow_are_left_out(tmp_path):
+    models = {"run": make_results(STUDENT, modalities=["video"], drop_prob=0.0).to_dict()}
+    text = write_report(tmp_path, "t", models).read_text()
+    assert "png" not in text
+    assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
+    assert "| V | 0 | 0 | 9,644 | 0 | 43.00 |" in text
+
+
+def test_models_with_other_modalities_stand_side_by_side(tmp_path):
+    models = as_models(student=STUDENT) | {"one|camera": make_results([20.0] * 10, modalities=["video"]).to_dict()}
+    text = write_report(tmp_path, "t", models).read_text()
+    assert "| V+F | 9,644 | 28.67 | – |" in text
+    assert "one\\|camera" in text
+    assert "not used" in text
+    assert any("not compared" in sentence for sentence in findings(models))
+
+
+def test_the_papers_figures_give_the_papers_finding():
+    text = " ".join(findings(as_models(baseline=BASELINE, dropout=DROPOUT, student=STUDENT)))
+    assert "dropout falls more slowly than baseline: 18.06 points against 27.21, 43.5 % of its start" in text
+    assert "student falls more slowly than baseline" in text
+    assert "student falls more slowly than dropout: 17.83 points against 18.06" in text
+    assert "student loses the fewest points and is the highest" in text
+
+
+def test_the_other_outcome_is_said_as_plainly():
+    text = " ".join(findings(as_models(dropout=DROPOUT, student=BASELINE)))
+    assert "student falls faster than dropout: 27.21 points against 18.06" in text
+    assert "It is above dropout at 0 of 10 drop probabilities." in text
+
+
+def test_points_and_shares_that_disagree_are_both_said():
+    low = [value / 4 for value in BASELINE]
+    one_way = " ".join(findings(as_models(student=STUDENT, low=low)))
+    assert "low falls by fewer points but a larger share than student" in one_way
+    other_way = " ".join(findings(as_models(low=low, student=STUDENT)))
+    assert "student falls by more points but a smaller share than low" in other_way
+
+
+def test_equal_models_fall_equally_and_within_sampling_error():
+    text = " ".join(findings(as_models(a=STUDENT, b=STUDENT)))
+    assert "b falls as fast as a" in text
+    assert "within the sampling error" in text
+
+
+def test_a_model_no_better_than_the_commonest_action_is_named():
+    models = {"untrained": make_results([2.0] * 10, majority=4.0).to_dict()}
+    assert any("untrained is nowhere better" in sentence for sentence in findings(models))
+
+
+def test_terminal_table_has_a_line_per_row():
+    results = make_results(STUDENT)
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    table = results_table(results, "student")
+    console.print(table)
+    text = console.export_text()
+    assert table.row_count == len(results.rows)
+    assert "43.00" in text
+    assert "action top-1" in text
+
+
+def test_a_report_on_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no results"):
+        write_report(tmp_path, "t", {})
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8), st.floats(0.1, 10))
+def test_labels_keep_their_distance_and_order(heights, gap):
+    placed = _spread(heights, gap)
+    order = sorted(range(len(heights)), key=lambda place: heights[place])
+    apart = [placed[b] - placed[a] for a, b in itertools.pairwise(order)]
+    assert all(distance >= gap - 1e-6 for distance in apart)
+    assert sum(placed) == pytest.approx(sum(heights), abs=1e-6)
