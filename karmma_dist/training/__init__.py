@@ -1,0 +1,1 @@
+"""Batches -> checkpoints and weights, through DeepSpeed. Only `engine.py` imports it."""

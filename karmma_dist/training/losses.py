@@ -1,0 +1,29 @@
+"""Losses over heads: cross-entropy, and the distillation of a teacher's class distributions."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+    """Mean over clips and heads. logits_BC per head, int64 labels (B,) per head; computed in float32."""
+    losses = [F.cross_entropy(logits[head].float(), labels[head]) for head in logits]
+    return sum(losses[1:], losses[0]) / len(losses)
+
+
+def distillation(student: dict[str, Tensor], teacher: dict[str, Tensor], temperature: float) -> Tensor:
+    """KL(teacher || student) of the class distributions, mean over clips and heads, times temperature squared.
+
+    Source: paper, Sec. III-C; Hinton et al., arXiv 1503.02531, for the temperature.
+    """
+    losses = [
+        F.kl_div(
+            F.log_softmax(student[head].float() / temperature, dim=-1),
+            F.log_softmax(teacher[head].float() / temperature, dim=-1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        for head in student
+    ]
+    return sum(losses[1:], losses[0]) / len(losses) * temperature**2

@@ -1,0 +1,99 @@
+"""Who am I among the ranks: from torchrun's variables, from Slurm's, or alone.
+
+    torchrun     RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (all of them)
+    srun         SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS; MASTER_ADDR and MASTER_PORT from the script, else
+                 the step's first host and a port made from the job id
+    neither      one rank on a free port of this machine
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from karmma_dist.errors import UserError
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`."""
+
+    rank: int
+    local_rank: int
+    size: int
+    address: str
+    port: int
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes files and talks."""
+        return self.rank == 0
+
+
+def find_world(environment: Mapping[str, str]) -> World:
+    """Read the environment.
+
+    Raises:
+        UserError: only part of what a launcher sets is there, or a value is no number.
+    """
+    if "SLURM_STEP_NUM_TASKS" in environment and "RANK" not in environment:
+        return _slurm_world(environment)
+    given = [name for name in _TORCHRUN if name in environment]
+    launched = [name for name in given if not name.startswith("MASTER_")]
+    if not launched:
+        return World(0, 0, 1, "127.0.0.1", free_port())
+    missing = [name for name in _TORCHRUN if name not in environment]
+    if missing:
+        raise UserError(
+            f"{', '.join(given)} set but {', '.join(missing)} not: start ranks with torchrun, srun or "
+            "'karmma-dist launch', or unset them to run alone"
+        )
+    rank, local_rank, size, port = (
+        _number(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    )
+    return World(rank, local_rank, size, environment["MASTER_ADDR"], port)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _slurm_world(environment: Mapping[str, str]) -> World:
+    missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID") if name not in environment]
+    if missing:
+        raise UserError(f"SLURM_STEP_NUM_TASKS set but {', '.join(missing)} not: start ranks with srun")
+    rank, local_rank, size = (
+        _number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+    )
+    address = environment.get("MASTER_ADDR") or _first_host(environment, size)
+    port = environment.get("MASTER_PORT")
+    job = _number(environment, "SLURM_JOB_ID")
+    return World(rank, local_rank, size, address, int(port) if port else 20_000 + job % 20_000)
+
+
+def _first_host(environment: Mapping[str, str], size: int) -> str:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if size == 1:
+        return "127.0.0.1"
+    scontrol = shutil.which("scontrol")
+    if not nodes or not scontrol:
+        raise UserError("MASTER_ADDR is not set and the first host of the Slurm step is unknown: export MASTER_ADDR")
+    listed = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, timeout=30)
+    if listed.returncode or not listed.stdout.split():
+        raise UserError(f"scontrol show hostnames {nodes} failed: export MASTER_ADDR ({listed.stderr.strip()})")
+    return listed.stdout.split()[0]
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise UserError(f"{name}={environment[name]} is not a number") from None

@@ -1,0 +1,54 @@
+"""What every rank of a job does: join the others, train a chain of recipes, leave in order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+
+from karmma_dist.progress import Progress, Report, silent
+from karmma_dist.recipe import Recipe
+from karmma_dist.training.engine import barrier, process_group
+from karmma_dist.training.loop import Validate, train
+from karmma_dist.training.rendezvous import World, find_world
+from karmma_dist.training.telemetry import read_state
+
+
+def train_chain(
+    chain: Sequence[Recipe], validate: Validate, resume: str = "auto", report: Report | None = None
+) -> dict[str, dict[str, float]]:
+    """Train recipes one after the other on the ranks that the environment describes. Every rank must call this.
+
+    What an earlier recipe of the chain has finished is taken as it is, whatever the settings it was trained with;
+    `resume` holds for the last recipe.
+
+    Args:
+        chain: recipes, each after those it builds on.
+        validate: measures a model in training.
+        resume: "auto", "never" or a checkpoint.
+        report: progress; None: this process's own. Only rank 0 reports.
+
+    Returns:
+        Each run's last validation.
+
+    Raises:
+        UserError: bad input, see `loop.train`.
+    """
+    world = find_world(os.environ)
+    with process_group(world), contextlib.ExitStack() as stack:
+        shown = silent if not world.is_main else report or stack.enter_context(Progress())
+        scores = {}
+        for recipe in chain[:-1]:
+            scores[recipe.name] = _train_unless_finished(recipe, world, validate, shown)
+        last = chain[-1]
+        scores[last.name] = train(last, world, validate, resume=resume, report=shown)
+        return scores
+
+
+def _train_unless_finished(recipe: Recipe, world: World, validate: Validate, report: Report) -> dict[str, float]:
+    state = read_state(recipe.run_dir)
+    barrier()  # every rank has looked before any trains
+    if state.get("state") == "finished":
+        report(f"train {recipe.name}", 1, 1, f"already finished in {recipe.run_dir}")
+        return dict(state["metrics"])
+    return train(recipe, world, validate, report=report)

@@ -1,0 +1,84 @@
+"""Rendezvous, schedule, losses and the damage budget: the parts of training that need no ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from karmma_dist.errors import UserError
+from karmma_dist.recipe import OptimizerRecipe
+from karmma_dist.streaming.batch import Damage, collate
+from karmma_dist.training.losses import cross_entropy, distillation
+from karmma_dist.training.rendezvous import World, find_world
+from karmma_dist.training.schedule import learning_rate
+from karmma_dist.training.telemetry import DamageLog
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "1234"}
+
+
+def test_a_process_alone_is_rank_0_of_1() -> None:
+    world = find_world({})
+    assert (world.rank, world.size, world.address, world.is_main) == (0, 1, "127.0.0.1", True)
+
+
+def test_torchruns_variables_are_read() -> None:
+    assert find_world(TORCHRUN) == World(3, 1, 4, "n1", 1234)
+
+
+@pytest.mark.parametrize("lost", list(TORCHRUN))
+def test_half_an_environment_is_refused_naming_what_is_missing(lost: str) -> None:
+    with pytest.raises(UserError, match=f"{lost} not"):
+        find_world({name: value for name, value in TORCHRUN.items() if name != lost})
+
+
+def test_sruns_variables_are_read() -> None:
+    slurm = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
+    assert find_world({**slurm, "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}) == World(5, 1, 8, "n0", 29500)
+    assert find_world({**slurm, "MASTER_ADDR": "n0"}).port == 20077
+    with pytest.raises(UserError, match="SLURM_LOCALID not"):
+        find_world({name: value for name, value in slurm.items() if name != "SLURM_LOCALID"})
+    with pytest.raises(UserError, match="SLURM_PROCID=x is not a number"):
+        find_world({**slurm, "SLURM_PROCID": "x", "MASTER_ADDR": "n0"})
+
+
+@given(st.integers(1, 20), st.integers(2, 30), st.floats(0, 2))
+def test_the_rate_starts_and_ends_at_the_start_value_and_never_exceeds_the_highest(
+    steps_per_epoch: int, epochs: int, warmup: float
+) -> None:
+    recipe = OptimizerRecipe(lr=1e-3, start_lr=1e-5, warmup_epochs=warmup)
+    total = steps_per_epoch * epochs
+    rates = [learning_rate(recipe, step, steps_per_epoch, total) for step in range(total)]
+    assert max(rates) <= 1e-3 + 1e-12
+    assert min(rates) >= 1e-5 - 1e-12
+    assert rates[-1] == pytest.approx(1e-5) or total - 1 <= warmup * steps_per_epoch
+    if warmup * steps_per_epoch >= 1:
+        assert rates[0] == pytest.approx(1e-5)
+
+
+def test_losses_are_means_over_heads_and_a_perfect_student_has_no_distillation_loss() -> None:
+    torch.manual_seed(0)
+    student = {"verb": torch.randn(4, 5), "noun": torch.randn(4, 7)}
+    teacher = {"verb": torch.randn(4, 5), "noun": torch.randn(4, 7)}
+    labels = {"verb": torch.tensor([0, 1, 2, 3]), "noun": torch.tensor([6, 5, 4, 3])}
+    per_head = [cross_entropy({head: student[head]}, {head: labels[head]}) for head in student]
+    torch.testing.assert_close(cross_entropy(student, labels), sum(per_head) / 2)
+    assert float(distillation(student, student, 2.0)) == pytest.approx(0, abs=1e-6)
+    p, q = teacher["verb"].softmax(-1), student["verb"].softmax(-1)
+    by_hand = (p * (p.log() - q.log())).sum(-1).mean()
+    torch.testing.assert_close(distillation({"verb": student["verb"]}, {"verb": teacher["verb"]}, 1.0), by_hand)
+
+
+def test_damage_is_written_once_per_clip_and_ends_the_run_beyond_the_budget(tmp_path: Path) -> None:
+    log = DamageLog(tmp_path, num_clips=100, max_fraction=0.02)
+    batch = collate([None], ["audio"], ["verb"])
+    for key in ("a", "b", "a"):
+        batch.damage = [Damage("train-000000.tar", key, f"{key}.audio.flac", "crc32 differs")]
+        log.add(batch)
+    assert len((tmp_path / "damage.jsonl").read_text().splitlines()) == 2
+    batch.damage = [Damage("train-000000.tar", "c", "c.audio.flac", "cut")]
+    with pytest.raises(UserError, match=r"3 of 100 clips are damaged.*allows 2.*c\.audio\.flac: cut"):
+        log.add(batch)
