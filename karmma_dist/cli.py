@@ -1,0 +1,256 @@
+"""The commands: parse, call one function, print. Nothing heavy is imported before a command runs.
+
+Exit codes: 0 done, 1 found something wrong, 2 usage or bad input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from karmma_dist.errors import UserError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class _Part(click.ParamType):
+    """`I/N` with 1 <= I <= N."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        first, slash, second = str(value).partition("/")
+        if not slash or not first.isdigit() or not second.isdigit() or not 1 <= int(first) <= int(second):
+            self.fail(f"{value!r} is not I/N with 1 <= I <= N, for example 3/16", param, ctx)
+        return int(first), int(second)
+
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field, e.g. --set training.epochs=3."
+)
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="karmma-dist")
+def cli() -> None:
+    """Egocentric action recognition that survives missing modalities: pack, train, distil, evaluate."""
+
+
+@cli.command()
+@click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Its folder.")
+def demo(out: Path) -> None:
+    """Make a small synthetic kitchen, then pack, train, distil and evaluate it: minutes on a CPU."""
+    from karmma_dist.demo import run_demo
+    from karmma_dist.progress import Progress
+
+    with Progress() as report:
+        path = run_demo(out, report)
+    click.echo(path)
+
+
+@cli.command()
+@click.argument("spec", default="epic_kitchens")
+@click.option("--raw", type=click.Path(), help="Raw dataset folder; default: the specification's.")
+@click.option("--out", type=click.Path(), help="Folder for the shards; default: the specification's.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Packing processes.")
+@click.option("--limit", type=click.IntRange(min=1), help="Pack only the first N clips of each split.")
+@click.option("--part", type=_Part(), help="Take only the I-th of N parts of the recordings.")
+@click.option("--retry-failed", is_flag=True, help="Try clips again that failed before.")
+@set_option
+def shard(
+    spec: str, raw: str | None, out: str | None, workers: int, limit: int | None, part: tuple[int, int] | None,
+    retry_failed: bool, overrides: tuple[str, ...],
+) -> None:
+    """Pack a raw dataset into shards. SPEC is a file of shards/ or its bare name."""
+    from karmma_dist.packing.pack import pack
+    from karmma_dist.packing.spec import load_spec
+    from karmma_dist.packing.tables import print_summary
+    from karmma_dist.progress import Progress
+
+    resolved = load_spec(spec, raw=raw, out=out, overrides=overrides)
+    with Progress() as report:
+        summary = pack(
+            resolved, workers=workers, limit=limit, part=part, retry_failed=retry_failed, progress=report
+        )
+    print_summary(summary)
+    if summary.failures:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("key", required=False)
+@click.option("--sheet", type=click.Path(path_type=Path), help="Draw a contact sheet into this PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) -> None:
+    """Show what is in a shards folder: splits, modality subsets, classes; or one clip; or a contact sheet."""
+    from karmma_dist.packing.inspect import contact_sheet, describe, describe_clip
+    from karmma_dist.packing.tables import print_description
+    from karmma_dist.shards import ShardFolder
+
+    folder = ShardFolder(shards)
+    description = describe(folder) if key is None else describe_clip(folder, key)
+    if sheet is not None:
+        contact_sheet(folder, sheet, keys=None if key is None else [key])
+    if as_json:
+        _print_json(description)
+    else:
+        print_description(description)
+    if sheet is not None:
+        click.echo(f"contact sheet: {sheet}", err=as_json)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--local", "local", type=click.IntRange(min=1), help="Start N ranks on this machine.")
+@click.option("--slurm", is_flag=True, help="Hand it to sbatch.")
+@click.option("--nodes", type=click.IntRange(min=1), help="Nodes to ask Slurm for; default: the recipe's.")
+@click.option("--gpus-per-node", type=click.IntRange(min=0), help="GPUs per node; default: the recipe's.")
+@set_option
+@click.option("--dry-run", is_flag=True, help="Print the command instead of running it.")
+def launch(
+    recipe: str, local: int | None, slurm: bool, nodes: int | None, gpus_per_node: int | None,
+    overrides: tuple[str, ...], dry_run: bool,
+) -> None:
+    """Start a run on this machine (--local N) or hand it to Slurm (--slurm)."""
+    import shlex
+
+    from karmma_dist.launching.local import launch_local, local_command
+    from karmma_dist.launching.slurm import sbatch_command, submit
+    from karmma_dist.recipe import load_recipe
+
+    if (local is None) == (not slurm):
+        raise UserError("launch: say where: --local N for ranks on this machine, or --slurm")
+    if local is not None and (nodes or gpus_per_node is not None):
+        raise UserError("launch: --nodes and --gpus-per-node go with --slurm, not with --local")
+    loaded = load_recipe(recipe, overrides)
+    arguments = [recipe, *(f"--set={override}" for override in overrides)]
+    if local is not None:
+        command = local_command(local, ["train", *arguments])
+        if not dry_run:
+            sys.exit(launch_local(local, ["train", *arguments]))
+    else:
+        changes = {"nodes": nodes, "gpus_per_node": gpus_per_node}
+        flags = loaded.slurm.model_copy(update={name: value for name, value in changes.items() if value is not None})
+        command = sbatch_command(flags, loaded.name.replace("/", "-"), arguments)
+        if not dry_run:
+            click.echo(submit(command))
+            return
+    click.echo(shlex.join(command))
+
+
+@cli.command()
+@click.argument("recipe")
+@set_option
+@click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH", help="Where to start from.")
+def train(recipe: str, overrides: tuple[str, ...], resume: str) -> None:
+    """Train a recipe, and first those it builds on that are not finished. What every rank runs."""
+    from karmma_dist.recipe import load_chain
+
+    chain = load_chain(recipe, overrides)  # before torch is imported: a wrong recipe is said at once
+    from karmma_dist.evaluation.run import validate
+    from karmma_dist.training.session import train_chain
+
+    for name, scores in train_chain(chain, validate, resume).items():
+        shown = ", ".join(f"{metric} {value:.2f}" for metric, value in scores.items() if metric.endswith("top1"))
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(f"{name}: {shown} ({chain[-1].runs_dir}/{name})")
+
+
+@cli.command("eval")
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--shards", type=click.Path(), help="Shards folder; default: the one the run was trained on.")
+@click.option("--split", help="Split; default: the run's validation split.")
+@click.option("--drop-prob", type=click.FloatRange(0, 1), help="Each modality is lost with this probability.")
+@click.option("--modalities", help="Only these, e.g. V,F.")
+@click.option("--subsets", is_flag=True, help="Every non-empty subset of the modalities.")
+@click.option("--sweep", is_flag=True, help="Drop probabilities 0.0, 0.1, ... 0.9.")
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Random draws per condition.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report; default: eval/ in the run folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def evaluate(
+    run: Path | None, shards: str | None, split: str | None, drop_prob: float | None, modalities: str | None,
+    subsets: bool, sweep: bool, seeds: int, out: Path | None, as_json: bool,
+) -> None:
+    """Evaluate a run (default: the newest finished) with sensors failing. RUN: a run folder or a weights file."""
+    from karmma_dist.evaluation.conditions import Condition, build_conditions
+    from karmma_dist.evaluation.report import results_table, write_report, write_results
+    from karmma_dist.evaluation.run import evaluate_run, newest_finished_run
+    from karmma_dist.modality import parse_modalities
+    from karmma_dist.progress import Progress
+
+    def conditions(available: Sequence[str]) -> list[Condition]:
+        chosen = None if modalities is None else parse_modalities(modalities, available)
+        return build_conditions(
+            available, modalities=chosen, drop_prob=drop_prob, subsets=subsets, sweep=sweep, num_seeds=seeds
+        )
+
+    chosen = run or newest_finished_run(Path("runs"))
+    with Progress() as report:
+        done = evaluate_run(chosen, conditions, shards=shards, split=split, report=report)
+    folder = out or done.folder
+    write_results(done.results, folder)
+    path = write_report(folder, f"{done.name} on {done.data.validation_split}", {done.name: done.results.to_dict()})
+    if as_json:
+        _print_json(done.results.to_dict())
+    else:
+        from rich.console import Console
+
+        Console().print(results_table(done.results))
+        click.echo(f"report: {path}")
+
+
+@cli.group("recipe")
+def recipe_group() -> None:
+    """Recipes."""
+
+
+@recipe_group.command("show")
+@click.argument("recipe")
+@set_option
+def recipe_show(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print the resolved recipe, every default spelled out."""
+    from karmma_dist.recipe import load_recipe
+    from karmma_dist.settings import dump
+
+    click.echo(dump(load_recipe(recipe, overrides)), nl=False)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=1))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (default: this process's) and return its exit code."""
+    try:
+        cli(args=None if arguments is None else list(arguments), prog_name="karmma-dist", standalone_mode=False)
+    except UserError as error:
+        return _fail(str(error))
+    except click.UsageError as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            click.echo(error.format_message())
+            return 2
+        where = error.ctx.command_path if error.ctx else "karmma-dist"
+        return _fail(f"{where}: {error.format_message()} (see {where} --help)")
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted: run the same command again to go on", err=True)
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def _fail(message: str) -> int:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2

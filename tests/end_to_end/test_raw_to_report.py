@@ -1,0 +1,199 @@
+"""The main job on real files: pack -> encoder -> teacher -> distil -> evaluate, through the Python entry point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from karmma_dist.cli import main
+
+BASE = {
+    "data": {"shards": "shards", "modalities": ["video", "audio"], "num_workers": 0},
+    "inputs": {
+        "video": {"num_frames": 4, "short_side": 32, "crop": 32},
+        "audio": {"num_windows": 1, "window_s": 1.0, "num_mels": 16},
+    },
+    "model": {"width": 16, "num_heads": 2, "feedforward": 16, "fc_width": 16},
+    "optimizer": {"warmup_epochs": 0, "lr": 0.001},
+    "training": {"epochs": 1, "batch_size": 8, "log_every_steps": 1, "threads": 1},
+}
+VIDEO = {"name": "small_video", "options": {"width": 4}}
+AUDIO = {"name": "small_audio", "options": {"width": 4}}
+RECIPES = {
+    "sound": {
+        "stage": "supervised",
+        "data": {"modalities": ["audio"]},
+        "model": {"encoders": {"audio": AUDIO}, "missing": "leave_out"},
+    },
+    "teacher": {
+        "stage": "teacher",
+        "after": ["sound"],
+        "model": {
+            "encoders": {"video": {**VIDEO, "frozen": True}, "audio": {**AUDIO, "frozen": True, "weights": "sound"}},
+            "missing": "leave_out",
+            "attention_dropout": 0.3,
+        },
+    },
+    "student": {
+        "stage": "distill",
+        "after": ["teacher"],
+        "data": {"modality_dropout": {"probability": 0.5}},
+        "model": {"encoders": {"video": VIDEO, "audio": AUDIO}, "missing": "stand_in"},
+        "distill": {"teacher": "teacher"},
+        "training": {"epochs": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(kitchen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with recipes, packed shards and all three runs finished."""
+    root = tmp_path_factory.mktemp("workplace")
+    (root / "recipes").mkdir()
+    (root / "recipes" / "base.yaml").write_text(yaml.safe_dump(BASE))
+    for name, recipe in RECIPES.items():
+        text = yaml.safe_dump({"extends": "base.yaml", "name": name, **recipe})
+        (root / "recipes" / f"{name}.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert main(["shard", "demo", "--raw", str(kitchen), "--out", "shards", "--workers", "2"]) == 0
+        assert main(["train", "student"]) == 0
+    return root
+
+
+def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.chdir(workplace)
+    return main(list(arguments))
+
+
+def test_training_the_student_trains_what_it_builds_on_first(workplace: Path) -> None:
+    for name in RECIPES:
+        folder = workplace / "runs" / name
+        assert json.loads((folder / "state.json").read_text())["state"] == "finished"
+        assert (folder / "weights.safetensors").is_file()
+        assert yaml.safe_load((folder / "recipe.yaml").read_text())["name"] == name
+    lines = [json.loads(line) for line in (workplace / "runs/student/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        assert line["loss"] == pytest.approx(0.7 * line["cross_entropy"] + 0.3 * line["kl"], rel=1e-5)
+
+
+def test_a_finished_run_is_not_trained_again(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = workplace / "runs/student/weights.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert run(workplace, monkeypatch, "train", "student") == 0
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_a_run_folder_of_another_recipe_is_refused_naming_the_field(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(workplace, monkeypatch, "train", "student", "--set", "optimizer.lr=0.5") == 2
+    assert "optimizer.lr: 0.001 -> 0.5" in capsys.readouterr().err
+
+
+def test_eval_takes_the_newest_finished_run_and_drops_half_of_the_sensors(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(workplace, monkeypatch, "eval", "--drop-prob", "0.5", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    stored = json.loads((workplace / "runs/student/eval/results.json").read_text())
+    assert printed == stored
+    (row,) = stored["rows"]
+    assert row["modalities"] == ["video", "audio"]
+    assert (row["drop_prob"], row["seed"], row["num_clips"]) == (0.5, 0, 10)
+    assert 0 <= row["action_top1"] <= row["action_top5"] <= 100
+    assert row["action_top1"] <= min(row["verb_top1"], row["noun_top1"])
+
+
+def test_every_subset_and_drop_probability_is_in_the_report(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "report")
+    assert run(workplace, monkeypatch, "eval", "runs/student", "--subsets", "--sweep", "--out", out) == 0
+    rows = json.loads((tmp_path / "report/results.json").read_text())["rows"]
+    assert {tuple(row["modalities"]) for row in rows if row["drop_prob"] == 0} == {
+        ("video",), ("audio",), ("video", "audio")
+    }  # fmt: skip
+    assert sorted({row["drop_prob"] for row in rows}) == [tenth / 10 for tenth in range(10)]
+    report = (tmp_path / "report/report.md").read_text()
+    assert "V+A" in report
+    assert list((tmp_path / "report").glob("*.png"))
+
+
+def test_a_weights_file_can_be_evaluated_on_other_shards(
+    workplace: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("weights.safetensors", "model.yaml"):
+        (tmp_path / name).write_bytes((workplace / "runs/student" / name).read_bytes())
+    weights = str(tmp_path / "weights.safetensors")
+    assert run(workplace, monkeypatch, "eval", weights) == 2
+    assert run(workplace, monkeypatch, "eval", weights, "--shards", str(shards), "--modalities", "A") == 0
+
+
+def test_inspect_and_recipe_show_print_what_is_there(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(workplace, monkeypatch, "inspect", "shards", "--json", "--sheet", "sheet.png") == 0
+    assert json.loads(capsys.readouterr().out)["splits"]["train"]["clips"] == 30
+    assert (workplace / "sheet.png").stat().st_size > 10_000
+    assert run(workplace, monkeypatch, "recipe", "show", "student", "--set", "distill.alpha=0.25") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["distill"]["alpha"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["shard", "demo", "--raw", "nowhere"], "nowhere"),
+        (["shard", "dmo"], "did you mean 'demo'"),
+        (["shard", "demo", "--part", "3/2"], "I/N"),
+        (["train", "student", "--set", "training.epoch=3"], "unknown key 'training.epoch' (did you mean 'epochs'?)"),
+        (["train", "studnt"], "did you mean 'student'"),
+        (["train", "student", "--set", "name=other", "--set", "data.shards=empty"], "empty: no manifest.json"),
+        (["train", "student", "--set", "name=other", "--set", "distill.teacher=nobody"], "nobody"),
+        (["eval", "--drop-prob", "1.5"], "1.5"),
+        (["eval", "--modalities", "V,X"], "unknown modality 'X'"),
+        (["eval", "--modalities", "F"], "modality 'flow' is not one of this model's: video, audio"),
+        (["eval", "empty"], "empty"),
+        (["eval", "nowhere"], "nowhere"),
+        (["eval", "--split", "exam"], "no split 'exam'; there are train, validation"),
+        (["eval", "--shards", "nowhere"], "nowhere: no such shards folder"),
+        (["inspect", "shards", "P99_01_0"], "P99_01_0"),
+        (["inspect", "empty"], "no manifest.json"),
+        (["launch", "student"], "--local N"),
+        (["launch", "student", "--local", "2", "--nodes", "2"], "--slurm"),
+        (["recipe", "show", "nothing"], "no such file"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    (workplace / "empty").mkdir(exist_ok=True)
+    assert run(workplace, monkeypatch, *arguments) == 2
+    *progress, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert said in error
+    assert not any("Traceback" in line or line.startswith("error: ") for line in progress)
+
+
+def test_launch_shows_the_command_it_would_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(workplace, monkeypatch, "launch", "student", "--local", "3", "--dry-run") == 0
+    local = capsys.readouterr().out
+    assert "--nproc-per-node=3" in local
+    assert "karmma_dist train student" in local
+    command = ["launch", "student", "--slurm", "--nodes", "4", "--gpus-per-node", "0", "--set", "seed=1", "--dry-run"]
+    assert run(workplace, monkeypatch, *command) == 0
+    slurm = capsys.readouterr().out
+    assert slurm.startswith("sbatch --job-name=student --nodes=4 --ntasks-per-node=1 ")
+    assert slurm.rstrip().endswith("slurm/distill.sh student --set=seed=1")
