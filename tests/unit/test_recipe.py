@@ -1,0 +1,111 @@
+"""Recipes: every file of recipes/ loads, and contradictions are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from karmma_dist.errors import UserError
+from karmma_dist.recipe import Recipe, load_chain, load_recipe, read_run_recipe, save_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.stem not in ("base", "expert"))
+
+MINIMAL = """
+name: t/x
+stage: supervised
+data: {shards: somewhere, modalities: [audio]}
+model: {encoders: {audio: {name: small_audio}}}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> str:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
+    assert load_recipe(str(path)).name == f"{path.parent.name}/{path.stem}"
+
+
+def test_a_saved_recipe_is_read_back_unchanged(minimal: str, tmp_path: Path) -> None:
+    recipe = load_recipe(minimal)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert read_run_recipe(tmp_path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epoch=3", r"unknown key 'training\.epoch' \(did you mean 'epochs'\?\)"),
+        ("stage=distill", "needs a section 'distill'"),
+        ("distill.teacher=x", "no use for the section 'distill'"),
+        ("stage=teacher", r"set model\.encoders\.audio\.frozen: true"),
+        ("data.modalities=[video]", "no entry for modality 'video'"),
+        ("data.modalities=[sound]", "unknown modality 'sound'"),
+        ("data.modalities=[audio, audio]", "once each"),
+        ("data.modality_dropout.probability=1.5", r"data\.modality_dropout\.probability"),
+        ("model.num_heads=7", "not a multiple of num_heads 7"),
+        ("inputs.video.crop=512", "larger than short_side"),
+        ("optimizer.warmup_epochs=101", "exceeds training.epochs 100"),
+        ("name=../x", "must stay inside runs_dir"),
+    ],
+)
+def test_a_contradiction_is_refused_in_one_line(minimal: str, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(minimal, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_is_found_by_name_under_runs_dir_or_by_path(minimal: str, tmp_path: Path) -> None:
+    recipe = load_recipe(minimal, [f"runs_dir={tmp_path}/runs"])
+    assert recipe.find_run("t/teacher") == tmp_path / "runs" / "t" / "teacher"
+    (tmp_path / "elsewhere").mkdir()
+    assert recipe.find_run(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+
+
+def test_a_chain_holds_what_a_recipe_builds_on_first_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    for name, after in {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}.items():
+        (folder / f"{name}.yaml").write_text(MINIMAL.replace("t/x", name) + f"after: {after}\n")
+    chain = load_chain("d", ["data.shards=here", "training.epochs=20"])
+    assert [recipe.name for recipe in chain] == ["a", "b", "c", "d"]
+    assert {recipe.data.shards for recipe in chain} == {"here"}
+    assert [recipe.training.epochs for recipe in chain] == [100, 100, 100, 20]
+
+
+def test_recipes_that_wait_for_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    for name, after in {"a": "b", "b": "a"}.items():
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(MINIMAL.replace("t/x", name) + f"after: [{after}]\n")
+    with pytest.raises(UserError, match="wait for each other: a -> b -> a"):
+        load_chain("a")
+
+
+def test_the_published_settings_are_the_defaults_of_the_epic_kitchens_recipes() -> None:
+    teacher, student = load_recipe("epic_kitchens/teacher"), load_recipe("epic_kitchens/distill")
+    assert (teacher.model.width, teacher.model.num_layers, teacher.model.feedforward) == (768, 2, 768)
+    assert (student.model.width, student.model.num_layers, student.model.feedforward) == (384, 1, 384)
+    assert (teacher.model.fc_width, student.model.fc_width) == (1536, 768)
+    assert (teacher.model.attention_dropout, student.model.attention_dropout) == (0.3, 0.0)
+    assert (teacher.model.missing, student.model.missing) == ("leave_out", "stand_in")
+    assert (teacher.training.batch_size, student.training.batch_size) == (32, 6 * 16)  # 6 on each of 16 GPUs
+    assert (teacher.optimizer.weight_decay, student.optimizer.weight_decay) == (0.05, 0.01)
+    assert (teacher.optimizer.clip, student.optimizer.clip) == (1.0, 2.0)
+    assert student.distill is not None
+    assert (student.distill.alpha, student.distill.temperature) == (0.7, 1.0)
+    assert student.data.modality_dropout.probability == 0.5
+    assert student.data.drop_nouns == [205, 240, 288, 295]
+
+
+def test_teacher_and_student_see_the_same_inputs_in_every_folder() -> None:
+    for folder in sorted({path.parent.name for path in RECIPES}):
+        runs: dict[str, Recipe] = {r.name: r for r in load_chain(f"{folder}/distill")}
+        assert runs[f"{folder}/teacher"].inputs == runs[f"{folder}/distill"].inputs
