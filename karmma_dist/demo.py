@@ -11,6 +11,7 @@ Running it again does only what is not done yet.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,7 +43,8 @@ def run_demo(out: Path, report: Report) -> Path:
     """
     timings = _Timings(out / "timings.json")
     raw, shards = out / "raw", out / "shards"
-    timings.measure("make raw recordings", partial(write_kitchen, raw, seed=_SEED, progress=report))
+    if not raw.exists():
+        timings.measure("make raw recordings", partial(_make_raw, raw, report))
     spec = load_spec("demo", raw=raw, out=shards)
     timings.measure("pack", partial(pack, spec, workers=2, progress=report))
     recipes = _recipes(out)
@@ -61,6 +63,14 @@ def run_demo(out: Path, report: Report) -> Path:
     ]
     title = "karmma-dist demo: a synthetic kitchen with failing sensors"
     return write_report(out, title, models, notes, timings.seconds)
+
+
+def _make_raw(raw: Path, report: Report) -> None:
+    """Write the recordings under a temporary name first: the folder is whole or not there."""
+    partial_raw = raw.with_name(".raw.partial")
+    shutil.rmtree(partial_raw, ignore_errors=True)
+    write_kitchen(partial_raw, seed=_SEED, progress=report)
+    partial_raw.rename(raw)
 
 
 def _recipes(out: Path) -> dict[str, Recipe]:

@@ -6,7 +6,7 @@ A new encoder is one module with an `EncoderType` and one line in `ENCODERS`.
 from __future__ import annotations
 
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.models import audio_spectrogram, small, stlt, video_swin
+from karmma_dist.models import audio_spectrogram, small, stlt, temporal, video_swin
 from karmma_dist.models.encoder import Encoder, EncoderType
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
 from karmma_dist.settings import validate
@@ -19,6 +19,7 @@ ENCODERS: dict[str, EncoderType] = {
     "stlt": stlt.STLT,
     "small_video": small.SMALL_VIDEO,
     "small_audio": small.SMALL_AUDIO,
+    "temporal_video": temporal.TEMPORAL_VIDEO,
 }
 
 

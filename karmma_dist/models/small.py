@@ -24,7 +24,7 @@ from karmma_dist.settings import Settings
 
 _EPSILON = 1e-4
 _GRID = 2
-"""Video tokens per time step: 2 x 2."""
+"""Places of a picture that are told apart: 2 x 2."""
 
 
 class SmallOptions(Settings):
@@ -37,6 +37,8 @@ class SmallOptions(Settings):
     """Residual blocks per stage."""
     steps: Positive = 8
     """Most time steps that become tokens; more of them tell finer moments apart."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on tokens while training: a few hundred clips are soon learnt by heart."""
 
 
 class _Block(nn.Module):
@@ -107,7 +109,9 @@ def standardise(x: Tensor) -> Tensor:
 
 
 class SmallVideo(Encoder):
-    """2D convolutions on frames that see their neighbours: (N, 3, F, H, W) -> min(steps, F / 2) x 2 x 2 tokens.
+    """2D convolutions on frames that see their neighbours: (N, 3, F, H, W) -> min(steps, F) tokens along time.
+
+    A token is mixed from a 2 x 2 grid of places, so that it knows how parts of the picture move against each other.
 
     Args:
         num_frames: F.
@@ -117,11 +121,13 @@ class SmallVideo(Encoder):
     def __init__(self, num_frames: int, options: SmallOptions) -> None:
         super().__init__()
         self.width = 4 * options.width
-        self.num_steps = min(options.steps, (num_frames + 1) // 2)
-        self.num_tokens = self.num_steps * _GRID * _GRID
+        self.num_tokens = min(options.steps, num_frames)
         self.trunk = _Trunk(9, options)
+        self.mix_places = nn.Linear(self.width * _GRID * _GRID, self.width)
+        self.mix_moments = nn.Conv1d(self.width, self.width, 5, padding=2)
         self.position_token = nn.Parameter(torch.empty(1, self.num_tokens, self.width))
         self.norm = nn.LayerNorm(self.width)
+        self.dropout = nn.Dropout(options.dropout)
         _init(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,10 +137,11 @@ class SmallVideo(Encoder):
         motion = standardise(motion)
         around = torch.cat([standardise(x), motion[:, :, :-1], motion[:, :, 1:]], dim=1)  # (N, 9, F, H, W)
         h = self.trunk(around.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last), num_frames)
-        h = F.adaptive_avg_pool2d(F.gelu(h), _GRID).unflatten(0, (-1, num_frames))  # (N, F, D, 2, 2)
-        h = F.adaptive_avg_pool1d(h.flatten(2).transpose(1, 2), self.num_steps)  # (N, D * 4, steps)
-        tokens = h.unflatten(1, (self.width, -1)).permute(0, 3, 2, 1).flatten(1, 2)  # (N, steps * 4, D)
-        out: Tensor = self.norm(tokens + self.position_token)
+        h = F.adaptive_avg_pool2d(F.gelu(h), _GRID).flatten(1)  # (N * F, D * 4)
+        h = self.mix_places(h).unflatten(0, (-1, num_frames)).transpose(1, 2)  # (N, D, F)
+        h = h + self.mix_moments(F.gelu(h))
+        tokens = F.adaptive_avg_pool1d(h, self.num_tokens).transpose(1, 2)  # (N, T, D)
+        out: Tensor = self.dropout(self.norm(tokens + self.position_token))
         return out
 
 
@@ -158,6 +165,7 @@ class SmallAudio(Encoder):
         self.mix_mels = nn.Linear(self.width * -(-num_mels // 16), self.width)
         self.position_token = nn.Parameter(torch.empty(1, self.num_tokens, self.width))
         self.norm = nn.LayerNorm(self.width)
+        self.dropout = nn.Dropout(options.dropout)
         _init(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,13 +173,13 @@ class SmallAudio(Encoder):
         h = F.gelu(self.trunk(x))  # (N, D, mels / 16, steps / 16)
         h = F.adaptive_avg_pool1d(h.flatten(1, 2), self.num_tokens)  # (N, D * mels / 16, T)
         tokens = self.mix_mels(h.transpose(1, 2))  # (N, T, D)
-        out: Tensor = self.norm(tokens + self.position_token)
+        out: Tensor = self.dropout(self.norm(tokens + self.position_token))
         return out
 
 
 def _init(encoder: SmallVideo | SmallAudio) -> None:
     for module in encoder.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             assert module.bias is not None
             nn.init.zeros_(module.bias)

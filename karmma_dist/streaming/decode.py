@@ -104,7 +104,8 @@ def _wanted_frames(
             height = frame.height // stacked
             scale = short_side / min(height, frame.width)
             size = (round(frame.width * scale), stacked * round(height * scale))
-            yield reformatter.reformat(frame, *size, format=pixels, interpolation="BILINEAR").to_ndarray()
+            picture = reformatter.reformat(frame, *size, format=pixels, interpolation="BILINEAR", threads=1)
+            yield picture.to_ndarray()
             place += 1
             if place == len(wanted):
                 return
