@@ -1,0 +1,1 @@
+"""Raw datasets -> shards. Start at `pack.py`; `spec.py` says what can be chosen."""

@@ -1,0 +1,275 @@
+"""One recording -> its clips, each complete or failed. One pass over the pictures feeds every clip that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+
+from karmma_dist.packing.boxes import detections_json, read_boxes
+from karmma_dist.packing.media import (
+    SAMPLE_RATE,
+    ClipPictures,
+    Geometry,
+    encode_flac,
+    flow_encoder,
+    num_frames_between,
+    rounded,
+)
+from karmma_dist.packing.movie import Movie, Picture, Shrinker, quarter_turns
+from karmma_dist.packing.numbered_frames import NumberedFrames
+from karmma_dist.packing.records import ClipRecord, CutClip, Failure, MediaError, Recording
+from karmma_dist.packing.sound import Sound
+from karmma_dist.packing.spec import PackingSpec
+
+_EARLY_S = 2e-3
+"""A frame this much after a stored frame's moment counts as shown: many containers round to milliseconds."""
+
+
+def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip | Failure]:
+    """Yield each clip of a recording as soon as it is complete, or the reason why it cannot be.
+
+    A clip fails when any of its existing media does; what does not exist is absent from its payloads.
+    """
+    left = {clip.key: clip for clip in recording.clips}
+    try:
+        for cut in _cut_all(recording, spec):
+            del left[cut.key if isinstance(cut, Failure) else cut.record.key]
+            yield cut
+    except MediaError as error:
+        yield from (_failure(clip, error) for clip in left.values())
+    except (av.error.FFmpegError, cv2.error, OSError) as error:
+        # Media that break their reader in an unforeseen way cost their own recording, not the run.
+        unforeseen = MediaError(spec.modalities[0], "cut", " ".join(str(error).split())[:200])
+        yield from (_failure(clip, unforeseen) for clip in left.values())
+
+
+def _cut_all(recording: Recording, spec: PackingSpec) -> Iterator[CutClip | Failure]:
+    with ExitStack() as files:
+        cutter = _Cutter(recording, spec, files)
+        for clip, pictures in cutter.pictures():
+            if isinstance(pictures, MediaError):
+                yield _failure(clip, pictures)
+                continue
+            try:
+                yield cutter.complete(clip, pictures)
+            except MediaError as error:
+                yield _failure(clip, error)
+
+
+def _failure(clip: ClipRecord, error: MediaError) -> Failure:
+    return Failure(clip.key, clip.split, error.modality, error.stage, error.error)
+
+
+@dataclass(slots=True)
+class _Pictures:
+    """What the pass over the pictures gave for one clip."""
+
+    payloads: dict[str, bytes] = field(default_factory=dict)
+    described: dict[str, dict[str, Any]] = field(default_factory=dict)
+    source_size: tuple[int, int] | None = None
+    """Width and height of the upright source."""
+    num_source_frames: int = 0
+    stop_s: float | None = None
+    """End of the last picture."""
+
+
+class _Cutter:
+    """The open media of one recording."""
+
+    def __init__(self, recording: Recording, spec: PackingSpec, files: ExitStack) -> None:
+        self.recording, self.spec = recording, spec
+        self.movie = files.enter_context(Movie(recording.movie)) if recording.movie else None
+        self.flow_frames = None
+        if recording.flow_frames and spec.flow.source in ("auto", "files"):
+            self.flow_frames = files.enter_context(NumberedFrames(recording.flow_frames, "flow"))
+        computes = spec.flow.source == "compute" or (spec.flow.source == "auto" and self.flow_frames is None)
+        self.computed_flow = spec.flow if computes else None
+        has_movie_video = self.movie is not None and self.movie.video is not None
+        wants_pictures = spec.video.source != "none" or computes or recording.boxes is not None
+        self.from_movie = has_movie_video and wants_pictures
+        self.rgb_frames = None
+        if not has_movie_video and recording.rgb_frames and wants_pictures:
+            self.rgb_frames = files.enter_context(NumberedFrames(recording.rgb_frames, "video"))
+        self.sound = self._sound()
+
+    def _sound(self) -> Sound | None:
+        return self.movie.sound() if self.movie is not None and "audio" in self.spec.modalities else None
+
+    def pictures(self) -> Iterator[tuple[ClipRecord, _Pictures | MediaError]]:
+        """Yield every clip with its video and computed flow, in the order in which the clips end."""
+        if self.from_movie:
+            yield from self._pictures_of_movie()
+        elif self.rgb_frames is not None:
+            for clip in self.recording.clips:
+                try:
+                    yield clip, self._pictures_of_frames(clip, self.rgb_frames)
+                except MediaError as error:
+                    yield clip, error
+        else:
+            yield from ((clip, _Pictures()) for clip in self.recording.clips)
+
+    def _pictures_of_movie(self) -> Iterator[tuple[ClipRecord, _Pictures | MediaError]]:
+        assert self.movie is not None
+        movie, shrinker, size, decoded_size = self.movie, None, None, (0, 0)
+        fps = min(movie.fps, Fraction(self.spec.video.max_fps).limit_denominator(1001))
+        waiting = sorted(self.recording.clips, key=lambda clip: (clip.start_s, clip.key), reverse=True)
+        active: list[_MovieClip] = []
+        shown: Picture | None = None
+        for time_s, frame in movie.frames():
+            if shown is not None:
+                while waiting and waiting[-1].start_s < time_s - _EARLY_S:
+                    active.append(_MovieClip(waiting.pop(), fps, self))
+                yield from _show(active, shown, time_s, movie, size)
+                if not waiting and not active:
+                    return
+            if shrinker is None or (frame.width, frame.height) != decoded_size:
+                turns, decoded_size = quarter_turns(frame), (frame.width, frame.height)
+                size = decoded_size[::-1] if turns % 2 else decoded_size
+                try:
+                    shrinker = Shrinker(Geometry.of(*size, self.spec.video), turns)
+                except MediaError as error:
+                    yield from ((clip, error) for clip in [*waiting, *(cut.clip for cut in active)])
+                    return
+            shown = Picture(frame, time_s, shrinker)
+        active += [_MovieClip(clip, fps, self) for clip in reversed(waiting)]
+        if shown is not None:
+            yield from _show(active, shown, movie.end_s, movie, size)
+        yield from ((cut.clip, cut.finish(movie, size)) for cut in active)
+
+    def _pictures_of_frames(self, clip: ClipRecord, frames: NumberedFrames) -> _Pictures:
+        nominal = self.recording.nominal_fps
+        numbers = frames.clamped(clip.start_frame, clip.stop_frame)
+        fps = min(Fraction(nominal), Fraction(self.spec.video.max_fps).limit_denominator(1001))
+        pictures = ClipPictures(fps, self.spec.video, self.computed_flow)
+        size, geometry = None, None
+        for place in range(num_frames_between(0.0, len(numbers) / nominal, fps)):
+            picture = frames.read(numbers[min(int(place * nominal / fps + 1e-6), len(numbers) - 1)])
+            if geometry is None:
+                size = (picture.shape[1], picture.shape[0])
+                geometry = Geometry.of(*size, self.spec.video)
+            elif size != (picture.shape[1], picture.shape[0]):
+                raise MediaError("video", "decode", f"{frames.path.name}: frames of the clip differ in size")
+            pictures.add(geometry.shrink(picture))
+        return _Pictures(*pictures.finish(), size, len(numbers))
+
+    def complete(self, clip: ClipRecord, pictures: _Pictures) -> CutClip:
+        """Add flow files, sound and boxes to a clip's pictures.
+
+        Raises:
+            MediaError: any of them exists and cannot be read, or the clip has no modality at all.
+        """
+        payloads, described = pictures.payloads, pictures.described
+        stop_s = clip.stop_s if clip.stop_s is not None else pictures.stop_s
+        if self.flow_frames is not None:
+            payloads["flow"], described["flow"] = self._flow_of_files(clip, self.flow_frames)
+        if self.sound is not None and stop_s is not None:
+            samples = self.sound.cut(clip.start_s, stop_s)
+            if samples is not None:
+                payloads["audio"] = encode_flac(samples)
+                described["audio"] = {"sample_rate": SAMPLE_RATE, "num_samples": len(samples)}
+        if clip.boxes is not None:
+            payloads["detections"], described["detections"] = self._detections(clip, pictures)
+        if not payloads:
+            raise MediaError(self.spec.modalities[0], "cut", f"no modality at {clip.start_s:.2f} s: nothing to store")
+        return CutClip(clip, payloads, described, stop_s)
+
+    def _flow_of_files(self, clip: ClipRecord, frames: NumberedFrames) -> tuple[bytes, dict[str, Any]]:
+        per_flow = self.recording.rgb_frames_per_flow_frame
+        start = (clip.start_frame - 1) // per_flow + 1
+        stop = None if clip.stop_frame is None else (clip.stop_frame - 2) // per_flow + 2
+        fps = Fraction(self.recording.nominal_fps, per_flow)
+        spec, encoder, geometry, bound, size = self.spec, None, None, 0.0, None
+        for number in frames.clamped(start, stop):
+            u_HW, v_HW = frames.read(number, "u"), frames.read(number, "v")
+            if geometry is None:
+                size = u_HW.shape
+                geometry = Geometry.of(size[1], size[0], spec.video, "flow")
+                encoder = flow_encoder(geometry.width, geometry.height, fps, spec.flow, spec.video)
+                bound = spec.flow.files_bound * geometry.scaled_width / size[1]
+            if not size == u_HW.shape == v_HW.shape:
+                raise MediaError("flow", "decode", f"{frames.path.name}: frames of the clip differ in size")
+            assert encoder is not None
+            encoder.add(np.concatenate([geometry.shrink(u_HW), geometry.shrink(v_HW)]))
+        assert encoder is not None
+        assert geometry is not None
+        return encoder.finish(), {
+            "width": geometry.width, "height": geometry.height, "fps": rounded(fps),
+            "num_frames": encoder.num_frames, "bound": round(bound, 6), "source": "files",
+        }  # fmt: skip
+
+    def _detections(self, clip: ClipRecord, pictures: _Pictures) -> tuple[bytes, dict[str, Any]]:
+        assert self.recording.boxes is not None
+        assert clip.boxes is not None
+        if pictures.source_size is None:
+            raise MediaError("detections", "parse", "no picture to take the boxes' scale from")
+        frames = read_boxes(self.recording.boxes, clip.boxes)
+        data, num_boxes = detections_json(
+            frames, *pictures.source_size, pictures.num_source_frames, self.spec.detections.max_boxes
+        )
+        return data, {"num_frames": pictures.num_source_frames, "num_boxes": num_boxes}
+
+
+class _MovieClip:
+    """A clip while the pass goes over it: which of its stored frames come next."""
+
+    def __init__(self, clip: ClipRecord, fps: Fraction, cutter: _Cutter) -> None:
+        self.clip, self._fps = clip, float(fps)
+        self._stored = ClipPictures(fps, cutter.spec.video, cutter.computed_flow)
+        self._wanted = None if clip.stop_s is None else num_frames_between(clip.start_s, clip.stop_s, fps)
+        self._first_s = clip.start_s
+        self._size: tuple[int, ...] | None = None
+        self._problem: MediaError | None = None
+
+    def show(self, picture: Picture, until_s: float) -> None:
+        """`picture` is on until `until_s`: store it for every moment of the clip before that."""
+        while not self.done and self.clip.start_s + self._stored.num_frames / self._fps < until_s - _EARLY_S:
+            image = picture.image()
+            if self._stored.num_frames == 0:
+                self._first_s, self._size = picture.time_s, image.shape
+            elif image.shape != self._size:
+                self._problem = MediaError("video", "decode", f"picture size changes at {picture.time_s:.2f} s")
+                return
+            self._stored.add(image)
+
+    @property
+    def done(self) -> bool:
+        """No picture after this one is needed."""
+        return self._problem is not None or self._stored.num_frames == self._wanted
+
+    def finish(self, movie: Movie, size: tuple[int, int] | None) -> _Pictures | MediaError:
+        """The clip's pictures, or what is wrong with them."""
+        try:
+            if self._problem is not None:
+                raise self._problem
+            movie.damage.check("video", *self._span(movie))
+            if self._stored.num_frames == 0:
+                text = f"starts at {self.clip.start_s:.2f} s, the video ends at {movie.end_s:.2f} s"
+                raise MediaError("video", "cut", text)
+        except MediaError as error:
+            return error
+        stop_s = self.clip.start_s + self._stored.num_frames / self._fps
+        return _Pictures(*self._stored.finish(), size, movie.num_frames, round(stop_s, 6))
+
+    def _span(self, movie: Movie) -> tuple[float, float]:
+        """From the first picture shown to the last moment stored, or to the clip's end when the movie ends before."""
+        if self.done:
+            return self._first_s, self.clip.start_s + (self._stored.num_frames - 1) / self._fps
+        return self._first_s, max(movie.end_s, self.clip.stop_s or 0.0)
+
+
+def _show(
+    active: list[_MovieClip], picture: Picture, until_s: float, movie: Movie, size: tuple[int, int] | None
+) -> Iterator[tuple[ClipRecord, _Pictures | MediaError]]:
+    """Show a picture to all active clips; yield and remove those that are done."""
+    for cut in list(active):
+        cut.show(picture, until_s)
+        if cut.done:
+            active.remove(cut)
+            yield cut.clip, cut.finish(movie, size)

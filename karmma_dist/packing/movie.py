@@ -1,0 +1,183 @@
+"""One untrimmed container file, read once from front to back: pictures with their times, and the sound.
+
+What cannot be decoded is remembered as stretches of damage, so that only the clips that meet one are lost.
+Times are seconds from the start of the container.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from karmma_dist.packing.media import Geometry
+from karmma_dist.packing.records import MediaError
+from karmma_dist.packing.sound import CUT_TOLERANCE_S, Sound, Stretches
+
+
+class Movie:
+    """A container file, opened for one pass. Its best video and audio streams count.
+
+    Raises:
+        MediaError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._container = av.open(str(path))
+        except (av.error.FFmpegError, OSError) as error:
+            raise MediaError("video", "open", f"{path.name}: {_reason(error)}") from None
+        self._origin_s = max((self._container.start_time or 0) / av.time_base, 0.0)
+        self.video: Any = self._container.streams.best("video")
+        """Its best video stream, or None."""
+        self.damage = Stretches()
+        self.num_frames = 0
+        """Frames decoded so far."""
+        self.end_s = 0.0
+        """End of the last frame decoded so far."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._container.close()
+
+    @property
+    def fps(self) -> Fraction:
+        """The video's frame rate; it must have video."""
+        rate = self.video.average_rate or self.video.guessed_rate or Fraction(25)
+        return Fraction(rate)
+
+    def frames(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        """Yield (time, frame) in order of time. Stretches that do not decode go to `damage`."""
+        stream = self.video
+        stream.codec_context.thread_count = 1
+        # Without it the decoder paints over what it cannot read, and says nothing.
+        stream.codec_context.options = {"err_detect": "explode"}
+        period = float(1 / self.fps)
+        for frame, time_s, problem in _decode(self._container, stream):
+            time_s = self.end_s if time_s is None else time_s - self._origin_s
+            if frame is None:
+                self.damage.start(time_s, problem)
+                continue
+            if frame.is_corrupt:
+                self.damage.start(time_s, "corrupt frame")
+            elif frame.key_frame:
+                self.damage.stop(time_s)
+            self.num_frames += 1
+            self.end_s = time_s + period
+            yield time_s, frame
+        declared = self._declared_end_s(stream)
+        if declared is not None and self.end_s < declared - CUT_TOLERANCE_S:
+            self.damage.start(self.end_s, f"ends at {self.end_s:.2f} of {declared:.2f} s")
+
+    def sound(self) -> Sound | None:
+        """Decode the whole best audio stream; None when there is none.
+
+        Raises:
+            MediaError: it cannot be opened or converted. Stretches that do not decode go to its `damage`.
+        """
+        try:
+            return self._sound()
+        except (av.error.FFmpegError, ValueError) as error:
+            raise MediaError("audio", "open", f"{self.path.name}: {_reason(error)}") from None
+
+    def _sound(self) -> Sound | None:
+        with av.open(str(self.path)) as container:
+            stream = container.streams.best("audio")
+            if stream is None:
+                return None
+            stream.codec_context.thread_count = 1
+            sound = Sound(self._declared_end_s(stream))
+            end_s = 0.0
+            for frame, time_s, problem in _decode(container, stream):
+                time_s = end_s if time_s is None else time_s - self._origin_s
+                if frame is None:
+                    sound.damage.start(time_s, problem)
+                    continue
+                sound.damage.stop(time_s)
+                sound.add(frame, time_s)
+                end_s = time_s + frame.samples / frame.sample_rate
+            sound.finish()
+            return sound
+
+    def _declared_end_s(self, stream: Any) -> float | None:
+        """Where the stream ends by its container's word."""
+        if stream.duration is not None:
+            return float((stream.duration + (stream.start_time or 0)) * stream.time_base) - self._origin_s
+        if len(self._container.streams) == 1 and self._container.duration is not None:
+            return float(self._container.duration / av.time_base)
+        return None
+
+
+class Picture:
+    """A decoded frame that is scaled, turned upright and cropped at most once, when a clip shows it."""
+
+    def __init__(self, frame: av.VideoFrame, time_s: float, shrinker: Shrinker) -> None:
+        self.time_s = time_s
+        self._frame, self._shrinker = frame, shrinker
+        self._image: np.ndarray | None = None
+
+    def image(self) -> np.ndarray:
+        """uint8 (H, W, 3) RGB as it is stored."""
+        if self._image is None:
+            self._image = self._shrinker(self._frame)
+        return self._image
+
+
+class Shrinker:
+    """Scales decoded frames to a geometry: one reused reformatter, since one per frame leaks."""
+
+    def __init__(self, geometry: Geometry, quarter_turns: int) -> None:
+        self._geometry, self._turns = geometry, quarter_turns
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        """uint8 (H, W, 3) RGB, upright."""
+        width, height = self._geometry.scaled_width, self._geometry.scaled_height
+        if self._turns % 2:
+            width, height = height, width
+        scaled = self._reformatter.reformat(
+            frame, width, height, format="rgb24", interpolation="AREA", threads=1
+        ).to_ndarray()
+        return self._geometry.crop(np.rot90(scaled, self._turns))
+
+
+def quarter_turns(frame: av.VideoFrame) -> int:
+    """Counter-clockwise quarter turns that set the frame upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def _decode(container: Any, stream: Any) -> Iterator[tuple[Any, float | None, str]]:
+    """Yield (frame, time, "") and, for packets that do not decode, (None, time, why)."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.error.FFmpegError as error:
+            yield None, None, _reason(error)
+            return
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError as error:
+            yield None, None if packet.pts is None else float(packet.pts * packet.time_base), _reason(error)
+            continue
+        for frame in frames:
+            yield frame, frame.time, ""
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of FFmpeg's complaint."""
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(str(text).split(";")[0].split())

@@ -1,0 +1,264 @@
+"""Raw dataset -> shards folder: cut in parallel, assemble in a fixed order, resume after anything.
+
+    summary = pack(load_spec("epic_kitchens"), workers=8)
+
+Which clip goes to which shard is a permutation of the *planned* clips by the seed: the bytes depend neither on the
+number of workers nor on the order in which they finish, and a clip that fails leaves a place that it can take later.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from karmma_dist.errors import UserError
+from karmma_dist.modality import letters
+from karmma_dist.packing.assemble import Source, assemble, made_with, packed_clips, shards_are_whole
+from karmma_dist.packing.lock import folder_lock
+from karmma_dist.packing.planning import difference_between, make_plan, plan_identity
+from karmma_dist.packing.records import Failure, Plan
+from karmma_dist.packing.spec import PackingSpec
+from karmma_dist.packing.staging import Unit, forget, load_staged, stage, units
+from karmma_dist.progress import Report, silent
+from karmma_dist.shards import MANIFEST, SCHEMA, DamageError, ShardFolder, write_json
+
+FAILURES = "failures.jsonl"
+"""One line per clip left out: key, split, modality, stage, error."""
+
+_STAGING = ".staging"
+
+
+@dataclass(slots=True)
+class PackSummary:
+    """What a packing run did, or found done."""
+
+    out: Path
+    status: str
+    """`packed`, `already packed`, or `staged` (other parts are still to be cut)."""
+    clips: dict[str, int] = field(default_factory=dict)
+    """Clips in the shards per split."""
+    shards: dict[str, int] = field(default_factory=dict)
+    """Shards per split."""
+    subsets: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Per split, clips per set of modalities present ("V+F+A")."""
+    num_bytes: int = 0
+    """Of all shards."""
+    failures: list[Failure] = field(default_factory=list)
+    """Clips left out because existing media of theirs cannot be read; also in failures.jsonl."""
+    notes: list[str] = field(default_factory=list)
+    """Splits skipped, recordings without media."""
+    seconds: float = 0.0
+
+
+def pack(
+    spec: PackingSpec,
+    *,
+    workers: int = 1,
+    limit: int | None = None,
+    part: tuple[int, int] | None = None,
+    retry_failed: bool = False,
+    progress: Report | None = None,
+) -> PackSummary:
+    """Pack a raw dataset into the folder `spec.out`.
+
+    Can be killed at any moment and called again: recordings already cut are not cut again. Where shards of the same
+    specification are whole, nothing is done.
+
+    Args:
+        spec: what becomes what.
+        workers: processes that cut; 1 works in this one.
+        limit: only the first clips of each split.
+        part: (i, n), i from 1: cut only every n-th unit of recordings, in the same folder as the other parts; the
+            last part to finish assembles.
+        retry_failed: cut the recordings of failed clips once more and put the mended ones in their places.
+        progress: told how far it is.
+
+    Raises:
+        UserError: bad annotations or paths, another specification's shards in the folder, another packer at work.
+    """
+    started = time.monotonic()
+    if workers < 1:
+        raise UserError(f"workers {workers}: at least 1")
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise UserError(f"part {part[0]}/{part[1]}: I/N with 1 <= I <= N")
+    plan = make_plan(spec, limit)
+    out = Path(spec.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with folder_lock(out, part) as may_assemble:
+            summary = _Run(spec, plan, limit, progress or silent).run(workers, part, retry_failed, may_assemble)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{out}: disk full: free some space and pack again, what is cut is kept") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{error.filename or out}: {error.strerror}: choose another --out") from None
+        raise
+    summary.seconds = round(time.monotonic() - started, 2)
+    return summary
+
+
+class _Run:
+    """One call of `pack` on a folder it has locked."""
+
+    def __init__(self, spec: PackingSpec, plan: Plan, limit: int | None, progress: Report) -> None:
+        self.spec, self.plan, self.progress = spec, plan, progress
+        self.out = Path(spec.out)
+        self.staging = self.out / _STAGING
+        self.identity = {"settings": spec.recorded(), "plan": plan_identity(plan, limit)}
+
+    def run(
+        self, workers: int, part: tuple[int, int] | None, retry_failed: bool, may_assemble: Callable[[], bool]
+    ) -> PackSummary:
+        """Cut what is missing, then assemble unless other parts have still to cut theirs."""
+        former = self._former_manifest()
+        known = _read_failures(self.out / FAILURES) if former else []
+        finished = former is not None and (self.out / MANIFEST).is_file() and shards_are_whole(self.out, former)
+        if finished and not (retry_failed and known):
+            shutil.rmtree(self.staging, ignore_errors=True)
+            return self._summary("already packed", known)
+        self.staging.mkdir(exist_ok=True)
+        packed = packed_clips(self.out, former) if former else {}
+        given_up = set() if retry_failed else {failure.key for failure in known}
+        needed = [unit for unit in units(self.plan, self.spec) if unit.keys - packed.keys() - given_up]
+        if retry_failed:
+            for unit in _share(needed, part):
+                staged = load_staged(self.staging, unit)
+                if staged and staged.failures:
+                    forget(self.staging, unit)
+        self._cut([unit for unit in _share(needed, part) if load_staged(self.staging, unit) is None], workers)
+        results = [load_staged(self.staging, unit) for unit in needed]
+        if None in results or not may_assemble():
+            return PackSummary(self.out, "staged", notes=list(self.plan.notes))
+        sources = {clip.key: Source(staged.tar, clip) for staged in results if staged for clip in staged.clips} | packed
+        failures = {failure.key: failure for failure in known}
+        failures |= {failure.key: failure for staged in results if staged for failure in staged.failures}
+        left_out = sorted((f for f in failures.values() if f.key not in sources), key=lambda f: (f.split, f.key))
+        self._assemble(sources, left_out)
+        return self._summary("packed", left_out)
+
+    def _former_manifest(self) -> dict[str, Any] | None:
+        """The manifest of shards that are there, also when a run that mended them was killed.
+
+        Raises:
+            UserError: it is of another specification, or there are shards without any manifest.
+        """
+        for path in (self.out / MANIFEST, self.staging / MANIFEST):
+            if path.is_file():
+                break
+        else:
+            stray = next(self.out.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar"), None)
+            if stray is not None and not self.staging.is_dir():
+                raise UserError(f"{self.out}: holds {stray.name} but no {MANIFEST}: choose another --out or remove it")
+            return None
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text())
+            difference = difference_between(manifest, self.identity)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: not a manifest of packed shards: choose another --out") from None
+        if difference:
+            raise UserError(f"{self.out}: holds shards packed with another {difference}: choose another --out")
+        return manifest
+
+    def _cut(self, todo: list[Unit], workers: int) -> None:
+        total = sum(len(unit.keys) for unit in todo)
+        done = 0
+        self.progress("cut", 0, total)
+        if workers == 1 or len(todo) <= 1:
+            for unit in todo:
+                done += stage(self.staging, unit, self.spec)
+                self.progress("cut", done, total)
+            return
+        pool = ProcessPoolExecutor(
+            min(workers, len(todo)), mp_context=multiprocessing.get_context("spawn"), initializer=_worker_starts
+        )
+        try:
+            for future in as_completed([pool.submit(stage, self.staging, unit, self.spec) for unit in todo]):
+                done += future.result()
+                self.progress("cut", done, total)
+        except BrokenProcessPool:
+            raise UserError(
+                f"{self.out}: a worker was killed (out of memory?): pack again with fewer workers, what is cut is kept"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _assemble(self, sources: dict[str, Source], failures: list[Failure]) -> None:
+        """Write the shards, then failures, then the manifest: the folder counts when its last file does."""
+        if (self.out / MANIFEST).is_file():
+            os.replace(self.out / MANIFEST, self.staging / MANIFEST)
+        try:
+            splits, counts = assemble(self.out, self.plan, sources, self.spec, self.progress)
+        except DamageError as error:
+            raise UserError(f"{error}: the disk lost what was cut: remove {self.staging} and pack again") from None
+        _write_failures(self.out / FAILURES, failures)
+        manifest = {
+            "schema": SCHEMA,
+            "dataset": self.spec.dataset,
+            "modalities": self.spec.modalities,
+            "heads": self.plan.classes,
+            "splits": splits,
+            **self.identity,
+            "label_counts": counts,
+            "made_with": made_with(),
+        }
+        write_json(self.out / MANIFEST, manifest)
+        shutil.rmtree(self.staging)
+
+    def _summary(self, status: str, failures: list[Failure]) -> PackSummary:
+        folder = ShardFolder(self.out)
+        summary = PackSummary(self.out, status, failures=failures, notes=list(self.plan.notes))
+        for split, entry in folder.manifest["splits"].items():
+            summary.clips[split], summary.shards[split] = entry["clips"], len(entry["shards"])
+            summary.num_bytes += sum(shard["bytes"] for shard in entry["shards"])
+            present = Counter(letters(m for m in folder.modalities if clip.has(m)) for clip in folder.clips(split))
+            summary.subsets[split] = dict(sorted(present.items()))
+        return summary
+
+
+def _share(todo: list[Unit], part: tuple[int, int] | None) -> list[Unit]:
+    """The units of one part, by their own number so that every part divides alike."""
+    if part is None:
+        return todo
+    return [unit for unit in todo if unit.number % part[1] == part[0] - 1]
+
+
+def _read_failures(path: Path) -> list[Failure]:
+    return [Failure(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _write_failures(path: Path, failures: list[Failure]) -> None:
+    if not failures:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "w") as file:
+        file.writelines(json.dumps(asdict(failure), ensure_ascii=False) + "\n" for failure in failures)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _worker_starts() -> None:
+    """In each worker: leave Ctrl-C to the parent, and end with it even when it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -1,0 +1,114 @@
+"""Something-Something V2 -> recordings of one clip each, with Something-Else's boxes where there are any.
+
+Labels are official JSON: entries with `id` and `template` ("Pushing [something] down"); a template without its
+brackets is a key of the class file. Format: https://developer.qualcomm.com/software/ai-datasets/something-something.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from karmma_dist.errors import UserError, nearest
+from karmma_dist.packing.boxes import index_boxes
+from karmma_dist.packing.records import ClipRecord, Plan, Recording, frames_of, inside, raw_file
+from karmma_dist.packing.spec import PackingSpec, SomethingSomethingPaths
+from karmma_dist.shards import check_key
+
+
+def read_something_something(spec: PackingSpec) -> Plan:
+    """Read the labels of every split and look which media files exist.
+
+    Raises:
+        UserError: no raw folder, no labels, or a bad entry, with file and entry.
+    """
+    paths = spec.something_something
+    assert paths is not None
+    raw = Path(spec.raw)
+    if not raw.is_dir():
+        raise UserError(f"{raw}: no such raw folder (give it with --raw DIR or raw: in the specification)")
+    tables = {split: raw_file(raw, name, f"something_something.splits.{split}") for split, name in paths.splits.items()}
+    if not any(tables.values()):
+        raise UserError(f"{raw}: no labels: none of {', '.join(paths.splits.values())} is there")
+    notes = [f"split '{s}' skipped: no {paths.splits[s]}" for s, table in tables.items() if table is None]
+    classes = {head: _read_classes(raw, name, head) for head, name in paths.heads.items()}
+    ids = {head: {name: number for number, name in enumerate(names)} for head, names in classes.items()}
+    boxes, spans = None, {}
+    if spec.detections.source != "none":
+        boxes = inside(raw, paths.boxes, "something_something.boxes")
+        if boxes.is_file():
+            spans = index_boxes(boxes)
+        else:
+            notes.append(f"no detections: no {paths.boxes}")
+    recordings: dict[str, Recording] = {}
+    for split, table in tables.items():
+        for number, entry in enumerate(_read_json(table, list) if table else (), start=1):
+            where = f"{table}, entry {number}"
+            clip = _clip(where, entry, split, ids, split not in paths.unlabelled_splits, spans)
+            if clip.key in recordings:
+                raise UserError(f"{where}: id '{clip.key}' is there twice")
+            recordings[clip.key] = _recording(raw, paths, clip, boxes if clip.boxes else None)
+    return Plan(tuple(recordings.values()), classes, tuple(s for s, table in tables.items() if table), tuple(notes))
+
+
+def _recording(raw: Path, paths: SomethingSomethingPaths, clip: ClipRecord, boxes: Path | None) -> Recording:
+    movie = inside(raw, paths.movies.replace("{recording}", clip.key), "something_something.movies")
+    flow = paths.flow_frames.replace("{recording}", clip.key)
+    return Recording(
+        clip.key, "", (clip,),
+        movie=movie if movie.is_file() else None,
+        flow_frames=frames_of(raw, flow, "something_something.flow_frames"),
+        boxes=boxes,
+        nominal_fps=paths.frames_per_second,
+    )  # fmt: skip
+
+
+def _clip(
+    where: str, entry: Any, split: str, ids: dict[str, dict[str, int]], labelled: bool,
+    spans: dict[str, tuple[int, int]],
+) -> ClipRecord:  # fmt: skip
+    if not isinstance(entry, dict) or "id" not in entry:
+        raise UserError(f"{where}: expected an object with 'id'")
+    key = str(entry["id"])
+    try:
+        check_key(key)
+    except UserError:
+        raise UserError(f"{where}: id '{key}': only letters, digits, '_' and '-' are allowed") from None
+    labels: dict[str, int | None] = dict.fromkeys(ids)
+    if labelled:
+        if not isinstance(entry.get("template"), str):
+            raise UserError(f"{where}: 'template' is missing")
+        name = entry["template"].replace("[", "").replace("]", "")
+        for head, known in ids.items():
+            if name not in known:
+                raise UserError(f"{where}: template '{name}' is not in the class file{nearest(name, list(known))}")
+            labels[head] = known[name]
+    narration = entry.get("label") or entry.get("template") or ""
+    return ClipRecord(key, split, 0.0, None, labels, narration, boxes=spans.get(key))
+
+
+def _read_classes(raw: Path, name: str, head: str) -> list[str]:
+    """Class names by id; ids must be 0, 1, 2, ..."""
+    path = raw_file(raw, name, f"something_something.heads.{head}")
+    if path is None:
+        raise UserError(f"{inside(raw, name, head)}: no such class file (head '{head}')")
+    try:
+        numbers = {int(number): template for template, number in _read_json(path, dict).items()}
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: expected template -> id, whole numbers") from None
+    if sorted(numbers) != list(range(len(numbers))) or not numbers:
+        raise UserError(f"{path}: ids are not 0 to {len(numbers) - 1} without a hole")
+    return [numbers[number] for number in range(len(numbers))]
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        value = json.loads(text)
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
+    return value

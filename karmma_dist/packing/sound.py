@@ -1,0 +1,114 @@
+"""A recording's sound on one clock: gaps filled, resampled to what is stored, damage remembered."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import av
+import numpy as np
+
+from karmma_dist.packing.media import SAMPLE_RATE
+from karmma_dist.packing.records import MediaError
+
+CUT_TOLERANCE_S = 0.5
+"""A stream that ends this much before the end its container declares is cut."""
+
+_GAP_S = 0.05
+"""A jump in the timestamps beyond this is filled with silence, or its overlapping sound dropped."""
+
+
+@dataclass(slots=True)
+class Stretches:
+    """Stretches of time that could not be decoded."""
+
+    spans: list[tuple[float, float, str]] = field(default_factory=list)
+    """Start, stop, why."""
+    open: tuple[float, str] | None = None
+    """Start of a stretch that has not ended yet."""
+
+    def start(self, time_s: float, why: str) -> None:
+        """Damage from here on."""
+        if self.open is None:
+            self.open = (time_s, why)
+
+    def stop(self, time_s: float) -> None:
+        """Whole again."""
+        if self.open is not None and time_s > self.open[0]:
+            self.spans.append((self.open[0], time_s, self.open[1]))
+            self.open = None
+
+    def check(self, modality: str, start_s: float, stop_s: float) -> None:
+        """Raise MediaError when [start_s, stop_s] meets a stretch."""
+        spans = [*self.spans, (self.open[0], math.inf, self.open[1])] if self.open else self.spans
+        for start, stop, why in spans:
+            if start <= stop_s and start_s < stop:
+                raise MediaError(modality, "decode", f"damaged at {start:.2f} s: {why}")
+
+
+class Sound:
+    """A recording's sound as mono int16 at 16 kHz, on the recording's own clock."""
+
+    def __init__(self, declared_end_s: float | None) -> None:
+        self.damage = Stretches()
+        self.samples = np.zeros(0, np.int16)
+        self._declared_end_s = declared_end_s
+        self._chunks: list[np.ndarray] = []
+        self._length = 0
+        self._overlap = 0
+        self._resampler: av.AudioResampler | None = None
+        self._layout: tuple[Any, ...] = ()
+        self._expected_s = 0.0
+
+    def add(self, frame: av.AudioFrame, time_s: float) -> None:
+        """Append a decoded frame that starts at `time_s`."""
+        duration = frame.samples / frame.sample_rate
+        layout = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if layout != self._layout or abs(time_s - self._expected_s) > _GAP_S:
+            self._flush()
+            missing = round(time_s * SAMPLE_RATE) - self._length
+            # An encoder's run-in lies before time 0, and repeated sound over what is there already.
+            self._overlap = max(-missing, 0)
+            if missing > 0:
+                self._append(np.zeros(missing, np.int16))
+            self._layout = layout
+        if self._resampler is None:
+            self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+        frame.pts = None
+        for part in self._resampler.resample(frame):
+            self._append(part.to_ndarray().reshape(-1))
+        self._expected_s = time_s + duration
+
+    def finish(self) -> None:
+        """No more frames."""
+        self._flush()
+        self.samples = np.concatenate(self._chunks) if self._chunks else self.samples
+        self._chunks = []
+        end_s, declared = len(self.samples) / SAMPLE_RATE, self._declared_end_s
+        if declared is not None and end_s < declared - CUT_TOLERANCE_S:
+            self.damage.start(end_s, f"ends at {end_s:.2f} of {declared:.2f} s")
+
+    def cut(self, start_s: float, stop_s: float) -> np.ndarray | None:
+        """Samples int16 of [start_s, stop_s), silence past the end; None when the sound ends before the clip starts.
+
+        Raises:
+            MediaError: part of it could not be decoded.
+        """
+        self.damage.check("audio", start_s, stop_s)
+        first, num = round(start_s * SAMPLE_RATE), max(round((stop_s - start_s) * SAMPLE_RATE), 1)
+        piece = self.samples[first : first + num]
+        return np.pad(piece, (0, num - len(piece))) if len(piece) else None
+
+    def _flush(self) -> None:
+        if self._resampler is not None:
+            for part in self._resampler.resample(None):
+                self._append(part.to_ndarray().reshape(-1))
+            self._resampler = None
+
+    def _append(self, samples: np.ndarray) -> None:
+        dropped = min(self._overlap, len(samples))
+        self._overlap -= dropped
+        samples = samples[dropped:]
+        self._chunks.append(samples)
+        self._length += len(samples)

@@ -1,0 +1,203 @@
+"""The packing specification: which raw files become shards, and how they are stored.
+
+    spec = load_spec("epic_kitchens", raw="/data/epic", out="/scratch/shards/epic")
+
+A specification is a file of `shards/`; everything except `raw` and `out` is recorded in the shards' manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from karmma_dist.settings import Settings, find_file, load_settings
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Crf = Annotated[int, Field(ge=0, le=51)]
+
+
+class VideoSpec(Settings):
+    """How frames are stored: H.264, constant frame rate, closed groups of pictures, no B-frames."""
+
+    source: Literal["auto", "none"] = "auto"
+    """`auto`: the recording's movie, else its numbered frames. `none`: do not store video."""
+    short_side: Annotated[int, Field(ge=16)] = 256
+    """Short side in pixels; smaller sources keep their size."""
+    max_fps: Annotated[float, Field(gt=0)] = 30.0
+    """Stored frame rate: the source's own, but at most this."""
+    region: tuple[Fraction, Fraction, Fraction, Fraction] = (0.0, 0.0, 1.0, 1.0)
+    """Part of the picture that is kept, before resizing: left, top, right, bottom as fractions of the frame."""
+    crf: Crf = 23
+    """x264's constant rate factor: smaller is better and bigger."""
+    gop: Positive = 15
+    """Frames from one key frame to the next: short groups make sparse frames cheap to decode."""
+    preset: str = "veryfast"
+    """x264's preset."""
+
+    @model_validator(mode="after")
+    def _region_is_not_empty(self) -> VideoSpec:
+        left, top, right, bottom = self.region
+        if right - left < 0.01 or bottom - top < 0.01:
+            raise ValueError(f"region {list(self.region)} is empty: give left < right and top < bottom")
+        return self
+
+
+class FlowSpec(Settings):
+    """Optical flow, stored as one gray H.264 video of the same region and size as the video: u above v."""
+
+    source: Literal["auto", "files", "compute", "none"] = "auto"
+    """`files`: the raw dataset's flow frames. `compute`: DIS optical flow between consecutive stored frames.
+    `auto`: files where there are any, else computed. `none`: do not store flow."""
+    bound: Annotated[float, Field(gt=0)] = 8.0
+    """Of computed flow: pixels (at the stored size, per stored frame) that become 0 and 255; no motion is 127.5."""
+    files_bound: Annotated[float, Field(gt=0)] = 8.0
+    """Of flow files: pixels at the files' own size that their 0 and 255 stand for. Values are stored as they are."""
+    crf: Crf = 20
+    """x264's constant rate factor."""
+
+
+class AudioSpec(Settings):
+    """Sound, stored as mono 16-bit FLAC at 16 kHz, cut to the clip's own seconds."""
+
+    source: Literal["auto", "none"] = "auto"
+    """`auto`: the movie's best audio stream. `none`: do not store sound."""
+
+
+class DetectionsSpec(Settings):
+    """Annotated boxes of hands and objects, one list per video frame."""
+
+    source: Literal["auto", "none"] = "auto"
+    """`auto`: the dataset's boxes, where it has any. `none`: do not store boxes."""
+    max_boxes: Positive = 14
+    """Boxes kept per frame, hands first [STLT's code: 14]."""
+
+
+class EpicKitchensPaths(Settings):
+    """Where Epic-Kitchens keeps things, relative to the raw folder."""
+
+    splits: dict[str, str] = {
+        "train": "annotations/EPIC_100_train.csv",
+        "validation": "annotations/EPIC_100_validation.csv",
+        "test": "annotations/EPIC_100_test_timestamps.csv",
+    }
+    """CSV per split (or the same name with .gz); a split whose CSV is absent is skipped and said so."""
+    unlabelled_splits: list[str] = ["test"]
+    """Splits whose CSV has no class columns."""
+    heads: dict[str, str] = {
+        "verb": "annotations/EPIC_100_verb_classes.csv",
+        "noun": "annotations/EPIC_100_noun_classes.csv",
+    }
+    """Class file per head (columns id and key); the splits' column is HEAD_class."""
+    movies: str = "EPIC-KITCHENS/{participant}/videos/{recording}.MP4"
+    """Untrimmed video with sound."""
+    rgb_frames: str = "EPIC-KITCHENS/{participant}/rgb_frames/{recording}"
+    """Folder of frame_%010d.jpg, or the same name with .tar."""
+    flow_frames: str = "EPIC-KITCHENS/{participant}/flow_frames/{recording}"
+    """Folder of u/frame_%010d.jpg and v/frame_%010d.jpg, or the same name with .tar."""
+
+
+class SomethingSomethingPaths(Settings):
+    """Where Something-Something V2 keeps things, relative to the raw folder."""
+
+    splits: dict[str, str] = {
+        "train": "labels/train.json",
+        "validation": "labels/validation.json",
+        "test": "labels/test.json",
+    }
+    """JSON per split (or the same name with .gz); a split whose JSON is absent is skipped and said so."""
+    unlabelled_splits: list[str] = ["test"]
+    """Splits whose entries have no template."""
+    heads: dict[str, str] = {"action": "labels/labels.json"}
+    """Class file of the one head: template without brackets -> id."""
+    movies: str = "20bn-something-something-v2/{recording}.webm"
+    """One clip per file."""
+    flow_frames: str = "flow/{recording}"
+    """Folder of u/frame_%010d.jpg and v/frame_%010d.jpg, or the same name with .tar."""
+    boxes: str = "boxes.json"
+    """Something-Else's annotated boxes."""
+    frames_per_second: Positive = 12
+    """Frame rate of flow files."""
+
+
+class PackingSpec(Settings):
+    """How a raw dataset becomes shards."""
+
+    reader: Literal["epic_kitchens", "something_something"]
+    """Layout of the raw folder."""
+    dataset: str
+    """Name recorded in the manifest."""
+    raw: str
+    """Raw folder; ${VARIABLES} are expanded."""
+    out: str
+    """Folder the shards are written to; ${VARIABLES} are expanded."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the permutation that spreads clips over shards."""
+    clips_per_shard: Positive = 512
+    """Most clips in one shard."""
+    participants: list[str] = []
+    """Keep only the recordings of these participants; empty: all of them."""
+    video: VideoSpec = VideoSpec()
+    """Frames."""
+    flow: FlowSpec = FlowSpec()
+    """Optical flow."""
+    audio: AudioSpec = AudioSpec()
+    """Sound; Something-Something has none."""
+    detections: DetectionsSpec = DetectionsSpec()
+    """Boxes; Epic-Kitchens has none in its annotations."""
+    epic_kitchens: EpicKitchensPaths | None = None
+    """Sub-paths of the reader epic_kitchens."""
+    something_something: SomethingSomethingPaths | None = None
+    """Sub-paths of the reader something_something."""
+
+    @field_validator("raw", "out")
+    @classmethod
+    def _expand_home(cls, path: str) -> str:
+        return str(Path(path).expanduser())
+
+    @model_validator(mode="after")
+    def _only_what_the_reader_reads(self) -> PackingSpec:
+        other = "something_something" if self.reader == "epic_kitchens" else "epic_kitchens"
+        if getattr(self, other) is not None:
+            raise ValueError(f"section '{other}' has no effect with reader '{self.reader}': remove it")
+        idle = {"epic_kitchens": ("detections",), "something_something": ("audio", "participants")}[self.reader]
+        for section in idle:
+            if section in self.model_fields_set:
+                raise ValueError(f"'{section}' has no effect with reader '{self.reader}': remove it")
+        if self.reader == "epic_kitchens":
+            self.epic_kitchens = self.epic_kitchens or EpicKitchensPaths()
+        else:
+            self.something_something = self.something_something or SomethingSomethingPaths()
+        if not self.modalities:
+            raise ValueError("every modality's source is 'none': nothing would be stored")
+        return self
+
+    @property
+    def modalities(self) -> list[str]:
+        """Modalities every clip declares, present or null."""
+        sources = {"video": self.video.source, "flow": self.flow.source}
+        if self.reader == "epic_kitchens":
+            sources["audio"] = self.audio.source
+        else:
+            sources["detections"] = self.detections.source
+        return [name for name, source in sources.items() if source != "none"]
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as the manifest records them: all that bear on the bytes, no machine's paths."""
+        return self.model_dump(mode="json", exclude={"raw", "out"}, exclude_none=True)
+
+
+def load_spec(
+    name: str, *, raw: str | Path | None = None, out: str | Path | None = None, overrides: Sequence[str] = ()
+) -> PackingSpec:
+    """Read the specification `name` (a path, or a name inside `shards/`), with another raw or out folder if given.
+
+    Raises:
+        UserError: no such file, an unknown or wrong key, an environment variable that is not set.
+    """
+    folders = [f"{key}={json.dumps(str(path))}" for key, path in (("raw", raw), ("out", out)) if path is not None]
+    return load_settings(find_file(name, "shards"), PackingSpec, [*overrides, *folders])

@@ -1,0 +1,98 @@
+"""Writes one tar of clips so that it is whole or not there, and always the same bytes for the same clips."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+
+from karmma_dist.modality import MODALITIES
+from karmma_dist.packing.records import CutClip, Recording
+from karmma_dist.shards import Clip, Member, build_index, index_path, sha256_of, write_json
+
+Sample = Mapping[str, bytes]
+"""A clip's members: bytes per modality, and its metadata under "json"."""
+
+
+def clip_sample(cut: CutClip, recording: Recording, modalities: list[str]) -> dict[str, bytes]:
+    """A cut clip's members. KEY.json declares every modality: bytes, crc32 and description, or null."""
+    record = cut.record
+    declared: dict[str, Any] = {}
+    for modality in modalities:
+        payload = cut.payloads.get(modality)
+        declared[modality] = None if payload is None else {
+            "bytes": len(payload), "crc32": zlib.crc32(payload), **cut.described[modality],
+        }  # fmt: skip
+    metadata = {
+        "key": record.key, "split": record.split, "recording": recording.name, "participant": recording.participant,
+        "start_s": record.start_s, "stop_s": cut.stop_s, "narration": record.narration, "labels": record.labels,
+        "modalities": declared,
+    }  # fmt: skip
+    payloads = {modality: cut.payloads[modality] for modality in modalities if modality in cut.payloads}
+    return {"json": json.dumps(metadata, separators=(",", ":"), ensure_ascii=False).encode(), **payloads}
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, Sample]]) -> int:
+    """Write (key, members) pairs as a WebDataset tar under a temporary name, fsync, rename. Returns the clip count."""
+    temporary = path.with_name(f".{path.name}.partial")
+    num = 0
+    with open(temporary, "wb") as file:
+        # Fixed owner, time and mode: nothing of the machine or the moment gets into the bytes.
+        with wds.TarWriter(file, user="karmma", group="karmma", mtime=0, encoder=False) as tar:
+            for key, members in samples:
+                named = {_suffix(name): data for name, data in members.items()}
+                tar.write({"__key__": key, **named})
+                num += 1
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return num
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, Sample]], modalities: list[str]) -> dict[str, Any]:
+    """Write a shard and the index beside it. Returns its manifest entry: name, clips, bytes and both sha256.
+
+    Raises:
+        DamageError: what was read back is not what was to be written.
+    """
+    write_tar(path, samples)
+    index = build_index(path, modalities)
+    write_json(index_path(path), index)
+    return shard_entry(path, index)
+
+
+def shard_entry(path: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's entry of a shard that is there with its index."""
+    return {
+        "name": path.name, "clips": len(index["clips"]), "bytes": index["bytes"], "sha256": sha256_of(path),
+        "index_sha256": sha256_of(index_path(path)),
+    }  # fmt: skip
+
+
+def indexed_clips(index: dict[str, Any]) -> list[Clip]:
+    """The clips of an index."""
+    return [
+        Clip(
+            entry["key"], index["shard"], entry["labels"],
+            {name: None if member is None else Member(*member) for name, member in entry["members"].items()},
+        )
+        for entry in index["clips"]
+    ]  # fmt: skip
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _suffix(name: str) -> str:
+    return "json" if name == "json" else MODALITIES[name].member

@@ -1,0 +1,80 @@
+"""Inspecting shards: numbers that add up, a clip by its key, a picture of clips."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from karmma_dist.errors import UserError
+from karmma_dist.packing.inspect import contact_sheet, describe, describe_clip
+from karmma_dist.packing.sheet import flow_colours
+from karmma_dist.shards import ShardFolder, index_path
+
+
+def test_the_description_adds_up_and_is_json(shards: Path) -> None:
+    described = describe(ShardFolder(shards))
+    assert json.loads(json.dumps(described)) == described
+    assert described["failures"] == 0
+    for split, numbers in described["splits"].items():
+        assert numbers["clips"] == sum(numbers["subsets"].values())
+        assert numbers["bytes"] == sum(path.stat().st_size for path in shards.glob(f"{split}-*.tar"))
+        for counts in numbers["label_counts"].values():
+            assert sum(counts) == numbers["clips"]
+        for modality, clips in numbers["modality_clips"].items():
+            assert (numbers["modality_bytes"][modality] > 0) == (clips > 0)
+        assert 0.9 * numbers["clips"] < numbers["seconds"] < 2.5 * numbers["clips"]
+
+
+def test_a_clip_is_described_with_its_place_and_class_names(shards: Path) -> None:
+    folder = ShardFolder(shards)
+    for clip in folder.clips("validation"):
+        described = describe_clip(folder, clip.key)
+        assert described["shard"] == clip.shard
+        assert described["narration"] == " ".join(described["label_names"].values())
+        assert set(described["offsets"]) == {"json"} | {m for m, d in described["modalities"].items() if d}
+
+
+def test_an_unknown_key_names_the_nearest(shards: Path) -> None:
+    folder = ShardFolder(shards)
+    key = folder.clips("train")[0].key
+    with pytest.raises(UserError, match="did you mean"):
+        describe_clip(folder, f"{key}x")
+
+
+def test_a_sheet_shows_absent_and_damaged_clips_without_failing(shards: Path, tmp_path: Path) -> None:
+    folder = ShardFolder(shards)
+    contact_sheet(folder, tmp_path / "whole.png", clips=4)
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    for tar in copy.glob("train-*.tar"):
+        os.truncate(tar, tar.stat().st_size // 2)
+        assert index_path(tar).is_file()
+    contact_sheet(ShardFolder(copy), tmp_path / "cut.png", clips=4)
+    whole, cut = imread(tmp_path / "whole.png"), imread(tmp_path / "cut.png")
+    assert min(whole.shape[:2]) > 100
+    assert min(cut.shape[:2]) > 100
+
+
+def test_a_sheet_of_named_clips_has_a_row_for_each(shards: Path, tmp_path: Path) -> None:
+    folder = ShardFolder(shards)
+    keys = [clip.key for clip in folder.clips("train")[:3]]
+    contact_sheet(folder, tmp_path / "three.png", keys=keys)
+    contact_sheet(folder, tmp_path / "one.png", keys=keys[:1])
+    assert imread(tmp_path / "three.png").shape[0] > 1.5 * imread(tmp_path / "one.png").shape[0]
+    with pytest.raises(UserError, match="no clip 'nobody'"):
+        contact_sheet(folder, tmp_path / "none.png", keys=["nobody"])
+    with pytest.raises(UserError, match="cannot be written"):
+        contact_sheet(folder, tmp_path / "no folder" / "x.png", keys=keys)
+
+
+def test_flow_colours_are_white_at_rest_and_differ_by_direction() -> None:
+    directions = np.array([[[0, 0], [4, 0], [-4, 0], [0, 4]]], np.float32)
+    colours = flow_colours(directions, 4.0)[0]
+    assert (colours[0] == 255).all()
+    assert len({tuple(colour) for colour in colours.tolist()}) == 4

@@ -1,0 +1,84 @@
+"""The synthetic kitchen: real files, the same for the same seed, with the gaps that real collections have."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from karmma_dist.packing.planning import make_plan
+from karmma_dist.packing.spec import load_spec
+from karmma_dist.packing.synthetic import write_kitchen
+from karmma_dist.packing.synthetic_scene import NOUNS, VERBS, Event, Scene, sound
+from karmma_dist.shards import ShardFolder
+
+SMALL = {"train_recordings": 6, "validation_recordings": 1, "clips_per_recording": 2}
+
+
+def _files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        write_kitchen(tmp_path / name, seed=seed, **SMALL)
+    first, again, other = (_files(tmp_path / name) for name in "abc")
+    assert first == again
+    assert first.keys() == other.keys()
+    assert all(first[name] != other[name] for name in first if name.endswith(".MP4"))
+
+
+def test_some_recordings_have_no_sound_and_some_no_picture(kitchen: Path, shards: Path) -> None:
+    streams = {}
+    for path in sorted(kitchen.rglob("*.MP4")):
+        with av.open(str(path)) as container:
+            streams[path.stem] = {stream.type for stream in container.streams}
+    kinds = list(streams.values())
+    assert {"video"} in kinds
+    assert {"audio"} in kinds
+    assert {"video", "audio"} in kinds
+    folder = ShardFolder(shards)
+    for split in folder.splits:
+        for clip in folder.clips(split):
+            there = streams["_".join(clip.key.split("_")[:2])]
+            assert clip.has("video") == clip.has("flow") == ("video" in there)
+            assert clip.has("audio") == ("audio" in there)
+
+
+def test_annotations_are_in_the_official_columns_and_refer_to_what_is_there(kitchen: Path) -> None:
+    plan = make_plan(load_spec("demo", raw=kitchen, out="unused"))
+    assert plan.classes == {"verb": list(VERBS), "noun": list(NOUNS)}
+    assert {r.participant for r in plan.recordings if r.clips[0].split == "train"}.isdisjoint(
+        r.participant for r in plan.recordings if r.clips[0].split == "validation"
+    )
+    for recording in plan.recordings:
+        assert recording.movie is not None
+        with av.open(str(recording.movie)) as container:
+            seconds = container.duration / av.time_base
+        assert all(clip.stop_s is not None and clip.stop_s <= seconds + 0.05 for clip in recording.clips)
+    with open(kitchen / "annotations" / "EPIC_100_train.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            minutes, seconds_text = row["start_timestamp"].split(":")[1:]
+            start_s = int(minutes) * 60 + float(seconds_text)
+            assert abs(int(row["start_frame"]) - start_s * 60) <= 1
+
+
+@pytest.mark.parametrize("verb", range(len(VERBS)))
+def test_the_object_moves_during_its_event_and_nothing_else_does(verb: int) -> None:
+    scene = Scene([Event(0.0, 2.0, verb, 1)], 0.0, np.random.default_rng(verb))
+    empty = Scene([Event(9.0, 9.1, verb, 1)], 0.0, np.random.default_rng(verb))
+    pictures = [scene.frame(n / 15).astype(int) for n in range(30)]
+    still = [empty.frame(n / 15).astype(int) for n in range(30)]
+    moved = np.abs(pictures[0] - pictures[7]).sum()
+    rested = np.abs(still[0] - still[7]).sum()
+    assert moved > 10 * max(rested, 1)
+
+
+def test_sound_fills_the_recording_and_stays_in_range() -> None:
+    samples = sound([Event(0.2, 1.4, 2, 3)], 2, 1.0, np.random.default_rng(0))
+    assert samples.shape == (48_000,)
+    assert samples.dtype == np.float32
+    assert np.abs(samples).max() <= 1
