@@ -34,7 +34,7 @@ class TemporalOptions(Settings):
     steps: Positive = 25
     """Most time steps that become tokens."""
     norm: Literal["group", "instance"] = "group"
-    """Norm over time: four groups of channels, or each channel by itself (which forgets what does not change)."""
+    """Norm over time: four groups of channels, or each channel by itself, which takes a clip's own mean look away."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """Dropout between convolutions while training."""
 

@@ -27,6 +27,7 @@ TINY = InputRecipe.model_validate(
 TINY_OPTIONS: dict[str, dict[str, Any]] = {
     "small_video": {"width": 8},
     "small_audio": {"width": 8, "blocks": 2},
+    "temporal_video": {"width": 8, "embedding": 8, "steps": 3},
     "swin3d_small": {"width": 12, "depths": [1, 2], "heads": [2, 4]},
     "stlt": {"width": 24, "heads": 2, "spatial_layers": 2, "temporal_layers": 2},
     "ast_t": {},
