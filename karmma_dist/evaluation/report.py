@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from karmma_dist.errors import UserError
@@ -77,12 +78,13 @@ def write_report(
 def results_table(results: Results, title: str | None = None) -> Table:
     """The rows as a table that fits a terminal of 80 columns: percentages, one line per condition."""
     names = [name for name in metric_names(results.rows) if name.endswith("_top1") or name == "action_top5"]
-    table = Table(title=title, caption=f"percent of {results.summary['num_clips']:,} clips; without: has none of these")
+    caption = f"percent of {results.summary['num_clips']:,} clips; without: has none of these"
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
     table.add_column("modalities", no_wrap=True)
     for heading in ("drop %", "seed", "clips", "without", *(_heading(name) for name in names)):
         table.add_column(heading, justify="right")
     for row in results.rows:
-        table.add_row(*_row_cells(row), *(_percent(row[name]) for name in names))
+        table.add_row(*_row_cells(row), *(_percent(row[name], digits=1) for name in names))
     return table
 
 
@@ -231,8 +233,8 @@ def _best(values: Sequence[float | None], lowest: bool = False) -> list[str]:
     return [f"**{best}**" if value is not None and _percent(value) == best else _percent(value) for value in values]
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _text(name: str) -> str:

@@ -86,7 +86,8 @@ def main() -> None:
     print(f"{len(conditions)} conditions, {arguments.clips} clips, CPU seconds of {arguments.repeats} runs in turn")
     for name, values in seconds.items():
         median = statistics.median(values)
-        print(f"{name:28} {median:8.2f} s (median)  {median / base:6.2f} x  (min {min(values):.2f}, max {max(values):.2f})")
+        spread = f"min {min(values):.2f}, max {max(values):.2f}"
+        print(f"{name:28} median {median:8.2f} s  {median / base:6.2f} x  ({spread})")
 
 
 if __name__ == "__main__":
