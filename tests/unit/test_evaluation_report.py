@@ -160,7 +160,7 @@ def test_terminal_table_has_a_line_per_row():
     console.print(table)
     text = console.export_text()
     assert table.row_count == len(results.rows)
-    assert "43.00" in text
+    assert "43.0 " in text
     assert "action top-1" in text
 
 
