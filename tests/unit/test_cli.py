@@ -1,0 +1,83 @@
+"""The command line starts at once, explains itself, and is what the documents say it is."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from karmma_dist.cli import cli, main
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "shards/README.md", ROOT / "recipes/grid_epic/README.md"]
+
+
+def commands() -> list[list[str]]:
+    """Every command and sub-command, by its words."""
+    found = []
+    for name, command in cli.commands.items():
+        found.append([name])
+        if isinstance(command, click.Group):
+            found += [[name, inner] for inner in command.commands]
+    return found
+
+
+def documented() -> list[str]:
+    """Every karmma-dist command line inside a fenced block of a document."""
+    lines = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"```\n(.*?)```", document.read_text(), flags=re.DOTALL):
+            for line in block.splitlines():
+                text = line.split(" #")[0].strip()
+                if re.match(r"karmma-dist [a-z]", text):
+                    lines.append(text)
+    return lines
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from karmma_dist.cli import main\n"
+        "assert main(['--help']) == 0\n"
+        "heavy = {'torch', 'deepspeed', 'numpy', 'av', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_explains_itself(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--help"]) == 0
+    assert "Usage: karmma-dist " + " ".join(words) in capsys.readouterr().out
+
+
+def test_the_documents_show_commands() -> None:
+    assert len(documented()) >= 12
+
+
+@pytest.mark.parametrize("line", documented())
+def test_every_documented_command_parses(line: str) -> None:
+    words = shlex.split(line)[1:]
+    command: click.Command = cli
+    while isinstance(command, click.Group):
+        command = command.commands[words.pop(0)]
+    command.make_context("karmma-dist", words)
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert "Commands:" in shown.out + shown.err
+
+
+def test_an_unknown_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--drop-probability", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "--drop-probability" in error
+    assert error.count("\n") == 1
