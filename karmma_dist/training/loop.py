@@ -68,7 +68,8 @@ def train(
         return trainer.run()
     except BaseException as error:
         if world.is_main:
-            write_state(recipe.run_dir, "failed", error=f"{type(error).__name__}: {error}")
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            write_state(recipe.run_dir, state, error=f"{type(error).__name__}: {error}")
         raise
 
 

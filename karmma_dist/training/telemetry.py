@@ -51,7 +51,7 @@ def _step_of(line: str) -> int:
 
 
 def write_state(run_dir: Path, state: str, **values: Any) -> None:
-    """Write state.json: `running`, `finished` or `failed`, with the time and what else is known."""
+    """Write state.json: `running`, `finished`, `interrupted` or `failed`, with the time and what else is known."""
     write_json(run_dir / STATE, {"state": state, "time": time.time(), **values})
 
 
