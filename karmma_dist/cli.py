@@ -205,6 +205,11 @@ def evaluate(
 
         Console().print(results_table(done.results))
         click.echo(f"report: {path}")
+    damaged = done.results.summary["num_damaged"]
+    if damaged:
+        first = done.results.summary["damage"][0]
+        click.echo(f"{damaged} clips are damaged and not counted, the first: {first}", err=True)
+        sys.exit(1)
 
 
 @cli.group("recipe")

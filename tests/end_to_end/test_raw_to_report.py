@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,20 @@ def test_a_weights_file_can_be_evaluated_on_other_shards(
     weights = str(tmp_path / "weights.safetensors")
     assert run(workplace, monkeypatch, "eval", weights) == 2
     assert run(workplace, monkeypatch, "eval", weights, "--shards", str(shards), "--modalities", "A") == 0
+
+
+def test_a_damaged_clip_is_not_counted_and_said_aloud(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "damaged"
+    shutil.copytree(workplace / "shards", copy)
+    tar = copy / "validation-000000.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    out = str(tmp_path / "report")
+    assert run(workplace, monkeypatch, "eval", "runs/student", "--shards", str(copy), "--out", out) == 1
+    assert "clips are damaged and not counted, the first: validation-000000.tar: clip" in capsys.readouterr().err
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    assert results["rows"][0]["num_clips"] + results["summary"]["num_damaged"] == 10
 
 
 def test_inspect_and_recipe_show_print_what_is_there(
