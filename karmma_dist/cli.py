@@ -108,6 +108,32 @@ def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) ->
 
 
 @cli.command()
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--full", is_flag=True, help="Read every byte, and decode the ends of every video.")
+@click.option("--repair", "mend", is_flag=True, help="First write lost indexes and manifests again from whole tars.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(shards: Path, full: bool, mend: bool, as_json: bool) -> None:
+    """Check that a shards folder is what was packed: 0 whole, 1 damaged, each shard, clip and member named."""
+    from karmma_dist.packing.repair import repair
+    from karmma_dist.packing.tables import print_verification
+    from karmma_dist.packing.verify import verify as check
+    from karmma_dist.progress import Progress
+
+    with Progress() as report:
+        done = repair(shards, progress=report) if mend else None
+        result = check(shards, full=full, progress=report)
+    if done is not None:
+        result.repaired = done.written
+        result.findings = list(dict.fromkeys([*done.findings, *result.findings]))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        print_verification(result)
+    if not result.whole:
+        sys.exit(1)
+
+
+@cli.command()
 @click.argument("recipe")
 @click.option("--local", "local", type=click.IntRange(min=1), help="Start N ranks on this machine.")
 @click.option("--slurm", is_flag=True, help="Hand it to sbatch.")

@@ -16,11 +16,12 @@ import cv2
 import numpy as np
 
 from karmma_dist import __version__
+from karmma_dist.packing.manifest import copied_facts, count_labels, facts_of, shard_index, with_facts
 from karmma_dist.packing.records import Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.writer import Sample, indexed_clips, shard_entry, sync_folder, write_shard
 from karmma_dist.progress import Report
-from karmma_dist.shards import Clip, DamageError, build_index, index_path, shard_name, write_json
+from karmma_dist.shards import Clip, DamageError, index_path, shard_name, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,11 @@ def shard_keys(keys: list[str], split: str, seed: int, clips_per_shard: int) -> 
 
 
 def assemble(
-    out: Path, plan: Plan, sources: dict[str, Source], spec: PackingSpec, progress: Report
+    out: Path, plan: Plan, sources: dict[str, Source], spec: PackingSpec, facts: dict[str, Any], progress: Report
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write every shard that is not there already, and remove those of an earlier attempt.
+
+    Each index gets a copy of the manifest's `facts`.
 
     Returns:
         The manifest's `splits`, and its `label_counts`: per split and head, clips per class.
@@ -59,16 +62,16 @@ def assemble(
     counts: dict[str, Any] = {}
     for split in plan.splits:
         entries = []
-        counts[split] = {head: [0] * len(names) for head, names in plan.classes.items()}
+        written: list[Source] = []
         for number, planned in enumerate(shard_keys(plan.keys(split), split, spec.seed, spec.clips_per_shard)):
             tar = out / shard_name(split, number)
             there = [sources[key] for key in planned if key in sources]
             if there:
-                entries.append(_write(tar, there, spec.modalities))
-            for source in there:
-                _count(counts[split], source.clip)
+                entries.append(_write(tar, there, facts))
+            written += there
             done += len(planned)
             progress("write", done, total)
+        counts[split] = count_labels(plan.classes, (source.clip.labels for source in written))
         splits[split] = {"clips": sum(entry["clips"] for entry in entries), "shards": entries}
         _remove_others(out, split, {entry["name"] for entry in entries})
     sync_folder(out)
@@ -81,7 +84,7 @@ def packed_clips(out: Path, manifest: dict[str, Any]) -> dict[str, Source]:
     for entry in (shard for split in manifest["splits"].values() for shard in split["shards"]):
         tar = out / entry["name"]
         try:
-            index = build_index(tar, manifest["modalities"])
+            index = shard_index(tar, facts_of(manifest))
         except (DamageError, OSError, ValueError):
             continue
         write_json(index_path(tar), index)
@@ -107,12 +110,15 @@ def made_with() -> dict[str, str]:
     return {"karmma_dist": __version__, "av": av.__version__, "opencv": cv2.__version__}
 
 
-def _write(tar: Path, there: list[Source], modalities: list[str]) -> dict[str, Any]:
+def _write(tar: Path, there: list[Source], facts: dict[str, Any]) -> dict[str, Any]:
     if all(source.tar == tar for source in there):
         index = json.loads(index_path(tar).read_text())
         if [entry["key"] for entry in index["clips"]] == [source.clip.key for source in there]:
+            if copied_facts(index) != facts:
+                index = with_facts(index, facts)
+                write_json(index_path(tar), index)
             return shard_entry(tar, index)
-    return write_shard(tar, _samples(there), modalities)
+    return write_shard(tar, _samples(there), facts)
 
 
 def _samples(there: list[Source]) -> Iterator[tuple[str, Sample]]:
@@ -129,12 +135,6 @@ def _read(source: Source, name: str) -> bytes:
     if len(data) != member.size or zlib.crc32(data) != member.crc32:
         raise DamageError(source.tar.name, source.clip.key, name, "not the bytes that were written: pack again")
     return data
-
-
-def _count(counts: dict[str, list[int]], clip: Clip) -> None:
-    for head, label in clip.labels.items():
-        if label is not None:
-            counts[head][label] += 1
 
 
 def _remove_others(out: Path, split: str, kept: set[str]) -> None:

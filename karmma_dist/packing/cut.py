@@ -167,6 +167,8 @@ class _Cutter:
         """
         payloads, described = pictures.payloads, pictures.described
         stop_s = clip.stop_s if clip.stop_s is not None else pictures.stop_s
+        if stop_s is None and self.sound is not None:
+            stop_s = self.sound.end_s
         if self.flow_frames is not None:
             payloads["flow"], described["flow"] = self._flow_of_files(clip, self.flow_frames)
         if self.sound is not None and stop_s is not None:

@@ -7,13 +7,11 @@ Columns: https://github.com/epic-kitchens/epic-kitchens-100-annotations.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from karmma_dist.errors import UserError
+from karmma_dist.packing.annotation_tables import integer, read_classes, rows
 from karmma_dist.packing.records import ClipRecord, Plan, Recording, frames_of, inside, raw_file
 from karmma_dist.packing.spec import EpicKitchensPaths, PackingSpec
 from karmma_dist.shards import check_key
@@ -45,14 +43,14 @@ def read_epic_kitchens(spec: PackingSpec) -> Plan:
     if not any(tables.values()):
         raise UserError(f"{raw}: no annotations: none of {', '.join(paths.splits.values())} is there")
     notes = [f"split '{s}' skipped: no {paths.splits[s]}" for s, table in tables.items() if table is None]
-    classes = {head: _read_classes(raw, name, head) for head, name in paths.heads.items()}
+    classes = {head: read_classes(raw, name, head, "epic_kitchens") for head, name in paths.heads.items()}
     clips: dict[tuple[str, str], list[ClipRecord]] = {}
     rows_of: dict[str, str] = {}
     for split, table in tables.items():
         if table is None:
             continue
         labelled = {} if split in paths.unlabelled_splits else classes
-        for where, row in _rows(table, (*_COLUMNS, *(f"{head}_class" for head in labelled))):
+        for where, row in rows(table, (*_COLUMNS, *(f"{head}_class" for head in labelled))):
             participant, name, clip = _clip(where, row, split, classes, labelled)
             if clip.key in rows_of:
                 raise UserError(f"{where}: narration_id '{clip.key}' is already that of {rows_of[clip.key]}")
@@ -104,12 +102,12 @@ def _clip(
     start_s, stop_s = (_seconds(where, column, row[column]) for column in ("start_timestamp", "stop_timestamp"))
     if stop_s <= start_s:
         raise UserError(f"{where}: stop_timestamp {row['stop_timestamp']} is not after {row['start_timestamp']}")
-    start_frame, stop_frame = (_integer(where, column, row[column]) for column in ("start_frame", "stop_frame"))
+    start_frame, stop_frame = (integer(where, column, row[column]) for column in ("start_frame", "stop_frame"))
     if stop_frame < start_frame:
         raise UserError(f"{where}: stop_frame {stop_frame} is before start_frame {start_frame}")
     labels: dict[str, int | None] = dict.fromkeys(classes)
     for head, names in labelled.items():
-        label = _integer(where, f"{head}_class", row[f"{head}_class"])
+        label = integer(where, f"{head}_class", row[f"{head}_class"])
         if not 0 <= label < len(names):
             raise UserError(f"{where}: {head}_class {label} is not in the class file: it has 0 to {len(names) - 1}")
         labels[head] = label
@@ -126,49 +124,8 @@ def _clip(
     return row["participant_id"], row["video_id"], clip
 
 
-def _rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (`FILE, row N`, row) of a CSV, plain or gzipped."""
-    opener = gzip.open if table.suffix == ".gz" else open
-    try:
-        with opener(table, "rt", encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in columns if column not in (reader.fieldnames or ())]
-            if missing:
-                raise UserError(f"{table}: column '{missing[0]}' is missing")
-            for row in reader:
-                where = f"{table}, row {reader.line_num}"
-                if any(row[column] is None for column in columns):
-                    raise UserError(f"{where}: has fewer fields than the header")
-                yield where, row
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table}: cannot be read as CSV: {error}") from None
-
-
-def _read_classes(raw: Path, name: str, head: str) -> list[str]:
-    """Class names by id; ids must be 0, 1, 2, ..."""
-    table = raw_file(raw, name, f"epic_kitchens.heads.{head}")
-    if table is None:
-        raise UserError(f"{inside(raw, name, head)}: no such class file (head '{head}')")
-    names: dict[int, str] = {}
-    for where, row in _rows(table, ("id", "key")):
-        number = _integer(where, "id", row["id"])
-        if number in names:
-            raise UserError(f"{where}: id {number} is there twice")
-        names[number] = row["key"]
-    if sorted(names) != list(range(len(names))) or not names:
-        raise UserError(f"{table}: ids are not 0 to {len(names) - 1} without a hole")
-    return [names[number] for number in range(len(names))]
-
-
 def _seconds(where: str, column: str, text: str) -> float:
     match = _TIMESTAMP.fullmatch(text.strip())
     if match is None:
         raise UserError(f"{where}: {column} '{text}' is not HH:MM:SS.ss")
     return round(int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]), 6)
-
-
-def _integer(where: str, column: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"{where}: {column} '{text}' is not a whole number") from None

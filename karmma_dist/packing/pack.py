@@ -28,17 +28,19 @@ from karmma_dist.errors import UserError
 from karmma_dist.modality import letters
 from karmma_dist.packing.assemble import Source, assemble, made_with, packed_clips, shards_are_whole
 from karmma_dist.packing.lock import folder_lock
+from karmma_dist.packing.manifest import facts_of, whole_manifest
 from karmma_dist.packing.planning import difference_between, make_plan, plan_identity
 from karmma_dist.packing.records import Failure, Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.staging import Unit, forget, load_staged, stage, units
 from karmma_dist.progress import Report, silent
-from karmma_dist.shards import MANIFEST, SCHEMA, DamageError, ShardFolder, write_json
+from karmma_dist.shards import MANIFEST, DamageError, ShardFolder, write_json
 
 FAILURES = "failures.jsonl"
 """One line per clip left out: key, split, modality, stage, error."""
 
-_STAGING = ".staging"
+STAGING = ".staging"
+"""Folder of what is cut but not yet in a shard; it is gone when packing is finished."""
 
 
 @dataclass(slots=True)
@@ -116,7 +118,7 @@ class _Run:
     def __init__(self, spec: PackingSpec, plan: Plan, limit: int | None, progress: Report) -> None:
         self.spec, self.plan, self.progress = spec, plan, progress
         self.out = Path(spec.out)
-        self.staging = self.out / _STAGING
+        self.staging = self.out / STAGING
         self.identity = {"settings": spec.recorded(), "plan": plan_identity(plan, limit)}
 
     def run(
@@ -124,8 +126,13 @@ class _Run:
     ) -> PackSummary:
         """Cut what is missing, then assemble unless other parts have still to cut theirs."""
         former = self._former_manifest()
-        known = _read_failures(self.out / FAILURES) if former else []
-        finished = former is not None and (self.out / MANIFEST).is_file() and shards_are_whole(self.out, former)
+        known = read_failures(self.out / FAILURES) if former else []
+        finished = (
+            former is not None
+            and (self.out / MANIFEST).is_file()
+            and shards_are_whole(self.out, former)
+            and not any(lost_clips(former, known).values())
+        )
         if finished and not (retry_failed and known):
             shutil.rmtree(self.staging, ignore_errors=True)
             return self._summary("already packed", known)
@@ -165,6 +172,7 @@ class _Run:
             return None
         try:
             manifest: dict[str, Any] = json.loads(path.read_text())
+            facts_of(manifest)
             difference = difference_between(manifest, self.identity)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: not a manifest of packed shards: choose another --out") from None
@@ -199,22 +207,19 @@ class _Run:
         """Write the shards, then failures, then the manifest: the folder counts when its last file does."""
         if (self.out / MANIFEST).is_file():
             os.replace(self.out / MANIFEST, self.staging / MANIFEST)
-        try:
-            splits, counts = assemble(self.out, self.plan, sources, self.spec, self.progress)
-        except DamageError as error:
-            raise UserError(f"{error}: the disk lost what was cut: remove {self.staging} and pack again") from None
-        _write_failures(self.out / FAILURES, failures)
-        manifest = {
-            "schema": SCHEMA,
+        facts = {
             "dataset": self.spec.dataset,
             "modalities": self.spec.modalities,
             "heads": self.plan.classes,
-            "splits": splits,
             **self.identity,
-            "label_counts": counts,
             "made_with": made_with(),
         }
-        write_json(self.out / MANIFEST, manifest)
+        try:
+            splits, counts = assemble(self.out, self.plan, sources, self.spec, facts, self.progress)
+        except DamageError as error:
+            raise UserError(f"{error}: the disk lost what was cut: remove {self.staging} and pack again") from None
+        _write_failures(self.out / FAILURES, failures)
+        write_json(self.out / MANIFEST, whole_manifest(facts, splits, counts))
         shutil.rmtree(self.staging)
 
     def _summary(self, status: str, failures: list[Failure]) -> PackSummary:
@@ -235,7 +240,28 @@ def _share(todo: list[Unit], part: tuple[int, int] | None) -> list[Unit]:
     return [unit for unit in todo if unit.number % part[1] == part[0] - 1]
 
 
-def _read_failures(path: Path) -> list[Failure]:
+def read_failures(path: Path) -> list[Failure]:
+    """The failures written by a packing run; none when the file is not there.
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    try:
+        return _failures_in(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a list of failures ({error}): remove it and pack again") from None
+
+
+def lost_clips(manifest: dict[str, Any], failures: list[Failure]) -> dict[str, int]:
+    """Per split, planned clips that are neither in a shard of the manifest nor among the failures."""
+    failed = Counter(failure.split for failure in failures)
+    return {
+        split: planned - manifest["splits"][split]["clips"] - failed[split]
+        for split, planned in manifest["plan"]["clips"].items()
+    }
+
+
+def _failures_in(path: Path) -> list[Failure]:
     return [Failure(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.packing.epic_kitchens import read_epic_kitchens
+from karmma_dist.packing.plain import read_plain
 from karmma_dist.packing.records import ClipRecord, Plan
 from karmma_dist.packing.something_something import read_something_something
 from karmma_dist.packing.spec import PackingSpec
@@ -21,7 +22,9 @@ def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
     Raises:
         UserError: no raw folder, no annotations, a bad row, or no media at all.
     """
-    readers = {"epic_kitchens": read_epic_kitchens, "something_something": read_something_something}
+    readers = {
+        "epic_kitchens": read_epic_kitchens, "something_something": read_something_something, "plain": read_plain,
+    }  # fmt: skip
     return _limited(_with_media(readers[spec.reader](spec), spec), limit)
 
 

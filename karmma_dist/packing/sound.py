@@ -85,9 +85,14 @@ class Sound:
         self._flush()
         self.samples = np.concatenate(self._chunks) if self._chunks else self.samples
         self._chunks = []
-        end_s, declared = len(self.samples) / SAMPLE_RATE, self._declared_end_s
+        end_s, declared = self.end_s, self._declared_end_s
         if declared is not None and end_s < declared - CUT_TOLERANCE_S:
             self.damage.start(end_s, f"ends at {end_s:.2f} of {declared:.2f} s")
+
+    @property
+    def end_s(self) -> float:
+        """Where the sound ends; known when it is finished."""
+        return len(self.samples) / SAMPLE_RATE
 
     def cut(self, start_s: float, stop_s: float) -> np.ndarray | None:
         """Samples int16 of [start_s, stop_s), silence past the end; None when the sound ends before the clip starts.

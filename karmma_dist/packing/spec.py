@@ -124,10 +124,30 @@ class SomethingSomethingPaths(Settings):
     """Frame rate of flow files."""
 
 
+class PlainPaths(Settings):
+    """Where any other dataset keeps things, relative to the raw folder."""
+
+    splits: dict[str, str] = {"train": "train.csv", "validation": "validation.csv", "test": "test.csv"}
+    """CSV per split (or the same name with .gz) with columns key, media, start, stop and one per head; a split whose
+    CSV is absent is skipped and said so."""
+    unlabelled_splits: list[str] = ["test"]
+    """Splits whose CSV has no columns of heads."""
+    heads: Annotated[dict[str, str], Field(min_length=1)] = {"action": ""}
+    """Class file per head (CSV with columns id and key); empty: the class names of the first labelled split, sorted."""
+
+    @field_validator("heads")
+    @classmethod
+    def _heads_are_not_other_columns(cls, heads: dict[str, str]) -> dict[str, str]:
+        for taken in ("key", "media", "start", "stop", "recording", "participant", "narration"):
+            if taken in heads:
+                raise ValueError(f"a head cannot be called '{taken}': that column holds something else")
+        return heads
+
+
 class PackingSpec(Settings):
     """How a raw dataset becomes shards."""
 
-    reader: Literal["epic_kitchens", "something_something"]
+    reader: Literal["epic_kitchens", "something_something", "plain"]
     """Layout of the raw folder."""
     dataset: str
     """Name recorded in the manifest."""
@@ -148,11 +168,13 @@ class PackingSpec(Settings):
     audio: AudioSpec = AudioSpec()
     """Sound; Something-Something has none."""
     detections: DetectionsSpec = DetectionsSpec()
-    """Boxes; Epic-Kitchens has none in its annotations."""
+    """Boxes; only Something-Something has them in its annotations."""
     epic_kitchens: EpicKitchensPaths | None = None
     """Sub-paths of the reader epic_kitchens."""
     something_something: SomethingSomethingPaths | None = None
     """Sub-paths of the reader something_something."""
+    plain: PlainPaths | None = None
+    """Sub-paths of the reader plain."""
 
     @field_validator("raw", "out")
     @classmethod
@@ -161,17 +183,20 @@ class PackingSpec(Settings):
 
     @model_validator(mode="after")
     def _only_what_the_reader_reads(self) -> PackingSpec:
-        other = "something_something" if self.reader == "epic_kitchens" else "epic_kitchens"
-        if getattr(self, other) is not None:
-            raise ValueError(f"section '{other}' has no effect with reader '{self.reader}': remove it")
-        idle = {"epic_kitchens": ("detections",), "something_something": ("audio", "participants")}[self.reader]
-        for section in idle:
+        for other in {"epic_kitchens", "something_something", "plain"} - {self.reader}:
+            if getattr(self, other) is not None:
+                raise ValueError(f"section '{other}' has no effect with reader '{self.reader}': remove it")
+        for section in ("audio", "participants") if self.reader == "something_something" else ("detections",):
             if section in self.model_fields_set:
                 raise ValueError(f"'{section}' has no effect with reader '{self.reader}': remove it")
         if self.reader == "epic_kitchens":
             self.epic_kitchens = self.epic_kitchens or EpicKitchensPaths()
-        else:
+        elif self.reader == "something_something":
             self.something_something = self.something_something or SomethingSomethingPaths()
+        else:
+            self.plain = self.plain or PlainPaths()
+            if self.flow.source == "files":
+                raise ValueError("flow.source 'files': reader 'plain' has no flow files: choose auto, compute or none")
         if not self.modalities:
             raise ValueError("every modality's source is 'none': nothing would be stored")
         return self
@@ -180,10 +205,10 @@ class PackingSpec(Settings):
     def modalities(self) -> list[str]:
         """Modalities every clip declares, present or null."""
         sources = {"video": self.video.source, "flow": self.flow.source}
-        if self.reader == "epic_kitchens":
-            sources["audio"] = self.audio.source
-        else:
+        if self.reader == "something_something":
             sources["detections"] = self.detections.source
+        else:
+            sources["audio"] = self.audio.source
         return [name for name, source in sources.items() if source != "none"]
 
     def recorded(self) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from karmma_dist.modality import letters
+from karmma_dist.packing.findings import Verification
 from karmma_dist.packing.pack import FAILURES, PackSummary
+from karmma_dist.packing.verify import damaged_files
 
 _SHOWN = 10
 
@@ -61,6 +63,34 @@ def print_description(description: dict[str, Any]) -> None:
                 counts[name] += num
         common = ", ".join(f"{name} {num:,}" for name, num in counts.most_common(_SHOWN))
         console.print(f"{head}: {len(names)} classes: {common}{', ...' if len(names) > _SHOWN else ''}")
+
+
+def print_verification(result: Verification) -> None:
+    """Print one line per finding, then what was looked at and which files are damaged."""
+    console = Console(highlight=False)
+    for finding in result.findings:
+        # Not through rich: a line must stay one line, whatever the width of the terminal.
+        print(finding)
+    if result.splits:
+        table = Table(title=f"{result.folder}: {'whole' if result.whole else 'damaged'}")
+        for heading in ("split", "shards", "clips", "MB"):
+            table.add_column(heading, justify="left" if heading == "split" else "right")
+        for split, (num_shards, num_clips, num_bytes) in result.splits.items():
+            table.add_row(split, f"{num_shards:,}", f"{num_clips:,}", f"{num_bytes / 1e6:,.1f}")
+        console.print(table)
+    if result.findings:
+        table = Table(title=f"{len(result.findings)} findings")
+        for heading in ("file", "kinds"):
+            table.add_column(heading)
+        for name, kinds in damaged_files(result.findings).items():
+            table.add_row(name, _counts(kinds))
+        console.print(table)
+    for name in result.repaired:
+        console.print(f"written again: {name}")
+    for note in result.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    checked = "every byte" if result.full else "sizes, indexes and headers (--full reads every byte)"
+    console.print(f"checked: {checked}", soft_wrap=True)
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import webdataset as wds
 
 from karmma_dist.modality import MODALITIES
+from karmma_dist.packing.manifest import shard_index
 from karmma_dist.packing.records import CutClip, Recording
-from karmma_dist.shards import Clip, Member, build_index, index_path, sha256_of, write_json
+from karmma_dist.shards import Clip, Member, index_path, sha256_of, write_json
 
 Sample = Mapping[str, bytes]
 """A clip's members: bytes per modality, and its metadata under "json"."""
@@ -54,14 +55,16 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Sample]]) -> int:
     return num
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, Sample]], modalities: list[str]) -> dict[str, Any]:
-    """Write a shard and the index beside it. Returns its manifest entry: name, clips, bytes and both sha256.
+def write_shard(path: Path, samples: Iterable[tuple[str, Sample]], facts: dict[str, Any]) -> dict[str, Any]:
+    """Write a shard and the index beside it, which carries a copy of the manifest's `facts`.
+
+    Returns its manifest entry: name, clips, bytes and both sha256.
 
     Raises:
         DamageError: what was read back is not what was to be written.
     """
     write_tar(path, samples)
-    index = build_index(path, modalities)
+    index = shard_index(path, facts)
     write_json(index_path(path), index)
     return shard_entry(path, index)
 
