@@ -71,7 +71,7 @@ def check_clip(folder: ShardFolder, clip: Clip, split: str) -> Iterator[Finding 
             yield from _length(clip, modality, metadata)
         except _WrongMedia as error:
             yield Finding(clip.shard, clip.key, modality, *error.args)
-        except (av.error.FFmpegError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (av.error.FFmpegError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             yield Finding(clip.shard, clip.key, modality, "decode", " ".join(f"does not decode: {error!r}".split()))
 
 
