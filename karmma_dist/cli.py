@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 found something wrong, 2 usage or bad input.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,8 +185,7 @@ def train(recipe: str, overrides: tuple[str, ...], resume: str) -> None:
 
     for name, scores in train_chain(chain, validate, resume).items():
         shown = ", ".join(f"{metric} {value:.2f}" for metric, value in scores.items() if metric.endswith("top1"))
-        if os.environ.get("RANK", "0") == "0":
-            click.echo(f"{name}: {shown} ({chain[-1].runs_dir}/{name})")
+        click.echo(f"{name}: {shown} ({chain[-1].runs_dir}/{name})")
 
 
 @cli.command("eval")

@@ -29,7 +29,7 @@ def train_chain(
         report: progress; None: this process's own. Only rank 0 reports.
 
     Returns:
-        Each run's last validation.
+        Each run's last validation, on rank 0; nothing on the others.
 
     Raises:
         UserError: bad input, see `loop.train`.
@@ -42,7 +42,7 @@ def train_chain(
             scores[recipe.name] = _train_unless_finished(recipe, world, validate, shown)
         last = chain[-1]
         scores[last.name] = train(last, world, validate, resume=resume, report=shown)
-        return scores
+        return scores if world.is_main else {}
 
 
 def _train_unless_finished(recipe: Recipe, world: World, validate: Validate, report: Report) -> dict[str, float]:
