@@ -5,6 +5,7 @@ Legend: N clips, T tokens, D width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from karmma_dist.recipe import InputRecipe
 from karmma_dist.settings import Settings
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Base of all encoders. A clip's tokens depend on that clip alone, whatever else is in the batch."""
 
     width: int
@@ -24,9 +25,9 @@ class Encoder(nn.Module):
     num_tokens: int
     """T, the same for every clip."""
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Encode N clips of the shape that `layout.input_shape` names; returns (N, T, D)."""
-        raise NotImplementedError
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename, resize and drop entries of a published checkpoint so that they are this module's `state_dict`.
