@@ -18,7 +18,7 @@ from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe
 
 INPUTS = InputRecipe.model_validate(
     {
-        "video": {"num_frames": 4, "crop": 16, "short_side": 16},
+        "video": {"num_frames": 7, "crop": 16, "short_side": 16},
         "audio": {"num_windows": 2, "window_s": 0.2, "num_mels": 16},
         "detections": {"num_frames": 3, "max_boxes": 2},
     }
