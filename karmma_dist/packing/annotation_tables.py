@@ -1,14 +1,77 @@
-"""Annotations as CSV: rows with their place in the file, so that every complaint can name it."""
+"""What the readers of raw datasets share: which splits are there, CSV rows with their place, classes, unique keys.
+
+Every complaint names the file and row.
+"""
 
 from __future__ import annotations
 
 import csv
 import gzip
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_dist.errors import UserError
 from karmma_dist.packing.records import inside, raw_file
+from karmma_dist.shards import check_key
+
+
+@dataclass(frozen=True, slots=True)
+class SplitTables:
+    """The annotation files of a raw folder."""
+
+    raw: Path
+    there: dict[str, Path]
+    """Per split whose file is there, in the order of the specification."""
+    notes: tuple[str, ...]
+    """Splits without a file."""
+
+
+def split_tables(raw: str, splits: dict[str, str], section: str) -> SplitTables:
+    """Look which splits' annotations are there: `splits` names one file each, relative to the raw folder.
+
+    Raises:
+        UserError: no raw folder, or no annotations in it.
+    """
+    root = Path(raw)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such raw folder (give it with --raw DIR or raw: in the specification)")
+    tables = {split: raw_file(root, name, f"{section}.splits.{split}") for split, name in splits.items()}
+    there = {split: table for split, table in tables.items() if table is not None}
+    if not there:
+        raise UserError(f"{root}: no annotations: none of {', '.join(splits.values())} is there")
+    notes = tuple(f"split '{split}' skipped: no {splits[split]}" for split in splits if split not in there)
+    return SplitTables(root, there, notes)
+
+
+def check_name(where: str, column: str, text: str) -> None:
+    """A key, recording or participant must hold letters, digits, '_' and '-' only.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        check_key(text)
+    except UserError:
+        raise UserError(f"{where}: {column} '{text}': only letters, digits, '_' and '-' are allowed") from None
+
+
+class UniqueKeys:
+    """Clip keys of all splits, each with the place that named it first."""
+
+    def __init__(self, column: str) -> None:
+        self._column = column
+        self._places: dict[str, str] = {}
+
+    def add(self, key: str, where: str) -> None:
+        """Note a key.
+
+        Raises:
+            UserError: it is there already.
+        """
+        if key in self._places:
+            raise UserError(f"{where}: {self._column} '{key}' is already that of {self._places[key]}")
+        self._places[key] = where
 
 
 def rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:

@@ -13,17 +13,12 @@ import cv2
 import numpy as np
 
 from karmma_dist.packing.boxes import detections_json, read_boxes
-from karmma_dist.packing.media import (
-    SAMPLE_RATE,
-    ClipPictures,
-    Geometry,
-    encode_flac,
-    flow_encoder,
-    num_frames_between,
-    rounded,
-)
+from karmma_dist.packing.flow import FlowEncoder, flow_of_files
+from karmma_dist.packing.hdf5_sound import read_sound
+from karmma_dist.packing.media import SAMPLE_RATE, Geometry, encode_flac, num_frames_between
 from karmma_dist.packing.movie import Movie, Picture, Shrinker, quarter_turns
 from karmma_dist.packing.numbered_frames import NumberedFrames
+from karmma_dist.packing.pictures import ClipPictures
 from karmma_dist.packing.records import ClipRecord, CutClip, Failure, MediaError, Recording
 from karmma_dist.packing.sound import Sound
 from karmma_dist.packing.spec import PackingSpec
@@ -100,7 +95,14 @@ class _Cutter:
         self.sound = self._sound()
 
     def _sound(self) -> Sound | None:
-        return self.movie.sound() if self.movie is not None and "audio" in self.spec.modalities else None
+        source, recording = self.spec.audio.source, self.recording
+        if "audio" not in self.spec.modalities:
+            return None
+        if self.movie is not None and source != "hdf5" and (sound := self.movie.sound()) is not None:
+            return sound
+        if recording.sound_hdf5 is not None and source != "movie":
+            return read_sound(recording.sound_hdf5, recording.name, recording.sound_hdf5_rate)
+        return None
 
     def pictures(self) -> Iterator[tuple[ClipRecord, _Pictures | MediaError]]:
         """Yield every clip with its video and computed flow, in the order in which the clips end."""
@@ -145,12 +147,12 @@ class _Cutter:
 
     def _pictures_of_frames(self, clip: ClipRecord, frames: NumberedFrames) -> _Pictures:
         nominal = self.recording.nominal_fps
-        numbers = frames.clamped(clip.start_frame, clip.stop_frame)
         fps = min(Fraction(nominal), Fraction(self.spec.video.max_fps).limit_denominator(1001))
         pictures = ClipPictures(fps, self.spec.video, self.computed_flow)
         size, geometry = None, None
-        for place in range(num_frames_between(0.0, len(numbers) / nominal, fps)):
-            picture = frames.read(numbers[min(int(place * nominal / fps + 1e-6), len(numbers) - 1)])
+        numbers = _numbers(clip, frames, clip.start_frame, clip.stop_frame, Fraction(nominal), fps)
+        for number in numbers:
+            picture = frames.read(number)
             if geometry is None:
                 size = (picture.shape[1], picture.shape[0])
                 geometry = Geometry.of(*size, self.spec.video)
@@ -188,23 +190,20 @@ class _Cutter:
         stop = None if clip.stop_frame is None else (clip.stop_frame - 2) // per_flow + 2
         fps = Fraction(self.recording.nominal_fps, per_flow)
         spec, encoder, geometry, bound, size = self.spec, None, None, 0.0, None
-        for number in frames.clamped(start, stop):
+        for number in _numbers(clip, frames, start, stop, fps, fps):
             u_HW, v_HW = frames.read(number, "u"), frames.read(number, "v")
             if geometry is None:
                 size = u_HW.shape
                 geometry = Geometry.of(size[1], size[0], spec.video, "flow")
-                encoder = flow_encoder(geometry.width, geometry.height, fps, spec.flow, spec.video)
+                encoder = FlowEncoder(geometry.width, geometry.height, fps, spec.flow, spec.video)
                 bound = spec.flow.files_bound * geometry.scaled_width / size[1]
             if not size == u_HW.shape == v_HW.shape:
                 raise MediaError("flow", "decode", f"{frames.path.name}: frames of the clip differ in size")
             assert encoder is not None
-            encoder.add(np.concatenate([geometry.shrink(u_HW), geometry.shrink(v_HW)]))
+            encoder.add(flow_of_files(np.dstack([geometry.shrink(u_HW), geometry.shrink(v_HW)]), bound))
         assert encoder is not None
-        assert geometry is not None
-        return encoder.finish(), {
-            "width": geometry.width, "height": geometry.height, "fps": rounded(fps),
-            "num_frames": encoder.num_frames, "bound": round(bound, 6), "source": "files",
-        }  # fmt: skip
+        data, described = encoder.finish()
+        return data, described | {"source": "files"}
 
     def _detections(self, clip: ClipRecord, pictures: _Pictures) -> tuple[bytes, dict[str, Any]]:
         assert self.recording.boxes is not None
@@ -216,6 +215,25 @@ class _Cutter:
             frames, *pictures.source_size, pictures.num_source_frames, self.spec.detections.max_boxes
         )
         return data, {"num_frames": pictures.num_source_frames, "num_boxes": num_boxes}
+
+
+def _numbers(
+    clip: ClipRecord, frames: NumberedFrames, start: int, stop: int | None, nominal: Fraction, fps: Fraction
+) -> list[int]:
+    """File numbers that show the clip at `fps`: the first by its number, then as many as a movie's cut would store.
+
+    A clip of an untrimmed recording lasts from its start to its stop in seconds, as in a movie, so that either source
+    gives as many frames; a clip that is its whole recording lasts as long as there are files.
+
+    Raises:
+        MediaError: the clip lies outside of the files.
+    """
+    there = frames.clamped(start, stop)
+    stop_s = clip.start_s + len(there) / float(nominal) if clip.stop_s is None else clip.stop_s
+    wanted = [
+        there.start + int(place * nominal / fps) for place in range(num_frames_between(clip.start_s, stop_s, fps))
+    ]
+    return [number for number in wanted if number <= frames.last]
 
 
 class _MovieClip:

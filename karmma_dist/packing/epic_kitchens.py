@@ -7,14 +7,27 @@ Columns: https://github.com/epic-kitchens/epic-kitchens-100-annotations.
 
 from __future__ import annotations
 
+import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.annotation_tables import integer, read_classes, rows
-from karmma_dist.packing.records import ClipRecord, Plan, Recording, frames_of, inside, raw_file
+from karmma_dist.packing.annotation_tables import (
+    SplitTables,
+    UniqueKeys,
+    check_name,
+    integer,
+    read_classes,
+    rows,
+    split_tables,
+)
+from karmma_dist.packing.hdf5_sound import recordings_with_sound
+from karmma_dist.packing.records import ClipRecord, Plan, Recording, frames_of, inside
 from karmma_dist.packing.spec import EpicKitchensPaths, PackingSpec
-from karmma_dist.shards import check_key
+
+_Annotated = tuple[str, str, ClipRecord]
+"""Participant, recording and one clip of it."""
 
 _COLUMNS = (
     "narration_id",
@@ -36,31 +49,85 @@ def read_epic_kitchens(spec: PackingSpec) -> Plan:
     """
     paths = spec.epic_kitchens
     assert paths is not None
-    raw = Path(spec.raw)
-    if not raw.is_dir():
-        raise UserError(f"{raw}: no such raw folder (give it with --raw DIR or raw: in the specification)")
-    tables = {split: raw_file(raw, name, f"epic_kitchens.splits.{split}") for split, name in paths.splits.items()}
-    if not any(tables.values()):
-        raise UserError(f"{raw}: no annotations: none of {', '.join(paths.splits.values())} is there")
-    notes = [f"split '{s}' skipped: no {paths.splits[s]}" for s, table in tables.items() if table is None]
-    classes = {head: read_classes(raw, name, head, "epic_kitchens") for head, name in paths.heads.items()}
+    tables = split_tables(spec.raw, paths.splits, "epic_kitchens")
+    classes = {head: read_classes(tables.raw, name, head, "epic_kitchens") for head, name in paths.heads.items()}
+    found, pruned = _pruned(_annotated(tables, paths, classes), paths)
+    found, notes = _held_out(found, paths), [*tables.notes, *pruned]
     clips: dict[tuple[str, str], list[ClipRecord]] = {}
-    rows_of: dict[str, str] = {}
-    for split, table in tables.items():
-        if table is None:
-            continue
-        labelled = {} if split in paths.unlabelled_splits else classes
-        for where, row in rows(table, (*_COLUMNS, *(f"{head}_class" for head in labelled))):
-            participant, name, clip = _clip(where, row, split, classes, labelled)
-            if clip.key in rows_of:
-                raise UserError(f"{where}: narration_id '{clip.key}' is already that of {rows_of[clip.key]}")
-            rows_of[clip.key] = where
-            if not spec.participants or participant in spec.participants:
-                clips.setdefault((participant, name), []).append(clip)
+    for participant, recording, clip in found:
+        if not spec.participants or participant in spec.participants:
+            clips.setdefault((participant, recording), []).append(clip)
     if unknown := set(spec.participants) - {participant for participant, _ in clips}:
         notes.append(f"participants without any clip: {', '.join(sorted(unknown))}")
-    recordings = tuple(_recording(raw, paths, *ids, tuple(found)) for ids, found in clips.items())
-    return Plan(recordings, classes, tuple(s for s, table in tables.items() if table), tuple(notes))
+    with_sound = _sound_file(tables.raw, spec, notes)
+    recordings = tuple(_recording(tables.raw, paths, *ids, tuple(some), with_sound) for ids, some in clips.items())
+    held_out = tuple(paths.hold_out) if "train" in tables.there else ()
+    return Plan(recordings, classes, (*tables.there, *held_out), tuple(notes))
+
+
+def _annotated(tables: SplitTables, paths: EpicKitchensPaths, classes: dict[str, list[str]]) -> list[_Annotated]:
+    """Every row of every split."""
+    found = []
+    keys = UniqueKeys("narration_id")
+    for split, table in tables.there.items():
+        labelled = {} if split in paths.unlabelled_splits else classes
+        for where, row in rows(table, (*_COLUMNS, *(f"{head}_class" for head in labelled))):
+            annotated = _clip(where, row, split, classes, labelled)
+            keys.add(annotated[2].key, where)
+            found.append(annotated)
+    return found
+
+
+def _held_out(found: list[_Annotated], paths: EpicKitchensPaths) -> list[_Annotated]:
+    """Move whole recordings of `train` to the splits that are held out of it."""
+
+    def split_of(recording: str, clip: ClipRecord) -> str:
+        if clip.split != "train":
+            return clip.split
+        place = int.from_bytes(hashlib.blake2b(recording.encode(), digest_size=8).digest()) / 2**64
+        for split, share in paths.hold_out.items():
+            if place < share:
+                return split
+            place -= share
+        return "train"
+
+    return [(who, recording, replace(clip, split=split_of(recording, clip))) for who, recording, clip in found]
+
+
+def _pruned(found: list[_Annotated], paths: EpicKitchensPaths) -> tuple[list[_Annotated], list[str]]:
+    """Leave out, of the splits to be pruned, clips with a class that no row of `train` has; and say how many."""
+    if not paths.pruned_splits:
+        return found, []
+    if not any(clip.split == "train" for _, _, clip in found):
+        raise UserError("epic_kitchens.pruned_splits: no clip of train is there to say which classes occur")
+    trained: dict[str, set[int | None]] = {head: set() for head in paths.heads}
+    for _, _, clip in found:
+        if clip.split == "train":
+            for head, label in clip.labels.items():
+                trained[head].add(label)
+
+    def unseen(clip: ClipRecord) -> bool:
+        known = all(label in trained[head] for head, label in clip.labels.items())
+        return clip.split in paths.pruned_splits and not known
+
+    notes = []
+    for split in paths.pruned_splits:
+        if num := sum(unseen(clip) for _, _, clip in found if clip.split == split):
+            notes.append(f"split '{split}': {num} clips left out (pruned_splits): train has no clip of their class")
+    return [entry for entry in found if not unseen(entry[2])], notes
+
+
+def _sound_file(raw: Path, spec: PackingSpec, notes: list[str]) -> dict[str, Path]:
+    """The HDF5 file of sound, per recording that has some in it."""
+    assert spec.epic_kitchens is not None
+    if spec.audio.source not in ("auto", "hdf5"):
+        return {}
+    path = inside(raw, spec.epic_kitchens.audio_hdf5, "epic_kitchens.audio_hdf5")
+    if path.is_file():
+        return dict.fromkeys(recordings_with_sound(path), path)
+    if spec.audio.source == "hdf5":
+        notes.append(f"no sound: no {spec.epic_kitchens.audio_hdf5}")
+    return {}
 
 
 def nominal_fps(recording: str) -> int:
@@ -69,8 +136,9 @@ def nominal_fps(recording: str) -> int:
 
 
 def _recording(
-    raw: Path, paths: EpicKitchensPaths, participant: str, name: str, clips: tuple[ClipRecord, ...]
-) -> Recording:
+    raw: Path, paths: EpicKitchensPaths, participant: str, name: str, clips: tuple[ClipRecord, ...],
+    with_sound: dict[str, Path],
+) -> Recording:  # fmt: skip
     def place(pattern: str) -> str:
         return pattern.replace("{participant}", participant).replace("{recording}", name)
 
@@ -83,6 +151,8 @@ def _recording(
         movie=movie if movie.is_file() else None,
         rgb_frames=frames_of(raw, place(paths.rgb_frames), "epic_kitchens.rgb_frames"),
         flow_frames=frames_of(raw, place(paths.flow_frames), "epic_kitchens.flow_frames"),
+        sound_hdf5=with_sound.get(name),
+        sound_hdf5_rate=paths.audio_hdf5_rate,
         nominal_fps=fps,
         rgb_frames_per_flow_frame=2 if fps == 60 else 1,
     )
@@ -90,15 +160,10 @@ def _recording(
 
 def _clip(
     where: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: dict[str, list[str]]
-) -> tuple[str, str, ClipRecord]:
+) -> _Annotated:
     """Participant, recording and clip of one row."""
     for column in ("narration_id", "participant_id", "video_id"):
-        try:
-            check_key(row[column])
-        except UserError:
-            raise UserError(
-                f"{where}: {column} '{row[column]}': only letters, digits, '_' and '-' are allowed"
-            ) from None
+        check_name(where, column, row[column])
     start_s, stop_s = (_seconds(where, column, row[column]) for column in ("start_timestamp", "stop_timestamp"))
     if stop_s <= start_s:
         raise UserError(f"{where}: stop_timestamp {row['stop_timestamp']} is not after {row['start_timestamp']}")

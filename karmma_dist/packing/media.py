@@ -9,7 +9,6 @@ import io
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import av
 import cv2
@@ -17,7 +16,7 @@ import numpy as np
 from av.video.reformatter import ColorRange
 
 from karmma_dist.packing.records import MediaError
-from karmma_dist.packing.spec import FlowSpec, VideoSpec
+from karmma_dist.packing.spec import VideoSpec
 
 SAMPLE_RATE = 16_000
 """Of stored audio, Hz."""
@@ -110,67 +109,6 @@ class VideoEncoder:
             self._container.mux(packet)
         self._container.close()
         return self._file.getvalue()
-
-
-class ClipPictures:
-    """One clip's stored pictures as they come: encodes the video, and the flow between them when it is computed."""
-
-    def __init__(self, fps: Fraction, video: VideoSpec, flow: FlowSpec | None) -> None:
-        """`flow` None: no flow is computed."""
-        self.num_frames = 0
-        self._fps, self._video, self._flow = fps, video, flow
-        self._encoders: dict[str, VideoEncoder] = {}
-        self._previous: np.ndarray | None = None
-        self._motion: np.ndarray | None = None
-        self._dis: Any = None
-
-    def add(self, picture: np.ndarray) -> None:
-        """Append a stored picture, uint8 (H, W, 3) RGB; all of one size."""
-        height, width = picture.shape[:2]
-        if self.num_frames == 0:
-            self._open(width, height)
-        self.num_frames += 1
-        if "video" in self._encoders:
-            self._encoders["video"].add(picture)
-        if self._flow is not None:
-            gray = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
-            if self._previous is not None:
-                self._motion = quantise_flow(self._dis.calc(self._previous, gray, None), self._flow.bound)
-                self._encoders["flow"].add(self._motion)
-            self._previous = gray
-
-    def finish(self) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
-        """Payload and description per modality. The last flow is repeated: as many flow frames as video frames."""
-        payloads, described = {}, {}
-        if self._flow is not None and self._previous is not None:
-            still = quantise_flow(np.zeros((*self._previous.shape, 2), np.float32), self._flow.bound)
-            self._encoders["flow"].add(still if self._motion is None else self._motion)
-        for modality, encoder in self._encoders.items():
-            payloads[modality] = encoder.finish()
-            described[modality] = self._description | {"fps": rounded(self._fps), "num_frames": encoder.num_frames}
-        if "flow" in described and self._flow is not None:
-            described["flow"] |= {"bound": self._flow.bound, "source": "computed"}
-        return payloads, described
-
-    def _open(self, width: int, height: int) -> None:
-        self._description: dict[str, Any] = {"width": width, "height": height}
-        if self._video.source != "none":
-            self._encoders["video"] = VideoEncoder(width, height, self._fps, self._video.crf, self._video, gray=False)
-        if self._flow is not None:
-            self._encoders["flow"] = flow_encoder(width, height, self._fps, self._flow, self._video)
-            self._dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-
-
-def flow_encoder(width: int, height: int, fps: Fraction, flow: FlowSpec, video: VideoSpec) -> VideoEncoder:
-    """Encoder for pictures of u above v: (2 * height, width), gray."""
-    return VideoEncoder(width, 2 * height, fps, flow.crf, video, gray=True)
-
-
-def quantise_flow(flow_HW2: np.ndarray, bound: float) -> np.ndarray:
-    """Flow in pixels, float32 (H, W, 2) -> uint8 (2H, W), u above v: round(127.5 + 127.5 * flow / bound), clipped."""
-    stacked = np.concatenate([flow_HW2[..., 0], flow_HW2[..., 1]])
-    quantised: np.ndarray = np.clip(np.rint(127.5 + 127.5 / bound * stacked), 0, 255).astype(np.uint8)
-    return quantised
 
 
 def encode_flac(samples: np.ndarray) -> bytes:

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.packing.annotation_tables import read_classes, rows
-from karmma_dist.packing.records import ClipRecord, Plan, Recording, inside, raw_file
+from karmma_dist.packing.annotation_tables import UniqueKeys, check_name, read_classes, rows, split_tables
+from karmma_dist.packing.records import ClipRecord, Plan, Recording, inside
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.shards import check_key
 
 _COLUMNS = ("key", "media", "start", "stop")
 _LONGEST_NAME = 100
@@ -46,28 +45,21 @@ def read_plain(spec: PackingSpec) -> Plan:
     """
     paths = spec.plain
     assert paths is not None
-    raw = Path(spec.raw)
-    if not raw.is_dir():
-        raise UserError(f"{raw}: no such raw folder (give it with --raw DIR or raw: in the specification)")
-    tables = {split: raw_file(raw, name, f"plain.splits.{split}") for split, name in paths.splits.items()}
-    if not any(tables.values()):
-        raise UserError(f"{raw}: no annotations: none of {', '.join(paths.splits.values())} is there")
-    notes = [f"split '{s}' skipped: no {paths.splits[s]}" for s, table in tables.items() if table is None]
-    labelled = {split: table for split, table in tables.items() if table and split not in paths.unlabelled_splits}
+    tables = split_tables(spec.raw, paths.splits, "plain")
+    raw, notes = tables.raw, list(tables.notes)
+    labelled = {split: table for split, table in tables.there.items() if split not in paths.unlabelled_splits}
     first = next(iter(labelled.values()), None)
     classes = {
         head: read_classes(raw, name, head, "plain") if name else _collected_classes(first, head)
         for head, name in paths.heads.items()
     }
     media: dict[Path, _Media] = {}
-    rows_of: dict[str, str] = {}
-    for split, table in tables.items():
+    keys = UniqueKeys("key")
+    for split, table in tables.there.items():
         columns = (*_COLUMNS, *(classes if split in labelled else ()))
-        for where, row in rows(table, columns) if table else ():
+        for where, row in rows(table, columns):
             clip = _clip(where, row, split, classes, split in labelled)
-            if clip.key in rows_of:
-                raise UserError(f"{where}: key '{clip.key}' is already that of {rows_of[clip.key]}")
-            rows_of[clip.key] = where
+            keys.add(clip.key, where)
             entry = _media(where, row, raw, media)
             if not spec.participants or entry.participant in spec.participants:
                 entry.clips.append(clip)
@@ -79,7 +71,7 @@ def read_plain(spec: PackingSpec) -> Plan:
         for path, entry in media.items()
         if entry.clips
     )
-    return Plan(recordings, classes, tuple(s for s, table in tables.items() if table), tuple(notes))
+    return Plan(recordings, classes, tuple(tables.there), tuple(notes))
 
 
 def _media(where: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]) -> _Media:
@@ -91,9 +83,11 @@ def _media(where: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]
         raise UserError(f"{where}: media '{row['media']}' is the raw folder itself, not a file in it")
     name = row.get("recording") or ""
     if name:
-        _check(where, "recording", name)
+        check_name(where, "recording", name)
+        if len(name) > _LONGEST_NAME:
+            raise UserError(f"{where}: recording '{name}' has more than {_LONGEST_NAME} characters")
     if row.get("participant"):
-        _check(where, "participant", row["participant"])
+        check_name(where, "participant", row["participant"])
     relative = path.relative_to(inside(raw, ".", where))
     automatic = re.sub(r"[^A-Za-z0-9_-]+", "-", str(relative.with_suffix("")))[-_LONGEST_NAME:]
     entry = _Media(name or automatic, row.get("participant") or "", where)
@@ -119,7 +113,7 @@ def _check_names(media: dict[Path, _Media]) -> None:
 
 
 def _clip(where: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: bool) -> ClipRecord:
-    _check(where, "key", row["key"])
+    check_name(where, "key", row["key"])
     start_s, stop_s = _seconds(where, "start", row["start"]), _seconds(where, "stop", row["stop"])
     start_s = 0.0 if start_s is None else start_s
     if stop_s is not None and stop_s <= start_s:
@@ -154,15 +148,6 @@ def _collected_classes(table: Path | None, head: str) -> list[str]:
     if int(largest) > _MOST_CLASSES:
         raise UserError(f"{found[largest]}: {head} '{largest}' is too large for a class id: give a class file")
     return [str(number) for number in range(int(largest) + 1)]
-
-
-def _check(where: str, column: str, text: str) -> None:
-    try:
-        check_key(text)
-    except UserError:
-        raise UserError(f"{where}: {column} '{text}': only letters, digits, '_' and '-' are allowed") from None
-    if column == "recording" and len(text) > _LONGEST_NAME:
-        raise UserError(f"{where}: recording '{text}' has more than {_LONGEST_NAME} characters")
 
 
 def _seconds(where: str, column: str, text: str) -> float | None:

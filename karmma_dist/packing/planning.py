@@ -10,8 +10,9 @@ from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.packing.epic_kitchens import read_epic_kitchens
+from karmma_dist.packing.flow import check_method
 from karmma_dist.packing.plain import read_plain
-from karmma_dist.packing.records import ClipRecord, Plan
+from karmma_dist.packing.records import ClipRecord, Plan, Recording
 from karmma_dist.packing.something_something import read_something_something
 from karmma_dist.packing.spec import PackingSpec
 
@@ -20,11 +21,12 @@ def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
     """What the raw folder's annotations ask for, of recordings that have media, at most `limit` clips per split.
 
     Raises:
-        UserError: no raw folder, no annotations, a bad row, or no media at all.
+        UserError: no raw folder, no annotations, a bad row, no media at all, or a library that the settings need.
     """
     readers = {
         "epic_kitchens": read_epic_kitchens, "something_something": read_something_something, "plain": read_plain,
     }  # fmt: skip
+    check_method(spec.flow)
     return _limited(_with_media(readers[spec.reader](spec), spec), limit)
 
 
@@ -56,15 +58,19 @@ def difference_between(manifest: dict[str, Any], identity: dict[str, Any]) -> st
 
 def _with_media(plan: Plan, spec: PackingSpec) -> Plan:
     """Leave out recordings of which no media file is there, and say how many."""
-    there = [r for r in plan.recordings if r.movie or r.rgb_frames or r.flow_frames]
+    there = [r for r in plan.recordings if _has_media(r)]
     if not there:
         raise UserError(f"{spec.raw}: no media file of any of the {len(plan.recordings)} annotated recordings is there")
-    absent = [r for r in plan.recordings if not (r.movie or r.rgb_frames or r.flow_frames)]
+    absent = [r for r in plan.recordings if not _has_media(r)]
     if not absent:
         return plan
     num_clips = sum(len(recording.clips) for recording in absent)
     note = f"{len(absent)} recordings ({num_clips} clips) left out: no media file; the first is {absent[0].name}"
     return replace(plan, recordings=tuple(there), notes=(*plan.notes, note))
+
+
+def _has_media(recording: Recording) -> bool:
+    return any((recording.movie, recording.rgb_frames, recording.flow_frames, recording.sound_hdf5))
 
 
 def _limited(plan: Plan, limit: int | None) -> Plan:

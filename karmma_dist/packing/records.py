@@ -48,6 +48,10 @@ class Recording:
     """Tar or folder of frame_0000000001.jpg, ...; used where the movie has no video."""
     flow_frames: Path | None = None
     """Tar or folder of u/frame_0000000001.jpg, ... and v/..."""
+    sound_hdf5: Path | None = None
+    """HDF5 file with a dataset of this recording's name."""
+    sound_hdf5_rate: int = 24_000
+    """Samples per second in it."""
     boxes: Path | None = None
     """JSON file of annotated boxes."""
     nominal_fps: int = 60

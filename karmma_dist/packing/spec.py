@@ -51,12 +51,15 @@ class FlowSpec(Settings):
     """Optical flow, stored as one gray H.264 video of the same region and size as the video: u above v."""
 
     source: Literal["auto", "files", "compute", "none"] = "auto"
-    """`files`: the raw dataset's flow frames. `compute`: DIS optical flow between consecutive stored frames.
+    """`files`: the raw dataset's flow frames. `compute`: between consecutive stored frames.
     `auto`: files where there are any, else computed. `none`: do not store flow."""
+    method: Literal["dis", "tvl1"] = "dis"
+    """Of computed flow. `dis`: dense inverse search, fast. `tvl1`: what Epic-Kitchens published, 160 times
+    slower; needs the extra `tvl1`."""
     bound: Annotated[float, Field(gt=0)] = 8.0
-    """Of computed flow: pixels (at the stored size, per stored frame) that become 0 and 255; no motion is 127.5."""
+    """Pixels (at the stored size, per flow frame) that are stored as 0 and 255; no motion is 127.5."""
     files_bound: Annotated[float, Field(gt=0)] = 8.0
-    """Of flow files: pixels at the files' own size that their 0 and 255 stand for. Values are stored as they are."""
+    """Of flow files: pixels at the files' own size that their 0 and 255 stand for."""
     crf: Crf = 20
     """x264's constant rate factor."""
 
@@ -64,8 +67,9 @@ class FlowSpec(Settings):
 class AudioSpec(Settings):
     """Sound, stored as mono 16-bit FLAC at 16 kHz, cut to the clip's own seconds."""
 
-    source: Literal["auto", "none"] = "auto"
-    """`auto`: the movie's best audio stream. `none`: do not store sound."""
+    source: Literal["auto", "movie", "hdf5", "none"] = "auto"
+    """`movie`: the movie's best audio stream. `hdf5`: the dataset's HDF5 file of sound (Epic-Kitchens only).
+    `auto`: the movie's, else the HDF5 file's. `none`: do not store sound."""
 
 
 class DetectionsSpec(Settings):
@@ -99,6 +103,32 @@ class EpicKitchensPaths(Settings):
     """Folder of frame_%010d.jpg, or the same name with .tar."""
     flow_frames: str = "EPIC-KITCHENS/{participant}/flow_frames/{recording}"
     """Folder of u/frame_%010d.jpg and v/frame_%010d.jpg, or the same name with .tar."""
+    audio_hdf5: str = "EPIC-KITCHENS-100_audio.hdf5"
+    """Sound as auditory-slow-fast keeps it: one mono dataset per recording. Needs the extra `hdf5`."""
+    audio_hdf5_rate: Positive = 24_000
+    """Samples per second in it, which the file does not say."""
+    pruned_splits: list[str] = []
+    """Splits from which clips are left out whose class, of any head, never occurs in `train`: the paper's evaluation
+    drops 24 of 9,668 validation clips so (nouns 205, 240, 288 and 295)."""
+    hold_out: dict[str, Fraction] = {}
+    """Further splits taken from `train`: name -> share of its recordings, chosen by a hash of their names so that no
+    recording is on both sides. {validation: 0.1} with the official validation as `test` is Epic-Kitchens*."""
+
+    @model_validator(mode="after")
+    def _splits_fit_together(self) -> EpicKitchensPaths:
+        if (self.pruned_splits or self.hold_out) and ("train" not in self.splits or "train" in self.unlabelled_splits):
+            raise ValueError("pruned_splits and hold_out need a labelled split 'train'")
+        for split in self.pruned_splits:
+            if split not in self.splits:
+                raise ValueError(f"pruned_splits: there is no split '{split}'")
+            if split == "train" or split in self.unlabelled_splits:
+                raise ValueError(f"pruned_splits: '{split}' has nothing to prune")
+        for split in self.hold_out:
+            if split in self.splits:
+                raise ValueError(f"hold_out: '{split}' is a split already")
+        if sum(self.hold_out.values()) >= 1:
+            raise ValueError("hold_out: nothing is left of 'train'")
+        return self
 
 
 class SomethingSomethingPaths(Settings):
@@ -195,6 +225,8 @@ class PackingSpec(Settings):
             self.something_something = self.something_something or SomethingSomethingPaths()
         else:
             self.plain = self.plain or PlainPaths()
+            if self.audio.source == "hdf5":
+                raise ValueError("audio.source 'hdf5': only reader 'epic_kitchens' has such a file")
             if self.flow.source == "files":
                 raise ValueError("flow.source 'files': reader 'plain' has no flow files: choose auto, compute or none")
         if not self.modalities:
@@ -204,7 +236,7 @@ class PackingSpec(Settings):
     @property
     def modalities(self) -> list[str]:
         """Modalities every clip declares, present or null."""
-        sources = {"video": self.video.source, "flow": self.flow.source}
+        sources: dict[str, str] = {"video": self.video.source, "flow": self.flow.source}
         if self.reader == "something_something":
             sources["detections"] = self.detections.source
         else:

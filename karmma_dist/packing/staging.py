@@ -127,10 +127,11 @@ def _digest(recordings: Sequence[Recording], settings: dict[str, Any]) -> str:
     described = []
     for recording in recordings:
         media = {}
-        for field in ("movie", "rgb_frames", "flow_frames", "boxes"):
+        for field in ("movie", "rgb_frames", "flow_frames", "sound_hdf5", "boxes"):
             path = getattr(recording, field)
             media[field] = None if path is None else [path.stat().st_size, path.stat().st_mtime_ns]
         clips = [dataclasses.asdict(clip) for clip in recording.clips]
-        described.append([recording.name, recording.nominal_fps, recording.rgb_frames_per_flow_frame, media, clips])
+        rates = [recording.nominal_fps, recording.rgb_frames_per_flow_frame, recording.sound_hdf5_rate]
+        described.append([recording.name, *rates, media, clips])
     text = json.dumps([settings, described], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

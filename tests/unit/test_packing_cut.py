@@ -22,7 +22,9 @@ from packing_kit import (
 )
 
 from karmma_dist.packing.cut import cut_recording
-from karmma_dist.packing.media import ClipPictures, Geometry, encode_flac, quantise_flow
+from karmma_dist.packing.flow import quantise_flow
+from karmma_dist.packing.media import Geometry, encode_flac
+from karmma_dist.packing.pictures import ClipPictures
 from karmma_dist.packing.records import ClipRecord, CutClip, Failure, Recording
 from karmma_dist.packing.spec import FlowSpec, PackingSpec, VideoSpec
 

@@ -6,11 +6,25 @@ import gzip
 from pathlib import Path
 
 import pytest
-from packing_kit import COLUMNS, epic_spec, movie_path, row, write_epic, write_frames
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from packing_kit import (
+    COLUMNS,
+    decode,
+    epic_spec,
+    movie_path,
+    read_number,
+    row,
+    write_epic,
+    write_frames,
+    write_movie,
+)
 
 from karmma_dist.errors import UserError
+from karmma_dist.packing.cut import cut_recording
 from karmma_dist.packing.epic_kitchens import nominal_fps, read_epic_kitchens
 from karmma_dist.packing.planning import make_plan
+from karmma_dist.packing.records import ClipRecord, CutClip, Plan, Recording
 
 
 def _one_line(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -142,3 +156,103 @@ def test_limit_takes_the_first_clips_of_each_split(tmp_path: Path) -> None:
     assert plan.keys("validation") == ["P01_01_5", "P01_01_6"]
     with pytest.raises(UserError, match="limit 0"):
         make_plan(epic_spec(tmp_path), limit=0)
+
+
+def _split_of(plan: Plan) -> dict[str, str]:
+    return {clip.key: clip.split for recording in plan.recordings for clip in recording.clips}
+
+
+def _star(share: float, **fields: object) -> dict[str, object]:
+    splits = {"train": "annotations/EPIC_100_train.csv", "test": "annotations/EPIC_100_validation.csv"}
+    return {"splits": splits, "unlabelled_splits": [], "hold_out": {"validation": share}, **fields}
+
+
+def test_pruning_leaves_out_clips_of_classes_that_train_has_not_and_says_how_many(tmp_path: Path) -> None:
+    train = [row("P01_01_0", verb_class=0, noun_class=1), row("P01_01_1", verb_class=1, noun_class=0)]
+    seen = row("P01_02_0", "P01_02", verb_class=1, noun_class=1)
+    unseen = row("P01_02_1", "P01_02", verb_class=1, noun_class=2)
+    write_epic(tmp_path, train, [seen, unseen])
+    plan = read_epic_kitchens(epic_spec(tmp_path, epic_kitchens={"pruned_splits": ["validation"]}))
+    assert _split_of(plan) == {"P01_01_0": "train", "P01_01_1": "train", "P01_02_0": "validation"}
+    assert any("1 clips left out" in note for note in plan.notes)
+    assert "P01_02_1" in _split_of(read_epic_kitchens(epic_spec(tmp_path)))
+    kept = epic_spec(tmp_path, epic_kitchens={"pruned_splits": ["validation"]}, participants=["P99"])
+    assert any("1 clips left out" in note for note in read_epic_kitchens(kept).notes)
+
+
+def test_pruning_needs_the_training_annotations(tmp_path: Path) -> None:
+    write_epic(tmp_path, [], [row("P01_01_0")])
+    with pytest.raises(UserError, match="no clip of train"):
+        read_epic_kitchens(epic_spec(tmp_path, epic_kitchens={"pruned_splits": ["validation"]}))
+
+
+@given(
+    videos=st.sets(st.integers(1, 99), min_size=1, max_size=30),
+    share=st.floats(0, 0.99),
+    other=st.sets(st.integers(1, 99), max_size=10),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_a_held_out_recording_is_whole_and_stays_where_it_is_whatever_else_is_there(
+    tmp_path: Path, videos: set[int], share: float, other: set[int]
+) -> None:
+    def split_per_video(numbers: set[int]) -> dict[str, set[str]]:
+        rows = [row(f"P01_{v:02d}_{n}", f"P01_{v:02d}") for v in sorted(numbers) for n in range(2)]
+        write_epic(tmp_path, rows)
+        plan = read_epic_kitchens(epic_spec(tmp_path, epic_kitchens=_star(share)))
+        return {r.name: {clip.split for clip in r.clips} for r in plan.recordings}
+
+    alone, among = split_per_video(videos), split_per_video(videos | other)
+    assert all(len(splits) == 1 for splits in alone.values())
+    assert alone == {name: among[name] for name in alone}
+
+
+def test_about_the_asked_share_is_held_out_and_none_at_zero(tmp_path: Path) -> None:
+    write_epic(tmp_path, [row(f"P{p:02d}_{v:02d}_0", f"P{p:02d}_{v:02d}") for p in range(1, 38) for v in range(1, 30)])
+    for share in (0.0, 0.1, 0.5):
+        plan = read_epic_kitchens(epic_spec(tmp_path, epic_kitchens=_star(share)))
+        assert plan.splits == ("train", "validation")
+        held_out = sum(split == "validation" for split in _split_of(plan).values()) / (37 * 29)
+        assert abs(held_out - share) <= 0.03 * (share > 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"pruned_splits": ["valid"]}, "no split 'valid'"),
+        ({"pruned_splits": ["train"]}, "nothing to prune"),
+        ({"pruned_splits": ["test"]}, "nothing to prune"),
+        ({"hold_out": {"test": 0.1}}, "is a split already"),
+        ({"hold_out": {"a": 0.5, "b": 0.5}}, "nothing is left"),
+        ({"hold_out": {"a": 0.5}, "splits": {"training": "t.csv"}}, "need a labelled split 'train'"),
+    ],
+)
+def test_splits_that_do_not_fit_together_are_refused(tmp_path: Path, fields: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        epic_spec(tmp_path, epic_kitchens=fields)
+
+
+@given(start=st.floats(0, 1.5), seconds=st.floats(0.02, 1.4))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None)
+def test_a_movie_and_its_numbered_frames_give_the_same_clip(
+    tmp_path_factory: pytest.TempPathFactory, start: float, seconds: float
+) -> None:
+    """As many pictures, each within one frame of the nominal rate: official numbers are times rounded down."""
+    root = tmp_path_factory.getbasetemp() / "both"
+    movie = root / "P01_01.MP4"
+    if not movie.exists():
+        write_movie(movie, frames=180, fps=60)
+        write_frames(root / "frames", list(range(1, 181)))
+    start, stop = round(start, 2), round(start + seconds + 0.01, 2)
+    clip = ClipRecord(
+        "a", "train", start, stop, {}, start_frame=max(1, int(start * 60 + 1e-6)), stop_frame=int(stop * 60 + 1e-6)
+    )
+    spec = epic_spec(root, flow={"source": "none"}, audio={"source": "none"})
+    (by_time,) = cut_recording(Recording("P01_01", "P01", (clip,), movie=movie), spec)
+    (by_number,) = cut_recording(Recording("P01_01", "P01", (clip,), rgb_frames=root / "frames"), spec)
+    assert isinstance(by_time, CutClip)
+    assert isinstance(by_number, CutClip)
+    assert by_time.described == by_number.described
+    times = [read_number(picture) for picture in decode(by_time.payloads["video"])]
+    numbers = [read_number(picture) - 1 for picture in decode(by_number.payloads["video"])]
+    assert len(times) == len(numbers)
+    assert all(0 <= shown - file <= 1 for shown, file in zip(times, numbers, strict=True))
