@@ -109,8 +109,8 @@ class SomethingSomethingPaths(Settings):
         "validation": "labels/validation.json",
         "test": "labels/test.json",
     }
-    """JSON per split (or the same name with .gz), in older downloads labels/something-something-v2-train.json and so on:
-    name those here and in `heads`. A split whose JSON is absent is skipped and said so."""
+    """JSON per split (or the same name with .gz); a split whose JSON is absent is skipped and said so. In downloads
+    with names like something-something-v2-train.json, give those here and in `heads`."""
     unlabelled_splits: list[str] = ["test"]
     """Splits whose entries have no template."""
     heads: dict[str, str] = {"action": "labels/labels.json"}
