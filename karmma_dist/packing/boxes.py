@@ -1,13 +1,19 @@
-"""Something-Else's annotated boxes: one JSON object {clip: [frames]} of several GB, read one clip at a time.
+"""Boxes of hands and objects from JSON files of several GB, read one clip at a time.
 
-Format: https://github.com/joaanna/something_else (frames with `name` CLIP/NNNN.jpg and `labels` with `box2d` x1, y1,
-x2, y2 in pixels of the clip's own size).
+Two formats, told apart by their first character; boxes are in pixels of the clip's own size.
+
+* Something-Else's annotations (https://github.com/joaanna/something_else): an object {clip: [frames]}, frames with
+  `name` CLIP/NNNN.jpg and `labels` with `box2d` x1, y1, x2, y2.
+* STLT's compact lists (https://github.com/gorjanradevski/revisiting-spatial-temporal-layouts), annotated or detected:
+  a list of {"id": clip, "frames": [frames]}, frames in order with `frame_objects` of x1, y1, x2, y2, category, score.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,83 +23,144 @@ from karmma_dist.packing.records import MediaError
 HAND, OBJECT = 1, 2
 """Categories as they are stored; 0 is padding."""
 
+Span = tuple[int, int]
+"""First byte and length of a clip's entry."""
+
 _CHUNK_BYTES = 1 << 24
-_KEY = re.compile(r'\s*[{,]?\s*"([^"\\]*)"\s*:\s*')
-_END = re.compile(r"\s*\{?\s*\}\s*")
+_OPENING = re.compile(r"\s*([{\[])")
+_KEY = re.compile(r'\s*([{,])\s*"([^"\\]*)"\s*:\s*')
+_ELEMENT = re.compile(r"\s*([\[,])\s*(?=\{)")
+_END = re.compile(r"\s*([{\[]?)\s*([}\]])\s*")
+_HAND = re.compile(r"(?<![a-z])hands?(?![a-z])", re.IGNORECASE)
 
 
-def index_boxes(path: Path) -> dict[str, tuple[int, int]]:
-    """Find every clip's entry without keeping it: clip -> (first byte, length).
+def index_boxes(path: Path) -> dict[str, tuple[Path, Span]]:
+    """Find every clip's entry in a file, or in all .json files of a folder, without keeping it.
+
+    Returns:
+        clip -> its file, first byte and length.
 
     Raises:
-        UserError: the file is not one JSON object, or is cut.
+        UserError: a file is of neither format, is cut or has a clip twice, or the folder has no such file.
     """
-    spans: dict[str, tuple[int, int]] = {}
-    decoder = json.JSONDecoder()
-    text, base, place = "", 0, 0
-    # latin-1 keeps one character per byte, so that places in the text are places in the file.
-    with open(path, encoding="latin-1", newline="") as file:
-        while True:
-            match = _KEY.match(text, place)
-            try:
-                if match is None:
-                    raise ValueError("expected the next clip")
-                _, stop = decoder.raw_decode(text, match.end())
-                if stop == len(text):
-                    raise ValueError("the entry may go on")
-            except ValueError as error:
-                if _END.fullmatch(text, place) and not (more := file.read(1)):
-                    return spans
-                text, base, place = text[place:], base + place, 0
-                more = file.read(_CHUNK_BYTES)
-                if not more:
-                    raise UserError(f"{path}: not a whole JSON object, byte {base}: {error}") from None
-                text += more
-                continue
-            spans[match[1]] = (base + match.end(), stop - match.end())
-            place = stop
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.json") if not file.name.startswith("."))
+        if not files:
+            raise UserError(f"{path}: no .json file of boxes in it (packed ones must be unpacked)")
+    else:
+        files = [path]
+    found: dict[str, tuple[Path, Span]] = {}
+    for file in files:
+        for clip, span in _entries(file):
+            if clip in found:
+                others = "" if found[clip][0] == file else f"; the other is in {found[clip][0].name}"
+                raise UserError(f"{file}: boxes of clip '{clip}' are there twice{others}: keep one")
+            found[clip] = (file, span)
+    return found
 
 
-def read_boxes(path: Path, span: tuple[int, int]) -> list[dict[str, Any]]:
-    """One clip's annotated frames."""
+def read_boxes(path: Path, span: Span) -> Any:
+    """One clip's entry: a list of annotated frames, or in the compact format the object that holds it."""
     with open(path, "rb") as file:
         file.seek(span[0])
-        frames: list[dict[str, Any]] = json.loads(file.read(span[1]))
-    return frames
+        return json.loads(file.read(span[1]))
 
 
-def detections_json(
-    frames: list[dict[str, Any]], width: int, height: int, num_frames: int, max_boxes: int
-) -> tuple[bytes, int]:
-    """Turn annotated frames into a clip's detections member, and count its boxes.
+def detections_json(entry: Any, width: int, height: int, num_frames: int, max_boxes: int) -> tuple[bytes, int]:
+    """Turn a clip's entry into its detections member, and count its boxes.
 
-    One list per video frame, empty where nothing is annotated; boxes are x0, y0, x1, y1 in [0, 1], category, score.
+    One list per video frame, empty where nothing is annotated, hands first and then by score; boxes are x0, y0, x1, y1
+    in [0, 1], category, score.
 
     Raises:
-        MediaError: the annotation is not in Something-Else's format.
+        MediaError: the entry is in neither format.
     """
     boxes: list[list[list[float]]] = [[] for _ in range(num_frames)]
     try:
-        for place, frame in enumerate(frames):
-            number = re.search(r"(\d+)\.\w+$", frame.get("name", ""))
-            at = int(number[1]) - 1 if number else place
-            if not 0 <= at < num_frames:
-                continue
-            found = [_box(label, width, height) for label in frame["labels"]]
-            boxes[at] = sorted((box for box in found if box is not None), key=lambda box: box[4])[:max_boxes]
+        frames = entry["frames"] if isinstance(entry, dict) else entry
+        if not isinstance(frames, list):
+            raise TypeError("no list of frames")
+        numbers = [re.search(r"(\d+)\.\w+$", frame.get("name", "")) for frame in frames]
+        first = min([1, *(int(number[1]) for number in numbers if number)])
+        for place, (frame, number) in enumerate(zip(frames, numbers, strict=True)):
+            at = int(number[1]) - first if number else place
+            found = [box for label in _labels(frame) if (box := _box(label, width, height)) is not None]
+            if at < num_frames:
+                boxes[at] = sorted(found, key=lambda box: (box[4], -box[5]))[:max_boxes]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MediaError("detections", "parse", f"boxes of another format: {error!r}") from None
     content = {"width": width, "height": height, "frames": boxes}
     return json.dumps(content, separators=(",", ":")).encode(), sum(map(len, boxes))
 
 
-def _box(label: dict[str, Any], width: int, height: int) -> list[float] | None:
+def _entries(path: Path) -> Iterator[tuple[str, Span]]:
+    """Yield clip and span of every entry of a file, in its order."""
+    decoder = json.JSONDecoder()
+    text, base, place, number, opening = "", 0, 0, 0, ""
+    # latin-1 keeps one character per byte, so that places in the text are places in the file.
+    with open(path, encoding="latin-1", newline="") as file:
+        while True:
+            try:
+                opening = opening or _opening(text)
+                match = (_KEY if opening == "{" else _ELEMENT).match(text, place)
+                if match is None or match[1] != (opening if number == 0 else ","):
+                    raise ValueError("expected the next clip")
+                value, stop = decoder.raw_decode(text, match.end())
+                if stop == len(text):
+                    raise ValueError("the entry may go on")
+            except ValueError as error:
+                text, base, place = text[place:], base + place, 0
+                more = file.read(_CHUNK_BYTES)
+                end = _END.fullmatch(text)
+                if not more and end and end[1] == (opening if number == 0 else "") and opening + end[2] in ("{}", "[]"):
+                    return
+                if not more:
+                    raise UserError(
+                        f"{path}: not a whole JSON object of clips or list of clips with 'id', byte {base}: {error}"
+                    ) from None
+                text += more
+                continue
+            number += 1
+            clip = match[2] if opening == "{" else _id(path, number, value)
+            yield clip, (base + match.end(), stop - match.end())
+            place = stop
+
+
+def _opening(text: str) -> str:
+    match = _OPENING.match(text)
+    if match is None:
+        raise ValueError("expected { or [")
+    return match[1]
+
+
+def _id(path: Path, number: int, entry: dict[str, Any]) -> str:
+    if not isinstance(entry.get("id"), str | int) or "frames" not in entry:
+        raise UserError(f"{path}, entry {number}: expected an object with 'id' and 'frames'")
+    return str(entry["id"])
+
+
+def _labels(frame: dict[str, Any]) -> list[tuple[dict[str, Any], int, float]]:
+    """A frame's corners, category and score, in either format."""
+    if "labels" in frame:
+        labels = frame["labels"]
+        hands = ["hand" in (label.get("standard_category"), label.get("category")) for label in labels]
+        corners = [label["box2d"] for label in labels]
+    else:
+        labels = corners = frame["frame_objects"]
+        hands = [_HAND.search(label["category"]) is not None for label in labels]
+    return [
+        (corner, HAND if hand else OBJECT, float(label.get("score", 1.0)))
+        for corner, hand, label in zip(corners, hands, labels, strict=True)
+    ]
+
+
+def _box(label: tuple[dict[str, Any], int, float], width: int, height: int) -> list[float] | None:
     """Normalised and clamped to the picture; None when nothing of it is inside."""
-    corners = label["box2d"]
-    x0, x1 = (min(max(float(corners[name]) / width, 0.0), 1.0) for name in ("x1", "x2"))
-    y0, y1 = (min(max(float(corners[name]) / height, 0.0), 1.0) for name in ("y1", "y2"))
-    if x1 <= x0 or y1 <= y0:
-        return None
-    hand = "hand" in (label.get("standard_category"), label.get("category"))
-    score = round(float(label.get("score", 1.0)), 5)
-    return [round(x0, 5), round(y0, 5), round(x1, 5), round(y1, 5), HAND if hand else OBJECT, score]
+    corners, category, score = label
+    x0, x1, y0, y1 = (
+        float(corners[name]) / size for name, size in (("x1", width), ("x2", width), ("y1", height), ("y2", height))
+    )
+    if not all(map(math.isfinite, (x0, x1, y0, y1, score))):
+        raise ValueError(f"not a box: {corners}")
+    x0, x1, y0, y1 = (round(min(max(value, 0.0), 1.0), 5) for value in (x0, x1, y0, y1))
+    return None if x1 <= x0 or y1 <= y0 else [x0, y0, x1, y1, category, round(score, 5)]

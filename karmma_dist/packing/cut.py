@@ -172,7 +172,7 @@ class _Cutter:
         if stop_s is None and self.sound is not None:
             stop_s = self.sound.end_s
         if self.flow_frames is not None:
-            payloads["flow"], described["flow"] = self._flow_of_files(clip, self.flow_frames)
+            payloads["flow"], described["flow"] = self._flow_of_files(clip, self.flow_frames, pictures)
         if self.sound is not None and stop_s is not None:
             samples = self.sound.cut(clip.start_s, stop_s)
             if samples is not None:
@@ -184,13 +184,16 @@ class _Cutter:
             raise MediaError(self.spec.modalities[0], "cut", f"no modality at {clip.start_s:.2f} s: nothing to store")
         return CutClip(clip, payloads, described, stop_s)
 
-    def _flow_of_files(self, clip: ClipRecord, frames: NumberedFrames) -> tuple[bytes, dict[str, Any]]:
+    def _flow_of_files(
+        self, clip: ClipRecord, frames: NumberedFrames, pictures: _Pictures
+    ) -> tuple[bytes, dict[str, Any]]:
         per_flow = self.recording.rgb_frames_per_flow_frame
         start = (clip.start_frame - 1) // per_flow + 1
         stop = None if clip.stop_frame is None else (clip.stop_frame - 2) // per_flow + 2
         fps = Fraction(self.recording.nominal_fps, per_flow)
         spec, encoder, geometry, bound, size = self.spec, None, None, 0.0, None
-        for number in _numbers(clip, frames, start, stop, fps, fps):
+        numbers = _numbers(clip, frames, start, stop, fps, fps)
+        for number in self._one_per_picture(clip, frames, numbers, pictures):
             u_HW, v_HW = frames.read(number, "u"), frames.read(number, "v")
             if geometry is None:
                 size = u_HW.shape
@@ -204,6 +207,23 @@ class _Cutter:
         assert encoder is not None
         data, described = encoder.finish()
         return data, described | {"source": "files"}
+
+    def _one_per_picture(
+        self, clip: ClipRecord, frames: NumberedFrames, numbers: list[int], pictures: _Pictures
+    ) -> list[int]:
+        """In a recording that is one clip, the i-th flow file belongs to the i-th picture; the last may lack its own.
+
+        Raises:
+            MediaError: there are more or fewer files than that, at the frame rate of the pictures.
+        """
+        movie, nominal = self.movie, self.recording.nominal_fps
+        if clip.start_frame or not self.from_movie or movie is None or abs(float(movie.fps) - nominal) > 0.5:
+            return numbers
+        num = pictures.num_source_frames
+        if not num - 1 <= len(numbers) <= num + 1:
+            there = f"{frames.path.name} has {len(numbers)} frames of flow for {num} of video at {nominal} frames/s"
+            raise MediaError("flow", "cut", f"{there}: extract it again, or set frames_per_second")
+        return [*numbers, numbers[-1]][:num]
 
     def _detections(self, clip: ClipRecord, pictures: _Pictures) -> tuple[bytes, dict[str, Any]]:
         assert self.recording.boxes is not None

@@ -1,4 +1,15 @@
-"""Folders and tars of numbered JPEG frames, as Epic-Kitchens publishes them: frame_0000000001.jpg, u/..., v/..."""
+"""Folders and tars of numbered JPEG frames: pictures, or optical flow of which u and v are horizontal and vertical.
+
+`#` is a number of any width; tars may put `./` or a folder of their own in front.
+
+    pictures      frame_#.jpg  img_#.jpg  image_#.jpg  #.jpg
+    flow, pairs   u/frame_#.jpg + v/frame_#.jpg, also x/ + y/, flow_x/ + flow_y/, flow_u/ + flow_v/, and in them any of
+                  frame_# flow_# img_# flow_x_# #; or side by side flow_x_#.jpg + flow_y_#.jpg, flow_u_ + flow_v_,
+                  x_ + y_, u_ + v_
+    flow, packed  flow_#.jpg in colour: red is u, green is v
+
+Pictures beside flow, as in dense_flow's folders, are left alone; two layouts of the same modality are refused.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +25,42 @@ import numpy as np
 
 from karmma_dist.packing.records import MediaError
 
-_NAME = re.compile(r"(?:^|/)(?:([uv])/)?frame_(\d+)\.jpe?g$")
+_NUMBER = r"(\d+)\.jpe?g$"
+_PICTURE = re.compile(rf"(?:frame_|img_|image_)?{_NUMBER}", re.IGNORECASE)
+_PAIR = re.compile(rf"(?:flow_)?[uvxy](?:_|/(?:[a-z]+_)*){_NUMBER}", re.IGNORECASE)
+_PACKED = re.compile(rf"flow_{_NUMBER}", re.IGNORECASE)
+_COMPONENT = re.compile(r"(?<![a-z])[uvxy](?=[_/])", re.IGNORECASE)
+_COMPONENT_FOLDER = re.compile(r"(?:flow_)?[uvxy]", re.IGNORECASE)
+_EXPECTED = {"video": "frame_0000000001.jpg", "flow": "u/frame_0000000001.jpg, flow_x_00001.jpg or flow_00001.jpg"}
 
 
 class NumberedFrames:
     """The frames of one recording, opened for random access.
 
+    Args:
+        path: folder or tar.
+        modality: "video" (pictures) or "flow": which of the layouts count.
+
     Raises:
-        MediaError: the tar cannot be read to its end, or there is no frame in it.
+        MediaError: the tar cannot be read to its end, there is no frame in it, or frames in several layouts.
     """
 
     def __init__(self, path: Path, modality: str) -> None:
         self.path, self.modality = path, modality
         self._tar: tarfile.TarFile | None = None
         self._members: dict[tuple[str, int], tarfile.TarInfo | Path] = {}
+        self._names: dict[tuple[str, int], str] = {}
+        self._layout = ""
+        """What precedes the numbers, with {u} and {x} for the letters of the component."""
+        self._width = 0
+        """Digits of a number."""
+        self._packed: tuple[int, np.ndarray] | None = None
         if path.is_dir():
             self._list_folder()
         else:
             self._list_tar()
         if not self._members:
-            raise MediaError(modality, "open", f"{path.name}: no frame_0000000001.jpg or other frame in it")
+            raise MediaError(modality, "open", f"{path.name}: no {_EXPECTED[modality]} or other frame in it")
         numbers = [number for _, number in self._members]
         self.first, self.last = min(numbers), max(numbers)
 
@@ -64,24 +91,38 @@ class NumberedFrames:
         return numbers
 
     def read(self, number: int, component: str = "") -> np.ndarray:
-        """Decode one frame: uint8 (H, W, 3) RGB, or (H, W) gray for component "u" or "v".
+        """Decode one frame: uint8 (H, W, 3) RGB, or (H, W) of flow's component "u" or "v".
 
         Raises:
             MediaError: it is missing or does not decode.
         """
-        name = f"{component}/frame_{number:010d}.jpg".lstrip("/")
+        if component and ("", number) in self._members:
+            if self._packed is None or self._packed[0] != number:
+                self._packed = (number, self._decode(number, ""))
+            return self._packed[1][..., "uv".index(component)]
+        return self._decode(number, component)
+
+    def _decode(self, number: int, component: str) -> np.ndarray:
         member = self._members.get((component, number))
         if member is None:
-            raise MediaError(self.modality, "decode", f"{self.path.name}: {name} is missing")
+            raise MediaError(self.modality, "decode", f"{self.path.name}: {self._name(component, number)} is missing")
+        where = f"{self.path.name}: {self._names[component, number]}"
         data = self._bytes(member)
         # OpenCV fills a cut JPEG with gray without a word: look for the end-of-image marker.
         if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-64:]:
-            raise MediaError(self.modality, "decode", f"{self.path.name}: {name} is no whole JPEG")
-        flag = cv2.IMREAD_GRAYSCALE if component else cv2.IMREAD_COLOR
+            raise MediaError(self.modality, "decode", f"{where} is no whole JPEG")
+        packed = self.modality == "flow" and not component
+        flag = cv2.IMREAD_UNCHANGED if packed else cv2.IMREAD_GRAYSCALE if component else cv2.IMREAD_COLOR
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         if picture is None:
-            raise MediaError(self.modality, "decode", f"{self.path.name}: {name} does not decode")
+            raise MediaError(self.modality, "decode", f"{where} does not decode")
+        if packed and picture.ndim != 3:
+            raise MediaError(self.modality, "decode", f"{where} is gray: flow in one file is in colour, red u, green v")
         return picture if component else cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+    def _name(self, component: str, number: int) -> str:
+        """What the file of a missing frame would be called."""
+        return f"{_filled(self._layout, component)}{number:0{self._width}d}.jpg"
 
     def _bytes(self, member: tarfile.TarInfo | Path) -> bytes:
         try:
@@ -94,10 +135,14 @@ class NumberedFrames:
             raise MediaError(self.modality, "decode", f"{self.path.name}: {error}") from None
 
     def _list_folder(self) -> None:
-        for folder in (self.path, self.path / "u", self.path / "v"):
-            for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-                path = folder / name
-                self._add(str(path.relative_to(self.path)), path)
+        try:
+            names = sorted(os.listdir(self.path))
+            folders = [name for name in names if _COMPONENT_FOLDER.fullmatch(name) and (self.path / name).is_dir()]
+            inner = [f"{folder}/{name}" for folder in folders for name in sorted(os.listdir(self.path / folder))]
+        except OSError as error:
+            raise MediaError(self.modality, "open", f"{self.path.name}: {error.strerror}") from None
+        for name in names + inner:
+            self._add(name, self.path / name)
 
     def _list_tar(self) -> None:
         try:
@@ -114,6 +159,45 @@ class NumberedFrames:
             raise MediaError(self.modality, "open", f"{self.path.name}: not a whole tar: {error}") from None
 
     def _add(self, name: str, member: tarfile.TarInfo | Path) -> None:
-        match = _NAME.search(name)
-        if match:
-            self._members[match[1] or "", int(match[2])] = member
+        found = _parse(name, self.modality)
+        if found is None:
+            return
+        layout, component, digits = found
+        number = int(digits)
+        if self._members and layout != self._layout:
+            one, other = (f"{_filled(each, 'u')}#.jpg" for each in (self._layout, layout))
+            raise MediaError(
+                self.modality, "open", f"{self.path.name}: two layouts in one, {one} and {other}: keep one"
+            )
+        name = name.removeprefix("./")
+        known = self._names.setdefault((component, number), name)
+        if known != name:
+            raise MediaError(self.modality, "open", f"{self.path.name}: {known} and {name} have the same number")
+        self._layout, self._width = layout, len(digits)
+        self._members[component, number] = member
+
+
+def _parse(name: str, modality: str) -> tuple[str, str, str] | None:
+    """Layout, component ("u", "v" or "" for none) and digits of a file; None: not a frame of the modality."""
+    name = name.removeprefix("./")
+    folder, file = name.rpartition("/")[::2]
+    above, inner = folder.rpartition("/")[::2]
+    top, tail = (above, f"{inner}/{file}") if _COMPONENT_FOLDER.fullmatch(inner) else (folder, file)
+    component = ""
+    match = _PICTURE.fullmatch(tail) if modality == "video" else _PAIR.fullmatch(tail) or _PACKED.fullmatch(tail)
+    if match is None:
+        return None
+    layout = tail[: match.start(1)]
+    letters = {"u" if letter.lower() in "ux" else "v" for letter in _COMPONENT.findall(layout)}
+    if len(letters) > 1:
+        return None
+    if letters:
+        component = letters.pop()
+        layout = _COMPONENT.sub(lambda letter: "{u}" if letter[0].lower() in "uv" else "{x}", layout)
+    return f"{top}/{layout}".lstrip("/"), component, match[1]
+
+
+def _filled(layout: str, component: str) -> str:
+    """A layout as the files of one component are called."""
+    letters = {"u": ("u", "x"), "v": ("v", "y")}.get(component, ("", ""))
+    return layout.replace("{u}", letters[0]).replace("{x}", letters[1])

@@ -28,7 +28,8 @@ class ClipRecord:
     """Class per head; None in an unlabelled split."""
     narration: str = ""
     start_frame: int = 1
-    """First file number (1-based, at the recording's nominal frame rate) in folders of numbered frames."""
+    """First file number (1-based, at the recording's nominal frame rate) in folders of numbered frames; 0: the first
+    there is, wherever the numbers start."""
     stop_frame: int | None = None
     """File number where the clip ends, not part of it; None: the last one there is."""
     boxes: tuple[int, int] | None = None
@@ -47,13 +48,13 @@ class Recording:
     rgb_frames: Path | None = None
     """Tar or folder of frame_0000000001.jpg, ...; used where the movie has no video."""
     flow_frames: Path | None = None
-    """Tar or folder of u/frame_0000000001.jpg, ... and v/..."""
+    """Tar or folder of u/frame_0000000001.jpg, ... and v/..., or another layout of `numbered_frames`."""
     sound_hdf5: Path | None = None
     """HDF5 file with a dataset of this recording's name."""
     sound_hdf5_rate: int = 24_000
     """Samples per second in it."""
     boxes: Path | None = None
-    """JSON file of annotated boxes."""
+    """JSON file of annotated boxes that has the clip's."""
     nominal_fps: int = 60
     """Frame rate of `rgb_frames` and of the clips' frame numbers."""
     rgb_frames_per_flow_frame: int = 1

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.packing.boxes import index_boxes
+from karmma_dist.packing.annotation_tables import UniqueKeys, check_name, split_tables
+from karmma_dist.packing.boxes import Span, index_boxes
 from karmma_dist.packing.records import ClipRecord, Plan, Recording, frames_of, inside, raw_file
 from karmma_dist.packing.spec import PackingSpec, SomethingSomethingPaths
-from karmma_dist.shards import check_key
 
 
 def read_something_something(spec: PackingSpec) -> Plan:
@@ -26,56 +27,54 @@ def read_something_something(spec: PackingSpec) -> Plan:
     """
     paths = spec.something_something
     assert paths is not None
-    raw = Path(spec.raw)
-    if not raw.is_dir():
-        raise UserError(f"{raw}: no such raw folder (give it with --raw DIR or raw: in the specification)")
-    tables = {split: raw_file(raw, name, f"something_something.splits.{split}") for split, name in paths.splits.items()}
-    if not any(tables.values()):
-        raise UserError(f"{raw}: no labels: none of {', '.join(paths.splits.values())} is there")
-    notes = [f"split '{s}' skipped: no {paths.splits[s]}" for s, table in tables.items() if table is None]
+    tables = split_tables(spec.raw, paths.splits, "something_something")
+    raw, notes = tables.raw, list(tables.notes)
     classes = {head: _read_classes(raw, name, head) for head, name in paths.heads.items()}
     ids = {head: {name: number for number, name in enumerate(names)} for head, names in classes.items()}
-    boxes, spans = None, {}
-    if spec.detections.source != "none":
-        boxes = inside(raw, paths.boxes, "something_something.boxes")
-        if boxes.is_file():
-            spans = index_boxes(boxes)
-        else:
-            notes.append(f"no detections: no {paths.boxes}")
+    boxes = _find_boxes(raw, paths, notes) if spec.detections.source != "none" else {}
     recordings: dict[str, Recording] = {}
-    for split, table in tables.items():
-        for number, entry in enumerate(_read_json(table, list) if table else (), start=1):
+    keys = UniqueKeys("id")
+    for split, table in tables.there.items():
+        for number, entry in enumerate(_read_json(table, list), start=1):
             where = f"{table}, entry {number}"
-            clip = _clip(where, entry, split, ids, split not in paths.unlabelled_splits, spans)
-            if clip.key in recordings:
-                raise UserError(f"{where}: id '{clip.key}' is there twice")
-            recordings[clip.key] = _recording(raw, paths, clip, boxes if clip.boxes else None)
-    return Plan(tuple(recordings.values()), classes, tuple(s for s, table in tables.items() if table), tuple(notes))
+            clip = _clip(where, entry, split, ids, split not in paths.unlabelled_splits)
+            keys.add(clip.key, where)
+            recordings[clip.key] = _recording(raw, paths, clip, boxes.get(clip.key))
+    if boxes and not any(recording.boxes for recording in recordings.values()):
+        notes.append(f"no detections: none of the {len(boxes)} clips in {paths.boxes} is in a split")
+    return Plan(tuple(recordings.values()), classes, tuple(tables.there), tuple(notes))
 
 
-def _recording(raw: Path, paths: SomethingSomethingPaths, clip: ClipRecord, boxes: Path | None) -> Recording:
+def _find_boxes(raw: Path, paths: SomethingSomethingPaths, notes: list[str]) -> dict[str, tuple[Path, Span]]:
+    path = inside(raw, paths.boxes, "something_something.boxes")
+    if path.exists():
+        return index_boxes(path)
+    packed = path.with_name(f"{path.name}.gz")
+    if packed.exists():
+        raise UserError(f"{packed}: boxes are read clip by clip, which gzip does not allow: unpack it (gunzip)")
+    notes.append(f"no detections: no {paths.boxes}")
+    return {}
+
+
+def _recording(
+    raw: Path, paths: SomethingSomethingPaths, clip: ClipRecord, boxes: tuple[Path, Span] | None
+) -> Recording:
     movie = inside(raw, paths.movies.replace("{recording}", clip.key), "something_something.movies")
     flow = paths.flow_frames.replace("{recording}", clip.key)
     return Recording(
-        clip.key, "", (clip,),
+        clip.key, "", (replace(clip, boxes=boxes[1] if boxes else None),),
         movie=movie if movie.is_file() else None,
         flow_frames=frames_of(raw, flow, "something_something.flow_frames"),
-        boxes=boxes,
+        boxes=boxes[0] if boxes else None,
         nominal_fps=paths.frames_per_second,
     )  # fmt: skip
 
 
-def _clip(
-    where: str, entry: Any, split: str, ids: dict[str, dict[str, int]], labelled: bool,
-    spans: dict[str, tuple[int, int]],
-) -> ClipRecord:  # fmt: skip
+def _clip(where: str, entry: Any, split: str, ids: dict[str, dict[str, int]], labelled: bool) -> ClipRecord:
     if not isinstance(entry, dict) or "id" not in entry:
         raise UserError(f"{where}: expected an object with 'id'")
     key = str(entry["id"])
-    try:
-        check_key(key)
-    except UserError:
-        raise UserError(f"{where}: id '{key}': only letters, digits, '_' and '-' are allowed") from None
+    check_name(where, "id", key)
     labels: dict[str, int | None] = dict.fromkeys(ids)
     if labelled:
         if not isinstance(entry.get("template"), str):
@@ -86,7 +85,7 @@ def _clip(
                 raise UserError(f"{where}: template '{name}' is not in the class file{nearest(name, list(known))}")
             labels[head] = known[name]
     narration = entry.get("label") or entry.get("template") or ""
-    return ClipRecord(key, split, 0.0, None, labels, narration, boxes=spans.get(key))
+    return ClipRecord(key, split, 0.0, None, labels, narration, start_frame=0)
 
 
 def _read_classes(raw: Path, name: str, head: str) -> list[str]:

@@ -139,7 +139,8 @@ class SomethingSomethingPaths(Settings):
         "validation": "labels/validation.json",
         "test": "labels/test.json",
     }
-    """JSON per split (or the same name with .gz); a split whose JSON is absent is skipped and said so."""
+    """JSON per split (or the same name with .gz); a split whose JSON is absent is skipped and said so. In downloads
+    with names like something-something-v2-train.json, give those here and in `heads`."""
     unlabelled_splits: list[str] = ["test"]
     """Splits whose entries have no template."""
     heads: dict[str, str] = {"action": "labels/labels.json"}
@@ -147,9 +148,10 @@ class SomethingSomethingPaths(Settings):
     movies: str = "20bn-something-something-v2/{recording}.webm"
     """One clip per file."""
     flow_frames: str = "flow/{recording}"
-    """Folder of u/frame_%010d.jpg and v/frame_%010d.jpg, or the same name with .tar."""
+    """Folder, or the same name with .tar, of u/frame_%010d.jpg and v/..., flow_x_%05d.jpg and flow_y_..., flow_%05d.jpg
+    (red u, green v) or other layouts of `numbered_frames`; the i-th file is the flow from the i-th frame."""
     boxes: str = "boxes.json"
-    """Something-Else's annotated boxes."""
+    """Something-Else's annotated boxes or STLT's compact lists; or a folder of such .json files."""
     frames_per_second: Positive = 12
     """Frame rate of flow files."""
 

@@ -5,29 +5,30 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
+import tarfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
+import cv2
 import numpy as np
 import pytest
+import webdataset as wds
+from real_data import real
 
+from karmma_dist.packing.boxes import detections_json
 from karmma_dist.packing.cut import cut_recording
 from karmma_dist.packing.movie import Movie
 from karmma_dist.packing.pack import pack
-from karmma_dist.packing.planning import make_plan
 from karmma_dist.packing.records import ClipRecord, CutClip, Failure, Recording
 from karmma_dist.packing.spec import load_spec
-from karmma_dist.shards import ShardFolder
 
-DATA = Path(os.environ.get("KARMMA_DIST_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-
-
-def real(name: str) -> Path:
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"no real data: {path} is not there (set KARMMA_DIST_REAL_DATA)")
-    return path
+MEMBERS = {"video": "video.mp4", "flow": "flow.mp4", "audio": "audio.flac", "detections": "detections.json"}
+MEAN_GRAY_ERROR = 1.3
+"""Of 255: the sample was filmed in the dark."""
+MEAN_FLOW_ERROR_PX, P99_FLOW_ERROR_PX = 0.01, 0.13
 
 
 def _frames(data: bytes) -> list[np.ndarray]:
@@ -35,61 +36,170 @@ def _frames(data: bytes) -> list[np.ndarray]:
         return [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
 
 
-def test_the_epic_kitchens_sample_is_cut_by_frame_number_and_clamped(tmp_path: Path) -> None:
-    pack(load_spec("epic_kitchens", raw=real("epic_sample"), out=tmp_path))
-    folder = ShardFolder(tmp_path)
-    (clip,) = folder.clips("train")
-    modalities = folder.metadata(clip)["modalities"]
+def _folder(tmp_path_factory: pytest.TempPathFactory, spec: str, name: str, workers: int = 1) -> Path:
+    raw, out = real(name), tmp_path_factory.mktemp("shards") / name
+    summary = pack(load_spec(spec, raw=raw, out=out), workers=workers)
+    assert summary.failures == []
+    return out
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _folder(tmp_path_factory, "grid_epic", "grid_epic", workers=2)
+
+
+@pytest.fixture(scope="module")
+def epic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _folder(tmp_path_factory, "epic_kitchens", "epic_sample")
+
+
+@pytest.fixture(scope="module")
+def ssv2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _folder(tmp_path_factory, "something_something", "ssv2_sample")
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """All clips of a folder as any user of WebDataset would read them, with KEY.json parsed."""
+    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    samples = list(wds.WebDataset(tars, shardshuffle=False))
+    for sample in samples:
+        sample["json"] = json.loads(sample["json"])
+    return samples
+
+
+def _csv_keys(raw: Path) -> set[str]:
+    rows = []
+    for path in raw.glob("annotations/EPIC_100_*.csv"):
+        with open(path, newline="") as file:
+            rows += list(csv.DictReader(file))
+    return {row["narration_id"] for row in rows if "narration_id" in row}
+
+
+def _json_keys(raw: Path) -> set[str]:
+    return {
+        entry["id"]
+        for name in ("train", "validation")
+        for entry in json.loads((raw / f"labels/{name}.json").read_text())
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "keys_of"),
+    [("grid", "grid_epic", _csv_keys), ("epic", "epic_sample", _csv_keys), ("ssv2", "ssv2_sample", _json_keys)],
+)
+def test_webdataset_reads_every_clip_once_with_exactly_the_members_it_declares(
+    name: str, raw: str, keys_of: Callable[[Path], set[str]], request: pytest.FixtureRequest
+) -> None:
+    samples = _samples(request.getfixturevalue(name))
+    assert sorted(sample["__key__"] for sample in samples) == sorted(keys_of(real(raw)))
+    for sample in samples:
+        declared = {m: d for m, d in sample["json"]["modalities"].items() if d is not None}
+        assert {MEMBERS[modality] for modality in declared} == {name for name in sample if name[0] != "_"} - {"json"}
+        assert sample["json"]["key"] == sample["__key__"]
+        for modality, description in declared.items():
+            data = sample[MEMBERS[modality]]
+            assert (len(data), zlib.crc32(data)) == (description["bytes"], description["crc32"])
+
+
+def test_speech_clips_have_their_labels_their_modalities_and_their_length(grid: Path) -> None:
+    rows: dict[str, dict[str, str]] = {}
+    for split in ("train", "validation"):
+        with open(real("grid_epic") / f"annotations/EPIC_100_{split}.csv", newline="") as file:
+            rows |= {row["narration_id"]: row | {"split": split} for row in csv.DictReader(file)}
+    silent = 0
+    for sample in _samples(grid):
+        metadata, row = sample["json"], rows[sample["__key__"]]
+        assert metadata["split"] == row["split"]
+        assert metadata["labels"] == {"verb": int(row["verb_class"]), "noun": int(row["noun_class"])}
+        modalities = metadata["modalities"]
+        is_silent = row["participant_id"] == "P06" or row["video_id"] in ("P07_101", "P08_03")
+        silent += is_silent
+        assert (modalities["audio"] is None) == is_silent
+        assert modalities["flow"]["source"] == ("files" if row["video_id"] == "P07_101" else "computed")
+        seconds = metadata["stop_s"] - metadata["start_s"]
+        assert modalities["video"]["num_frames"] / modalities["video"]["fps"] == pytest.approx(seconds, abs=0.05)
+        assert modalities["flow"]["num_frames"] / modalities["flow"]["fps"] == pytest.approx(seconds, abs=0.05)
+        if not is_silent:
+            assert modalities["audio"]["num_samples"] / 16_000 == pytest.approx(seconds, abs=1e-3)
+    assert 0 < silent < len(rows)
+
+
+def _raw_pictures(tar: Path) -> dict[str, np.ndarray]:
+    """Every JPEG of a tar by its name, gray."""
+    with tarfile.open(tar) as archive:
+        files = {info.name.removeprefix("./"): archive.extractfile(info) for info in archive if info.isfile()}
+        return {
+            name: cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_GRAYSCALE).astype(float)
+            for name, file in files.items()
+            if file is not None
+        }
+
+
+def test_the_epic_kitchens_sample_stores_every_other_picture_from_8_to_200(epic: Path) -> None:
+    (sample,) = _samples(epic)
+    modalities = sample["json"]["modalities"]
     assert modalities["audio"] is None
-    # Frames 8 to 200 of 60/s become 30/s; flow 4 to 100 is at 30/s already.
-    assert modalities["video"]["num_frames"] == modalities["flow"]["num_frames"] == 97
-    assert modalities["video"]["fps"] == modalities["flow"]["fps"] == 30
-    assert modalities["flow"]["source"] == "files"
+    assert modalities["video"]["fps"] == 30
+    raw = _raw_pictures(real("epic_sample/EPIC-KITCHENS/P01/rgb_frames/P01_01.tar"))
+    stored = np.stack(_frames(sample["video.mp4"])).astype(float)
+    # The row's stop frame is 202, the recording's last is 200.
+    numbers = range(8, 201, 2)
+    assert len(stored) == len(numbers) == modalities["video"]["num_frames"]
+    for place, number in enumerate(numbers):
+        near = range(max(number - 4, 2), min(number + 4, 200) + 1, 2)
+        errors = {n: float(np.abs(stored[place] - raw[f"frame_{n:010d}.jpg"]).mean()) for n in near}
+        assert errors[number] < MEAN_GRAY_ERROR
+        assert errors[number] == min(errors.values())
 
 
-def test_the_something_something_sample_keeps_its_frames_and_boxes(tmp_path: Path) -> None:
+def test_the_epic_kitchens_sample_stores_flow_4_to_100_within_a_fraction_of_a_pixel(epic: Path) -> None:
+    (sample,) = _samples(epic)
+    described = sample["json"]["modalities"]["flow"]
+    assert (described["source"], described["fps"], described["bound"]) == ("files", 30, 8)
+    raw = _raw_pictures(real("epic_sample/EPIC-KITCHENS/P01/flow_frames/P01_01.tar"))
+    stored = np.stack(_frames(sample["flow.mp4"])).astype(float)
+    numbers = range(4, 101)
+    assert len(stored) == len(numbers) == described["num_frames"]
+    expected = np.stack([np.concatenate([raw[f"{c}/frame_{n:010d}.jpg"] for c in "uv"]) for n in numbers])
+    errors_px = np.abs(stored - expected) / 127.5 * described["bound"]
+    assert errors_px.mean() < MEAN_FLOW_ERROR_PX
+    assert np.percentile(errors_px, 99) < P99_FLOW_ERROR_PX
+
+
+def test_the_something_something_sample_keeps_its_frames_and_boxes(ssv2: Path) -> None:
     raw = real("ssv2_sample")
-    pack(load_spec("something_something", raw=raw, out=tmp_path))
-    folder = ShardFolder(tmp_path)
     annotated = json.loads((raw / "boxes.json").read_text())
-    clips = [clip for split in folder.splits for clip in folder.clips(split)]
-    assert len(clips) == len(list((raw / "20bn-something-something-v2").iterdir()))
-    for clip in clips:
-        with av.open(str(raw / "20bn-something-something-v2" / f"{clip.key}.webm")) as container:
+    for sample in _samples(ssv2):
+        key = sample["__key__"]
+        with av.open(str(raw / "20bn-something-something-v2" / f"{key}.webm")) as container:
             sources = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
-        stored = _frames(folder.read(clip, "video"))
+        stored = _frames(sample["video.mp4"])
         assert len(stored) == len(sources)
         width = min(stored[0].shape[1], sources[0].shape[1])
         errors = [np.abs(a[:, :width].astype(int) - b[:, :width]).mean() for a, b in zip(stored, sources, strict=True)]
         assert max(errors) < 6
-        assert clip.has("detections") == (clip.key in annotated)
-        if clip.has("detections"):
-            boxes = json.loads(folder.read(clip, "detections"))["frames"]
-            assert len(boxes) == len(sources)
-            assert [len(frame) for frame in boxes[: len(annotated[clip.key])]] == [
-                len(frame["labels"]) for frame in annotated[clip.key]
-            ]
+        assert ("detections.json" in sample) == (key in annotated)
+        if key in annotated:
+            frames = json.loads(sample["detections.json"])["frames"]
+            assert len(frames) == len(sources)
+            assert [len(boxes) for boxes in frames[: len(annotated[key])]] == [len(f["labels"]) for f in annotated[key]]
+            assert not any(frames[len(annotated[key]) :])
 
 
-def test_speech_clips_line_up_with_their_annotations_in_every_layout(tmp_path: Path) -> None:
-    spec = load_spec("grid_epic", raw=real("grid_epic"), out=tmp_path)
-    plan = make_plan(spec)
-    for name, expected in {
-        "P01_01": {"video", "flow", "audio"},
-        "P06_01": {"video", "flow"},
-        "P07_101": {"video", "flow"},
-    }.items():
-        (recording,) = [r for r in plan.recordings if r.name == name]
-        first = Recording(**{f: getattr(recording, f) for f in recording.__slots__} | {"clips": recording.clips[:3]})
-        for cut in cut_recording(first, spec):
-            assert isinstance(cut, CutClip)
-            assert set(cut.payloads) == expected
-            seconds = cut.record.stop_s - cut.record.start_s
-            described = cut.described
-            assert described["video"]["num_frames"] / described["video"]["fps"] == pytest.approx(seconds, abs=0.05)
-            assert described["flow"]["num_frames"] / described["flow"]["fps"] == pytest.approx(seconds, abs=0.05)
-            if "audio" in expected:
-                assert described["audio"]["num_samples"] / 16_000 == pytest.approx(seconds, abs=1e-3)
+def test_the_sample_boxes_are_the_same_from_compact_lists(ssv2: Path) -> None:
+    annotated = json.loads((real("ssv2_sample") / "boxes.json").read_text())
+    for sample in _samples(ssv2):
+        if "detections.json" not in sample:
+            continue
+        stored = json.loads(sample["detections.json"])
+        objects = [
+            {"frame_objects": [o["box2d"] | {"category": "hand" if o["category"] == "hand" else "object", "score": 1.0}
+                               for o in frame["labels"]]}
+            for frame in annotated[sample["__key__"]]
+        ]  # fmt: skip
+        size = (stored["width"], stored["height"])
+        data, _ = detections_json({"id": sample["__key__"], "frames": objects}, *size, len(stored["frames"]), 14)
+        assert data == sample["detections.json"]
 
 
 def _cut_whole(path: Path) -> CutClip | Failure:
@@ -134,24 +244,6 @@ def test_a_damaged_movie_loses_only_the_clips_at_the_damage() -> None:
         for cut in cut_recording(Recording("a", "p", clips, movie=path), spec)
     }
     assert [isinstance(found[f"c{n}"], CutClip) for n in range(4)] == [True, True, True, False]
-
-
-def test_official_annotations_are_read_whole(tmp_path: Path) -> None:
-    official = real("annotations/epic100")
-    (tmp_path / "annotations").mkdir()
-    for path in official.glob("*.csv*"):
-        name = path.name.replace("_reconstructed", "")
-        (tmp_path / "annotations" / name).write_bytes(path.read_bytes())
-    with open(official / "EPIC_100_validation.csv", newline="") as file:
-        videos = {(row["participant_id"], row["video_id"]) for row in csv.DictReader(file)}
-    for participant, video in videos:
-        folder = tmp_path / "EPIC-KITCHENS" / participant / "videos"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{video}.MP4").touch()
-    plan = make_plan(load_spec("epic_kitchens", raw=tmp_path, out=tmp_path / "out"))
-    assert [len(names) for names in plan.classes.values()] == [97, 300]
-    assert len(plan.keys("validation")) == 9668
-    assert plan.splits == ("train", "validation", "test")
 
 
 def test_sound_and_picture_of_a_recording_end_together() -> None:

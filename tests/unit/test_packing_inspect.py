@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from packing_kit import write_frames
 
 from karmma_dist.errors import UserError
+from karmma_dist.packing.boxes import HAND, OBJECT
 from karmma_dist.packing.inspect import contact_sheet, describe, describe_clip
-from karmma_dist.packing.sheet import flow_colours
+from karmma_dist.packing.pack import pack
+from karmma_dist.packing.sheet import draw_box, flow_colours
+from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.shards import ShardFolder, index_path
 
 
@@ -78,3 +82,28 @@ def test_flow_colours_are_white_at_rest_and_differ_by_direction() -> None:
     colours = flow_colours(directions, 4.0)[0]
     assert (colours[0] == 255).all()
     assert len({tuple(colour) for colour in colours.tolist()}) == 4
+
+
+def test_boxes_stand_out_on_light_and_on_dark_pictures() -> None:
+    for shade in (0, 128, 255):
+        picture = np.full((240, 426, 3), shade, np.uint8)
+        for category in (HAND, OBJECT):
+            drawn = picture.copy()
+            draw_box(drawn, [0.25, 0.25, 0.75, 0.75, category, 1.0])
+            edge = drawn[120, 100:113].astype(int)
+            assert np.ptp(edge, axis=0).max() > 100
+            assert (drawn[120, 213] == shade).all()
+
+
+def test_a_clip_of_unknown_length_with_a_dollar_in_its_narration_is_drawn(tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    (labels / "labels.json").write_text('{"Paying something": "0"}')
+    (labels / "train.json").write_text('[{"id": "1", "template": "Paying [something]", "label": "paying $1 or $2"}]')
+    write_frames(tmp_path / "flow" / "1", list(range(1, 9)), ("u", "v"))
+    base = {"reader": "something_something", "dataset": "ss", "raw": str(tmp_path), "out": str(tmp_path / "out")}
+    pack(PackingSpec.model_validate(base))
+    folder = ShardFolder(tmp_path / "out")
+    assert folder.metadata(folder.clips("train")[0])["stop_s"] is None
+    contact_sheet(folder, tmp_path / "sheet.png")
+    assert imread(tmp_path / "sheet.png").min() < 0.5

@@ -1,20 +1,16 @@
-"""Something-Something V2 and Something-Else's boxes: read, placed, clamped, refused."""
+"""Something-Something V2: labels, boxes and flow reach their clips, or are refused with file and entry."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from packing_kit import write_frames, write_movie
+from packing_kit import decode, write_frames, write_movie
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing import boxes as boxes_module
-from karmma_dist.packing.boxes import detections_json, index_boxes, read_boxes
 from karmma_dist.packing.pack import pack
-from karmma_dist.packing.records import MediaError
 from karmma_dist.packing.something_something import read_something_something
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.shards import ShardFolder
@@ -41,6 +37,11 @@ def _frames(clip: str, *numbers: int) -> list[dict]:
         {"name": f"{clip}/{n:04d}.jpg", "labels": [_label(8, 12, 40, 24), _label(-5, 0, 90, 60, "hand")]}
         for n in numbers
     ]
+
+
+def _object(x0: float, y0: float, x1: float, y1: float, hand: bool, score: float) -> dict:
+    corners = {"x1": x0, "y1": y0, "x2": x1, "y2": y1}
+    return corners | {"category": "hand" if hand else "object", "score": score}
 
 
 def _raw(root: Path, train: list[dict] = TRAIN, labels: dict = LABELS, boxes: dict | None = None) -> Path:
@@ -72,7 +73,7 @@ def test_template_without_brackets_gives_the_class_and_heads_are_in_label_order(
             {"id": "9", "template": "Holding [somethin]"},
             r"template 'Holding somethin'.*did you mean 'Holding something'",
         ),
-        ({"id": "7", "template": "Holding [something]"}, "id '7' is there twice"),
+        ({"id": "7", "template": "Holding [something]"}, "id '7' is already that of .*entry 1"),
         ({"id": "../7", "template": "Holding [something]"}, "id '../7'"),
         ({"id": "9"}, "'template' is missing"),
         ({"template": "Holding [something]"}, "'id'"),
@@ -114,62 +115,34 @@ def test_clips_without_boxes_have_none_and_boxes_lie_on_their_frames(tmp_path: P
     assert metadata["stop_s"] == pytest.approx(20 / 12, abs=1e-3)
 
 
+def test_boxes_of_several_files_in_both_formats_reach_their_clips(tmp_path: Path) -> None:
+    raw = _raw(tmp_path)
+    (raw / "boxes").mkdir()
+    (raw / "boxes" / "part_1.json").write_text(json.dumps({"7": _frames("7", 2), "999": _frames("999", 1)}))
+    compact = [{"id": "12", "frames": [{"frame_objects": [_object(8, 12, 40, 24, False, 0.5)]}]}]
+    (raw / "boxes" / "part_2.json").write_text(json.dumps(compact))
+    pack(_spec(raw, something_something={"boxes": "boxes"}))
+    folder = ShardFolder(raw / "out")
+    frames = {c.key: json.loads(folder.read(c, "detections"))["frames"] for c in folder.clips("train")}
+    assert [len(boxes) for boxes in frames["7"]] == [0, 2] + [0] * 18
+    assert frames["12"] == [[[0.1, 0.25, 0.5, 0.5, 2, 0.5]], *[[]] * 19]
+
+
+def test_boxes_that_cannot_be_used_are_said_aloud(tmp_path: Path) -> None:
+    raw = _raw(tmp_path, boxes={"555": []})
+    assert any("none of the 1 clips in boxes.json" in note for note in read_something_something(_spec(raw)).notes)
+    (raw / "boxes.json").rename(raw / "boxes.json.gz")
+    with pytest.raises(UserError, match=r"boxes\.json\.gz: .*unpack"):
+        read_something_something(_spec(raw))
+
+
 def test_flow_files_are_taken_where_there_are_any(tmp_path: Path) -> None:
     raw = _raw(tmp_path)
-    write_frames(raw / "flow" / "12", list(range(1, 20)), ("u", "v"))
+    write_frames(raw / "flow" / "12", list(range(0, 19)), ("u", "v"))
     pack(_spec(raw))
     folder = ShardFolder(raw / "out")
-    sources = {clip.key: folder.metadata(clip)["modalities"]["flow"]["source"] for clip in folder.clips("train")}
+    clips = {clip.key: clip for clip in folder.clips("train")}
+    sources = {key: folder.metadata(clip)["modalities"]["flow"]["source"] for key, clip in clips.items()}
     assert sources == {"7": "computed", "12": "files"}
-
-
-plain = st.none() | st.integers() | st.text('a{}[]",:\\é', max_size=5) | st.floats(allow_nan=False)
-values = st.recursive(plain, lambda v: st.lists(v, max_size=4), max_leaves=8)
-entries = st.dictionaries(st.text("0123456789", min_size=1, max_size=6), st.lists(values, max_size=3), max_size=8)
-
-
-@given(entries, st.sampled_from([None, 1]), st.integers(1, 64))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_every_indexed_entry_is_the_one_of_the_whole_file(
-    tmp_path: Path, content: dict, indent: int | None, chunk: int
-) -> None:
-    path = tmp_path / "boxes.json"
-    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boxes_module, "_CHUNK_BYTES", chunk)
-        spans = index_boxes(path)
-    assert {key: read_boxes(path, span) for key, span in spans.items()} == content
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"1": [1, 2], "2": [', '{"1": [1]', '{"1": [1]} x', "{1: []}"])
-def test_a_boxes_file_that_is_no_whole_object_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "boxes.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match="not a whole JSON object"):
-        index_boxes(path)
-
-
-corner = st.floats(-500, 1500)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(corner, corner, corner, corner, st.booleans()), max_size=30), st.integers(1, 14))
-def test_boxes_are_inside_ordered_and_at_most_as_many_as_asked(boxes: list, most: int) -> None:
-    labels = [_label(*box[:4], "hand" if box[4] else "cup") for box in boxes]
-    data, number = detections_json([{"name": "1/0002.jpg", "labels": labels}], 427, 240, 3, most)
-    frames = json.loads(data)["frames"]
-    assert [len(frame) for frame in frames] == [0, number, 0]
-    assert number <= most
-    categories = [box[4] for box in frames[1]]
-    assert categories == sorted(categories)
-    for x0, y0, x1, y1, category, score in frames[1]:
-        assert 0 <= x0 <= x1 <= 1
-        assert 0 <= y0 <= y1 <= 1
-        assert category in (1, 2)
-        assert score == 1.0
-
-
-@pytest.mark.parametrize("frames", [[{"name": "1/0001.jpg"}], [{"labels": [{"box": 3}]}], ["x"], [{"labels": 3}]])
-def test_boxes_of_another_format_fail_the_clip(frames: list) -> None:
-    with pytest.raises(MediaError, match="another format"):
-        detections_json(frames, 427, 240, 3, 14)
+    stored = [picture[:40].mean() for picture in decode(folder.read(clips["12"], "flow"), "gray")]
+    assert np.abs(np.array(stored) - (20 + np.minimum(np.arange(20), 18))).max() < 1.5

@@ -1,0 +1,18 @@
+"""Where the real media are; tests are skipped where they are not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+DATA = Path(os.environ.get("KARMMA_DIST_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+
+
+def real(name: str) -> Path:
+    """A file or folder of the real data."""
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"no real data: {path} is not there (set KARMMA_DIST_REAL_DATA)")
+    return path

@@ -1,0 +1,150 @@
+"""Files of annotated boxes: every entry found without reading the whole, placed, clamped, refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from karmma_dist.errors import UserError
+from karmma_dist.packing import boxes as boxes_module
+from karmma_dist.packing.boxes import detections_json, index_boxes, read_boxes
+from karmma_dist.packing.records import MediaError
+
+
+def _label(x0: float, y0: float, x1: float, y1: float, category: str = "cup") -> dict:
+    standard = "hand" if category == "hand" else "0000"
+    return {"box2d": {"x1": x0, "y1": y0, "x2": x1, "y2": y1}, "category": category, "standard_category": standard}
+
+
+def _object(x0: float, y0: float, x1: float, y1: float, hand: bool, score: float) -> dict:
+    corners = {"x1": x0, "y1": y0, "x2": x1, "y2": y1}
+    return corners | {"category": "hand" if hand else "object", "score": score}
+
+
+plain = st.none() | st.integers() | st.text('a{}[]",:\\é', max_size=5) | st.floats(allow_nan=False)
+values = st.recursive(plain, lambda v: st.lists(v, max_size=4), max_leaves=8)
+entries = st.dictionaries(st.text("0123456789", min_size=1, max_size=6), st.lists(values, max_size=3), max_size=8)
+
+
+@given(entries, st.sampled_from([None, 1]), st.integers(1, 64))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_every_indexed_entry_is_the_one_of_the_whole_file(
+    tmp_path: Path, content: dict, indent: int | None, chunk: int
+) -> None:
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boxes_module, "_CHUNK_BYTES", chunk)
+        entries = index_boxes(path)
+        listed = tmp_path / "list.json"
+        listed.write_text(json.dumps([{"id": key, "frames": value} for key, value in content.items()], indent=indent))
+        list_entries = index_boxes(listed)
+    assert {key: read_boxes(*entry) for key, entry in entries.items()} == content
+    assert {key: read_boxes(*entry)["frames"] for key, entry in list_entries.items()} == content
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", '"boxes"', "[1]", "{1: []}", '{"1": [1, 2], "2": [', '{"1": [1]', '{"1": [1]} x', '{"1": [1]]',
+     '{"1": [] {"2": []}', '[{"id": 1, "frames": []}', '[{"id": 1, "frames": []}}', '[{"id": 1, "frames": []}] []'],
+)  # fmt: skip
+def test_a_boxes_file_that_is_no_whole_object_or_list_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "boxes.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"boxes\.json: not a whole JSON object"):
+        index_boxes(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"a.json": '{"7": [], "7": []}'}, r"a\.json: boxes of clip '7' are there twice"),
+        ({"a.json": '[{"id": 7, "frames": []}, {"id": "7", "frames": []}]'}, r"a\.json: .*'7' are there twice"),
+        ({"a.json": '{"7": []}', "b.json": '[{"id": "7", "frames": []}]'}, r"b\.json: .*'7'.*the other is in a\.json"),
+        ({"a.json": '[{"id": "7", "frames": []}, {"frames": []}]'}, r"a\.json, entry 2: expected an object with 'id'"),
+        ({"a.json": '{"7": []}', "b.json": '{"8": ['}, r"b\.json: not a whole JSON object"),
+        ({"a.json.gz": ""}, r"no \.json file of boxes"),
+    ],
+)
+def test_a_folder_of_boxes_is_one_set_of_clips_or_refused_by_name(
+    tmp_path: Path, files: dict[str, str], named: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=named):
+        index_boxes(tmp_path)
+
+
+corner = st.floats(-500, 1500)
+
+
+score = st.floats(0, 1)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(corner, corner, corner, corner, st.booleans(), score), max_size=30), st.integers(1, 14))
+def test_the_best_boxes_are_kept_hands_first_and_inside_the_picture(boxes: list, most: int) -> None:
+    entry = {"id": "1", "frames": [{"frame_objects": []}, {"frame_objects": [_object(*box) for box in boxes]}]}
+    data, number = detections_json(entry, 427, 240, 3, most)
+    frames = json.loads(data)["frames"]
+    assert [len(frame) for frame in frames] == [0, number, 0]
+    assert number <= most
+    ranks = [(box[4], -box[5]) for box in frames[1]]
+    assert ranks == sorted(ranks)
+    whole = json.loads(detections_json(entry, 427, 240, 3, 30)[0])["frames"][1]
+    assert frames[1] == whole[:most]
+    for x0, y0, x1, y1, category, _ in whole:
+        assert 0 <= x0 < x1 <= 1
+        assert 0 <= y0 < y1 <= 1
+        assert category in (1, 2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(corner, corner, corner, corner, st.booleans()), max_size=30), st.integers(1, 14))
+def test_both_formats_give_the_same_detections(boxes: list, most: int) -> None:
+    labels = [_label(*box[:4], "hand" if box[4] else "cup") for box in boxes]
+    objects = [_object(*box, 1.0) for box in boxes]
+    data, number = detections_json([{"name": "1/0002.jpg", "labels": labels}], 427, 240, 3, most)
+    compact = {"id": "1", "frames": [{"frame_objects": []}, {"frame_objects": objects}]}
+    assert (data, number) == detections_json(compact, 427, 240, 3, most)
+
+
+@pytest.mark.parametrize(
+    ("category", "stored"),
+    [("hand", 1), ("hand 2", 1), ("object hand", 1), ("hand_0", 1), ("object", 2), ("handbag", 2), ("shorthand", 2)],
+)
+def test_a_hand_is_a_whole_word(category: str, stored: int) -> None:
+    entry = {"frames": [{"frame_objects": [_object(0, 0, 9, 9, False, 1.0) | {"category": category}]}]}
+    assert json.loads(detections_json(entry, 20, 20, 1, 14)[0])["frames"][0][0][4] == stored
+
+
+def test_frames_are_placed_by_their_name_whether_numbers_start_at_0_or_1() -> None:
+    for first in (0, 1):
+        frames = [{"name": f"1/{first + n:04d}.jpg", "labels": [_label(0, 0, 9, 9)] * n} for n in (1, 2, 7)]
+        named_first = [{"name": f"1/{first:04d}.jpg", "labels": []}]
+        data, number = detections_json([*frames, *named_first], 20, 20, 4, 14)
+        assert [len(frame) for frame in json.loads(data)["frames"]] == [0, 1, 2, 0]
+        assert number == 3
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [{"name": "1/0001.jpg"}],
+        [{"labels": [{"box": 3}]}],
+        ["x"],
+        [{"labels": 3}],
+        {"frames": {"a": 1}},
+        {"frames": [{"frame_objects": [{"category": "hand"}]}]},
+        {"frames": [{"frame_objects": [{"category": "cup", "x1": float("nan"), "x2": 1, "y1": 0, "y2": 1}]}]},
+        3,
+    ],
+)
+def test_boxes_of_another_format_fail_the_clip(frames: Any) -> None:
+    with pytest.raises(MediaError, match="another format"):
+        detections_json(frames, 427, 240, 3, 14)
