@@ -106,7 +106,7 @@ def write_movie(
         for sound in [beeps] + [Beeps(rate=8_000)] * decoys:
             if sound is not None:
                 sounds.append((container.add_stream(sound.codec, rate=sound.rate, layout=sound.layout), sound))
-        for stream, shown in videos:
+        for stream, _ in videos:
             stream.set_display_rotation(rotation)
             if times is not None:
                 stream.codec_context.time_base = _CLOCK

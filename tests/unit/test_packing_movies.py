@@ -1,4 +1,4 @@
-"""Whatever container, codec and frame rate a camera writes: stored frames are those on screen at their time, upright."""
+"""Whatever a camera writes, the stored frames are those that were on screen at their time, upright."""
 
 from __future__ import annotations
 
