@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +28,7 @@ from karmma_dist.packing import lock, staging, writer
 from karmma_dist.packing import pack as pack_module
 from karmma_dist.packing.lock import folder_lock
 from karmma_dist.packing.pack import pack
+from karmma_dist.packing.repair import repair
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.verify import verify
 
@@ -55,12 +58,20 @@ class SmallDisk:
         buffered = io.BufferedWriter(_SmallFile(path, mode.replace("b", ""), self), 4096)
         return buffered if "b" in mode else io.TextIOWrapper(buffered)
 
-    def fill(self, patch: pytest.MonkeyPatch) -> None:
-        """Put everything that packing writes onto this disk."""
-        for module in (shards, writer, pack_module, lock):
-            patch.setattr(module, "open", self.open, raising=False)
-        for name in ("fsync", "mkdir"):
-            patch.setattr(os, name, self._counted(getattr(os, name)))
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        """What is packed or repaired inside is written to this disk; when it gets full, that is one clear error."""
+        said = ""
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (shards, writer, pack_module, lock):
+                patch.setattr(module, "open", self.open, raising=False)
+            for name in ("fsync", "mkdir"):
+                patch.setattr(os, name, self._counted(getattr(os, name)))
+            try:
+                yield
+            except UserError as error:
+                said = str(error)
+        assert ("disk full" in said) == self.was_full
 
     def _counted(self, function: Any) -> Any:
         def counted(*arguments: Any, **named: Any) -> Any:
@@ -127,12 +138,8 @@ def test_a_disk_that_is_full_at_any_write_leaves_nothing_that_looks_whole(
     while True:
         out = tmp_path / str(room)
         disk = SmallDisk(room, freed=room % 2 == 1)
-        with monkeypatch.context() as patch:
-            disk.fill(patch)
-            try:
-                pack(sound_spec(sounds, out))
-            except UserError as error:
-                assert "disk full" in str(error)
+        with disk.filled():
+            pack(sound_spec(sounds, out))
         if not disk.was_full:
             break
         expect_nothing_looks_whole(out, packed_sounds)
@@ -158,16 +165,29 @@ def test_a_disk_that_is_full_while_mending_loses_nothing(
     shutil.copy(movie_path(raw, "P01_01"), movie_path(raw, "P03_01"))
     pack(sound_spec(raw, whole))
     disk = SmallDisk(room, freed=freed)
-    with pytest.MonkeyPatch.context() as patch:
-        disk.fill(patch)
-        try:
-            pack(sound_spec(raw, out), retry_failed=True)
-        except UserError as error:
-            assert "disk full" in str(error)
+    with disk.filled():
+        pack(sound_spec(raw, out), retry_failed=True)
     assert disk.was_full or folder_bytes(out) == folder_bytes(whole)
     pack(sound_spec(raw, out), retry_failed=True)
     assert folder_bytes(out) == folder_bytes(whole)
     assert verify(out, full=True).whole
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 12), st.booleans())
+def test_a_disk_that_is_full_while_repairing_is_one_clear_error_and_repair_completes_later(
+    sounds: Path, packed_sounds: dict[str, str], tmp_path_factory: pytest.TempPathFactory, room: int, freed: bool
+) -> None:
+    out = tmp_path_factory.mktemp("repairing")
+    pack(sound_spec(sounds, out))
+    (out / "manifest.json").unlink()
+    (out / "train-000000.index.json").unlink()
+    disk = SmallDisk(room, freed=freed)
+    with disk.filled():
+        repair(out)
+    assert disk.was_full or folder_bytes(out) == packed_sounds
+    repair(out)
+    assert folder_bytes(out) == packed_sounds
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def test_flash_and_beep_stay_together_wherever_a_clip_is_cut(tmp_path: Path, nam
     for item in cut_flashes(movie):
         samples = decode_sound(item.payloads["audio"])
         assert len(samples) == round(CLIP_S * 16_000)
+        assert item.described["audio"] == {"sample_rate": 16_000, "num_samples": len(samples)}
         bright = np.array([picture.mean() > 128 for picture in decode(item.payloads["video"])])
         lit = np.flatnonzero(bright[1:] & ~bright[:-1]) + 1
         inside = [at - item.record.start_s for at in FLASHES if 0 < at - item.record.start_s < CLIP_S - 0.15]
