@@ -110,8 +110,9 @@ def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) ->
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--full", is_flag=True, help="Read every byte, and decode the ends of every video.")
 @click.option("--repair", "mend", is_flag=True, help="First write lost indexes and manifests again from whole tars.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Checking processes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(shards: Path, full: bool, mend: bool, as_json: bool) -> None:
+def verify(shards: Path, full: bool, mend: bool, workers: int, as_json: bool) -> None:
     """Check that a shards folder is what was packed: 0 whole, 1 damaged, each shard, clip and member named."""
     from karmma_dist.packing.repair import repair
     from karmma_dist.packing.tables import print_verification
@@ -120,7 +121,7 @@ def verify(shards: Path, full: bool, mend: bool, as_json: bool) -> None:
 
     with Progress() as report:
         done = repair(shards, progress=report) if mend else None
-        result = check(shards, full=full, progress=report)
+        result = check(shards, full=full, workers=workers, progress=report)
     if done is not None:
         result.repaired = done.written
         result.findings = list(dict.fromkeys([*done.findings, *result.findings]))

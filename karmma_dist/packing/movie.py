@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from karmma_dist.packing.media import Geometry
@@ -36,7 +37,9 @@ class Movie:
             raise MediaError("video", "open", f"{path.name}: {_reason(error)}") from None
         self._origin_s = max((self._container.start_time or 0) / av.time_base, 0.0)
         self.video: Any = self._container.streams.best("video")
-        """Its best video stream, or None."""
+        """Its best video stream, or None; the cover of a song is none."""
+        if self.video is not None and Disposition.attached_pic in self.video.disposition:
+            self.video = None
         self.damage = Stretches()
         self.num_frames = 0
         """Frames decoded so far."""

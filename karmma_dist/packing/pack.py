@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +30,7 @@ from karmma_dist.packing.planning import difference_between, make_plan, plan_ide
 from karmma_dist.packing.records import Failure, Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.staging import Unit, forget, load_staged, stage, units
+from karmma_dist.packing.workers import submit_all, worker_pool
 from karmma_dist.progress import Report, silent
 from karmma_dist.shards import MANIFEST, DamageError, ShardFolder, write_json
 
@@ -189,19 +187,16 @@ class _Run:
                 done += stage(self.staging, unit, self.spec)
                 self.progress("cut", done, total)
             return
-        pool = ProcessPoolExecutor(
-            min(workers, len(todo)), mp_context=multiprocessing.get_context("spawn"), initializer=_worker_starts
-        )
         try:
-            for future in as_completed([pool.submit(stage, self.staging, unit, self.spec) for unit in todo]):
-                done += future.result()
-                self.progress("cut", done, total)
+            with worker_pool(min(workers, len(todo))) as pool:
+                tasks = [(self.staging, unit, self.spec) for unit in todo]
+                for future in as_completed(submit_all(pool, stage, tasks)):
+                    done += future.result()
+                    self.progress("cut", done, total)
         except BrokenProcessPool:
             raise UserError(
                 f"{self.out}: a worker was killed (out of memory?): pack again with fewer workers, what is cut is kept"
             ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _assemble(self, sources: dict[str, Source], failures: list[Failure]) -> None:
         """Write the shards, then failures, then the manifest: the folder counts when its last file does."""
@@ -275,16 +270,3 @@ def _write_failures(path: Path, failures: list[Failure]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _worker_starts() -> None:
-    """In each worker: leave Ctrl-C to the parent, and end with it even when it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

@@ -6,6 +6,7 @@ both in the manifest and in every index.
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,8 +67,12 @@ def repair(root: Path, *, progress: Report | None = None) -> Repair:
             else:
                 _mend(root, manifest, done, progress or silent)
             sync_folder(root)
-    except PermissionError as error:
-        raise UserError(f"{error.filename or root}: {error.strerror}: nothing was repaired") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{root}: disk full: free some space and repair again, no tar was touched") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{error.filename or root}: {error.strerror}: it cannot be repaired here") from None
+        raise
     return done
 
 

@@ -15,8 +15,9 @@ from karmma_dist.packing.records import MediaError
 CUT_TOLERANCE_S = 0.5
 """A stream that ends this much before the end its container declares is cut."""
 
-_GAP_S = 0.05
-"""A jump in the timestamps beyond this is filled with silence, or its overlapping sound dropped."""
+_GAP_S = 0.015
+"""Sound that is out of place by more is put back: silence fills a gap, what overlaps is dropped. Less than the shortest
+usual packet (20 ms of Opus), so that lost packets do not add up; more than containers that round to milliseconds."""
 
 
 @dataclass(slots=True)
@@ -60,10 +61,10 @@ class Sound:
         self._resampler: av.AudioResampler | None = None
         self._layout: tuple[Any, ...] = ()
         self._expected_s = 0.0
+        """Where the next frame starts if all samples so far are in place: not the last timestamp, gaps would add up."""
 
     def add(self, frame: av.AudioFrame, time_s: float) -> None:
         """Append a decoded frame that starts at `time_s`."""
-        duration = frame.samples / frame.sample_rate
         layout = (frame.format.name, frame.layout.name, frame.sample_rate)
         if layout != self._layout or abs(time_s - self._expected_s) > _GAP_S:
             self._flush()
@@ -72,13 +73,13 @@ class Sound:
             self._overlap = max(-missing, 0)
             if missing > 0:
                 self._append(np.zeros(missing, np.int16))
-            self._layout = layout
+            self._layout, self._expected_s = layout, time_s
         if self._resampler is None:
             self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
         frame.pts = None
         for part in self._resampler.resample(frame):
             self._append(part.to_ndarray().reshape(-1))
-        self._expected_s = time_s + duration
+        self._expected_s += frame.samples / frame.sample_rate
 
     def finish(self) -> None:
         """No more frames."""

@@ -5,17 +5,22 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
 import numpy as np
+from av.stream import Disposition
 
 from karmma_dist.packing.spec import PackingSpec
 
 BITS = 10
-TONE_HZ = 1000.0
+_BEEP_S = 0.1
+_CLOCK = Fraction(1, 90_000)
 
 
 def number_picture(number: int, width: int = 80, height: int = 48) -> np.ndarray:
@@ -35,45 +40,124 @@ def read_number(picture: np.ndarray) -> int:
     )
 
 
+@dataclass(frozen=True)
+class Beeps:
+    """A movie's sound: silence, and a chirp of 0.1 s at each of these times in seconds."""
+
+    at: Sequence[float] = ()
+    codec: str = "aac"
+    rate: int = 24_000
+    layout: str = "mono"
+    start_s: float = 0.0
+    """Where the stream begins; what would be heard before is not written."""
+    lost: Sequence[tuple[float, float]] = ()
+    """Spans whose packets never reached the file: the timestamps jump over them."""
+    level: float = 0.5
+    """Peak of every channel, of 1."""
+
+
+def chirp(times: np.ndarray, at: float) -> np.ndarray:
+    """500 to 3,000 Hz in 0.1 s from `at` on, peak 1: unlike any shifted copy of itself, so its place can be found."""
+    since = times - at
+    return np.where((since >= 0) & (since < _BEEP_S), np.sin(2 * np.pi * (500 + 12_500 * since) * since), 0.0)
+
+
+def heard_late_s(samples: np.ndarray, at: float, within: float = 0.3) -> float:
+    """How much later than `at` seconds a chirp is heard in samples at 16 kHz; it is looked for `within` of it."""
+    rate = 16_000
+    first = round((at - within) * rate)
+    window = np.arange(first, first + round((2 * within + _BEEP_S) * rate))
+    heard = np.where((window >= 0) & (window < len(samples)), samples[np.clip(window, 0, len(samples) - 1)], 0)
+    assert np.abs(heard).max() > 500, f"nothing is heard around {at} s"
+    pattern = chirp(np.arange(round(_BEEP_S * rate)) / rate, 0.0)
+    return (first + int(np.argmax(np.correlate(heard.astype(float), pattern, "valid")))) / rate - at
+
+
 def write_movie(
     path: Path,
     *,
     frames: int = 0,
     fps: Fraction | int = 25,
+    times: Sequence[float] | None = None,
     bursts: list[float] | None = None,
+    beeps: Beeps | None = None,
     seconds: float = 0.0,
     gop: int = 12,
-    rate: int = 24_000,
+    b_frames: int = 0,
+    pixels: str = "yuv420p",
+    rotation: int = 0,
     pictures: list[np.ndarray] | None = None,
     index_first: bool = False,
+    decoys: bool = False,
 ) -> Path:
-    """Write a movie of numbered frames (or `pictures`) and, with `bursts`, tone bursts of 0.1 s there."""
+    """Write a movie of numbered frames (or `pictures`), at `fps` or `times`, and of `beeps`, or `bursts` in AAC.
+
+    VP9 in WebM, H.264 elsewhere. With `decoys` a smaller video and a poorer sound come after them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures = pictures if pictures is not None else [number_picture(number) for number in range(frames)]
+    beeps = Beeps(bursts) if bursts is not None else beeps
+    end_s = seconds or (times[-1] + 1 / float(fps) if times else len(pictures) / float(fps))
     with av.open(str(path), "w", options={"movflags": "+faststart"} if index_first else {}) as container:
-        video = audio = None
-        if pictures:
-            options = {"crf": "10", "g": str(gop), "threads": "1"}
-            codec = "libvpx-vp9" if path.suffix == ".webm" else "libx264"
-            options |= {"b": "0", "cpu-used": "8"} if path.suffix == ".webm" else {"preset": "ultrafast"}
-            video = container.add_stream(codec, rate=Fraction(fps), options=options)
-            video.height, video.width = pictures[0].shape[:2]
-            video.pix_fmt = "yuv420p"
-        if bursts is not None:
-            audio = container.add_stream("aac", rate=rate, layout="mono")
-            times = np.arange(round((seconds or len(pictures) / fps) * rate)) / rate
-            on = sum(((times >= at) & (times < at + 0.1)).astype(np.float32) for at in bursts) + np.zeros(len(times))
-            samples = (0.5 * on * np.sin(2 * np.pi * TONE_HZ * times)).astype(np.float32)
-            frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
-            frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
-            container.mux(audio.encode(frame))
-            container.mux(audio.encode(None))
-        for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = number
-            container.mux(video.encode(frame))
-        if video is not None:
-            container.mux(video.encode(None))
+        videos, sounds = [], []
+        for shown in [pictures] + [[np.zeros((32, 32, 3), np.uint8)] * len(pictures)] * decoys:
+            if shown:
+                videos.append((_video_stream(container, path, shown[0], Fraction(fps), gop, b_frames, pixels), shown))
+        for sound in [beeps] + [Beeps(rate=8_000)] * decoys:
+            if sound is not None:
+                sounds.append((container.add_stream(sound.codec, rate=sound.rate, layout=sound.layout), sound))
+        for stream, _ in videos:
+            stream.set_display_rotation(rotation)
+            if times is not None:
+                stream.codec_context.time_base = _CLOCK
+        for stream, sound in sounds:
+            _write_sound(container, stream, sound, end_s)
+        for stream, shown in videos:
+            for number, picture in enumerate(shown):
+                frame = av.VideoFrame.from_ndarray(picture, format="gray" if picture.ndim == 2 else "rgb24")
+                frame.pts = number if times is None else round(times[number] / _CLOCK)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return path
+
+
+def _video_stream(
+    container: Any, path: Path, picture: np.ndarray, fps: Fraction, gop: int, b_frames: int, pixels: str
+) -> Any:
+    options = {"crf": "10", "g": str(gop), "threads": "1"}
+    webm = path.suffix == ".webm"
+    options |= {"b": "0", "cpu-used": "8"} if webm else {"preset": "ultrafast", "bf": str(b_frames)}
+    stream = container.add_stream("libvpx-vp9" if webm else "libx264", rate=fps, options=options)
+    stream.height, stream.width = picture.shape[:2]
+    stream.pix_fmt = pixels
+    return stream
+
+
+def _write_sound(container: Any, stream: Any, beeps: Beeps, end_s: float) -> None:
+    times = np.arange(round(beeps.start_s * beeps.rate), round(end_s * beeps.rate)) / beeps.rate
+    mono = sum((chirp(times, at) for at in beeps.at), np.zeros(len(times))) * beeps.level
+    channels = len(av.AudioLayout(beeps.layout).channels)
+    samples = np.repeat(mono.astype(np.float32)[None], channels, axis=0)
+    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=beeps.layout)
+    frame.sample_rate, frame.time_base, frame.pts = beeps.rate, Fraction(1, beeps.rate), round(times[0] * beeps.rate)
+    for packet in [*stream.encode(frame), *stream.encode(None)]:
+        at_s = float(packet.pts * packet.time_base)
+        if not any(start <= at_s < stop for start, stop in beeps.lost):
+            container.mux(packet)
+
+
+def write_cover_song(path: Path, beeps: Beeps, seconds: float) -> Path:
+    """Write a file of sound whose only picture is its cover."""
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream(beeps.codec, rate=beeps.rate, layout=beeps.layout)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 64
+        cover.pix_fmt, cover.disposition = "yuvj420p", Disposition.attached_pic
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        frame.pts = 0
+        for packet in [*cover.encode(frame), *cover.encode(None)]:
+            container.mux(packet)
+        _write_sound(container, sound, beeps, seconds)
     return path
 
 

@@ -390,6 +390,38 @@ def test_a_key_in_two_shards_and_files_that_nothing_lists_are_found(copy: Path) 
     assert twice == {entry["key"] for entry in index["clips"]}
 
 
+def test_any_number_of_workers_finds_the_same_in_the_same_order(copy: Path) -> None:
+    def later(_key: str, _members: dict[str, bytes], metadata: dict[str, Any]) -> None:
+        metadata["stop_s"] += 0.9  # only a clip of another shard shows that its recording goes on until there
+
+    rewritten(copy, later)
+    shutil.copy(copy / SHARDS[1], copy / "train-000002.tar")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    index = json.loads(index_path(copy / SHARDS[1]).read_text()) | {"shard": "train-000002.tar"}
+    index["manifest"] |= {"made_with": {}}
+    write_json(copy / "train-000002.index.json", index)
+    train = manifest["splits"]["train"]
+    again = {"name": "train-000002.tar", "index_sha256": sha256_of(copy / "train-000002.index.json")}
+    train["shards"].append(train["shards"][1] | again)
+    write_json(copy / "manifest.json", manifest)
+    flip(copy / SHARDS[1], 1000)
+    os.truncate(copy / SHARDS[2], (copy / SHARDS[2]).stat().st_size // 1024 * 512)
+    for full, expected in ((False, {"duplicate", "manifest", "presence"}), (True, {"sha256", "crc32", "length"})):
+        alone = verify(copy, full=full)
+        assert expected <= {finding.kind for finding in alone.findings}
+        assert full == any("its recording goes on" in finding.what for finding in alone.findings)
+        for workers in (2, 5):
+            told: list[tuple[int, int]] = []
+            shared = verify(
+                copy, full=full, workers=workers, progress=lambda _, done, total, to=told: to.append((done, total))
+            )
+            assert shared.to_dict() == alone.to_dict()
+            assert shared.splits == alone.splits
+            assert told == sorted(told)
+            assert len(told) == 1 + len(train["shards"]) + 1
+            assert told[-1][0] == told[-1][1]
+
+
 def test_a_clip_may_end_early_only_where_its_recording_does() -> None:
     def shown(key: str, end_s: float, stop_s: float) -> Shown:
         return Shown("s.tar", key, "video", "P01_01", end_s, stop_s, 0.04)
@@ -414,6 +446,8 @@ def test_the_commands_exit_code_and_json_say_whole_damaged_or_bad_input(
     assert main(["verify", str(copy), "--full", "--repair"]) == 0
     assert "written again: train-000000.index.json" in capsys.readouterr().out
     assert folder_bytes(copy) == folder_bytes(packed)
+    assert main(["verify", str(copy), "--full", "--workers", "2"]) == 0
+    capsys.readouterr()
     for bad in (tmp_path / "nowhere", tmp_path):
         assert main(["verify", str(bad)]) == 2
         assert capsys.readouterr().err.count("\n") == 1

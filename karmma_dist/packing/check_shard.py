@@ -1,0 +1,133 @@
+"""One shard against its manifest entry, its index and its own bytes: all that can be said without the other shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from karmma_dist.packing.check_clip import Shown, check_clip
+from karmma_dist.packing.check_tar import check_headers
+from karmma_dist.packing.findings import Finding
+from karmma_dist.packing.manifest import copied_facts, label_problem, read_index
+from karmma_dist.shards import Clip, ShardFolder, index_path, sha256_of
+
+
+@dataclass(slots=True)
+class ShardReport:
+    """What one shard shows: small, so that it can come from another process."""
+
+    shard: str
+    """File name of the tar."""
+    there: bool
+    """The tar is a file."""
+    findings: list[Finding] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    """Of all clips in the index."""
+    labels: list[dict[str, int | None]] | None = None
+    """Of all clips; None when the index or any of them is damaged."""
+    other_fact: str = ""
+    """Name of a fact in which the index's copy is not the manifest's."""
+    shown: list[Shown] = field(default_factory=list)
+    """How long the pictures of each clip last; only of a full check."""
+
+
+def check_shard(
+    root: Path,
+    split: str,
+    entry: dict[str, Any],
+    facts: dict[str, Any],
+    full: bool,
+    progress: Callable[[int], None] | None = None,
+) -> ShardReport:
+    """Check one shard.
+
+    Args:
+        root: the shards folder.
+        split: the split that the manifest says it is of.
+        entry: the manifest's entry.
+        facts: the manifest's facts.
+        full: read and decode the payloads too.
+        progress: told how many clips have been read in full.
+    """
+    tar = root / entry["name"]
+    report = ShardReport(tar.name, tar.is_file())
+    clips = _index(tar, entry, facts, report)
+    if not report.there:
+        _add(report, "missing", f"no such file: {entry['clips']} clips")
+    elif tar.stat().st_size != entry["bytes"]:
+        _add(report, "size", f"{tar.stat().st_size} bytes, the manifest says {entry['bytes']}")
+    if report.there and full:
+        _sha256(tar, entry, report)
+    if clips is None:
+        return report
+    report.keys = [clip.key for clip in clips]
+    problems = [_declarations(clip, facts, report) for clip in clips]
+    report.labels = None if any(problems) else [clip.labels for clip in clips]
+    if report.there:
+        found = list(check_headers(tar, clips))
+        report.findings += found
+        if full:
+            # A member whose header or place is damaged is not named again.
+            blamed, folder = {(finding.key, finding.member) for finding in found}, ShardFolder(root)
+            for num, clip in enumerate(clips, start=1):
+                _payloads(folder, clip, split, blamed, report)
+                if progress is not None:
+                    progress(num)
+    return report
+
+
+def _add(report: ShardReport, kind: str, what: str, key: str | None = None, shard: str = "") -> None:
+    report.findings.append(Finding(shard or report.shard, key, None, kind, what))
+
+
+def _index(tar: Path, entry: dict[str, Any], facts: dict[str, Any], report: ShardReport) -> list[Clip] | None:
+    path = index_path(tar)
+    try:
+        index, clips = read_index(tar)
+        if sha256_of(path) != entry["index_sha256"]:
+            raise ValueError("its sha256 is not the manifest's")
+    except FileNotFoundError:
+        _add(report, "index", "lost: no such file", shard=path.name)
+        return None
+    except (OSError, ValueError) as error:
+        _add(report, "index", f"cannot be used: {error}", shard=path.name)
+        return None
+    if (len(clips), index["bytes"]) != (entry["clips"], entry["bytes"]):
+        said = f"the manifest says {entry['clips']} in {entry['bytes']}"
+        _add(report, "manifest", f"{len(clips)} clips in {index['bytes']} bytes, {said}", shard=path.name)
+    copy = copied_facts(index)
+    if copy is not None and copy != facts:
+        report.other_fact = next(name for name, value in copy.items() if value != facts[name])
+    return clips
+
+
+def _sha256(tar: Path, entry: dict[str, Any], report: ShardReport) -> None:
+    try:
+        if sha256_of(tar) != entry["sha256"]:
+            _add(report, "sha256", "not the bytes that were packed")
+    except OSError as error:
+        _add(report, "unreadable", f"cannot be read: {error.strerror}")
+
+
+def _declarations(clip: Clip, facts: dict[str, Any], report: ShardReport) -> str:
+    """Check what the index says of a clip. Returns what is wrong with its labels, or an empty string."""
+    declared = {"json", *facts["modalities"]}
+    if set(clip.members) != declared or clip.members.get("json") is None:
+        what = f"declares {', '.join(clip.members)}, not json and each of {', '.join(facts['modalities'])}"
+        _add(report, "presence", what, clip.key)
+    problem = label_problem(facts["heads"], clip.labels)
+    if problem:
+        _add(report, "labels", problem, clip.key)
+    return problem
+
+
+def _payloads(
+    folder: ShardFolder, clip: Clip, split: str, blamed: set[tuple[str | None, str | None]], report: ShardReport
+) -> None:
+    for found in check_clip(folder, clip, split):
+        if isinstance(found, Shown):
+            report.shown.append(found)
+        elif (found.key, found.member) not in blamed:
+            report.findings.append(found)
