@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from packing_kit import TONE_HZ, decode_sound, epic_spec, movie_path, row, write_epic, write_movie
+from packing_kit import decode_sound, epic_spec, movie_path, row, write_epic, write_movie
 
 from karmma_dist.errors import UserError
 from karmma_dist.packing.cut import cut_recording
@@ -15,6 +15,7 @@ from karmma_dist.packing.planning import make_plan
 from karmma_dist.packing.records import CutClip, Failure
 
 RATE = 24_000
+TONE_HZ = 1000
 
 
 def _bursts(bursts: list[float], seconds: float = 3.0) -> np.ndarray:

@@ -197,7 +197,9 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = []
     for name in ("P01_01", "P02_01"):
         write_frames(root / "EPIC-KITCHENS" / name[:3] / "rgb_frames" / name, list(range(1, 61)))
-        train += [row(f"{name}_{n}", name, start_frame=1 + n, stop_frame=9 + n) for n in range(UNIT_CLIPS)]
+        for n in range(UNIT_CLIPS):
+            times = [f"00:00:0{frame / 60:.4f}" for frame in (n, n + 7.5)]
+            train.append(row(f"{name}_{n}", name, *times, start_frame=1 + n, stop_frame=9 + n))
     write_epic(root, train)
     (root / "spec.json").write_text(
         json.dumps(
