@@ -74,6 +74,15 @@ class Geometry:
         return self.crop(picture if same else cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
 
 
+def x264_options(crf: int, spec: VideoSpec) -> dict[str, str]:
+    """FFmpeg's options of libx264 for everything that is stored."""
+    # x264's macroblock tree gives other bytes for the same pictures about once in a hundred runs (measured).
+    return {
+        "mbtree": "0", "crf": str(crf), "preset": spec.preset, "tune": "fastdecode", "bf": "0", "g": str(spec.gop),
+        "sc_threshold": "0", "flags": "+cgop", "threads": "1",
+    }  # fmt: skip
+
+
 class VideoEncoder:
     """Pictures -> H.264 in MP4: constant frame rate, short closed groups of pictures, no B-frames."""
 
@@ -83,12 +92,7 @@ class VideoEncoder:
         """`colorspace` None: the pictures are gray."""
         self._file = io.BytesIO()
         self._container = av.open(self._file, "w", format="mp4", options={"fflags": "+bitexact"})
-        # x264's macroblock tree gives other bytes for the same pictures about once in a hundred runs (measured).
-        options = {
-            "mbtree": "0", "crf": str(crf), "preset": spec.preset, "tune": "fastdecode", "bf": "0", "g": str(spec.gop),
-            "sc_threshold": "0", "flags": "+cgop", "threads": "1",
-        }  # fmt: skip
-        self._stream = self._container.add_stream("libx264", rate=fps, options=options)
+        self._stream = self._container.add_stream("libx264", rate=fps, options=x264_options(crf, spec))
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         self._format = "gray" if colorspace is None else "yuv420p"
         # Gray values must come back as they went in: with the limited range they are squeezed to 16..235.
