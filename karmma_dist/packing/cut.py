@@ -22,6 +22,7 @@ from karmma_dist.packing.pictures import ClipPictures
 from karmma_dist.packing.records import ClipRecord, CutClip, Failure, MediaError, Recording
 from karmma_dist.packing.sound import Sound
 from karmma_dist.packing.spec import PackingSpec
+from karmma_dist.packing.yuv import ToI420
 
 _EARLY_S = 2e-3
 """A frame this much after a stored frame's moment counts as shown: many containers round to milliseconds."""
@@ -135,7 +136,7 @@ class _Cutter:
                 turns, decoded_size = quarter_turns(frame), (frame.width, frame.height)
                 size = decoded_size[::-1] if turns % 2 else decoded_size
                 try:
-                    shrinker = Shrinker(Geometry.of(*size, self.spec.video), turns)
+                    shrinker = Shrinker(Geometry.of(*size, self.spec.video), turns, frame.colorspace)
                 except MediaError as error:
                     yield from ((clip, error) for clip in [*waiting, *(cut.clip for cut in active)])
                     return
@@ -149,7 +150,7 @@ class _Cutter:
         nominal = self.recording.nominal_fps
         fps = min(Fraction(nominal), Fraction(self.spec.video.max_fps).limit_denominator(1001))
         pictures = ClipPictures(fps, self.spec.video, self.computed_flow)
-        size, geometry = None, None
+        size, geometry, to_i420 = None, None, ToI420()
         numbers = _numbers(clip, frames, clip.start_frame, clip.stop_frame, Fraction(nominal), fps)
         for number in numbers:
             picture = frames.read(number)
@@ -158,7 +159,7 @@ class _Cutter:
                 geometry = Geometry.of(*size, self.spec.video)
             elif size != (picture.shape[1], picture.shape[0]):
                 raise MediaError("video", "decode", f"{frames.path.name}: frames of the clip differ in size")
-            pictures.add(geometry.shrink(picture))
+            pictures.add(to_i420.of_rgb(geometry.shrink(picture)), to_i420.colorspace)
         return _Pictures(*pictures.finish(), size, len(numbers))
 
     def complete(self, clip: ClipRecord, pictures: _Pictures) -> CutClip:
@@ -276,7 +277,7 @@ class _MovieClip:
             elif image.shape != self._size:
                 self._problem = MediaError("video", "decode", f"picture size changes at {picture.time_s:.2f} s")
                 return
-            self._stored.add(image)
+            self._stored.add(image, picture.colorspace)
 
     @property
     def done(self) -> bool:

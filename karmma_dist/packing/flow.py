@@ -17,6 +17,7 @@ import numpy as np
 from karmma_dist.errors import UserError
 from karmma_dist.packing.media import VideoEncoder, rounded
 from karmma_dist.packing.spec import FlowSpec, VideoSpec
+from karmma_dist.packing.yuv import gray
 
 _MOST_COMPARED = 16
 """Frames of a clip whose stored flow is compared with its source, at most."""
@@ -68,7 +69,7 @@ class FlowEncoder:
     """One clip's flow -> its member, and how far what is stored is from what came in."""
 
     def __init__(self, width: int, height: int, fps: Fraction, flow: FlowSpec, video: VideoSpec) -> None:
-        self._encoder = VideoEncoder(width, 2 * height, fps, flow.crf, video, gray=True)
+        self._encoder = VideoEncoder(width, 2 * height, fps, flow.crf, video, colorspace=None)
         self._described: dict[str, Any] = {"width": width, "height": height, "fps": rounded(fps)}
         self._bound = flow.bound
         self._sources: dict[int, np.ndarray] = {}
@@ -118,12 +119,12 @@ class ComputedFlow:
         self._motion = np.zeros((height, width, 2), np.float32)
 
     def add(self, picture: np.ndarray) -> None:
-        """Append a stored picture, uint8 (H, W, 3) RGB."""
-        gray = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+        """Append a stored picture, uint8 (3H/2, W) I420."""
+        current = gray(picture)
         if self._previous is not None:
-            self._motion = self._between.calc(self._previous, gray, None)
+            self._motion = self._between.calc(self._previous, current, None)
             self._encoder.add(self._motion)
-        self._previous = gray
+        self._previous = current
 
     def finish(self) -> tuple[bytes, dict[str, Any]]:
         """Bytes and description. The last flow is repeated: as many flow frames as pictures."""

@@ -13,7 +13,7 @@ from fractions import Fraction
 import av
 import cv2
 import numpy as np
-from av.video.reformatter import ColorRange
+from av.video.reformatter import ColorRange, Colorspace
 
 from karmma_dist.packing.records import MediaError
 from karmma_dist.packing.spec import VideoSpec
@@ -52,13 +52,13 @@ class Geometry:
             raise MediaError(
                 modality, "cut", f"{width}x{height} leaves {stored_width}x{stored_height}, below {MIN_SIDE} pixels"
             )
-        scaled_width = max(round(stored_width / (right - left)), stored_width)
-        scaled_height = max(round(stored_height / (bottom - top)), stored_height)
+        scaled_width = max(_even(stored_width / (right - left)), stored_width)
+        scaled_height = max(_even(stored_height / (bottom - top)), stored_height)
         return cls(
             scaled_width,
             scaled_height,
-            min(round(left * scaled_width), scaled_width - stored_width),
-            min(round(top * scaled_height), scaled_height - stored_height),
+            min(2 * round(left * scaled_width / 2), scaled_width - stored_width),
+            min(2 * round(top * scaled_height / 2), scaled_height - stored_height),
             stored_width,
             stored_height,
         )
@@ -74,28 +74,36 @@ class Geometry:
         return self.crop(picture if same else cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
 
 
+def x264_options(crf: int, spec: VideoSpec) -> dict[str, str]:
+    """FFmpeg's options of libx264 for everything that is stored."""
+    # x264's macroblock tree gives other bytes for the same pictures about once in a hundred runs (measured).
+    return {
+        "mbtree": "0", "crf": str(crf), "preset": spec.preset, "tune": "fastdecode", "bf": "0", "g": str(spec.gop),
+        "sc_threshold": "0", "flags": "+cgop", "threads": "1",
+    }  # fmt: skip
+
+
 class VideoEncoder:
     """Pictures -> H.264 in MP4: constant frame rate, short closed groups of pictures, no B-frames."""
 
-    def __init__(self, width: int, height: int, fps: Fraction, crf: int, spec: VideoSpec, *, gray: bool) -> None:
+    def __init__(
+        self, width: int, height: int, fps: Fraction, crf: int, spec: VideoSpec, colorspace: Colorspace | None
+    ) -> None:
+        """`colorspace` None: the pictures are gray."""
         self._file = io.BytesIO()
         self._container = av.open(self._file, "w", format="mp4", options={"fflags": "+bitexact"})
-        # x264's macroblock tree gives other bytes for the same pictures about once in a hundred runs (measured).
-        options = {
-            "mbtree": "0", "crf": str(crf), "preset": spec.preset, "tune": "fastdecode", "bf": "0", "g": str(spec.gop),
-            "sc_threshold": "0", "flags": "+cgop", "threads": "1",
-        }  # fmt: skip
-        self._stream = self._container.add_stream("libx264", rate=fps, options=options)
+        self._stream = self._container.add_stream("libx264", rate=fps, options=x264_options(crf, spec))
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-        self._format = "gray" if gray else "rgb24"
-        # Gray values must come back as they went in: with the default limited range they are squeezed to 16..235.
-        self._range = ColorRange.JPEG if gray else ColorRange.UNSPECIFIED
-        if gray:
-            self._stream.codec_context.color_range = ColorRange.JPEG
+        self._format = "gray" if colorspace is None else "yuv420p"
+        # Gray values must come back as they went in: with the limited range they are squeezed to 16..235.
+        self._range = ColorRange.JPEG if colorspace is None else ColorRange.MPEG
+        self._stream.codec_context.color_range = self._range
+        if colorspace is not None:
+            self._stream.codec_context.colorspace = colorspace
         self.num_frames = 0
 
     def add(self, picture: np.ndarray) -> None:
-        """Append a picture: uint8 (H, W, 3) RGB, or (H, W) gray."""
+        """Append a picture: uint8 (3H/2, W) I420, or (H, W) gray."""
         frame = av.VideoFrame.from_ndarray(picture, format=self._format)
         frame.color_range = self._range
         frame.pts = self.num_frames

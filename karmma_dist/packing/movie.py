@@ -15,11 +15,11 @@ from typing import Any, Self
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
 
 from karmma_dist.packing.media import Geometry
 from karmma_dist.packing.records import MediaError
 from karmma_dist.packing.sound import CUT_TOLERANCE_S, Sound, Stretches
+from karmma_dist.packing.yuv import ToI420, cropped, turned
 
 
 class Movie:
@@ -126,33 +126,34 @@ class Picture:
     """A decoded frame that is scaled, turned upright and cropped at most once, when a clip shows it."""
 
     def __init__(self, frame: av.VideoFrame, time_s: float, shrinker: Shrinker) -> None:
-        self.time_s = time_s
+        self.time_s, self.colorspace = time_s, shrinker.colorspace
         self._frame, self._shrinker = frame, shrinker
         self._image: np.ndarray | None = None
 
     def image(self) -> np.ndarray:
-        """uint8 (H, W, 3) RGB as it is stored."""
+        """uint8 (3H/2, W) I420 as it is stored."""
         if self._image is None:
             self._image = self._shrinker(self._frame)
         return self._image
 
 
 class Shrinker:
-    """Scales decoded frames to a geometry: one reused reformatter, since one per frame leaks."""
+    """Scales decoded frames to a geometry, turns them upright and crops them."""
 
-    def __init__(self, geometry: Geometry, quarter_turns: int) -> None:
+    def __init__(self, geometry: Geometry, quarter_turns: int, colorspace: int) -> None:
         self._geometry, self._turns = geometry, quarter_turns
-        self._reformatter = VideoReformatter()
+        self._to_i420 = ToI420(colorspace)
+        self.colorspace = self._to_i420.colorspace
+        """Of what is stored."""
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """uint8 (H, W, 3) RGB, upright."""
-        width, height = self._geometry.scaled_width, self._geometry.scaled_height
+        """uint8 (3H/2, W) I420."""
+        kept = self._geometry
+        width, height = kept.scaled_width, kept.scaled_height
         if self._turns % 2:
             width, height = height, width
-        scaled = self._reformatter.reformat(
-            frame, width, height, format="rgb24", interpolation="AREA", threads=1
-        ).to_ndarray()
-        return self._geometry.crop(np.rot90(scaled, self._turns))
+        upright = turned(self._to_i420(frame, width, height), self._turns)
+        return cropped(upright, kept.left, kept.top, kept.width, kept.height)
 
 
 def quarter_turns(frame: av.VideoFrame) -> int:

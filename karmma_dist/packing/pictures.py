@@ -6,10 +6,12 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from av.video.reformatter import Colorspace
 
 from karmma_dist.packing.flow import ComputedFlow
 from karmma_dist.packing.media import VideoEncoder, rounded
 from karmma_dist.packing.spec import FlowSpec, VideoSpec
+from karmma_dist.packing.yuv import size_of
 
 
 class ClipPictures:
@@ -23,10 +25,10 @@ class ClipPictures:
         self._flow: ComputedFlow | None = None
         self._size = (0, 0)
 
-    def add(self, picture: np.ndarray) -> None:
-        """Append a stored picture, uint8 (H, W, 3) RGB; all of one size."""
+    def add(self, picture: np.ndarray, colorspace: Colorspace) -> None:
+        """Append a stored picture, uint8 (3H/2, W) I420; all of one size and colour space."""
         if self.num_frames == 0:
-            self._open(width=picture.shape[1], height=picture.shape[0])
+            self._open(*size_of(picture), colorspace)
         self.num_frames += 1
         if self._video is not None:
             self._video.add(picture)
@@ -47,9 +49,10 @@ class ClipPictures:
             payloads["flow"], described["flow"] = self._flow.finish()
         return payloads, described
 
-    def _open(self, width: int, height: int) -> None:
+    def _open(self, height: int, width: int, colorspace: Colorspace) -> None:
         self._size = (width, height)
         if self._video_spec.source != "none":
-            self._video = VideoEncoder(width, height, self._fps, self._video_spec.crf, self._video_spec, gray=False)
+            spec = self._video_spec
+            self._video = VideoEncoder(width, height, self._fps, spec.crf, spec, colorspace)
         if self._flow_spec is not None:
             self._flow = ComputedFlow(width, height, self._fps, self._flow_spec, self._video_spec)
