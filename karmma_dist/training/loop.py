@@ -80,7 +80,7 @@ class Trainer:
         self.recipe, self.world, self.validate, self.report = recipe, world, validate, report
         if recipe.training.threads:
             torch.set_num_threads(recipe.training.threads)
-        self.clips = TrainingClips(folder, recipe.data, recipe.inputs, recipe.seed)
+        self.clips = TrainingClips(folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size)
         self.schedule = Schedule(
             len(self.clips.clips), recipe.training.batch_size, world.size, recipe.training.accumulation
         )
