@@ -105,9 +105,9 @@ class OrderRecipe(Settings):
 
     Leave both at 0 where shards lie on a file system, or where every node's cache holds the whole split. On an object
     store take the number of nodes (or a multiple) as `lanes`, so that a node fetches only its own part of the shards,
-    each once per epoch, and the `window` that the cache allows: a node holds 2 x window shards per lane. Mixing goes by
-    lanes x window, the shards a batch is drawn from: two clips that shared a batch share one again in the next epoch
-    1.0 times as often as in a random order from 64 shards, 1.3 to 1.5 times from 16, 8 times from 4 (512 clips each).
+    each once per epoch, and the `window` that the cache allows: a node holds at most 2 x window shards per lane. Mixing
+    goes by lanes x window, the shards a batch is drawn from: two clips that shared a batch share one again in the next
+    epoch as often as in a random order from 64 shards, 1.25 to 1.5 times from 16, 8 times from 4 (512 clips each).
     """
 
     lanes: Annotated[int, Field(ge=0)] = 0
