@@ -178,11 +178,14 @@ class ShardFolder:
         if not path.is_file():
             raise UserError(f"{self.root}: no {MANIFEST}, so no packed shards (pack some with: karmma-dist shard)")
         try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text())
+            content = path.read_bytes()
+            self.manifest: dict[str, Any] = json.loads(content)
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(self.manifest, dict) or self.manifest.get("schema") != SCHEMA:
             raise UserError(f"{path}: not a manifest of schema {SCHEMA}: pack the shards again")
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        """Of the manifest's bytes, which name every shard's sha256: equal only for the same clips in the same order."""
 
     @property
     def modalities(self) -> list[str]:

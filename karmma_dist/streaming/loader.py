@@ -7,6 +7,7 @@ its batch; the batch never shrinks and no clip loses a modality.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +22,7 @@ from karmma_dist.shards import Clip, DamageError, ShardFolder
 from karmma_dist.streaming.augment import evaluation_view, training_view
 from karmma_dist.streaming.batch import Batch, Damage, Sample, collate
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
-from karmma_dist.streaming.order import Position, Schedule, Slice, epoch_order, evaluation_slices, random_words
+from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, evaluation_slices, random_words
 from karmma_dist.streaming.reader import num_stored_frames, read_sample
 
 _MAX_REPLACEMENTS = 100
@@ -47,13 +48,15 @@ def open_shards(data: DataRecipe) -> ShardFolder:
 class TrainingClips:
     """Turns a training slice into a batch: order, modality dropout, views, damage and its replacement."""
 
-    def __init__(self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, seed: int) -> None:
+    def __init__(self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, seed: int, batch_size: int) -> None:
         self.folder, self.data, self.inputs, self.seed = folder, data, inputs, seed
         self.clips = usable_clips(folder.clips(data.train_split), data.modalities)
         self.heads = list(folder.classes)
         self._epoch = -1
         if not self.clips:
             raise UserError(f"{folder.root}: split '{data.train_split}' has no clip with any of {data.modalities}")
+        shards = [clip.shard for clip in self.clips]
+        self._order = ClipOrder(shards, batch_size, seed, data.order.lanes, data.order.window)
 
     def batch(self, part: Slice) -> Batch:
         """Decode one slice.
@@ -73,17 +76,15 @@ class TrainingClips:
         if epoch == self._epoch:
             return
         num, modalities = len(self.clips), len(self.data.modalities)
-        self._order = epoch_order(num, self.seed, epoch)
+        self._clip_at = self._order.clips(epoch)
         self._keep = keep_patterns(num, modalities, self.data.modality_dropout, self.seed, epoch)
         self._words = random_words(num, self.seed + 2**63, epoch)
         self._epoch = epoch
 
     def _sample(self, place: int, epoch: int, damage: list[Damage]) -> Sample:
-        """The clip at `place`; when it is damaged, the first whole one from half an epoch further on."""
-        num = len(self.clips)
-        for attempt in range(min(_MAX_REPLACEMENTS, num)):
-            offset = num // 2 + attempt - 1 if attempt else 0
-            clip = self.clips[self._order[(place + offset) % num]]
+        """The clip at `place`; when it is damaged, the first whole one of the order's candidates."""
+        for candidate in itertools.islice(self._order.candidates(place), _MAX_REPLACEMENTS):
+            clip = self.clips[self._clip_at[candidate]]
             present = np.array([clip.has(m) for m in self.data.modalities])
             kept = keep_present(self._keep[place], present, int(self._words[place]))
             try:

@@ -27,7 +27,7 @@ from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule, random_words
-from karmma_dist.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from karmma_dist.training.checkpoint import checkpoints, data_state, load_checkpoint, save_checkpoint
 from karmma_dist.training.engine import Engine, barrier, mean_over_ranks
 from karmma_dist.training.rendezvous import World
 from karmma_dist.training.schedule import learning_rate
@@ -80,13 +80,14 @@ class Trainer:
         self.recipe, self.world, self.validate, self.report = recipe, world, validate, report
         if recipe.training.threads:
             torch.set_num_threads(recipe.training.threads)
-        self.clips = TrainingClips(folder, recipe.data, recipe.inputs, recipe.seed)
+        self.clips = TrainingClips(folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size)
         self.schedule = Schedule(
             len(self.clips.clips), recipe.training.batch_size, world.size, recipe.training.accumulation
         )
         self.steps_per_epoch = self.schedule.steps_per_epoch
         self.total_steps = self.steps_per_epoch * recipe.training.epochs
         self.classes = folder.classes
+        self.data_state = data_state(recipe, folder)
         self.engine = Engine(build_model(recipe, self.classes), recipe, world)
         heads = {head: len(names) for head, names in self.classes.items()}
         self.stage = build_stage(recipe, heads, self.engine.device, self.engine.dtype)
@@ -97,13 +98,14 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint."""
-        self.position = load_checkpoint(self.engine, checkpoint, self.recipe, self.world)
+        self.position = load_checkpoint(self.engine, checkpoint, self.recipe, self.world, self.data_state)
 
     def run(self) -> dict[str, float]:
         """Train from the current position to the end; returns the last validation's metrics."""
         done = self.position.epoch * self.steps_per_epoch + self.position.step
         self.log = RunLog(self.recipe.run_dir, done) if self.world.is_main else None
-        self._say(done)
+        left_out = self.schedule.dropped_clips
+        self._say(done, f"({left_out} of {self.schedule.num_clips} clips left out of each epoch)" if left_out else "")
         epochs, accumulation = self.recipe.training.epochs, self.recipe.training.accumulation
         batches = training_batches(self.clips, self.schedule, self.world.rank, self.position, epochs)
         self.engine.model.train()
@@ -152,7 +154,8 @@ class Trainer:
         if last or (every and epoch % every == 0):
             self._validate(done)
         if last or epoch % training.checkpoint_every_epochs == 0:
-            save_checkpoint(self.engine, self.recipe, self.world, Position(epoch, 0), self.steps_per_epoch)
+            position = Position(epoch, 0)
+            save_checkpoint(self.engine, self.recipe, self.world, position, self.steps_per_epoch, self.data_state)
 
     def _write_metrics(self, done: int) -> None:
         values = mean_over_ranks(self.averages.take())
@@ -186,14 +189,14 @@ class Trainer:
         assert isinstance(model, KarmmaModel)
         return model
 
-    def _say(self, done: int) -> None:
+    def _say(self, done: int, also: str = "") -> None:
         if not self.world.is_main:
             return
         loss = getattr(self, "latest", {}).get("loss")
         seen = f"epoch {done // self.steps_per_epoch}/{self.recipe.training.epochs}"
         scores = " ".join(f"{name} {value:.1f}" for name, value in self.metrics.items() if name.endswith("action_top1"))
         note = f"{seen} loss {loss:.3f} {scores}" if loss is not None else seen
-        self.report(f"train {self.recipe.name}", done, self.total_steps, note.rstrip())
+        self.report(f"train {self.recipe.name}", done, self.total_steps, f"{note} {also}".rstrip())
 
 
 def build_model(recipe: Recipe, classes: dict[str, list[str]]) -> KarmmaModel:
