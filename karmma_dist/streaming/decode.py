@@ -111,10 +111,13 @@ def _floor(places: np.ndarray, num: int) -> np.ndarray:
 def _all_samples(data: bytes) -> np.ndarray:
     with av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.audio[0]
-        stored = (stream.codec_context.format.name, stream.layout.nb_channels, stream.sample_rate)
+        context = stream.codec_context
+        if context is None or context.format is None:
+            raise ValueError("nothing says how it is encoded")
+        stored = (context.format.name, context.layout.nb_channels, context.sample_rate)
         if stored != ("s16", 1, SAMPLE_RATE):
             raise ValueError(f"{stored[1]} channels of {stored[0]} at {stored[2]} Hz, not mono s16 at {SAMPLE_RATE} Hz")
-        stream.codec_context.options = {"err_detect": "crccheck+explode"}
+        context.options = {"err_detect": "crccheck+explode"}
         chunks = [frame.to_ndarray()[0] for frame in container.decode(stream)]
     if not chunks:
         raise ValueError("no sound in it")

@@ -13,8 +13,9 @@ from typing import Any
 import av
 import numpy as np
 
-_STRICT = {"err_detect": "explode"}
-"""Without it FFmpeg's decoders paint over what they cannot read, and say nothing."""
+_STRICT = {"err_detect": "explode+aggressive"}
+"""Without it FFmpeg's decoders paint over what they cannot read, and say nothing; `aggressive` also minds what is left
+over in a packet whose pictures are complete, often the only sign of overwritten bytes."""
 
 _IDR, _PARAMETER_SETS = 5, {7, 8}
 """Types of NAL units (ITU-T H.264, table 7-1)."""
@@ -24,12 +25,14 @@ def chosen_frames(data: bytes, chosen: np.ndarray, num_frames: int) -> Iterator[
     """Yield the frames numbered `chosen` (ascending, each once) of a movie that is declared to have `num_frames`.
 
     Raises:
-        ValueError: it has another number of frames or is cut, or a frame on the way to a chosen one is missing or corrupt.
+        ValueError: it has another number of frames, is cut, or misses a frame on the way to a chosen one.
         av.error.FFmpegError: a packet on the way to a chosen frame does not decode, or the file cannot be read at all.
     """
     with av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.video[0]
         context = stream.codec_context
+        if context is None:
+            raise ValueError("nothing says how it is encoded")
         context.thread_count = 1
         context.options = _STRICT
         packets = [packet for packet in container.demux(stream) if packet.size]
