@@ -20,9 +20,9 @@ class View:
     times_F: np.ndarray
     """Moments of the frames, as fractions of the clip in [0, 1)."""
     top: float
-    """Crop's upper edge as a fraction of the room there is."""
+    """In [0, 1): the crop's upper edge among the places there are, each of the same chance."""
     left: float
-    """Crop's left edge, likewise."""
+    """The crop's left edge, likewise."""
     flip: bool
     """Mirror horizontally."""
     jitter_3: np.ndarray
@@ -40,7 +40,8 @@ def training_view(video: VideoInput, num_stored: int, seed: int, epoch: int, key
 
     Args:
         video: what the recipe asks for.
-        num_stored: frames the clip has in its shard; only dense sampling looks at it.
+        num_stored: frames the clip has in its shard; only dense sampling looks at it. A clip without any is sampled in
+            segments.
         seed: the run's.
         epoch: counted from 0.
         key: the clip's.
@@ -48,7 +49,7 @@ def training_view(video: VideoInput, num_stored: int, seed: int, epoch: int, key
     random = clip_generator(seed, epoch, key)
     top, left, flip = random.random(3)
     jitter = 1 + video.jitter * random.uniform(-1, 1, 3)
-    if video.sampling == "segments":
+    if video.sampling == "segments" or num_stored == 0:
         times = (np.arange(video.num_frames) + random.random(video.num_frames)) / video.num_frames
     else:
         times = _dense_times(video, num_stored, random.random())
@@ -57,7 +58,7 @@ def training_view(video: VideoInput, num_stored: int, seed: int, epoch: int, key
 
 def evaluation_view(video: VideoInput, num_stored: int) -> View:
     """The one view of evaluation: middle of each segment (or the middle window), centre crop, no jitter."""
-    if video.sampling == "segments":
+    if video.sampling == "segments" or num_stored == 0:
         times = (np.arange(video.num_frames) + 0.5) / video.num_frames
     else:
         times = _dense_times(video, num_stored, 0.5)
@@ -66,7 +67,6 @@ def evaluation_view(video: VideoInput, num_stored: int) -> View:
 
 def _dense_times(video: VideoInput, num_stored: int, place: float) -> np.ndarray:
     """Frame centres of a window with a stride; a window longer than the clip stays on its last frame."""
-    num_stored = max(num_stored, 1)
     span = (video.num_frames - 1) * video.stride + 1
     start = int(place * (max(num_stored - span, 0) + 1))
     frames = np.minimum(start + np.arange(video.num_frames) * video.stride, num_stored - 1)
