@@ -31,7 +31,7 @@ from karmma_dist.streaming.watch import Activity, Board, Doing
 _POLL_S = 5.0
 """How often a waiting trainer looks whether its workers live."""
 _JOIN_S = 5.0
-"""How long a worker that was told to end may take."""
+"""How long killed workers may take to be gone."""
 
 _abandoned: list[Any] = []
 """Torch's iterators whose workers were killed. Were they collected, torch would shut the workers down in good order,
@@ -196,8 +196,9 @@ class Batches(Iterator[Batch]):
         with _unnoticed_by_torch():
             for process in self._processes:
                 process.kill()
+            until = time.monotonic() + _JOIN_S
             for process in self._processes:
-                process.join(_JOIN_S)
+                process.join(max(until - time.monotonic(), 0))
 
 
 class _Source:
@@ -232,11 +233,12 @@ class _Work:
         except UserError as error:
             return error
         except Exception as error:
+            raised = traceback.format_exc()
             where = "" if worker is None else f", loader worker {worker.id}"
             error.add_note(f"rank {self._rank}{where}, while {self._activity.doing}")
             if worker is None:
                 return error
-            error.add_note(traceback.format_exc())
+            error.add_note(raised)
             return _portable(error)
 
 
