@@ -140,6 +140,9 @@ class DataRecipe(Settings):
     """How clips are mixed."""
     num_workers: Annotated[int, Field(ge=0)] = 1
     """Decoding processes per rank."""
+    stall_s: Annotated[float, Field(ge=0)] = 120
+    """Seconds without a batch after which the run ends and says what the decoding process is at; 0: it waits for ever.
+    Needs num_workers of 1 or more."""
     max_damaged_fraction: Probability = 0.001
     """Damaged clips tolerated, as a fraction of the split, before the run ends with a list."""
     drop_nouns: list[int] = []

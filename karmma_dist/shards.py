@@ -214,15 +214,31 @@ class ShardFolder:
 
     def _shard_clips(self, shard: dict[str, Any]) -> Iterator[Clip]:
         tar = self.root / shard["name"]
+        self._check_tar(tar, shard)
         try:
-            index = json.loads(index_path(tar).read_text())
-        except (OSError, ValueError) as error:
+            content = index_path(tar).read_bytes()
+        except OSError as error:
             raise UserError(f"{index_path(tar)}: index cannot be read ({error})") from None
-        if index["bytes"] != shard["bytes"] or len(index["clips"]) != shard["clips"]:
-            raise UserError(f"{index_path(tar)}: index is not that of the manifest's {tar.name}: pack again")
+        if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+            raise UserError(
+                f"{index_path(tar)}: not the index that the manifest names, but one of another packing, older or cut: "
+                f"write it again with karmma-dist verify --repair {self.root}"
+            )
+        index = json.loads(content)
         for entry in index["clips"]:
             members = {name: None if m is None else Member(*m) for name, m in entry["members"].items()}
             yield Clip(entry["key"], tar.name, entry["labels"], members)
+
+    def _check_tar(self, tar: Path, shard: dict[str, Any]) -> None:
+        """Refuse a tar that was never the manifest's. One that is too short is damage, found clip by clip."""
+        if not tar.is_file():
+            raise UserError(f"{tar}: no such shard, but the manifest names it: copy it here or pack again")
+        size = tar.stat().st_size
+        if size > shard["bytes"]:
+            raise UserError(
+                f"{tar}: {size} bytes, {shard['bytes']} by the manifest and the index, so they are of another tar: "
+                "copy the folder again or pack again"
+            )
 
     def read(self, clip: Clip, modality: str) -> bytes:
         """Return one member's bytes, checked against its crc32. `modality` may be "json".

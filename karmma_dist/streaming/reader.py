@@ -13,6 +13,7 @@ from karmma_dist.shards import Clip, DamageError, ShardFolder, member_name
 from karmma_dist.streaming.augment import View
 from karmma_dist.streaming.batch import Sample
 from karmma_dist.streaming.decode import decode_audio, decode_detections, decode_flow, decode_video
+from karmma_dist.streaming.watch import Activity
 
 
 def num_stored_frames(metadata: dict[str, Any]) -> int:
@@ -37,18 +38,24 @@ def length_s(metadata: dict[str, Any]) -> float:
 
 
 def read_sample(
-    folder: ShardFolder, clip: Clip, metadata: dict[str, Any], wanted: Iterable[str], inputs: InputRecipe, view: View
+    folder: ShardFolder, clip: Clip, metadata: dict[str, Any], wanted: Iterable[str], inputs: InputRecipe, view: View,
+    activity: Activity | None = None,
 ) -> Sample:
     """Read, check and decode the `wanted` modalities of a clip (all of which it must declare).
+
+    What is being done, and for how long, is said to `activity`.
 
     Raises:
         DamageError: a member is unreadable, not the bytes that were written, or does not decode.
     """
+    activity = activity or Activity()
     arrays: dict[str, np.ndarray] = {}
     for modality in wanted:
-        data = folder.read(clip, modality)
+        with activity.reading(clip, modality):
+            data = folder.read(clip, modality)
         try:
-            arrays[modality] = _decode(modality, data, metadata, inputs, view)
+            with activity.decoding(clip, modality):
+                arrays[modality] = _decode(modality, data, metadata, inputs, view)
         except (ValueError, KeyError, IndexError, ArithmeticError, av.error.FFmpegError) as error:
             what = f"does not decode: {error}"
             raise DamageError(clip.shard, clip.key, member_name(clip.key, modality), what) from None
