@@ -23,6 +23,7 @@ from karmma_dist.streaming.batch import Batch, Damage, Sample, collate
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
 from karmma_dist.streaming.order import Position, Schedule, Slice, epoch_order, evaluation_slices, random_words
 from karmma_dist.streaming.reader import num_stored_frames, read_sample
+from karmma_dist.streaming.remote import open_folder
 
 _MAX_REPLACEMENTS = 100
 """Clips tried in a damaged one's place before giving up."""
@@ -34,11 +35,11 @@ def open_shards(data: DataRecipe) -> ShardFolder:
     Raises:
         UserError: they do not, or cannot be opened.
     """
-    folder = ShardFolder(data.shards)
+    folder = open_folder(data)
     missing = [m for m in data.modalities if m not in folder.modalities]
     if missing:
         raise UserError(
-            f"{folder.root}: the shards declare {', '.join(folder.modalities)}, not '{missing[0]}': "
+            f"{folder.where}: the shards declare {', '.join(folder.modalities)}, not '{missing[0]}': "
             "pack them with it or remove it from data.modalities"
         )
     return folder
@@ -53,7 +54,7 @@ class TrainingClips:
         self.heads = list(folder.classes)
         self._epoch = -1
         if not self.clips:
-            raise UserError(f"{folder.root}: split '{data.train_split}' has no clip with any of {data.modalities}")
+            raise UserError(f"{folder.where}: split '{data.train_split}' has no clip with any of {data.modalities}")
 
     def batch(self, part: Slice) -> Batch:
         """Decode one slice.
@@ -93,7 +94,7 @@ class TrainingClips:
                 return read_sample(self.folder, clip, metadata, wanted, self.inputs, view)
             except DamageError as error:
                 damage.append(Damage(error.shard, error.key, error.member, error.what))
-        raise UserError(f"{self.folder.root}: {_MAX_REPLACEMENTS} clips in a row are damaged, the first: {damage[0]}")
+        raise UserError(f"{self.folder.where}: {_MAX_REPLACEMENTS} clips in a row are damaged, the first: {damage[0]}")
 
 
 class EvaluationClips:
@@ -107,7 +108,7 @@ class EvaluationClips:
         self.clips = usable_clips(folder.clips(split), data.modalities)
         self.heads = list(folder.classes)
         if not self.clips:
-            raise UserError(f"{folder.root}: split '{split}' has no clip to evaluate")
+            raise UserError(f"{folder.where}: split '{split}' has no clip to evaluate")
 
     def batch(self, part: Slice) -> Batch:
         """Decode one slice."""

@@ -239,7 +239,8 @@ def _prepare_run_dir(recipe: Recipe, world: World, resume: str) -> str:
 
 def _refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     """Raise where the run folder holds another run: fields that change what is computed differ."""
-    ignored = {"slurm", "evaluation", "data.num_workers", "training.threads", "training.keep_checkpoints"}
+    cache = {"data.cache_dir", "data.cache_bytes"}
+    ignored = cache | {"slurm", "evaluation", "data.num_workers", "training.threads", "training.keep_checkpoints"}
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     differing = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
