@@ -65,7 +65,9 @@ def open_folder(data: DataRecipe) -> ShardFolder:
 
 
 def masked(url: str) -> str:
-    """A URL as messages show it: without user, password and query, all of which may be secret."""
+    """A URL as messages show it: without user, password and query, all of which may be secret. A path is left alone."""
+    if not _URL.match(url):
+        return url
     scheme, host, path, _, _ = urlsplit(url)
     user, at, host = host.rpartition("@")
     return urlunsplit((scheme, f"***@{host}" if user or at else host, path, "", ""))
@@ -219,8 +221,14 @@ def _with_tries(attempt: Callable[[], T]) -> T:
 
 
 def _ask(url: str, what: Callable[[Any], T]) -> T:
-    """Use a file system object of this call alone: connections and event loops must not cross a fork."""
-    system = _file_system(url)
+    scheme = urlsplit(url).scheme
+    try:
+        system = _file_system(scheme, READ_TIMEOUT_S, os.getpid())
+    except ImportError as error:
+        advice = "it needs s3fs: pip install 'karmma-dist[s3]'" if scheme in ("s3", "s3a") else str(error)
+        raise UserError(f"{masked(url)}: {advice}") from None
+    except ValueError:
+        raise UserError(f"{masked(url)}: '{scheme}' is no protocol that fsspec knows") from None
     try:
         return what(system)
     except OSError as error:
@@ -231,23 +239,21 @@ def _ask(url: str, what: Callable[[Any], T]) -> T:
         raise _failure(error) from None
 
 
-def _file_system(url: str) -> Any:
-    scheme = urlsplit(url).scheme
-    try:
-        if scheme in ("http", "https"):
-            import aiohttp
+@functools.cache
+def _file_system(scheme: str, read_timeout_s: float, pid: int) -> Any:  # noqa: ARG001
+    """The file system of a process: connections and event loops do not cross a fork, so each has its own.
 
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
-            # trust_env: proxies from the environment, passwords from ~/.netrc
-            options = {"timeout": timeout, "trust_env": True}
-            return fsspec.filesystem(scheme, client_kwargs=options, skip_instance_cache=True)
+    It is kept for good, also by the children that inherit it and never use it: collected, it would close its
+    connections wherever the collection happens to run, and wait for an event loop that may wait for that very place.
+    """
+    if scheme not in ("http", "https"):
         return fsspec.filesystem(scheme, skip_instance_cache=True)
-    except ImportError as error:
-        if scheme in ("s3", "s3a"):
-            raise UserError(f"{masked(url)}: s3 needs s3fs: pip install 'karmma-dist[s3]'") from None
-        raise UserError(f"{masked(url)}: {error}") from None
-    except ValueError:
-        raise UserError(f"{masked(url)}: '{scheme}' is no protocol that fsspec knows") from None
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=read_timeout_s)
+    # trust_env: proxies from the environment, passwords from ~/.netrc
+    options = {"timeout": timeout, "trust_env": True}
+    return fsspec.filesystem(scheme, client_kwargs=options, skip_instance_cache=True)
 
 
 def _failure(error: Exception) -> FetchError:

@@ -27,6 +27,7 @@ from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule, random_words
+from karmma_dist.streaming.remote import masked
 from karmma_dist.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from karmma_dist.training.engine import Engine, barrier, mean_over_ranks
 from karmma_dist.training.rendezvous import World
@@ -242,6 +243,8 @@ def _refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     cache = {"data.cache_dir", "data.cache_bytes"}
     ignored = cache | {"slurm", "evaluation", "data.num_workers", "training.threads", "training.keep_checkpoints"}
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    for flat in (before, now):
+        flat["data.shards"] = masked(flat["data.shards"])  # a new password or signature is no other run
     differing = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

@@ -55,6 +55,7 @@ class Server(ThreadingHTTPServer):
     """Serves a folder on loopback; `faults[name]` is used up by the requests for that file, one each."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -328,7 +329,7 @@ def test_a_url_without_packed_shards_is_one_line(server: Server, tmp_path: Path)
 
 def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(UserError, match=r"s3://bucket/kitchen/.*: pip install 'karmma-dist\[s3\]'"):
+    with pytest.raises(UserError, match=r"s3://bucket/kitchen/.*: it needs s3fs: pip install 'karmma-dist\[s3\]'"):
         RemoteShards("s3://bucket/kitchen", Cache(tmp_path, PLENTY))
 
 
@@ -485,6 +486,7 @@ def test_masked_urls_show_host_and_path_and_no_secret(user: str, password: str, 
     assert masked(url) == f"{scheme}://***@host.example:99/a/b"
     assert masked(masked(url)) == masked(url)
     assert masked(f"{scheme}://host.example/a?sig={query}") == f"{scheme}://host.example/a"
+    assert masked(f"shards/{user}@{query}?") == f"shards/{user}@{query}?"
 
 
 def test_secrets_in_a_url_reach_the_server_and_no_message(server: Server, tmp_path: Path) -> None:
