@@ -169,7 +169,7 @@ class RemoteShards(ShardFolder):
         try:
             return parse_manifest(_with_tries(partial(_read_json, url)), masked(url))
         except FetchError as error:
-            advice = "is this the URL of a packed folder?" if error.damaged else "check the URL and the network"
+            advice = "is this the URL of a packed folder?" if error.damaged else "check URL, network and password"
             raise UserError(f"{masked(url)}: {error.what}: {advice}") from None
 
 

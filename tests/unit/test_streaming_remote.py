@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from karmma_dist.errors import UserError
-from karmma_dist.recipe import DataRecipe, InputRecipe
+from karmma_dist.recipe import DataRecipe, InputRecipe, Recipe
 from karmma_dist.shards import MANIFEST, DamageError, ShardFolder, index_path, sha256_of, write_json
 from karmma_dist.streaming import cache as cache_module
 from karmma_dist.streaming import remote
@@ -319,7 +319,7 @@ def test_a_url_without_packed_shards_is_one_line(server: Server, tmp_path: Path)
         assert "\n" not in str(caught.value)
 
     refused(server.url + "/nothing", r"kitchen/nothing/manifest\.json: not found on the server: is this the URL")
-    refused("http://127.0.0.1:1/kitchen", r"cannot be reached \(.*\), after 5 tries: check the URL and the network")
+    refused("http://127.0.0.1:1/kitchen", r"cannot be reached \(.*\), after 5 tries: check URL, network and password")
     refused("gopherhole://x/y", "'gopherhole' is no protocol that fsspec knows")
     server.faults[MANIFEST] = [lambda handler, _: handler.answer(200, b"<html>login</html>")] * 100
     refused(server.url, "not valid JSON, after 5 tries")
@@ -511,6 +511,21 @@ def test_secrets_in_a_url_reach_the_server_and_no_message(server: Server, tmp_pa
     messages.append(str(unknown.value))
     assert all("hush" not in message and "anna" not in message for message in messages), messages
     assert sum("***@127.0.0.1" in message for message in messages) == 4
+
+
+def test_a_run_goes_on_with_a_new_password_or_signature_but_not_with_other_shards() -> None:
+    from karmma_dist.training.loop import _refuse_other_recipe
+
+    def recipe(shards: str, cache_dir: str | None = None) -> Recipe:
+        data = {"shards": shards, "modalities": ["video"], "cache_dir": cache_dir}
+        model = {"encoders": {"video": {"name": "small_video"}}}
+        return Recipe.model_validate({"name": "n", "stage": "supervised", "data": data, "model": model})
+
+    saved = recipe("https://anna:hush@host/kitchen?sig=hush1")
+    _refuse_other_recipe(saved, recipe("https://ben:hush2@host/kitchen?sig=hush3", cache_dir="/scratch"))
+    with pytest.raises(UserError, match=r"data\.shards: https://.*@host/kitchen -> https://.*@host/other") as caught:
+        _refuse_other_recipe(saved, recipe("https://anna:hush@host/other?sig=hush1"))
+    assert "hush" not in str(caught.value)
 
 
 def test_sizes_in_recipes_are_bytes_or_words_and_nothing_else() -> None:
