@@ -586,8 +586,9 @@ def test_the_least_recently_used_entry_goes_and_those_who_hold_it_open_read_on(t
     a, b, c = b"a" * 10, b"b" * 10, b"c" * 10
     os.close(cache.open(content_of(a), partial(put, a)))
     held = cache.open(content_of(b), partial(put, b))
-    for age, data in enumerate((b, a)):  # the kernel's clock is coarser than this test
+    for age, data in enumerate((a, b)):  # the kernel's clock is coarser than this test
         os.utime(tmp_path / content_of(data).sha256, ns=(age, age))
+    os.close(cache.open(content_of(a), never))
     os.close(cache.open(content_of(c), partial(put, c)))
     os.close(cache.open(content_of(a), never))
     assert not (tmp_path / content_of(b).sha256).exists()
@@ -610,43 +611,64 @@ def test_what_dead_downloads_left_is_removed_and_what_live_ones_write_is_not(tmp
     assert left(tmp_path) == []
 
 
+class SecondReader(threading.Thread):
+    """Asks for an entry that another is downloading; `begin` returns when it has opened the lock file."""
+
+    def __init__(self, cache: Cache, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.cache, self.data, self.waiting = cache, data, threading.Event()
+        self.flock, self.outcome = cache_module.fcntl.flock, None
+        monkeypatch.setattr(cache_module.fcntl, "flock", self.tell)
+
+    def tell(self, file: object, kind: int) -> None:
+        if threading.current_thread() is self:
+            self.waiting.set()
+        self.flock(file, kind)
+
+    def run(self) -> None:
+        try:
+            self.outcome = read_and_close(self.cache.open(content_of(self.data), never))
+        except FetchError as error:
+            self.outcome = (error.what, error.damaged)
+
+    def begin(self) -> None:
+        self.start()
+        assert self.waiting.wait(60)
+
+    def finished(self) -> object:
+        self.join()
+        return self.outcome
+
+
 def test_those_who_waited_for_a_download_share_its_failure_and_later_ones_try_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second reader has opened the lock file before the first one fails, and so meets its failure."""
     cache, data = Cache(tmp_path, 100), b"data"
-    waiting, failures = threading.Event(), []
-    flock = cache_module.fcntl.flock
-
-    def tell(file: object, kind: int) -> None:
-        if threading.current_thread() is second:
-            waiting.set()
-        flock(file, kind)
+    second = SecondReader(cache, data, monkeypatch)
 
     def fail(_: Path) -> None:
-        second.start()
-        assert waiting.wait(60)
+        second.begin()
         raise FetchError("gone", damaged=True)
 
-    def read_too() -> None:
-        try:
-            cache.open(content_of(data), never)
-        except FetchError as error:
-            failures.append(error)
-
-    second = threading.Thread(target=read_too)
-    monkeypatch.setattr(cache_module.fcntl, "flock", tell)
     with pytest.raises(FetchError, match="gone"):
         cache.open(content_of(data), fail)
-    second.join()
-    assert [(error.what, error.damaged) for error in failures] == [("gone", True)]
+    assert second.finished() == ("gone", True)
     assert read_and_close(cache.open(content_of(data), partial(put, data))) == data
 
 
-def test_the_failure_a_killed_process_left_behind_counts_for_nobody(tmp_path: Path) -> None:
+def test_the_failure_a_killed_process_left_behind_counts_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache, data = Cache(tmp_path, 100), b"data"
+    second = SecondReader(cache, data, monkeypatch)
     (tmp_path / f".{content_of(data).sha256}.lock").write_text('["gone", true, false]')
-    assert read_and_close(cache.open(content_of(data), partial(put, data))) == data
+
+    def succeed(path: Path) -> None:
+        second.begin()
+        path.write_bytes(data)
+
+    assert read_and_close(cache.open(content_of(data), succeed)) == data
+    assert second.finished() == data
 
 
 def test_a_full_disk_and_a_folder_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
