@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from karmma_dist.errors import UserError
 from karmma_dist.modality import MODALITIES
 from karmma_dist.settings import Settings, dump, find_file, load_settings
 
-_SHARED_OVERRIDES = ("runs_dir", "data.shards", "data.num_workers")
+_SHARED_OVERRIDES = ("runs_dir", "data.shards", "data.cache_dir", "data.cache_bytes", "data.num_workers")
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -127,7 +127,11 @@ class DataRecipe(Settings):
     """Which clips, in which form."""
 
     shards: str
-    """Folder of packed shards."""
+    """Folder of packed shards, or the URL of one: https://..., s3://..., or another that fsspec opens."""
+    cache_dir: str | None = None
+    """Folder on this node that shards from a URL are kept in; None: $KARMMA_DIST_CACHE or ~/.cache/karmma-dist."""
+    cache_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(200_000_000_000)
+    """Size the cache stays below: bytes, or a string such as "200 GB". The least recently used shards go first."""
     train_split: str = "train"
     """Split to learn from."""
     validation_split: str = "validation"
@@ -361,8 +365,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def load_chain(name: str, overrides: Sequence[str] = ()) -> list[Recipe]:
     """A recipe preceded by all it comes `after`, in the order to train them, each once.
 
-    Overrides of where things are (`runs_dir`, `data.shards`, `data.num_workers`) hold for all of them, the others for
-    the last alone.
+    Overrides of where things are (`runs_dir`, `data.shards`, its cache, `data.num_workers`) hold for all of them, the
+    others for the last alone.
 
     Raises:
         UserError: as `load_recipe`, or recipes that wait for each other.

@@ -20,6 +20,7 @@ from karmma_dist.streaming.batch import Batch, Damage, Sample, collate
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
 from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, evaluation_slices, random_words
 from karmma_dist.streaming.reader import num_stored_frames, read_sample
+from karmma_dist.streaming.remote import open_folder
 from karmma_dist.streaming.watch import Activity
 from karmma_dist.streaming.workers import Batches
 
@@ -33,11 +34,11 @@ def open_shards(data: DataRecipe) -> ShardFolder:
     Raises:
         UserError: they do not, or cannot be opened.
     """
-    folder = ShardFolder(data.shards)
+    folder = open_folder(data)
     missing = [m for m in data.modalities if m not in folder.modalities]
     if missing:
         raise UserError(
-            f"{folder.root}: the shards declare {', '.join(folder.modalities)}, not '{missing[0]}': "
+            f"{folder.where}: the shards declare {', '.join(folder.modalities)}, not '{missing[0]}': "
             "pack them with it or remove it from data.modalities"
         )
     return folder
@@ -51,7 +52,7 @@ class _Clips(ABC):
         self.clips = usable_clips(folder.clips(split), data.modalities)
         self.heads = list(folder.classes)
         if not self.clips:
-            raise UserError(f"{folder.root}: split '{split}' has no clip with any of {', '.join(data.modalities)}")
+            raise UserError(f"{folder.where}: split '{split}' has no clip with any of {', '.join(data.modalities)}")
 
     def batch(self, part: Slice, activity: Activity | None = None) -> Batch:
         """Decode one slice, saying to `activity` what is being done.
@@ -121,7 +122,7 @@ class TrainingClips(_Clips):
             if sample is not None:
                 return sample
         tried = min(_MAX_REPLACEMENTS, len(self.clips))
-        raise UserError(f"{self.folder.root}: {tried} clips in a row are damaged, the last: {damage[-1]}")
+        raise UserError(f"{self.folder.where}: {tried} clips in a row are damaged, the last: {damage[-1]}")
 
     def _view(self, num_stored: int, epoch: int, key: str) -> View:
         return training_view(self.inputs.video, num_stored, self.seed, epoch, key)

@@ -28,6 +28,7 @@ from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule, random_words
 from karmma_dist.streaming.prefetch import on_device
+from karmma_dist.streaming.remote import masked
 from karmma_dist.training.checkpoint import checkpoints, data_state, load_checkpoint, save_checkpoint
 from karmma_dist.training.engine import Engine, barrier, gather, mean_over_ranks
 from karmma_dist.training.rendezvous import World
@@ -265,9 +266,13 @@ def _prepare_run_dir(recipe: Recipe, world: World, resume: str) -> str:
 
 def _refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     """Raise where the run folder holds another run: fields that change what is computed differ."""
-    ignored = {"slurm", "evaluation", "data.num_workers", "training.threads", "training.keep_checkpoints"}
-    ignored |= {"data.stall_s"}
+    ignored = {
+        "slurm", "evaluation", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
+        "training.threads", "training.keep_checkpoints",
+    }  # fmt: skip
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    for flat in (before, now):
+        flat["data.shards"] = masked(flat["data.shards"])  # a new password or signature is no other run
     differing = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
