@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import webdataset as wds
 
 from karmma_dist.modality import MODALITIES
 from karmma_dist.packing.manifest import shard_index
@@ -43,11 +43,11 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Sample]]) -> int:
     temporary = path.with_name(f".{path.name}.partial")
     num = 0
     with open(temporary, "wb") as file:
-        # Fixed owner, time and mode: nothing of the machine or the moment gets into the bytes.
-        with wds.TarWriter(file, user="karmma", group="karmma", mtime=0, encoder=False) as tar:
+        # Python's own writer: webdataset's gives the same bytes, but loads PyTorch, 350 MB in each packing process.
+        with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
             for key, members in samples:
-                named = {_suffix(name): data for name, data in members.items()}
-                tar.write({"__key__": key, **named})
+                for suffix, data in sorted((_suffix(name), data) for name, data in members.items()):
+                    tar.addfile(_header(f"{key}.{suffix}", len(data)), io.BytesIO(data))
                 num += 1
         file.flush()
         os.fsync(file.fileno())
@@ -95,6 +95,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _header(name: str, size: int) -> tarfile.TarInfo:
+    """A member's header. Fixed owner, time and mode: nothing of the machine or the moment gets into the bytes."""
+    header = tarfile.TarInfo(name)
+    header.size, header.mode, header.mtime = size, 0o444, 0
+    header.uname = header.gname = "karmma"
+    return header
 
 
 def _suffix(name: str) -> str:
