@@ -27,7 +27,7 @@ class EpochLoader:
             num_workers=work.num_workers,
             modality_dropout=ModalityDropout(probability=0.0 if work.dropout == "none" else DROP_PROB),
         )
-        clips = TrainingClips(open_shards(data), data, work.inputs, work.seed)
+        clips = TrainingClips(open_shards(data), data, work.inputs, work.seed, work.batch_size)
         self.schedule = Schedule(len(clips.clips), work.batch_size)
         self.step = step
         self._batches = training_batches(clips, self.schedule, 0, Position(0, step), work.epochs)
