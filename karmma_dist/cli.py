@@ -243,7 +243,7 @@ def bench_group() -> None:
 
 
 @bench_group.command("loader")
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("shards")
 @click.option("--recipe", help="Whose inputs to make; default: the dataset's distill recipe where it fits.")
 @click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; default: the recipe's.")
 @click.option("--batches", default=50, show_default=True, type=click.IntRange(min=1), help="Batches to measure.")
@@ -251,7 +251,7 @@ def bench_group() -> None:
 @click.option("--headspace", is_flag=True, help="Also the pace without loading: batches in memory, prepared again.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench_loader_command(
-    shards: Path, recipe: str | None, workers: int | None, batches: int, drop_prob: float | None, headspace: bool,
+    shards: str, recipe: str | None, workers: int | None, batches: int, drop_prob: float | None, headspace: bool,
     as_json: bool,
 ) -> None:
     """Run the training loader over SHARDS: clips per second, and where the time goes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 from karmma_dist.errors import UserError
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import DataRecipe, InputRecipe, load_recipe
-from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches, usable_clips
 from karmma_dist.streaming.order import Position, Schedule
 from karmma_dist.streaming.prefetch import on_device
+from karmma_dist.streaming.remote import open_folder
 from karmma_dist.streaming.watch import LoadStats
 
 _BATCH_SIZE = 32
@@ -66,7 +67,7 @@ class LoaderBench:
 
 
 def bench_loader(
-    shards: Path,
+    shards: str,
     *,
     recipe: str | None = None,
     num_workers: int | None = None,
@@ -80,7 +81,7 @@ def bench_loader(
     Each batch is moved to the device and prepared as in training; no model runs.
 
     Args:
-        shards: Packed shards.
+        shards: A folder of packed shards, or the URL of one.
         recipe: Whose inputs, modalities, dropout, batch size and workers to take; None: one that fits the dataset.
         num_workers: Instead of the recipe's.
         num_batches: Batches measured; before them each worker makes one more that is not.
@@ -91,7 +92,7 @@ def bench_loader(
     Raises:
         UserError: no such shards or recipe, or they do not fit each other.
     """
-    data, inputs, batch_size, seed, source = _settings(ShardFolder(shards), recipe)
+    data, inputs, batch_size, seed, source = _settings(shards, recipe)
     if num_workers is not None:
         data = data.model_copy(update={"num_workers": num_workers})
     if drop_prob is not None:
@@ -102,7 +103,7 @@ def bench_loader(
     clips = TrainingClips(folder, data, inputs, seed, batch_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = LoaderBench(
-        str(shards), source, data.modalities, data.modality_dropout.probability, data.num_workers, batch_size,
+        folder.where, source, data.modalities, data.modality_dropout.probability, data.num_workers, batch_size,
         device.type, num_batches, num_batches * batch_size,
     )  # fmt: skip
     kept = _measure(clips, inputs, device, result, report)
@@ -111,12 +112,13 @@ def bench_loader(
     return result
 
 
-def _settings(folder: ShardFolder, recipe: str | None) -> tuple[DataRecipe, InputRecipe, int, int, str]:
+def _settings(shards: str, recipe: str | None) -> tuple[DataRecipe, InputRecipe, int, int, str]:
     """Data and inputs of `recipe`, or of the first recipe that fits the shards, or their defaults."""
-    here = [f"data.shards={folder.root}"]
+    here = [f"data.shards={json.dumps(shards)}"]
     if recipe is not None:
         loaded = load_recipe(recipe, here)
         return loaded.data, loaded.inputs, loaded.training.batch_size, loaded.seed, f"recipe {recipe}"
+    folder = open_folder(DataRecipe(shards=shards))
     name = f"{folder.manifest['dataset']}/distill"
     try:
         loaded = load_recipe(name, here)
@@ -125,7 +127,7 @@ def _settings(folder: ShardFolder, recipe: str | None) -> tuple[DataRecipe, Inpu
         why = f"recipe {name} wants {', '.join(loaded.data.modalities)}"
     except UserError as error:
         why = str(error).partition(";")[0]
-    data = DataRecipe(shards=str(folder.root), modalities=folder.modalities)
+    data = DataRecipe(shards=shards, modalities=folder.modalities)
     return data, InputRecipe(), _BATCH_SIZE, 0, f"default inputs ({why})"
 
 
