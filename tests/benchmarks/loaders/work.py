@@ -13,7 +13,7 @@ import numpy as np
 
 from karmma_dist.modality import MODALITIES
 from karmma_dist.recipe import InputRecipe
-from karmma_dist.shards import Clip, ShardFolder
+from karmma_dist.shards import Clip, Member, ShardFolder
 from karmma_dist.streaming.augment import View, training_view
 from karmma_dist.streaming.batch import Batch, Sample, collate
 from karmma_dist.streaming.reader import num_stored_frames, read_sample
@@ -84,7 +84,7 @@ def decode_clip(work: Work, key: str, metadata: bytes, members: Mapping[str, byt
 class LookedAt:
     """A clip of which all is known but its pixels and samples."""
 
-    key: str
+    stored: Clip
     described: dict[str, Any]
     """Its KEY.json, parsed."""
     view: View
@@ -98,14 +98,15 @@ def look_at(
     """All that comes before decoding; `wanted` is everything the clip has unless it is given."""
     described = json.loads(metadata)
     view = training_view(work.inputs.video, num_stored_frames(described), work.seed, 0, key)
-    return LookedAt(key, described, view, list(members) if wanted is None else wanted, members)
+    entries: dict[str, Member | None] = {modality: Member(0, len(data), 0) for modality, data in members.items()}
+    stored = Clip(key, "", described["labels"], entries)
+    return LookedAt(stored, described, view, list(members) if wanted is None else wanted, members)
 
 
 def decode_alone(work: Work, clip: LookedAt) -> Sample:
     """Decoding, by the function our own loader calls."""
-    stored = Clip(clip.key, "", clip.described["labels"], {})
     folder = cast(ShardFolder, _Payloads(clip.members))
-    return read_sample(folder, stored, clip.described, clip.wanted, work.inputs, clip.view)
+    return read_sample(folder, clip.stored, clip.described, clip.wanted, work.inputs, clip.view)
 
 
 def decode_webdataset(work: Work, sample: Mapping[str, Any]) -> Sample:
