@@ -55,10 +55,11 @@ class Bench:
 
     def arms(self, worker_counts: Sequence[int]) -> list[Arm]:
         """Everything to be run in each repeat."""
+        peers = [name for name in self.loaders if name != OURS]
         kinds: list[tuple[str, Dropout]] = [(ALONE, "none"), *((name, "none") for name in self.loaders)]
-        kinds += [(name, "after") for name in self.loaders if name != OURS]
-        kinds += [(name, "before") for name in self.loaders]
-        return [Arm(name, dropout, workers) for workers in worker_counts for name, dropout in kinds]
+        kinds += [(OURS, "before"), *((name, "after") for name in peers)]
+        arms = [Arm(name, dropout, workers) for workers in worker_counts for name, dropout in kinds]
+        return arms + [Arm(name, "before", max(worker_counts)) for name in peers]
 
 
 def run_arm(bench: Bench, arm: Arm) -> int:
@@ -192,7 +193,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shards", type=Path, help="packed shards to measure on; packed there if the folder is new")
     parser.add_argument("--clips", type=int, default=192, help="clips to pack (where shards are there, all are used)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the clips per run")
+    parser.add_argument("--epochs", type=int, default=2, help="passes over the clips per run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="worker processes, besides the runs without any")
     parser.add_argument("--json", type=Path, help="write every figure there")

@@ -37,9 +37,35 @@ class Figures:
     wall_ms: list[float] = field(default_factory=list)
 
 
-def ratios(above: Figures, below: Figures) -> list[float]:
+@dataclass(frozen=True)
+class Ratio:
+    """One ratio, and what it should be."""
+
+    what: str
+    values: list[float]
+    """One per repeat."""
+    limit: float | None = None
+    at_most: bool = False
+    """The limit is from above."""
+    cheapest: float | None = None
+    """The ratio of the cheapest runs: what other processes on the machine take can only be added to a cost."""
+
+    def __str__(self) -> str:
+        cheapest = "" if self.cheapest is None else f"cheapest runs {self.cheapest:.2f}"
+        return f"    {self.what:78} {spread(self.values):18} {cheapest:19} {self._verdict()}".rstrip()
+
+    def _verdict(self) -> str:
+        if self.limit is None:
+            return ""
+        middle = statistics.median(self.values)
+        reached = middle <= self.limit if self.at_most else middle >= self.limit
+        return f"wanted at {'most' if self.at_most else 'least'} {self.limit}: {'reached' if reached else 'MISSED'}"
+
+
+def cost_ratio(what: str, above: Figures, below: Figures, least: float | None) -> Ratio:
     """CPU cost of one arm over another's, repeat by repeat."""
-    return [a / b for a, b in zip(above.cpu_ms, below.cpu_ms, strict=True)]
+    values = [a / b for a, b in zip(above.cpu_ms, below.cpu_ms, strict=True)]
+    return Ratio(what, values, least, cheapest=min(above.cpu_ms) / min(below.cpu_ms))
 
 
 def best_peer(figures: dict[Arm, Figures], dropout: Dropout, num_workers: int) -> Arm | None:
@@ -49,12 +75,11 @@ def best_peer(figures: dict[Arm, Figures], dropout: Dropout, num_workers: int) -
     return min(peers, key=lambda arm: statistics.median(figures[arm].cpu_ms), default=None)
 
 
-def speed_targets(figures: dict[Arm, Figures], num_workers: int) -> list[tuple[str, list[float], float | None]]:
-    """(what, ratio per repeat, least that is wanted) of one number of workers."""
+def speed_ratios(figures: dict[Arm, Figures], num_workers: int) -> list[Ratio]:
+    """What is wanted of the loader with one number of workers."""
     present, dropping = Arm(OURS, "none", num_workers), Arm(OURS, "before", num_workers)
-    rows: list[tuple[str, list[float], float | None]] = [
-        (f"the loader against {ALONE}", ratios(figures[Arm(ALONE, "none", num_workers)], figures[present]), 0.95)
-    ]
+    alone = Arm(ALONE, "none", num_workers)
+    rows = [cost_ratio(f"the loader against {ALONE}", figures[alone], figures[present], 0.95)]
     wanted: list[tuple[Dropout, Arm, float | None]] = [
         ("none", present, 1.0), ("after", dropping, 1.6), ("before", dropping, None)
     ]  # fmt: skip
@@ -62,7 +87,7 @@ def speed_targets(figures: dict[Arm, Figures], num_workers: int) -> list[tuple[s
         peer = best_peer(figures, dropout, num_workers)
         if peer is not None:
             what = f"against the best peer ({peer.name}), {DROPOUTS[dropout]}"
-            rows.append((what, ratios(figures[peer], figures[ours]), least))
+            rows.append(cost_ratio(what, figures[peer], figures[ours], least))
     return rows
 
 
@@ -82,17 +107,6 @@ def print_speed(figures: dict[Arm, Figures], num_workers: int) -> None:
                 print(f"    {arm.name:20} {spread(found.cpu_ms):22} wall {statistics.median(found.wall_ms):6.2f}")
 
 
-def print_targets(rows: Sequence[tuple[str, list[float], float | None]], at_most: bool = False) -> None:
-    """One line per figure that is wanted."""
-    for what, values, limit in rows:
-        verdict = ""
-        if limit is not None:
-            middle = statistics.median(values)
-            reached = middle <= limit if at_most else middle >= limit
-            verdict = f"wanted {'at most' if at_most else 'at least'} {limit}: {'reached' if reached else 'MISSED'}"
-        print(f"    {what:80} {spread(values):20} {verdict}")
-
-
 def print_report(
     figures: dict[Arm, Figures],
     resume: dict[tuple[str, int], dict[str, Any]],
@@ -103,14 +117,14 @@ def print_report(
     for workers in worker_counts:
         print_speed(figures, workers)
         print("  ratios of CPU per clip, repeat by repeat (above 1: ours is cheaper)")
-        print_targets(speed_targets(figures, workers))
+        print("\n".join(str(ratio) for ratio in speed_ratios(figures, workers)))
     print(f"\nfirst batch after resuming at {RESUME_AT:.0%} of an epoch over first batch at a fresh start, wall")
     for (name, workers), found in resume.items():
         over = [b / a for a, b in zip(found["fresh_s"], found["resumed_s"], strict=True)]
         fresh = statistics.median(found["fresh_s"])
         what = f"{name}, {workers} workers (fresh {1000 * fresh:.0f} ms)"
-        print_targets([(what, over, 1.2 if name == OURS else None)], at_most=True)
+        print(Ratio(what, over, 1.2 if name == OURS else None, at_most=True))
     print(f"\nmemory of a worker after each of {MEMORY_EPOCHS} epochs, from the second on")
     for number, column in enumerate(zip(*memory[1:], strict=True)):
         what = f"worker {number}: {min(column):.0f}-{max(column):.0f} MiB PSS, largest over smallest"
-        print_targets([(what, [max(column) / min(column)], 1.05)], at_most=True)
+        print(Ratio(what, [max(column) / min(column)], 1.05, at_most=True))
