@@ -53,8 +53,9 @@ def decode_flow(
         stacked = _reformat(frame, (frame.width, frame.height), "gray")
         half = frame.height // 2
         size = _resized(frame.width, half, video.short_side)
-        for component, picture in enumerate((stacked[:half], stacked[half:])):
-            flow[numbers == number, ..., component] = _cut(_resize_gray(picture, size), video.crop, view)
+        # Side by side as channels, not above each other: resizing must not mix the rows between them.
+        both = _resize_flow(np.dstack((stacked[:half], stacked[half:])), size)
+        flow[numbers == number] = _cut(both, video.crop, view)
     if view.flip:
         np.subtract(255, flow[..., 0], out=flow[..., 0])
     return flow
@@ -136,11 +137,12 @@ def _reformat(frame: av.VideoFrame, size: tuple[int, int], pixels: str) -> np.nd
     return picture
 
 
-def _resize_gray(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize one component of flow on its own: beside the other one, the rows between them would mix."""
-    if picture.shape[::-1] == size:
-        return picture
-    return _reformat(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="gray"), size, "gray")
+def _resize_flow(flow: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 2) to `size` (width, height): averaged where it shrinks."""
+    if flow.shape[1::-1] == size:
+        return flow
+    shrinks = size[0] < flow.shape[1]
+    return cv2.resize(flow, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def _cut(picture: np.ndarray, size: int, view: View) -> np.ndarray:

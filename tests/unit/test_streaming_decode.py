@@ -297,7 +297,7 @@ def test_video_and_flow_share_one_crop_and_keep_their_aspect(
     for number in range(2):
         wanted = expected[number][:, ::-1] if flip else expected[number]
         for shown in (pictures[number], flow[number, ..., 0], flow[number, ..., 1]):
-            assert np.abs(shown - wanted)[2:-2, 2:-2].mean() < 1.2
+            assert np.abs(shown - wanted)[2:-2, 2:-2].mean() < 1.5  # one pixel off: at least 2.25
     assert pictures.shape == (2, 24, 24)
 
 
