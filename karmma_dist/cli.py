@@ -237,6 +237,38 @@ def evaluate(
         sys.exit(1)
 
 
+@cli.group("bench")
+def bench_group() -> None:
+    """Measurements on this machine."""
+
+
+@bench_group.command("loader")
+@click.argument("shards")
+@click.option("--recipe", help="Whose inputs to make; default: the dataset's distill recipe where it fits.")
+@click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; default: the recipe's.")
+@click.option("--batches", default=50, show_default=True, type=click.IntRange(min=1), help="Batches to measure.")
+@click.option("--drop-prob", type=click.FloatRange(0, 1), help="Training-time modality dropout; default: the recipe's.")
+@click.option("--headspace", is_flag=True, help="Also the pace without loading: batches in memory, prepared again.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench_loader_command(
+    shards: str, recipe: str | None, workers: int | None, batches: int, drop_prob: float | None, headspace: bool,
+    as_json: bool,
+) -> None:
+    """Run the training loader over SHARDS: clips per second, and where the time goes."""
+    from karmma_dist.progress import Progress
+    from karmma_dist.streaming.bench import bench_loader, print_loader_bench
+
+    with Progress() as report:
+        result = bench_loader(
+            shards, recipe=recipe, num_workers=workers, num_batches=batches, drop_prob=drop_prob, headspace=headspace,
+            report=report,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        print_loader_bench(result)
+
+
 @cli.group("recipe")
 def recipe_group() -> None:
     """Recipes."""

@@ -163,26 +163,45 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
+    """Read the text of a manifest; `where` is what messages call it.
+
+    Raises:
+        UserError: it is no JSON, or of another schema.
+    """
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise UserError(f"{where}: not a manifest of schema {SCHEMA}: pack the shards again")
+    return manifest
+
+
 class ShardFolder:
     """A folder of packed shards, opened for reading. Cheap to pickle: it holds no open file.
+
+    Shards that lie elsewhere override where a tar and an index come from: `open_tar` and `read_index`.
+
+    Attributes:
+        root: The folder.
+        where: What messages call it.
 
     Raises:
         UserError: the folder is missing, empty, half packed, or of another schema.
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self.root, self.where = Path(root), str(root)
         path = self.root / MANIFEST
         if not self.root.is_dir():
             raise UserError(f"{self.root}: no such shards folder (pack one with: karmma-dist shard)")
         if not path.is_file():
             raise UserError(f"{self.root}: no {MANIFEST}, so no packed shards (pack some with: karmma-dist shard)")
-        try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(self.manifest, dict) or self.manifest.get("schema") != SCHEMA:
-            raise UserError(f"{path}: not a manifest of schema {SCHEMA}: pack the shards again")
+        content = path.read_bytes()
+        self.manifest: dict[str, Any] = parse_manifest(content, str(path))
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        """Of the manifest's bytes, which name every shard's sha256: equal only for the same clips in the same order."""
 
     @property
     def modalities(self) -> list[str]:
@@ -206,20 +225,54 @@ class ShardFolder:
             UserError: no such split, or an index that is missing or does not belong to its tar.
         """
         if split not in self.manifest["splits"]:
-            raise UserError(f"{self.root}: no split '{split}'; there are {', '.join(self.splits) or 'none'}")
+            raise UserError(f"{self.where}: no split '{split}'; there are {', '.join(self.splits) or 'none'}")
         return [clip for shard in self.manifest["splits"][split]["shards"] for clip in self._shard_clips(shard)]
 
     def _shard_clips(self, shard: dict[str, Any]) -> Iterator[Clip]:
-        tar = self.root / shard["name"]
+        name = shard["name"]
+        path = f"{self.where}/{index_path(Path(name))}"
+        self._check_tar(shard)
         try:
-            index = json.loads(index_path(tar).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{index_path(tar)}: index cannot be read ({error})") from None
-        if index["bytes"] != shard["bytes"] or len(index["clips"]) != shard["clips"]:
-            raise UserError(f"{index_path(tar)}: index is not that of the manifest's {tar.name}: pack again")
+            content = self.read_index(shard)
+        except OSError as error:
+            raise UserError(f"{path}: index cannot be read ({error})") from None
+        if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+            raise UserError(
+                f"{path}: not the index that the manifest names, but one of another packing, older or cut: "
+                f"write it again with karmma-dist verify --repair {self.where}"
+            )
+        index = json.loads(content)
         for entry in index["clips"]:
             members = {name: None if m is None else Member(*m) for name, m in entry["members"].items()}
-            yield Clip(entry["key"], tar.name, entry["labels"], members)
+            yield Clip(entry["key"], name, entry["labels"], members)
+
+    def read_index(self, shard: dict[str, Any]) -> bytes:
+        """The index of a shard, given the shard's entry in the manifest.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return index_path(self.root / shard["name"]).read_bytes()
+
+    def open_tar(self, name: str) -> int:
+        """Return a descriptor of a shard, open for reading; the caller closes it.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        return os.open(self.root / name, os.O_RDONLY)
+
+    def _check_tar(self, shard: dict[str, Any]) -> None:
+        """Refuse a tar that was never the manifest's. One that is too short is damage, found clip by clip."""
+        tar = self.root / shard["name"]
+        if not tar.is_file():
+            raise UserError(f"{tar}: no such shard, but the manifest names it: copy it here or pack again")
+        size = tar.stat().st_size
+        if size > shard["bytes"]:
+            raise UserError(
+                f"{tar}: {size} bytes, {shard['bytes']} by the manifest and the index, so they are of another tar: "
+                "copy the folder again or pack again"
+            )
 
     def read(self, clip: Clip, modality: str) -> bytes:
         """Return one member's bytes, checked against its crc32. `modality` may be "json".
@@ -233,7 +286,7 @@ class ShardFolder:
             raise KeyError(f"clip {clip.key} has no {modality}")
         name = member_name(clip.key, modality)
         try:
-            descriptor = os.open(self.root / clip.shard, os.O_RDONLY)
+            descriptor = self.open_tar(clip.shard)
         except OSError as error:
             raise DamageError(clip.shard, clip.key, name, f"shard cannot be opened: {error.strerror}") from None
         try:

@@ -131,7 +131,7 @@ def _score_batch(
         present_BM=present_BM.numpy()[valid_B],
         masks_BK=masks_BK[valid_B].astype(np.uint8),
         ranks={name: ranks_BK[valid_B] for name, ranks_BK in ranks.items()},
-        damage=[f"{one.shard}: clip {one.key}: {one.member}: {one.what}" for one in batch.damage],
+        damage=[str(one) for one in batch.damage],
     )
 
 

@@ -22,6 +22,7 @@ from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import DataRecipe, InputRecipe, Recipe, read_run_recipe
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
+from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.training.rendezvous import World
 from karmma_dist.training.telemetry import STATE, read_state
 
@@ -112,8 +113,9 @@ def _evaluate(
         done += num
         report(f"eval {name}", done, total)
 
-    batches = (prepare(batch, inputs, device) for batch in evaluation_batches(clips, batch_size))
-    return evaluate(model, batches, conditions, device=device, drop_nouns=data.drop_nouns, progress=progress)
+    with on_device(evaluation_batches(clips, batch_size), device) as batches:
+        prepared = (prepare(batch, inputs, device) for batch in batches)
+        return evaluate(model, prepared, conditions, device=device, drop_nouns=data.drop_nouns, progress=progress)
 
 
 def validate(model: nn.Module, recipe: Recipe, world: World) -> dict[str, float]:
@@ -127,25 +129,17 @@ def validate(model: nn.Module, recipe: Recipe, world: World) -> dict[str, float]
     parameter = next(model.parameters())
     data, size = recipe.data, recipe.evaluation.batch_size
     clips = EvaluationClips(open_shards(data), data, recipe.inputs, data.validation_split)
-    prepared = (
-        prepare(batch, recipe.inputs, parameter.device)
-        for batch in evaluation_batches(clips, size, world.rank, world.size)
-    )
-    cast = (_cast(batch, parameter.dtype) for batch in prepared)
-    everything = [Condition(tuple(data.modalities))]
-    results = evaluate(
-        model,  # type: ignore[arg-type]
-        cast,
-        everything,
-        device=parameter.device,
-        drop_nouns=data.drop_nouns,
-        gather=gather,
-    )
+    device, dtype = parameter.device, parameter.dtype
+    with on_device(evaluation_batches(clips, size, world.rank, world.size), device) as batches:
+        results = evaluate(
+            model,  # type: ignore[arg-type]
+            (prepare(batch, recipe.inputs, device, dtype) for batch in batches),
+            [Condition(tuple(data.modalities))],
+            device=device,
+            drop_nouns=data.drop_nouns,
+            gather=gather,
+        )
     row = results.rows[0]
     scores = {name: value for name, value in row.items() if name.endswith(("_top1", "_top5")) and value is not None}
     return {**scores, "num_clips": row["num_clips"], "num_damaged": results.summary["num_damaged"]}
 
-
-def _cast(batch: Any, dtype: torch.dtype) -> Any:
-    batch.inputs = {name: tensor.to(dtype) for name, tensor in batch.inputs.items()}
-    return batch

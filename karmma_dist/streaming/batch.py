@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.spectrogram import mel_spectrogram
+from karmma_dist.streaming.watch import LoadStats
 
 UNLABELLED = -1
 """Label of a clip whose split carries none."""
@@ -29,6 +30,10 @@ class Damage:
     key: str
     member: str
     what: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.shard}: clip {self.key}: {self.member}: {self.what}"
 
 
 @dataclass
@@ -55,14 +60,30 @@ class Batch:
     """Per head int64 (B,), -1 where unlabelled."""
     valid_B: Tensor
     """bool, False = padding in evaluation."""
-    jitter_N3: Tensor
-    """float32, colour jitter of the clips of inputs["video"]."""
+    jitter_N3: Tensor | None
+    """float32, colour jitter of the clips of inputs["video"]; None where none is jittered."""
     epoch: int = 0
     step: int = 0
     damage: list[Damage] = field(default_factory=list)
     """What was found unreadable while this batch was put together."""
-    load_s: float = 0.0
-    """Seconds the worker spent on it."""
+    stats: LoadStats = field(default_factory=LoadStats)
+    """What it cost its worker."""
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of it."""
+        jitter = [] if self.jitter_N3 is None else [self.jitter_N3]
+        return [self.present_BM, self.valid_B, *jitter, *self.inputs.values(), *self.labels.values()]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `change` applied to every tensor."""
+        return replace(
+            self,
+            present_BM=change(self.present_BM),
+            inputs={name: change(tensor) for name, tensor in self.inputs.items()},
+            labels={head: change(label) for head, label in self.labels.items()},
+            valid_B=change(self.valid_B),
+            jitter_N3=None if self.jitter_N3 is None else change(self.jitter_N3),
+        )
 
 
 def collate(
@@ -79,13 +100,14 @@ def collate(
         head: torch.tensor([_label(sample, head) for sample in samples], dtype=torch.int64) for head in heads
     }
     jitter = [sample.jitter_3 for sample in samples if sample is not None and "video" in sample.arrays]
+    is_jittered = any((factors_3 != 1).any() for factors_3 in jitter)
     return Batch(
         keys=["" if sample is None else sample.key for sample in samples],
         present_BM=torch.tensor(present, dtype=torch.bool).reshape(len(samples), len(modalities)),
         inputs=inputs,
         labels=labels,
         valid_B=torch.tensor([sample is not None for sample in samples]),
-        jitter_N3=torch.from_numpy(np.stack(jitter)) if jitter else torch.ones(0, 3),
+        jitter_N3=torch.from_numpy(np.stack(jitter)) if is_jittered else None,
         epoch=epoch,
         step=step,
     )
@@ -96,43 +118,45 @@ def _label(sample: Sample | None, head: str) -> int:
     return UNLABELLED if label is None else label
 
 
-def prepare(batch: Batch, inputs: InputRecipe, device: torch.device | str) -> Batch:
-    """Move a batch to `device` and turn raw pixels and samples into the normalised floats models take (float32).
+def prepare(
+    batch: Batch, inputs: InputRecipe, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Batch:
+    """Move a batch to `device` and turn raw pixels and samples into the normalised floats models take.
 
     video: (N, F, H, W, 3) uint8 -> (N, 3, F, H, W), jittered, ImageNet-normalised. flow: (N, F, H, W, 2) uint8 ->
-    (N, 3, F, H, W), 0 = no motion, third channel 0. audio: int16 windows -> mel spectrograms.
+    (N, 3, F, H, W), 0 = no motion, third channel 0. audio: int16 windows -> mel spectrograms. All of it is computed
+    in float32 and then cast to `dtype`, the model's precision.
     """
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
-    if "video" in moved:
-        moved["video"] = _normalise_video(moved["video"], batch.jitter_N3.to(device))
-    if "flow" in moved:
-        moved["flow"] = _normalise_flow(moved["flow"])
-    if "audio" in moved:
-        moved["audio"] = mel_spectrogram(moved["audio"], inputs.audio.num_mels)
-    return replace(
-        batch,
-        present_BM=batch.present_BM.to(device),
-        inputs=moved,
-        labels={head: label.to(device) for head, label in batch.labels.items()},
-        valid_B=batch.valid_B.to(device),
-    )
+    moved = batch.map(lambda tensor: tensor.to(device, non_blocking=True))
+    made = dict(moved.inputs)
+    if "video" in made:
+        made["video"] = _normalise_video(made["video"], moved.jitter_N3)
+    if "flow" in made:
+        made["flow"] = _normalise_flow(made["flow"])
+    if "audio" in made:
+        made["audio"] = mel_spectrogram(made["audio"], inputs.audio.num_mels)
+    return replace(moved, inputs={name: tensor.to(dtype) for name, tensor in made.items()})
 
 
-def _normalise_video(video: Tensor, jitter_N3: Tensor) -> Tensor:
+def _normalise_video(video: Tensor, jitter_N3: Tensor | None) -> Tensor:
     """Brightness, contrast and saturation as in torchvision's ColorJitter (in this order), then ImageNet statistics."""
     pixels = video.float() / 255  # (N, F, H, W, 3)
-    if bool((jitter_N3 != 1).any()):
+    if jitter_N3 is not None:
         brightness, contrast, saturation = jitter_N3[:, :, None, None, None, None].unbind(1)
         luma = pixels.new_tensor(_LUMA)
-        pixels = (pixels * brightness).clamp(0, 1)
+        # In place: a CPU takes four times as long where every step asks for new memory.
+        pixels.mul_(brightness).clamp_(0, 1)
         mean = (pixels @ luma).mean(dim=(1, 2, 3), keepdim=True)[..., None]
-        pixels = (mean + (pixels - mean) * contrast).clamp(0, 1)
+        pixels.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1)
         gray = (pixels @ luma)[..., None]
-        pixels = (gray + (pixels - gray) * saturation).clamp(0, 1)
-    pixels = (pixels - pixels.new_tensor(_IMAGENET_MEAN)) / pixels.new_tensor(_IMAGENET_STD)
+        pixels.sub_(gray).mul_(saturation).add_(gray).clamp_(0, 1)
+    pixels.sub_(pixels.new_tensor(_IMAGENET_MEAN)).div_(pixels.new_tensor(_IMAGENET_STD))
     return pixels.permute(0, 4, 1, 2, 3).contiguous()
 
 
 def _normalise_flow(flow: Tensor) -> Tensor:
-    centred = (flow.float() / 255 - 0.5) / _FLOW_STD  # (N, F, H, W, 2)
-    return torch.nn.functional.pad(centred, (0, 1)).permute(0, 4, 1, 2, 3).contiguous()
+    num, *sizes, _ = flow.shape
+    channels = torch.zeros(num, 3, *sizes, device=flow.device)  # (N, 3, F, H, W)
+    channels[:, :2] = flow.permute(0, 4, 1, 2, 3)
+    channels[:, :2].div_(255).sub_(0.5).div_(_FLOW_STD)
+    return channels

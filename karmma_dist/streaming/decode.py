@@ -1,70 +1,96 @@
-"""Bytes of one member -> uint8/int16/float32 arrays, only the frames wanted, by PyAV on one thread.
+"""Bytes of one member -> uint8/int16/float32 arrays: the wanted moments, resized and cropped, by PyAV on one thread.
 
 Every function raises `ValueError` (or PyAV's own error) on bytes it cannot decode; `reader.py` turns that into damage.
+`moments_s` are the view's moments in seconds from the clip's start, `described` is the member's entry in `KEY.json`.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from typing import Any
 
 import av
+import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from karmma_dist.recipe import AudioInput, DetectionsInput, VideoInput
 from karmma_dist.streaming.augment import View
+from karmma_dist.streaming.frames import chosen_frames
 
 SAMPLE_RATE = 16_000
 """Of every stored audio member, Hz."""
 
+_ON_THE_EDGE = 1e-4
+"""A moment this little before a frame, in frames, means that frame: metadata round rates to a millionth."""
 
-def decode_video(data: bytes, num_frames: int, video: VideoInput, view: View) -> np.ndarray:
-    """Decode, resize and crop the frames of `view`. Returns uint8 (F, crop, crop, 3), RGB."""
-    frames = _decode(data, _frame_numbers(view, num_frames), "rgb24", video.short_side, stacked=1)
-    return _flip(_crop(frames, video.crop, view), view)
+_REFORMATTERS = {"rgb24": VideoReformatter(), "gray": VideoReformatter()}
+"""Shared by all clips of a process, since one per frame leaks; a process decodes on one thread."""
 
 
-def decode_flow(data: bytes, num_frames: int, video: VideoInput, view: View) -> np.ndarray:
+def decode_video(
+    data: bytes, described: dict[str, Any], moments_s: np.ndarray, video: VideoInput, view: View
+) -> np.ndarray:
+    """Decode, resize and crop the frames shown at `moments_s`. Returns uint8 (F, crop, crop, 3), RGB."""
+    numbers = frame_numbers(moments_s, described)
+    pictures = np.empty((len(numbers), video.crop, video.crop, 3), np.uint8)
+    chosen = np.unique(numbers)
+    for number, frame in zip(chosen, chosen_frames(data, chosen, described["num_frames"]), strict=True):
+        size = _resized(frame.width, frame.height, video.short_side)
+        pictures[numbers == number] = _cut(_reformat(frame, size, "rgb24"), video.crop, view)
+    return pictures
+
+
+def decode_flow(
+    data: bytes, described: dict[str, Any], moments_s: np.ndarray, video: VideoInput, view: View
+) -> np.ndarray:
     """Decode flow stored as one gray video, u above v. Returns uint8 (F, crop, crop, 2); 127.5 is no motion."""
-    frames = _decode(data, _frame_numbers(view, num_frames), "gray", video.short_side, stacked=2)
-    half = frames.shape[1] // 2
-    flow = _flip(_crop(np.stack([frames[:, :half], frames[:, half:]], axis=-1), video.crop, view), view)
+    numbers = frame_numbers(moments_s, described)
+    flow = np.empty((len(numbers), video.crop, video.crop, 2), np.uint8)
+    chosen = np.unique(numbers)
+    for number, frame in zip(chosen, chosen_frames(data, chosen, described["num_frames"]), strict=True):
+        stacked = _reformat(frame, (frame.width, frame.height), "gray")
+        half = frame.height // 2
+        size = _resized(frame.width, half, video.short_side)
+        # Side by side as channels, not above each other: resizing must not mix the rows between them.
+        both = _resize_flow(np.dstack((stacked[:half], stacked[half:])), size)
+        flow[numbers == number] = _cut(both, video.crop, view)
     if view.flip:
-        flow[..., 0] = 255 - flow[..., 0]
+        np.subtract(255, flow[..., 0], out=flow[..., 0])
     return flow
 
 
-def decode_audio(data: bytes, audio: AudioInput, view: View) -> np.ndarray:
-    """Cut the windows out of a mono 16-kHz FLAC. Returns int16 (windows, samples), silence beyond the clip's ends.
+def decode_audio(data: bytes, described: dict[str, Any], moments_s: np.ndarray, audio: AudioInput) -> np.ndarray:
+    """Cut windows out of a mono 16-kHz FLAC. Returns int16 (windows, samples), silence beyond the clip's ends.
 
-    With as many windows as frames each is centred on its frame [paper]; otherwise they are spread evenly.
+    With as many windows as moments each is centred on its moment [paper]; otherwise they are spread evenly.
     """
-    with av.open(io.BytesIO(data), "r") as container:
-        chunks = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
-    if not chunks:
-        raise ValueError("no sound in it")
-    samples = np.concatenate(chunks)
-    if samples.dtype != np.int16:
-        raise ValueError(f"samples are {samples.dtype}, not int16")
-    num = audio.num_windows
-    times = view.times_F if num == len(view.times_F) else (np.arange(num) + 0.5) / num
-    size = audio.window_samples
-    padded = np.pad(samples, (size, size))
-    starts = np.round(times * len(samples)).astype(np.int64) - size // 2 + size
-    windows: np.ndarray = np.lib.stride_tricks.sliding_window_view(padded, size)[starts].copy()
+    samples = _all_samples(data)
+    if len(samples) != described["num_samples"]:
+        raise ValueError(f"{len(samples)} samples in it, declared {described['num_samples']}")
+    num, size = audio.num_windows, audio.window_samples
+    centres = moments_s * SAMPLE_RATE if num == len(moments_s) else (np.arange(num) + 0.5) / num * len(samples)
+    starts = np.round(centres).astype(np.int64) - size // 2
+    windows = np.zeros((num, size), np.int16)
+    for window, start in zip(windows, starts.tolist(), strict=True):
+        there = samples[max(start, 0) : max(start + size, 0)]
+        offset = max(-start, 0)
+        window[offset : offset + len(there)] = there
     return windows
 
 
 def decode_detections(data: bytes, detections: DetectionsInput, view: View) -> np.ndarray:
-    """Boxes at the view's moments. Returns float32 (F, boxes, 6): x0 y0 x1 y1 in [0, 1], category (0 = none), score."""
+    """Boxes at the view's moments. Returns float32 (F, boxes, 6): x0 y0 x1 y1 in [0, 1], category (0 = none), score.
+
+    Boxes carry no rate: moments are fractions of the frames that have an entry.
+    """
     frames = json.loads(data)["frames"]
     times = view.times_F
     if len(times) != detections.num_frames:
         times = (np.arange(detections.num_frames) + 0.5) / detections.num_frames
     boxes = np.zeros((detections.num_frames, detections.max_boxes, 6), dtype=np.float32)
-    for place, number in enumerate(np.minimum((times * len(frames)).astype(int), len(frames) - 1)):
+    for place, number in enumerate(_floor(times * len(frames), len(frames))):
         best = sorted(frames[number], key=lambda box: -box[5])[: detections.max_boxes]
         if best:
             boxes[place, : len(best)] = best
@@ -74,49 +100,54 @@ def decode_detections(data: bytes, detections: DetectionsInput, view: View) -> n
     return boxes
 
 
-def _frame_numbers(view: View, num_frames: int) -> np.ndarray:
-    return np.minimum((view.times_F * num_frames).astype(np.int64), num_frames - 1)
+def frame_numbers(moments_s: np.ndarray, described: dict[str, Any]) -> np.ndarray:
+    """Numbers of the stored frames shown at `moments_s`: frame k from k / fps on, the last one for ever. int64 (F,)."""
+    return _floor(moments_s * described["fps"], described["num_frames"])
 
 
-def _decode(data: bytes, numbers: np.ndarray, pixels: str, short_side: int, stacked: int) -> np.ndarray:
-    """The frames `numbers` (ascending, repeats allowed) as uint8, resized to `short_side`.
-
-    `stacked` pictures lie above each other in one frame; the short side is that of one picture.
-    """
-    wanted = np.unique(numbers)
-    pictures = list(_wanted_frames(data, wanted, pixels, short_side, stacked))
-    if len(pictures) != len(wanted):
-        raise ValueError(f"frame {wanted[len(pictures)]} is not in it")
-    return np.stack(pictures)[np.searchsorted(wanted, numbers)]
+def _floor(places: np.ndarray, num: int) -> np.ndarray:
+    return np.clip(np.floor(places + _ON_THE_EDGE), 0, num - 1).astype(np.int64)
 
 
-def _wanted_frames(
-    data: bytes, wanted: np.ndarray, pixels: str, short_side: int, stacked: int
-) -> Iterator[np.ndarray]:
-    reformatter = VideoReformatter()
+def _all_samples(data: bytes) -> np.ndarray:
     with av.open(io.BytesIO(data), "r") as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        place = 0
-        for number, frame in enumerate(container.decode(stream)):
-            if number != wanted[place]:
-                continue
-            height = frame.height // stacked
-            scale = short_side / min(height, frame.width)
-            size = (round(frame.width * scale), stacked * round(height * scale))
-            picture = reformatter.reformat(frame, *size, format=pixels, interpolation="BILINEAR", threads=1)
-            yield picture.to_ndarray()
-            place += 1
-            if place == len(wanted):
-                return
+        stream = container.streams.audio[0]
+        context = stream.codec_context
+        if context is None or context.format is None:
+            raise ValueError("nothing says how it is encoded")
+        stored = (context.format.name, context.layout.nb_channels, context.sample_rate)
+        if stored != ("s16", 1, SAMPLE_RATE):
+            raise ValueError(f"{stored[1]} channels of {stored[0]} at {stored[2]} Hz, not mono s16 at {SAMPLE_RATE} Hz")
+        context.options = {"err_detect": "crccheck+explode"}
+        chunks = [frame.to_ndarray()[0] for frame in container.decode(stream)]
+    if not chunks:
+        raise ValueError("no sound in it")
+    return np.concatenate(chunks)
 
 
-def _crop(frames: np.ndarray, size: int, view: View) -> np.ndarray:
-    """(F, H, W, C) -> (F, size, size, C) at the view's place."""
-    height, width = frames.shape[1:3]
-    top, left = round(view.top * (height - size)), round(view.left * (width - size))
-    return frames[:, top : top + size, left : left + size]
+def _resized(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Width and height of a picture once its short side is `short_side`."""
+    scale = short_side / min(width, height)
+    return round(width * scale), round(height * scale)
 
 
-def _flip(frames: np.ndarray, view: View) -> np.ndarray:
-    return np.ascontiguousarray(frames[:, :, ::-1] if view.flip else frames)
+def _reformat(frame: av.VideoFrame, size: tuple[int, int], pixels: str) -> np.ndarray:
+    reformatted = _REFORMATTERS[pixels].reformat(frame, *size, format=pixels, interpolation="BILINEAR", threads=1)
+    picture: np.ndarray = reformatted.to_ndarray()
+    return picture
+
+
+def _resize_flow(flow: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 2) to `size` (width, height): averaged where it shrinks."""
+    if flow.shape[1::-1] == size:
+        return flow
+    shrinks = size[0] < flow.shape[1]
+    return cv2.resize(flow, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def _cut(picture: np.ndarray, size: int, view: View) -> np.ndarray:
+    """(H, W) or (H, W, 3) -> the view's square crop of `size` pixels a side, mirrored if it says so."""
+    height, width = picture.shape[:2]
+    top, left = int(view.top * (height - size + 1)), int(view.left * (width - size + 1))
+    crop = picture[top : top + size, left : left + size]
+    return cv2.flip(crop, 1) if view.flip else crop

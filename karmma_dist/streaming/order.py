@@ -1,13 +1,26 @@
 """Which clip is where in the epoch: one order for every rank, worker and world size.
 
-`epoch_order(n, seed, epoch)` is a permutation of clip numbers. Optimizer step k of the epoch takes its k-th slice of
-`batch_size` clips; each rank takes its part of the slice, one part per accumulation step. A position is
-(epoch, step) and nothing else, so every rank takes the same number of steps and resuming is a seek.
+`ClipOrder` gives every place of an epoch its clip. Optimizer step k takes the k-th slice of `batch_size` places
+(the global batch); each rank takes one contiguous part of the slice, cut into one piece per accumulation step. A
+position is (epoch, step) and nothing else, so every rank takes the same number of steps and resuming is a seek.
+
+By default the order is one permutation of all clips: every batch comes from as many shards as it has clips, which
+costs nothing where reads at any offset are cheap. Where a whole shard is fetched before its first clip (object
+stores), `lanes` and `window` keep reads together:
+
+    places of a batch    | lane 0 | lane 1 | lane 2 | lane 3 |      lane l: places [l*B/L, (l+1)*B/L) of every batch
+    ranks                | node 0: 8 ranks | node 1: 8 ranks |      a node's ranks hold whole lanes
+    shards of an epoch   | 7 2 9 | 4 0 8 | 1 11 3 | 6 5 10 |        permuted, cut into lanes, mixed `window` at a time
+
+The number of nodes (or a multiple) as `lanes` makes each node read its own part of the shards, once per epoch, for any
+number of ranks per node and accumulation steps; a shard on a lane's border is read by both lanes. Shards are permuted
+anew each epoch, so every node sees all of them over time. `tests/benchmarks/order_mixing.py` measures what to choose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +39,86 @@ def random_words(num: int, *key: int) -> np.ndarray:
 def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
     """Permutation of `range(num_clips)`, int64."""
     return np.argsort(random_words(num_clips, seed, 2 * epoch), kind="stable")
+
+
+class ClipOrder:
+    """Which clip is at which place of an epoch: a function of the arguments and the epoch alone.
+
+    Args:
+        shards: each clip's shard, in the order of clip numbers.
+        batch_size: clips per optimizer step, over all ranks.
+        seed: of the run.
+        lanes: parts of a batch that read shards of their own; 0: one permutation of all clips.
+        window: shards of a lane whose clips are mixed; has a meaning with lanes only.
+
+    Raises:
+        UserError: lanes do not divide the batch.
+    """
+
+    def __init__(self, shards: Sequence[str], batch_size: int, seed: int, lanes: int = 0, window: int = 0) -> None:
+        if lanes and batch_size % lanes:
+            nearest = min((d for d in range(1, batch_size + 1) if batch_size % d == 0), key=lambda d: abs(d - lanes))
+            raise UserError(
+                f"data.order.lanes {lanes} does not divide training.batch_size {batch_size} ({batch_size} = "
+                f"{batch_size // lanes} x {lanes} + {batch_size % lanes}); the nearest that does is {nearest}"
+            )
+        assert not lanes or window > 0, "lanes without a window"
+        numbers: dict[str, int] = {}
+        self._shard_of_clip = np.array([numbers.setdefault(shard, len(numbers)) for shard in shards], dtype=np.int64)
+        self.batch_size, self.seed, self.lanes, self.window = batch_size, seed, lanes, window
+        self.num_clips, self.steps = len(shards), len(shards) // batch_size
+
+    def clips(self, epoch: int) -> np.ndarray:
+        """Clip number at every place, int64: a permutation; no step takes the last `num_clips % batch_size`."""
+        if not self.lanes:
+            return epoch_order(self.num_clips, self.seed, epoch)
+        return self._laned_order(epoch)
+
+    def _laned_order(self, epoch: int) -> np.ndarray:
+        """Permute shards, leave out the tail at random, cut into lanes, mix each lane's windows, deal to batches.
+
+        Clips are mixed by words of their own: in a shard cut by a border, `clip_words` already say which side.
+        """
+        num, taken = self.num_clips, self.steps * self.batch_size
+        num_shards = int(self._shard_of_clip.max(initial=-1)) + 1
+        words = random_words(num_shards + 2 * num, self.seed, 2 * epoch)
+        shard_words, clip_words, mix_words = np.split(words, [num_shards, num_shards + num])
+        turn = np.empty(num_shards, dtype=np.int64)
+        turn[np.argsort(shard_words, kind="stable")] = np.arange(num_shards)
+        by_word = np.argsort(clip_words, kind="stable")
+        dropped, kept = by_word[: num - taken], by_word[num - taken :]
+        sequence = kept[np.argsort(turn[self._shard_of_clip[kept]], kind="stable")]
+        turns = turn[self._shard_of_clip[sequence]].reshape(self.lanes, taken // self.lanes)
+        group = (turns - turns[:, :1]) // self.window
+        lane = np.broadcast_to(np.arange(self.lanes)[:, None], group.shape)
+        mixed = sequence[np.lexsort((mix_words[sequence], group.reshape(-1), lane.reshape(-1)))]
+        lane_part = self.batch_size // self.lanes
+        per_batch = mixed.reshape(self.lanes, self.steps, lane_part).swapaxes(0, 1)  # (step, lane, place of the part)
+        return np.concatenate([per_batch.reshape(-1), dropped])
+
+    def candidates(self, place: int) -> Iterator[int]:
+        """Places to take a clip from for `place`: itself, then where else to look while clips are unreadable.
+
+        Every place of the epoch comes once. First come the places of the same column (the same place of other
+        batches), so no two places of a batch get the same clip; then clips that no step takes; then all others. The
+        column is walked from half an epoch further on. In lanes, where that would be another node's shard or one long
+        gone, it is walked from the next step on in doubling strides: near, and soon out of a shard that is lost.
+        """
+        yield place
+        step, column = divmod(place, self.batch_size)
+        if self.lanes:
+            strides = [2**power for power in range(self.steps.bit_length())]
+            near = [step + stride for stride in strides] + [step - stride for stride in strides]
+            walk = [*near, *range(step + 1, self.steps), *range(step, -1, -1)]
+        else:
+            walk = [(step + self.steps // 2 + further) % self.steps for further in range(self.steps)]
+        same_column = (other * self.batch_size + column for other in walk if 0 <= other < self.steps)
+        untaken = range(self.steps * self.batch_size + column, self.num_clips, self.batch_size)
+        seen = {place}
+        for candidate in itertools.chain(same_column, untaken, range(self.num_clips)):
+            if candidate not in seen:
+                seen.add(candidate)
+                yield candidate
 
 
 @dataclass(frozen=True)
@@ -86,12 +179,15 @@ class Schedule:
         return self.num_clips % self.batch_size
 
     def slices(self, rank: int, start: Position, epochs: int) -> Iterator[Slice]:
-        """This rank's forward passes from `start` to the end of the last epoch, in order."""
+        """This rank's forward passes from `start` to the end of the last epoch, in order.
+
+        A rank's places of a step are contiguous whatever the accumulation, so ranks of a node share its lanes.
+        """
         part = self.batch_size // (self.world_size * self.accumulation)
         for epoch in range(start.epoch, epochs):
             for step in range(start.step if epoch == start.epoch else 0, self.steps_per_epoch):
                 for micro in range(self.accumulation):
-                    first = step * self.batch_size + (micro * self.world_size + rank) * part
+                    first = step * self.batch_size + (rank * self.accumulation + micro) * part
                     yield Slice(epoch, step, first, first + part)
 
 

@@ -15,21 +15,28 @@ N_FFT, WINDOW, HOP, RATE = 1024, 160, 80, 16_000
 MEAN_DB, STD_DB, FLOOR = -28.1, 16.6, 1e-10
 
 
+_AT_ONCE = 32
+"""Windows transformed together: a spectrum is 30 times its sound, and beyond the caches a CPU takes twice as long."""
+
+
 def mel_spectrogram(windows_NWS: Tensor, num_mels: int) -> Tensor:
     """int16 or float windows (N, W, samples) -> float32 (N, W, num_mels, samples // 80 + 1). int16 is full scale 1."""
-    waves = windows_NWS.float()
-    if not windows_NWS.is_floating_point():
+    windows = windows_NWS.flatten(0, 1)
+    mels = torch.cat([_mel_power(part, num_mels) for part in windows.split(_AT_ONCE)])  # (N*W, mels, steps)
+    decibels = 10 * torch.log10(mels.clamp_min(FLOOR))
+    return ((decibels - MEAN_DB) / STD_DB).unflatten(0, windows_NWS.shape[:2])
+
+
+def _mel_power(windows_WS: Tensor, num_mels: int) -> Tensor:
+    waves = windows_WS.float()
+    if not windows_WS.is_floating_point():
         waves = waves / 32768
-    num, num_windows, samples = waves.shape
     hann = torch.hann_window(WINDOW, device=waves.device)
     spectrum = torch.stft(
-        waves.reshape(-1, samples), N_FFT, HOP, WINDOW, window=hann, center=True, pad_mode="reflect",
-        return_complex=True,
-    )  # (N*W, N_FFT/2+1, steps)
+        waves, N_FFT, HOP, WINDOW, window=hann, center=True, pad_mode="reflect", return_complex=True
+    )  # (W, N_FFT/2+1, steps)
     power = spectrum.real.square() + spectrum.imag.square()
-    mels = mel_filters(num_mels).to(waves.device).T @ power  # (N*W, mels, steps)
-    decibels = 10 * torch.log10(mels.clamp_min(FLOOR))
-    return ((decibels - MEAN_DB) / STD_DB).reshape(num, num_windows, num_mels, -1)
+    return mel_filters(num_mels).to(waves.device).T @ power  # (W, mels, steps)
 
 
 @functools.cache

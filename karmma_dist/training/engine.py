@@ -127,13 +127,9 @@ class Engine:
         return module
 
     def forward(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
-        """Logits per head, in the training precision."""
-        logits: dict[str, Tensor] = self._deepspeed(self.cast(inputs), present_BM)
+        """Logits per head, in the training precision, which `inputs` must have (`prepare` with `self.dtype`)."""
+        logits: dict[str, Tensor] = self._deepspeed(inputs, present_BM)
         return logits
-
-    def cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs in the model's precision."""
-        return {name: tensor.to(self.dtype) for name, tensor in inputs.items()}
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one forward pass (divided by the accumulation steps)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,25 @@ from karmma_dist.models.pretrained import load_encoder_weights, save_model
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe, read_run_recipe, save_recipe
 from karmma_dist.shards import ShardFolder
-from karmma_dist.streaming.batch import prepare
+from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule, random_words
-from karmma_dist.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from karmma_dist.training.engine import Engine, barrier, mean_over_ranks
+from karmma_dist.streaming.prefetch import on_device
+from karmma_dist.streaming.remote import masked
+from karmma_dist.training.checkpoint import checkpoints, data_state, load_checkpoint, save_checkpoint
+from karmma_dist.training.engine import Engine, barrier, gather, mean_over_ranks
 from karmma_dist.training.rendezvous import World
 from karmma_dist.training.schedule import learning_rate
 from karmma_dist.training.stages import build_stage
-from karmma_dist.training.telemetry import Averages, DamageLog, RunLog, read_state, write_state
+from karmma_dist.training.telemetry import (
+    Averages,
+    DamageLog,
+    RunLog,
+    loading_metrics,
+    loading_sums,
+    read_state,
+    write_state,
+)
 
 Validate = Callable[[nn.Module, Recipe, World], dict[str, float]]
 """Measures a model on the recipe's validation split; every rank calls it and gets the same numbers."""
@@ -80,54 +90,66 @@ class Trainer:
         self.recipe, self.world, self.validate, self.report = recipe, world, validate, report
         if recipe.training.threads:
             torch.set_num_threads(recipe.training.threads)
-        self.clips = TrainingClips(folder, recipe.data, recipe.inputs, recipe.seed)
+        self.clips = TrainingClips(folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size)
         self.schedule = Schedule(
             len(self.clips.clips), recipe.training.batch_size, world.size, recipe.training.accumulation
         )
         self.steps_per_epoch = self.schedule.steps_per_epoch
         self.total_steps = self.steps_per_epoch * recipe.training.epochs
         self.classes = folder.classes
+        self.data_state = data_state(recipe, folder)
         self.engine = Engine(build_model(recipe, self.classes), recipe, world)
         heads = {head: len(names) for head, names in self.classes.items()}
         self.stage = build_stage(recipe, heads, self.engine.device, self.engine.dtype)
         self.position = Position(0, 0)
-        self.damage = DamageLog(recipe.run_dir, len(self.clips.clips), recipe.data.max_damaged_fraction)
+        self.damage = DamageLog(recipe.run_dir, len(self.clips.clips), recipe.data.max_damaged_fraction, world.rank)
         self.averages = Averages()
         self.metrics: dict[str, float] = {}
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint."""
-        self.position = load_checkpoint(self.engine, checkpoint, self.recipe, self.world)
+        self.position = load_checkpoint(self.engine, checkpoint, self.recipe, self.world, self.data_state)
+        self.damage.remember(gather(self.damage.written() if self.world.is_main else []))
 
     def run(self) -> dict[str, float]:
         """Train from the current position to the end; returns the last validation's metrics."""
         done = self.position.epoch * self.steps_per_epoch + self.position.step
         self.log = RunLog(self.recipe.run_dir, done) if self.world.is_main else None
-        self._say(done)
+        left_out = self.schedule.dropped_clips
+        self._say(done, f"({left_out} of {self.schedule.num_clips} clips left out of each epoch)" if left_out else "")
         epochs, accumulation = self.recipe.training.epochs, self.recipe.training.accumulation
-        batches = training_batches(self.clips, self.schedule, self.world.rank, self.position, epochs)
+        loaded = training_batches(self.clips, self.schedule, self.world.rank, self.position, epochs)
         self.engine.model.train()
-        for step in range(done, self.total_steps):
-            began = time.perf_counter()
-            waited = 0.0
-            for micro in range(accumulation):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
-                self.damage.add(batch)
-                self._forward_backward(batch, step * accumulation + micro, step)
-            self.averages.add({"wait_s": waited, "step_s": time.perf_counter() - began})
-            self._after_step(step + 1)
+        try:
+            with on_device(loaded, self.engine.device) as batches:
+                for step in range(done, self.total_steps):
+                    self._step(batches, step, accumulation)
+        finally:
+            self.damage.flush()
         if self.log:
             self.log.close()
             write_state(self.recipe.run_dir, "finished", step=self.total_steps, metrics=self.metrics)
         barrier()
         return self.metrics
 
-    def _forward_backward(self, raw: Any, forward: int, step: int) -> None:
+    def _step(self, batches: Iterator[Batch], step: int, accumulation: int) -> None:
+        """One optimizer step and what is due after it."""
+        began = time.perf_counter()
+        waited = 0.0
+        for micro in range(accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            self.damage.note(batch)
+            self.averages.add(loading_sums(batch, self.recipe.data.modalities))
+            self._forward_backward(batch, step * accumulation + micro, step)
+        self.averages.add({"wait_s": waited, "step_s": time.perf_counter() - began})
+        self._after_step(step + 1)
+
+    def _forward_backward(self, raw: Batch, forward: int, step: int) -> None:
         """One forward and backward pass; the last of an accumulation updates the parameters."""
         torch.manual_seed(int(random_words(1, self.recipe.seed, forward * self.world.size + self.world.rank)[0] >> 1))
-        batch = prepare(raw, self.recipe.inputs, self.engine.device)
+        batch = prepare(raw, self.recipe.inputs, self.engine.device, self.engine.dtype)
         logits = self.engine.forward(batch.inputs, batch.present_BM)
         loss, parts = self.stage.loss(logits, batch)
         self.engine.backward(loss)
@@ -152,12 +174,17 @@ class Trainer:
         if last or (every and epoch % every == 0):
             self._validate(done)
         if last or epoch % training.checkpoint_every_epochs == 0:
-            save_checkpoint(self.engine, self.recipe, self.world, Position(epoch, 0), self.steps_per_epoch)
+            position = Position(epoch, 0)
+            save_checkpoint(self.engine, self.recipe, self.world, position, self.steps_per_epoch, self.data_state)
 
     def _write_metrics(self, done: int) -> None:
-        values = mean_over_ranks(self.averages.take())
+        values = mean_over_ranks({**self.averages.take(), "damage_noted": float(self.damage.num_noted)})
+        if values.pop("damage_noted"):
+            self.damage.share(gather(self.damage.take()))
         values["clips_per_s"] = self.recipe.training.batch_size / values["step_s"]
         values["data_wait_share"] = values.pop("wait_s") / values.pop("step_s")
+        values |= loading_metrics(values, self.recipe.data.modalities)
+        values["damaged_clips"] = float(self.damage.num_damaged)
         self.latest = values
         if self.log:
             self.log.write("train", done, (done - 1) // self.steps_per_epoch, values)
@@ -186,14 +213,14 @@ class Trainer:
         assert isinstance(model, KarmmaModel)
         return model
 
-    def _say(self, done: int) -> None:
+    def _say(self, done: int, also: str = "") -> None:
         if not self.world.is_main:
             return
         loss = getattr(self, "latest", {}).get("loss")
         seen = f"epoch {done // self.steps_per_epoch}/{self.recipe.training.epochs}"
         scores = " ".join(f"{name} {value:.1f}" for name, value in self.metrics.items() if name.endswith("action_top1"))
         note = f"{seen} loss {loss:.3f} {scores}" if loss is not None else seen
-        self.report(f"train {self.recipe.name}", done, self.total_steps, note.rstrip())
+        self.report(f"train {self.recipe.name}", done, self.total_steps, f"{note} {also}".rstrip())
 
 
 def build_model(recipe: Recipe, classes: dict[str, list[str]]) -> KarmmaModel:
@@ -239,8 +266,13 @@ def _prepare_run_dir(recipe: Recipe, world: World, resume: str) -> str:
 
 def _refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     """Raise where the run folder holds another run: fields that change what is computed differ."""
-    ignored = {"slurm", "evaluation", "data.num_workers", "training.threads", "training.keep_checkpoints"}
+    ignored = {
+        "slurm", "evaluation", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
+        "training.threads", "training.keep_checkpoints",
+    }  # fmt: skip
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    for flat in (before, now):
+        flat["data.shards"] = masked(flat["data.shards"])  # a new password or signature is no other run
     differing = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

@@ -70,13 +70,11 @@ class Distill:
 
     def __init__(self, teacher: KarmmaModel, recipe: DistillRecipe) -> None:
         self.teacher, self.recipe = teacher, recipe
-        self._dtype = next(teacher.parameters()).dtype
 
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Stage.loss`."""
         with torch.no_grad():
-            inputs = {name: tensor.to(self._dtype) for name, tensor in batch.inputs.items()}
-            taught = self.teacher(inputs, batch.present_BM)
+            taught = self.teacher(batch.inputs, batch.present_BM)
         hard = cross_entropy(logits, batch.labels)
         soft = distillation(logits, taught, self.recipe.temperature)
         loss = self.recipe.alpha * hard + (1 - self.recipe.alpha) * soft

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from karmma_dist.shards import ShardFolder
 
 RECIPE = {
     "name": "student",
@@ -96,7 +99,6 @@ def test_two_ranks_with_different_modalities_learn_what_one_rank_learns(
 def initial_weights(shards: Path) -> dict[str, torch.Tensor]:
     """The weights every run starts from."""
     from karmma_dist.recipe import Recipe
-    from karmma_dist.shards import ShardFolder
     from karmma_dist.training.loop import build_model
 
     recipe = Recipe.model_validate({**RECIPE, "data": {**RECIPE["data"], "shards": str(shards)}})
@@ -132,6 +134,31 @@ def test_a_killed_run_goes_on_exactly_where_its_last_checkpoint_was(
     assert losses == expected_losses
     assert all(torch.equal(weights[name], expected) for name, expected in expected_weights.items())
     assert not list(checkpoints.glob(".*"))
+
+
+def test_the_damage_budget_counts_the_clips_of_all_ranks(shards: Path, tmp_path: Path) -> None:
+    """4 of 30 clips are damaged and 3 allowed; no rank meets more than half of an epoch, all of them stop."""
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    damaged = ShardFolder(copy).clips("train")[::8]
+    for clip in damaged:
+        member = clip.members["json"]
+        assert member is not None
+        with open(copy / clip.shard, "r+b") as tar:
+            tar.seek(member.offset)
+            tar.write(b"[")
+    arguments = command(tmp_path, copy, "data.max_damaged_fraction=0.1", "training.epochs=50", "optimizer.lr=0.001")
+    done = subprocess.run(
+        [sys.executable, "-m", "karmma_dist", "launch", arguments[0], "--local", "2", *arguments[1:]],
+        cwd=tmp_path, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "4 of 30 clips are damaged, data.max_damaged_fraction allows 3" in done.stderr
+    events = [json.loads(line) for line in (tmp_path / "runs/student/damage.jsonl").read_text().splitlines()]
+    assert sorted(event["key"] for event in events) == sorted(clip.key for clip in damaged)
+    assert {event["rank"] for event in events} == {0, 1}
+    state = json.loads((tmp_path / "runs/student/state.json").read_text())
+    assert state["state"] == "failed"
 
 
 def test_half_a_launcher_environment_is_one_line(shards: Path, tmp_path: Path) -> None:

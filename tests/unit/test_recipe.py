@@ -48,6 +48,7 @@ def test_a_saved_recipe_is_read_back_unchanged(minimal: str, tmp_path: Path) -> 
         ("data.modalities=[video]", "no entry for modality 'video'"),
         ("data.modalities=[sound]", "unknown modality 'sound'"),
         ("data.modalities=[audio, audio]", "once each"),
+        ("data.order.lanes=4", "lanes 4 with window 0: set both"),
         ("data.modality_dropout.probability=1.5", r"data\.modality_dropout\.probability"),
         ("model.num_heads=7", "not a multiple of num_heads 7"),
         ("inputs.video.crop=512", "larger than short_side"),

@@ -34,21 +34,34 @@ INPUTS = InputRecipe.model_validate(
 )
 
 
-def data_recipe(shards: Path, workers: int = 0, drop: float = 0.0, damaged: float = 1.0) -> DataRecipe:
+LANES = {"lanes": 4, "window": 1}
+
+
+def data_recipe(
+    shards: Path, workers: int = 0, drop: float = 0.0, damaged: float = 1.0, order: dict[str, int] | None = None
+) -> DataRecipe:
     return DataRecipe.model_validate(
         {
             "shards": str(shards),
             "num_workers": workers,
             "modality_dropout": {"probability": drop},
             "max_damaged_fraction": damaged,
+            "order": order or {},
         }
     )
 
 
-def training(shards: Path, world: int = 1, workers: int = 0, drop: float = 0.0, epochs: int = 2) -> list[list[Batch]]:
+def training(
+    shards: Path,
+    world: int = 1,
+    workers: int = 0,
+    drop: float = 0.0,
+    epochs: int = 2,
+    order: dict[str, int] | None = None,
+) -> list[list[Batch]]:
     """Batches of every rank."""
-    data = data_recipe(shards, workers, drop)
-    clips = TrainingClips(open_shards(data), data, INPUTS, seed=3)
+    data = data_recipe(shards, workers, drop, order=order)
+    clips = TrainingClips(open_shards(data), data, INPUTS, seed=3, batch_size=8)
     schedule = Schedule(len(clips.clips), batch_size=8, world_size=world)
     return [list(training_batches(clips, schedule, rank, Position(0, 0), epochs)) for rank in range(world)]
 
@@ -76,6 +89,29 @@ def test_clips_masks_and_pixels_do_not_depend_on_ranks_or_workers(shards: Path, 
     assert many == alone
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("order", [{}, LANES], ids=["permutation", "lanes"])
+def test_a_rank_gets_the_same_batches_in_the_same_sequence_from_0_1_and_3_workers(
+    shards: Path, order: dict[str, int]
+) -> None:
+    alone, *others = (
+        [(batch.epoch, batch.step, batch.keys, by_clip([batch])) for batch in ranks[1]]
+        for ranks in (training(shards, 2, workers, 0.5, order=order) for workers in (0, 1, 3))
+    )
+    assert [at[:2] for at in alone] == [(epoch, step) for epoch in range(2) for step in range(3)]
+    assert others == [alone, alone]
+
+
+def test_in_lanes_every_part_of_a_batch_comes_from_a_shard_of_its_own(shards: Path) -> None:
+    shard_of = {clip.key: clip.shard for clip in ShardFolder(shards).clips("train")}
+    assert len(set(shard_of.values())) == 4
+    steps = [[shard_of[key] for key in batch.keys] for batch in training(shards, order=LANES, epochs=1)[0]]
+    for lane in range(4):
+        of_lane = {shard for step in steps for shard in step[2 * lane : 2 * lane + 2]}
+        assert len(of_lane) <= 2
+    assert sum(len({s for step in steps for s in step[2 * lane : 2 * lane + 2]}) for lane in range(4)) <= 4 + 3
+
+
 def test_dropped_modalities_are_left_out_and_everything_kept_is_there(shards: Path) -> None:
     declared = {clip.key: clip for clip in ShardFolder(shards).clips("train")}
     names = ["video", "flow", "audio"]
@@ -98,15 +134,21 @@ def test_prepared_inputs_have_the_shapes_and_scale_models_expect(shards: Path) -
     assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in (video, flow, audio))
 
 
-def test_evaluation_sees_every_clip_once_with_all_it_has_and_pads_the_end(shards: Path) -> None:
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 4), (2, 4), (3, 4), (4, 1), (2, 16)])
+def test_evaluation_sees_every_clip_once_with_all_it_has_and_pads_the_end(
+    shards: Path, world: int, batch_size: int
+) -> None:
     data = data_recipe(shards)
     clips = EvaluationClips(open_shards(data), data, INPUTS, "validation")
-    ranks = [list(evaluation_batches(clips, 4, rank, 2)) for rank in range(2)]
-    assert [len(batches) for batches in ranks] == [2, 2]
+    ranks = [list(evaluation_batches(clips, batch_size, rank, world)) for rank in range(world)]
+    steps = -(-len(clips.clips) // (batch_size * world))
+    assert [[len(batch.keys) for batch in batches] for batches in ranks] == [[batch_size] * steps] * world
+    assert all(b.valid_B.tolist() == [key != "" for key in b.keys] for batches in ranks for b in batches)
     seen = [(k, p) for batches in ranks for b in batches for k, p in zip(b.keys, b.present_BM.tolist(), strict=True)]
     declared = {clip.key: [clip.has(m) for m in data.modalities] for clip in clips.clips}
     assert sorted((key, p) for key, p in seen if key) == sorted(declared.items())
-    assert sum(int((~batch.valid_B).sum()) for batches in ranks for batch in batches) == 16 - len(declared)
+    padding = sum(int((~batch.valid_B).sum()) for batches in ranks for batch in batches)
+    assert padding == steps * world * batch_size - len(declared)
 
 
 def read_all(folder: ShardFolder, clips: list[Clip]) -> dict[str, set[str]]:
@@ -147,7 +189,10 @@ def test_a_damaged_shard_never_changes_a_clips_modalities(
     shutil.rmtree(copy)
 
 
-def test_a_damaged_clip_is_replaced_and_reported_and_the_batch_keeps_its_size(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [{}, LANES], ids=["permutation", "lanes"])
+def test_a_damaged_clip_is_replaced_and_reported_and_the_batch_keeps_its_size(
+    shards: Path, tmp_path: Path, order: dict[str, int]
+) -> None:
     copy = tmp_path / "s"
     shutil.copytree(shards, copy)
     folder = ShardFolder(copy)
@@ -158,10 +203,10 @@ def test_a_damaged_clip_is_replaced_and_reported_and_the_batch_keeps_its_size(sh
     content = bytearray(tar.read_bytes())
     content[member.offset + member.size // 2] ^= 0xFF
     tar.write_bytes(content)
-    batches = training(copy, epochs=1)[0]
+    batches = training(copy, epochs=3, order=order)[0]
     events = [event for batch in batches for event in batch.damage]
-    assert {event.key for event in events} <= {victim.key}
-    assert all(len(batch.keys) == 8 and victim.key not in batch.keys for batch in batches)
+    assert {event.key for event in events} == {victim.key}
+    assert all(len(set(batch.keys)) == 8 and victim.key not in batch.keys for batch in batches)
     assert all("crc32 differs" in event.what for event in events)
 
 

@@ -1,8 +1,11 @@
-"""One order for everyone: the same global batches for any number of ranks."""
+"""One order for everyone: the same global batches for any number of ranks, workers and accumulation steps."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,37 +13,236 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karmma_dist.errors import UserError
-from karmma_dist.recipe import ModalityDropout
-from karmma_dist.streaming.dropout import keep_patterns, keep_present
-from karmma_dist.streaming.order import Position, Schedule, epoch_order, evaluation_slices
+from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, epoch_order, evaluation_slices
+
+WORLDS = [1, 2, 3, 4, 6, 8, 12, 24]
+Batches = dict[tuple[int, int], list[int]]
+"""(epoch, step) -> clip at every place of the global batch."""
 
 
-@given(st.integers(1, 500), st.integers(0, 2**40), st.integers(0, 50))
-def test_an_epoch_holds_every_clip_once(num_clips: int, seed: int, epoch: int) -> None:
-    assert sorted(epoch_order(num_clips, seed, epoch)) == list(range(num_clips))
+def shard_names(sizes: list[int]) -> list[str]:
+    """Each clip's shard."""
+    return [f"train-{shard:06d}.tar" for shard, size in enumerate(sizes) for _ in range(size)]
 
 
-def test_epochs_and_seeds_give_other_orders() -> None:
-    orders = [tuple(epoch_order(100, seed, epoch)) for seed in range(3) for epoch in range(3)]
-    assert len(set(orders)) == len(orders)
+@st.composite
+def orders(draw: st.DrawFn) -> ClipOrder:
+    """Any order over shards of any sizes."""
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=20))
+    lanes = draw(st.integers(0, 4))
+    batch_size = max(1, lanes) * draw(st.integers(1, 6))
+    window = draw(st.integers(1, 5)) if lanes else 0
+    return ClipOrder(shard_names(sizes), batch_size, draw(st.integers(0, 2**40)), lanes, window)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
-def test_global_batches_are_the_same_for_any_number_of_ranks(world_size: int, accumulation: int) -> None:
-    schedule = Schedule(num_clips=100, batch_size=24, world_size=world_size, accumulation=accumulation)
-    ranks = [list(schedule.slices(rank, Position(0, 0), epochs=2)) for rank in range(world_size)]
-    assert len({len(slices) for slices in ranks}) == 1
-    for epoch, step in itertools.product(range(2), range(4)):
-        places = sorted(
+def stream(schedule: Schedule, rank: int, start: Position, epochs: int, workers: int = 0) -> list[Slice]:
+    """A rank's slices as they arrive: worker w makes every W-th, and the loader takes from the workers in turn."""
+    slices = list(schedule.slices(rank, start, epochs))
+    made = [iter(slices[worker :: max(1, workers)]) for worker in range(max(1, workers))]
+    return [next(made[number % len(made)]) for number in range(len(slices))]
+
+
+def global_batches(
+    order: ClipOrder, world: int, accumulation: int = 1, workers: int = 0, epochs: int = 2
+) -> Batches:
+    """What all ranks together train on; every place of a batch exactly once."""
+    schedule = Schedule(order.num_clips, order.batch_size, world, accumulation)
+    ranks = [stream(schedule, rank, Position(0, 0), epochs, workers) for rank in range(world)]
+    assert {len(slices) for slices in ranks} == {epochs * schedule.steps_per_epoch * accumulation}
+    clips = [order.clips(epoch) for epoch in range(epochs)]
+    found: dict[tuple[int, int], dict[int, int]] = {}
+    for part in itertools.chain.from_iterable(ranks):
+        batch = found.setdefault((part.epoch, part.step), {})
+        for place in range(part.start, part.stop):
+            assert place not in batch
+            batch[place] = int(clips[part.epoch][place])
+    for (_, step), batch in found.items():
+        assert sorted(batch) == list(range(step * order.batch_size, (step + 1) * order.batch_size))
+    return {at: [batch[place] for place in sorted(batch)] for at, batch in sorted(found.items())}
+
+
+@given(orders(), st.integers(0, 50))
+def test_an_epoch_holds_every_clip_once(order: ClipOrder, epoch: int) -> None:
+    assert sorted(order.clips(epoch)) == list(range(order.num_clips))
+
+
+@pytest.mark.parametrize(
+    ("num_clips", "seed", "epoch", "digest"),
+    [
+        (1, 0, 0, "af5570f5a1810b7a"),
+        (30, 3, 0, "a7e1e7d604382b00"),
+        (1000, 5, 7, "40516925dd3d0785"),
+        (67217, 0, 0, "f67ba03dcc17b341"),
+        (67217, 2**61, 99, "9d19150f50146a44"),
+    ],
+)
+def test_the_default_order_is_the_one_it_always_was(num_clips: int, seed: int, epoch: int, digest: str) -> None:
+    order = ClipOrder(shard_names([num_clips]), batch_size=1, seed=seed)
+    for clips in (epoch_order(num_clips, seed, epoch), order.clips(epoch)):
+        assert hashlib.sha256(clips.astype("<i8").tobytes()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize(("lanes", "window"), [(0, 0), (1, 1), (4, 2), (4, 99)])
+def test_epochs_and_seeds_give_other_orders(lanes: int, window: int) -> None:
+    names = shard_names([10] * 10)
+    found = [
+        tuple(ClipOrder(names, 8, seed, lanes, window).clips(epoch)) for seed in range(3) for epoch in range(3)
+    ]
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(("lanes", "window"), [(0, 0), (1, 3), (4, 1), (12, 2)])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", WORLDS)
+def test_global_batches_are_the_same_for_any_number_of_ranks_and_workers(
+    world: int, workers: int, lanes: int, window: int
+) -> None:
+    order = ClipOrder(shard_names([13, 40, 1, 27, 40, 40, 5]), 24, seed=2, lanes=lanes, window=window)
+    alone = global_batches(order, world=1)
+    assert global_batches(order, world, workers=workers) == alone
+    for epoch in range(2):
+        taken = [clip for (e, _), batch in alone.items() if e == epoch for clip in batch]
+        assert len(taken) == len(set(taken)) == order.num_clips - order.num_clips % 24
+
+
+@pytest.mark.parametrize(("lanes", "window"), [(0, 0), (4, 1)])
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 24), (2, 3), (3, 8), (4, 6), (6, 2), (12, 2)])
+def test_global_batches_are_the_same_for_any_accumulation(
+    world: int, accumulation: int, lanes: int, window: int
+) -> None:
+    order = ClipOrder(shard_names([30] * 4), 24, seed=2, lanes=lanes, window=window)
+    assert global_batches(order, world, accumulation) == global_batches(order, world=1)
+
+
+@given(order_seed=st.integers(0, 99), lanes=st.sampled_from([0, 1, 8]), data=st.data())
+def test_8_ranks_then_3_then_8_train_on_what_8_would_have(order_seed: int, lanes: int, data: st.DataObject) -> None:
+    """Interrupted twice at arbitrary steps: no clip lost, none repeated, all in the same batches."""
+    order = ClipOrder(shard_names([17] * 11), 24, order_seed, lanes, window=2 if lanes else 0)
+    per_epoch, epochs = order.steps, 3
+    stops = sorted(data.draw(st.lists(st.integers(0, per_epoch * epochs), min_size=2, max_size=2), label="stops"))
+    found: dict[tuple[int, int], list[int]] = {}
+    for world, first, stop in zip((8, 3, 8), (0, *stops), (*stops, per_epoch * epochs), strict=True):
+        schedule = Schedule(order.num_clips, 24, world)
+        for rank in range(world):
+            begun = schedule.slices(rank, Position(*divmod(first, per_epoch)), epochs)
+            for part in itertools.islice(begun, stop - first):
+                clips = order.clips(part.epoch)[part.start : part.stop]
+                found.setdefault((part.epoch, part.step), []).extend(int(clip) for clip in clips)
+    assert found == global_batches(order, world=8, epochs=epochs)
+
+
+def shards_by_node(
+    names: list[str], order: ClipOrder, epoch: int, nodes: int, ranks_per_node: int, accumulation: int
+) -> Iterator[set[str]]:
+    """Shards that each node's ranks read in an epoch, their clips' replacements in the same lane included."""
+    schedule = Schedule(order.num_clips, order.batch_size, nodes * ranks_per_node, accumulation)
+    clips = order.clips(epoch)
+    for node in range(nodes):
+        ranks = range(node * ranks_per_node, (node + 1) * ranks_per_node)
+        places = [
             place
-            for slices in ranks
-            for part in slices
-            if (part.epoch, part.step) == (epoch, step)
+            for rank in ranks
+            for part in schedule.slices(rank, Position(epoch, 0), epoch + 1)
             for place in range(part.start, part.stop)
-        )
-        assert places == list(range(step * 24, step * 24 + 24))
-    assert schedule.dropped_clips == 4
+        ]
+        tried = {other for place in places for other in itertools.islice(order.candidates(place), order.steps)}
+        assert tried == set(places)
+        yield {names[clips[place]] for place in places}
+
+
+@pytest.mark.parametrize(("ranks_per_node", "accumulation"), [(1, 1), (2, 1), (1, 2), (4, 2), (2, 4), (8, 1)])
+@pytest.mark.parametrize(("nodes", "lanes"), [(1, 1), (2, 2), (2, 4), (3, 3), (3, 6), (4, 4)])
+def test_a_node_reads_only_its_own_shards_and_shares_at_most_one_with_each_neighbour(
+    nodes: int, lanes: int, ranks_per_node: int, accumulation: int
+) -> None:
+    names = shard_names([20, 33, 7, 50, 12, 20, 20, 41, 20, 3, 20, 20, 60, 20, 20, 20])
+    order = ClipOrder(names, 96, seed=1, lanes=lanes, window=2)
+    for epoch in range(3):
+        touched = list(shards_by_node(names, order, epoch, nodes, ranks_per_node, accumulation))
+        for one, other in itertools.combinations(range(nodes), 2):
+            assert len(touched[one] & touched[other]) <= (1 if other == one + 1 else 0)
+
+
+def test_nodes_read_other_shards_in_the_next_epoch() -> None:
+    names = shard_names([24] * 40)
+    order = ClipOrder(names, 24, seed=1, lanes=4, window=1)
+    per_epoch = [list(shards_by_node(names, order, epoch, 4, 1, 1)) for epoch in range(20)]
+    for node in range(4):
+        assert len(set.union(*(touched[node] for touched in per_epoch))) == 40
+        assert all(len(touched[node]) <= 11 for touched in per_epoch)
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**40))
+def test_a_lane_holds_at_most_two_windows_of_shards_at_once(window: int, lanes: int, seed: int) -> None:
+    """A cache of that many never fetches a shard twice in a lane, and a step of a lane reads no more."""
+    names = shard_names([32] * 30)
+    order = ClipOrder(names, lanes * 8, seed, lanes, window)
+    shards = np.array(names)[order.clips(0)[: order.steps * lanes * 8]].reshape(order.steps, lanes, 8)
+    for lane in range(lanes):
+        steps = [set(row) for row in shards[:, lane].tolist()]
+        for step, now in enumerate(steps):
+            before, after = set().union(*steps[:step]), set().union(*steps[step + 1 :])
+            assert len(now | (before & after)) <= 2 * window
+
+
+def test_one_lane_and_a_window_of_all_shards_mix_as_one_permutation_does() -> None:
+    """Chance that two given clips of one shard share a batch: (B - 1) / (n - 1), within 5 standard errors."""
+    order = ClipOrder(shard_names([10] * 6), 6, seed=4, lanes=1, window=6)
+    together = 0
+    for epoch in range(4000):
+        step_of_clip = np.argsort(order.clips(epoch)) // 6
+        together += int(step_of_clip[0] == step_of_clip[1])
+    chance = 5 / 59
+    assert abs(together - 4000 * chance) < 5 * np.sqrt(4000 * chance * (1 - chance))
+
+
+@pytest.mark.parametrize(("lanes", "window"), [(0, 0), (3, 1)])
+def test_every_clip_is_left_out_equally_often_also_of_shards_of_other_sizes(lanes: int, window: int) -> None:
+    order = ClipOrder(shard_names([3, 40, 10, 6]), 12, seed=4, lanes=lanes, window=window)
+    assert order.num_clips % 12 == 11
+    left_out = Counter(int(clip) for epoch in range(2000) for clip in order.clips(epoch)[-11:])
+    chance = 11 / 59
+    tolerance = 5 * np.sqrt(2000 * chance * (1 - chance))
+    assert all(abs(left_out[clip] - 2000 * chance) < tolerance for clip in range(59))
+
+
+@given(orders(), st.data())
+def test_a_damaged_clips_replacements_end_only_when_every_clip_was_tried(order: ClipOrder, data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, order.num_clips - 1), label="place")
+    candidates = list(order.candidates(place))
+    assert candidates[0] == place
+    assert sorted(candidates) == list(range(order.num_clips))
+
+
+@given(orders(), st.data())
+def test_no_two_places_of_a_batch_have_a_replacement_in_common_while_their_columns_last(
+    order: ClipOrder, data: st.DataObject
+) -> None:
+    if order.steps:
+        step = data.draw(st.integers(0, order.steps - 1), label="step")
+        places = range(step * order.batch_size, (step + 1) * order.batch_size)
+        tried = [other for place in places for other in itertools.islice(order.candidates(place), order.steps)]
+        assert len(set(tried)) == len(tried)
+
+
+def test_replacements_in_lanes_are_near_and_soon_leave_a_lost_shard() -> None:
+    names = shard_names([500] * 20)
+    order = ClipOrder(names, 4, seed=0, lanes=4, window=1)
+    clips = order.clips(0)
+    for place in (0, 5000, order.steps * 4 - 1):
+        tried = list(itertools.islice(order.candidates(place), 20))
+        assert abs(tried[1] - place) == 4
+        lost = names[clips[place]]
+        elsewhere = next(number for number, other in enumerate(tried) if names[clips[other]] != lost)
+        assert elsewhere <= 11
+
+
+def test_lanes_that_do_not_divide_the_batch_are_refused_with_the_nearest_that_do() -> None:
+    names = shard_names([100])
+    with pytest.raises(UserError, match=r"lanes 5 .*batch_size 96 \(96 = 19 x 5 \+ 1\); the nearest .* is 4$"):
+        ClipOrder(names, 96, seed=0, lanes=5, window=1)
+    with pytest.raises(UserError, match=r"lanes 200 .* the nearest that does is 96$"):
+        ClipOrder(names, 96, seed=0, lanes=200, window=1)
 
 
 @given(st.integers(0, 2), st.integers(0, 3))
@@ -65,33 +267,3 @@ def test_evaluation_gives_every_clip_to_one_rank_and_equal_steps_to_all(clips: i
     assert sorted(place for place in places if place < clips) == list(range(clips))
     assert len({len(slices) for slices in ranks}) == 1
     assert all(part.stop - part.start == batch for slices in ranks for part in slices)
-
-
-@given(st.integers(1, 3), st.integers(0, 1000))
-def test_stratified_dropout_at_one_half_holds_each_pattern_once_in_every_run(modalities: int, seed: int) -> None:
-    dropout = ModalityDropout(probability=0.5, draw="stratified")
-    patterns = keep_patterns(2**modalities * 5, modalities, dropout, seed, epoch=1)
-    for run in patterns.reshape(5, 2**modalities, modalities):
-        assert len({tuple(pattern) for pattern in run}) == 2**modalities
-
-
-@pytest.mark.parametrize("draw", ["independent", "stratified"])
-@pytest.mark.parametrize("probability", [0.2, 0.5, 0.9])
-def test_each_modality_is_dropped_with_its_probability(draw: str, probability: float) -> None:
-    dropout = ModalityDropout.model_validate({"probability": probability, "draw": draw})
-    kept = np.concatenate([keep_patterns(8_000, 3, dropout, seed=1, epoch=epoch) for epoch in range(5)])
-    tolerance = 4 * np.sqrt(probability * (1 - probability) / len(kept))
-    assert np.abs(kept.mean(axis=0) - (1 - probability)).max() < tolerance
-    pairs = np.array([(kept[:, a] & kept[:, b]).mean() for a, b in ((0, 1), (0, 2), (1, 2))])
-    assert np.abs(pairs - (1 - probability) ** 2).max() < 4 * np.sqrt(0.25 / len(kept))
-
-
-def test_an_empty_pattern_keeps_one_modality_that_is_there_each_equally_often() -> None:
-    present = np.array([True, False, True])
-    chosen = [keep_present(np.zeros(3, dtype=bool), present, word) for word in range(1000)]
-    assert all(kept.sum() == 1 and not kept[1] for kept in chosen)
-    assert sum(kept[0] for kept in chosen) == 500
-
-
-def test_without_dropout_everything_is_kept() -> None:
-    assert keep_patterns(10, 3, ModalityDropout(), seed=0, epoch=0).all()

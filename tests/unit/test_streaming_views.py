@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karmma_dist.recipe import AudioInput, VideoInput
@@ -40,6 +44,62 @@ def test_a_view_depends_on_seed_epoch_and_key_and_nothing_else() -> None:
     assert len({other.left for other in others} | {same[0].left}) == 4
 
 
+def largest_gap(values: np.ndarray) -> float:
+    """Kolmogorov's distance of `values` to the uniform distribution over [0, 1)."""
+    steps = np.arange(len(values) + 1) / len(values)
+    ordered = np.sort(values)
+    return float(max((ordered - steps[:-1]).max(), (steps[1:] - ordered).max()))
+
+
+def test_in_training_every_moment_of_a_segment_has_the_same_chance_and_segments_do_not_move_together() -> None:
+    video = VideoInput(num_frames=4)
+    inside_KF = np.stack([training_view(video, 90, 0, 0, f"key_{k}").times_F * 4 % 1 for k in range(2000)])
+    assert max(largest_gap(column) for column in inside_KF.T) < 0.04
+    assert np.abs(np.corrcoef(inside_KF.T) - np.eye(4)).max() < 0.08
+
+
+def test_crops_and_dense_windows_have_the_same_chance_everywhere_and_jitter_stays_in_its_range() -> None:
+    video = VideoInput(num_frames=4, stride=2, sampling="dense", jitter=0.3)
+    views = [training_view(video, 17, 5, epoch, "key") for epoch in range(2200)]
+    assert max(largest_gap(np.array([getattr(view, edge) for view in views])) for edge in ("top", "left")) < 0.04
+    starts = np.bincount([int(view.times_F[0] * 17) for view in views])
+    assert len(starts) == 11
+    assert starts.min() > 140
+    assert starts.max() < 260
+    jitter = np.stack([view.jitter_3 for view in views])
+    assert largest_gap((jitter.reshape(-1) - 0.7) / 0.6) < 0.03
+
+
+@given(st.integers(1, 40), st.integers(1, 300))
+def test_evaluation_takes_the_middle_of_each_segment_and_of_the_picture(num_frames: int, stored: int) -> None:
+    view = evaluation_view(VideoInput(num_frames=num_frames, horizontal_flip=True), stored)
+    np.testing.assert_allclose(view.times_F, (np.arange(num_frames) + 0.5) / num_frames)
+    assert (view.top, view.left, view.flip) == (0.5, 0.5, False)
+    assert (view.jitter_3 == 1).all()
+
+
+def test_dense_evaluation_looks_at_the_middle_of_the_clip() -> None:
+    view = evaluation_view(VideoInput(num_frames=5, stride=3, sampling="dense"), 33)
+    assert (view.times_F * 33).astype(int).tolist() == [10, 13, 16, 19, 22]
+
+
+def test_a_clip_without_pictures_is_heard_all_over_also_in_dense_sampling() -> None:
+    video = VideoInput(num_frames=8, sampling="dense")
+    for view in (training_view(video, 0, 0, 0, "k"), evaluation_view(video, 0)):
+        assert (np.floor(view.times_F * 8) == np.arange(8)).all()
+
+
+def test_another_process_has_the_same_view() -> None:
+    script = (
+        "from karmma_dist.recipe import VideoInput; from karmma_dist.streaming.augment import training_view;"
+        "print(repr(training_view(VideoInput(num_frames=3, horizontal_flip=True), 50, 7, 3, 'P01_01_3')))"
+    )
+    here = repr(training_view(VideoInput(num_frames=3, horizontal_flip=True), 50, 7, 3, "P01_01_3"))
+    environment = os.environ | {"PYTHONHASHSEED": "17"}
+    there = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == here
+
+
 def test_only_recipes_that_ask_for_it_flip() -> None:
     flips = [training_view(VideoInput(horizontal_flip=True), 9, 0, epoch, "k").flip for epoch in range(200)]
     assert 60 < sum(flips) < 140
@@ -62,6 +122,17 @@ def test_the_spectrogram_has_the_papers_shape_and_is_scaled_alike_for_int16_and_
     mels = mel_spectrogram(windows, audio.num_mels)
     assert mels.shape == (2, 3, 128, 224) == (2, 3, audio.num_mels, audio.num_steps)
     torch.testing.assert_close(mels, mel_spectrogram(windows.double() / 32768, audio.num_mels), rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(1, 4), st.integers(1, 70))
+@settings(max_examples=10, deadline=None)
+def test_a_windows_spectrogram_does_not_depend_on_the_windows_beside_it(num_clips: int, num_windows: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    windows = (torch.randn(num_clips, num_windows, 1600, generator=random) * 3000).to(torch.int16)
+    together = mel_spectrogram(windows, 20)
+    assert together.shape == (num_clips, num_windows, 20, 21)
+    alone = mel_spectrogram(windows[-1:, -1:], 20)
+    torch.testing.assert_close(together[-1:, -1:], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_silence_is_the_floor_and_finite() -> None:

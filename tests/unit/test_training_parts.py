@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import OptimizerRecipe
-from karmma_dist.streaming.batch import Damage, collate
+from karmma_dist.streaming.batch import Batch, Damage, collate
+from karmma_dist.streaming.watch import LoadStats
 from karmma_dist.training.losses import cross_entropy, distillation
 from karmma_dist.training.rendezvous import World, find_world
 from karmma_dist.training.schedule import learning_rate
-from karmma_dist.training.telemetry import DamageLog
+from karmma_dist.training.telemetry import Averages, DamageLog, loading_metrics, loading_sums
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "1234"}
 
@@ -72,13 +74,60 @@ def test_losses_are_means_over_heads_and_a_perfect_student_has_no_distillation_l
     torch.testing.assert_close(distillation({"verb": student["verb"]}, {"verb": teacher["verb"]}, 1.0), by_hand)
 
 
-def test_damage_is_written_once_per_clip_and_ends_the_run_beyond_the_budget(tmp_path: Path) -> None:
-    log = DamageLog(tmp_path, num_clips=100, max_fraction=0.02)
-    batch = collate([None], ["audio"], ["verb"])
-    for key in ("a", "b", "a"):
-        batch.damage = [Damage("train-000000.tar", key, f"{key}.audio.flac", "crc32 differs")]
-        log.add(batch)
-    assert len((tmp_path / "damage.jsonl").read_text().splitlines()) == 2
-    batch.damage = [Damage("train-000000.tar", "c", "c.audio.flac", "cut")]
-    with pytest.raises(UserError, match=r"3 of 100 clips are damaged.*allows 2.*c\.audio\.flac: cut"):
-        log.add(batch)
+def damaged(*keys: str) -> Batch:
+    batch = collate([None], ["audio"], ["verb"], epoch=1, step=7)
+    batch.damage = [Damage("train-000000.tar", key, f"{key}.audio.flac", "crc32 differs") for key in keys]
+    return batch
+
+
+def test_damage_of_all_ranks_is_written_once_per_clip_and_counted_together(tmp_path: Path) -> None:
+    """Each rank alone is within the budget of 2; together they are not, and both end."""
+    logs = [DamageLog(tmp_path, num_clips=100, max_fraction=0.02, rank=rank) for rank in range(2)]
+    logs[0].note(damaged("a", "a"))
+    logs[1].note(damaged("a", "b"))
+    for log in logs:
+        assert log.num_noted
+    events = [event for log in logs for event in log.take()]
+    for log in logs:
+        log.share(events)
+    lines = [json.loads(line) for line in (tmp_path / "damage.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["rank"]) for line in lines] == [("a", 0), ("b", 1)]
+    assert lines[0] == {
+        "epoch": 1, "step": 7, "rank": 0, "shard": "train-000000.tar", "key": "a", "member": "a.audio.flac",
+        "what": "crc32 differs",
+    }  # fmt: skip
+    logs[0].note(damaged("b"))
+    assert not logs[0].num_noted
+    logs[1].note(damaged("c"))
+    events = [event for log in logs for event in log.take()]
+    for log in logs:
+        with pytest.raises(UserError, match=r"3 of 100 clips are damaged.*allows 2.*c\.audio\.flac: crc32 differs"):
+            log.share(events)
+
+
+def test_a_resumed_run_remembers_its_damage_and_writes_none_of_it_again(tmp_path: Path) -> None:
+    first = DamageLog(tmp_path, num_clips=100, max_fraction=0.02)
+    first.note(damaged("a", "b"))
+    first.flush()
+    with open(tmp_path / "damage.jsonl", "a") as file:
+        file.write('{"epoch": 1, "st')  # a crash in the middle of a line
+    resumed = DamageLog(tmp_path, num_clips=100, max_fraction=0.02)
+    resumed.remember(resumed.written())
+    resumed.note(damaged("a", "b"))
+    assert (resumed.num_damaged, resumed.num_noted) == (2, 0)
+    resumed.note(damaged("c"))
+    with pytest.raises(UserError, match="3 of 100 clips are damaged"):
+        resumed.share(resumed.take())
+
+
+def test_the_log_says_what_decoding_and_reading_cost_per_clip_and_second() -> None:
+    averages = Averages()
+    for decoded, seconds in ((1, 0.010), (3, 0.050)):
+        batch = collate([None], ["video", "audio"], ["verb"])
+        batch.stats = LoadStats(1.0, 0.5, 2_000_000, 4, {"video": seconds}, {"video": decoded}, queue_depth=decoded)
+        averages.add(loading_sums(batch, ["video", "audio"]))
+    means = averages.take() | {"loss": 1.0}
+    assert loading_metrics(means, ["video", "audio"]) == pytest.approx(
+        {"decode_ms_video": 15.0, "decode_ms_audio": 0.0, "read_mb_per_s": 4.0, "queue_depth": 2.0}
+    )
+    assert means == {"loss": 1.0}

@@ -1,0 +1,260 @@
+"""How fast the training loader is on a folder of shards, and what its time goes into: `karmma-dist bench loader`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from karmma_dist.errors import UserError
+from karmma_dist.progress import Report, silent
+from karmma_dist.recipe import DataRecipe, InputRecipe, load_recipe
+from karmma_dist.streaming.batch import Batch, prepare
+from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches, usable_clips
+from karmma_dist.streaming.order import Position, Schedule
+from karmma_dist.streaming.prefetch import on_device
+from karmma_dist.streaming.remote import open_folder
+from karmma_dist.streaming.watch import LoadStats
+
+_BATCH_SIZE = 32
+_REPLAYED = 4
+"""Batches kept to be replayed."""
+_PSS_EVERY_S = 0.25
+
+
+@dataclass
+class LoaderBench:
+    """What was measured, after the workers' first batches."""
+
+    shards: str
+    inputs: str
+    """Where the inputs' settings are from."""
+    modalities: list[str]
+    drop_prob: float
+    num_workers: int
+    batch_size: int
+    device: str
+    num_batches: int
+    num_clips: int
+    seconds: float = 0.0
+    """From asking for the first batch to having prepared the last."""
+    wait_share: float = 0.0
+    """Share of the seconds spent waiting for a batch; the rest is `prepare`."""
+    clips_per_s: float = 0.0
+    supply_clips_per_s: float = 0.0
+    """What the workers would make if they never had to wait for the trainer, judged by the seconds each batch took."""
+    decode_ms: dict[str, float] = field(default_factory=dict)
+    """Per modality and clip decoded, in one worker."""
+    read_mb_per_s: float = 0.0
+    """What one worker gets while it reads."""
+    read_kb_per_clip: float = 0.0
+    queue_depth: float = 0.0
+    """Batches that lay ready when one was asked for, on average."""
+    damaged_clips: int = 0
+    worker_pss_mb: list[float] = field(default_factory=list)
+    """Each worker's largest proportional set size; none where the system does not tell."""
+    headspace_clips_per_s: float | None = None
+    """Clips per second with batches that are already there: preparing them on the device and nothing else."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def bench_loader(
+    shards: str,
+    *,
+    recipe: str | None = None,
+    num_workers: int | None = None,
+    num_batches: int = 50,
+    drop_prob: float | None = None,
+    headspace: bool = False,
+    report: Report = silent,
+) -> LoaderBench:
+    """Run the training loader over a folder, as one rank of a training would.
+
+    Each batch is moved to the device and prepared as in training; no model runs.
+
+    Args:
+        shards: A folder of packed shards, or the URL of one.
+        recipe: Whose inputs, modalities, dropout, batch size and workers to take; None: one that fits the dataset.
+        num_workers: Instead of the recipe's.
+        num_batches: Batches measured; before them each worker makes one more that is not.
+        drop_prob: Training-time modality dropout instead of the recipe's.
+        headspace: Also replay batches that are in memory.
+        report: Progress.
+
+    Raises:
+        UserError: no such shards or recipe, or they do not fit each other.
+    """
+    data, inputs, batch_size, seed, source = _settings(shards, recipe)
+    if num_workers is not None:
+        data = data.model_copy(update={"num_workers": num_workers})
+    if drop_prob is not None:
+        dropout = data.modality_dropout.model_copy(update={"probability": drop_prob})
+        data = data.model_copy(update={"modality_dropout": dropout})
+    folder = open_shards(data)
+    batch_size = min(batch_size, len(usable_clips(folder.clips(data.train_split), data.modalities)) or 1)
+    clips = TrainingClips(folder, data, inputs, seed, batch_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = LoaderBench(
+        folder.where, source, data.modalities, data.modality_dropout.probability, data.num_workers, batch_size,
+        device.type, num_batches, num_batches * batch_size,
+    )  # fmt: skip
+    kept = _measure(clips, inputs, device, result, report)
+    if headspace:
+        result.headspace_clips_per_s = _replay(kept, inputs, device, num_batches)
+    return result
+
+
+def _settings(shards: str, recipe: str | None) -> tuple[DataRecipe, InputRecipe, int, int, str]:
+    """Data and inputs of `recipe`, or of the first recipe that fits the shards, or their defaults."""
+    here = [f"data.shards={json.dumps(shards)}"]
+    if recipe is not None:
+        loaded = load_recipe(recipe, here)
+        return loaded.data, loaded.inputs, loaded.training.batch_size, loaded.seed, f"recipe {recipe}"
+    folder = open_folder(DataRecipe(shards=shards))
+    name = f"{folder.manifest['dataset']}/distill"
+    try:
+        loaded = load_recipe(name, here)
+        if set(loaded.data.modalities) <= set(folder.modalities):
+            return loaded.data, loaded.inputs, loaded.training.batch_size, loaded.seed, f"recipe {name}"
+        why = f"recipe {name} wants {', '.join(loaded.data.modalities)}"
+    except UserError as error:
+        why = str(error).partition(";")[0]
+    data = DataRecipe(shards=shards, modalities=folder.modalities)
+    return data, InputRecipe(), _BATCH_SIZE, 0, f"default inputs ({why})"
+
+
+def _measure(
+    clips: TrainingClips, inputs: InputRecipe, device: torch.device, result: LoaderBench, report: Report
+) -> list[Batch]:
+    """Fill in the result; returns the last few batches, as they left the loader."""
+    num_workers, num_batches = result.num_workers, result.num_batches
+    schedule = Schedule(len(clips.clips), result.batch_size)
+    num_warm = max(num_workers, 1)
+    epochs = -(-(num_warm + num_batches) // schedule.steps_per_epoch)
+    kept: list[Batch] = []
+    stats: list[LoadStats] = []
+    damaged: set[str] = set()
+    loader = training_batches(clips, schedule, 0, Position(0, 0), epochs)
+    memory = _Memory(loader.worker_pids)
+    waited = 0.0
+    with on_device(loader, device) as batches:
+        for batch in itertools.islice(batches, num_warm):
+            prepare(batch, inputs, device)
+        _finish(device)
+        began = time.perf_counter()
+        for number in range(num_batches):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            prepare(batch, inputs, device)
+            stats.append(batch.stats)
+            damaged |= {event.key for event in batch.damage}
+            kept = [*kept, batch][-_REPLAYED:]
+            memory.look()
+            report("bench loader", number + 1, num_batches)
+        _finish(device)
+        result.seconds = time.perf_counter() - began
+    result.wait_share = waited / result.seconds
+    result.clips_per_s = result.num_clips / result.seconds
+    result.damaged_clips = len(damaged)
+    result.worker_pss_mb = memory.peaks_mb()
+    _sum_up(result, stats)
+    return kept
+
+
+def _sum_up(result: LoaderBench, stats: list[LoadStats]) -> None:
+    for modality in result.modalities:
+        seconds = sum(one.decode_s.get(modality, 0.0) for one in stats)
+        num = sum(one.clips_decoded.get(modality, 0) for one in stats)
+        if num:
+            result.decode_ms[modality] = 1000 * seconds / num
+    num_bytes, read_s = sum(one.bytes_read for one in stats), sum(one.read_s for one in stats)
+    result.read_mb_per_s = num_bytes / 1e6 / read_s if read_s else 0.0
+    result.read_kb_per_clip = num_bytes / 1e3 / result.num_clips
+    result.supply_clips_per_s = result.num_clips * max(result.num_workers, 1) / sum(one.load_s for one in stats)
+    result.queue_depth = sum(one.queue_depth for one in stats) / len(stats)
+
+
+def _replay(kept: list[Batch], inputs: InputRecipe, device: torch.device, num_batches: int) -> float:
+    """Clips per second of preparing batches that are in memory."""
+    began = time.perf_counter()
+    num_clips = 0
+    for batch in itertools.islice(itertools.cycle(kept), num_batches):
+        prepare(batch, inputs, device)
+        num_clips += len(batch.keys)
+    _finish(device)
+    return num_clips / (time.perf_counter() - began)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Memory:
+    """Largest proportional set size seen of each process, from /proc where there is one."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self._peaks = dict.fromkeys(pids, 0)
+        self._looked = 0.0
+
+    def look(self) -> None:
+        """Look now, unless it was just done."""
+        if time.monotonic() - self._looked < _PSS_EVERY_S:
+            return
+        for pid, peak in self._peaks.items():
+            self._peaks[pid] = max(peak, _pss_kb(pid))
+        self._looked = time.monotonic()
+
+    def peaks_mb(self) -> list[float]:
+        """Of each process that could be looked at."""
+        return [peak * 1024 / 1e6 for peak in self._peaks.values() if peak]
+
+
+def _pss_kb(pid: int) -> int:
+    """Proportional set size of a process in KiB; 0 where the system does not say or the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+
+def print_loader_bench(result: LoaderBench) -> None:
+    """The result as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=f"{result.shards}: {result.clips_per_s:,.1f} clips/s", show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_row("waiting for the loader", f"{100 * result.wait_share:.0f} % of {result.seconds:.1f} s")
+    table.add_row("workers alone, never waiting", f"{result.supply_clips_per_s:,.1f} clips/s")
+    table.add_row("batches ready when asked", f"{result.queue_depth:.1f}")
+    for modality, milliseconds in result.decode_ms.items():
+        table.add_row(f"decoding {modality}", f"{milliseconds:.1f} ms a clip")
+    table.add_row("reading, one worker", f"{result.read_mb_per_s:,.0f} MB/s, {result.read_kb_per_clip:,.0f} KB a clip")
+    if result.worker_pss_mb:
+        table.add_row("memory of a worker", f"{max(result.worker_pss_mb):,.0f} MB (largest peak PSS)")
+    table.add_row("damaged clips", f"{result.damaged_clips}")
+    if result.headspace_clips_per_s is not None:
+        table.add_row("preparing alone, no loading", f"{result.headspace_clips_per_s:,.1f} clips/s")
+    console.print(table)
+    console.print(
+        f"{result.num_batches} batches of {result.batch_size}, {', '.join(result.modalities)}, drop probability "
+        f"{result.drop_prob:g}, {result.num_workers} workers, {result.device}; {result.inputs}",
+        soft_wrap=True,
+    )
+    if result.headspace_clips_per_s is not None:
+        console.print(
+            "preparing alone: normalising and spectrograms of batches in memory; no model runs", soft_wrap=True
+        )
