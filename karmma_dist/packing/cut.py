@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -17,15 +16,13 @@ from karmma_dist.packing.flow import FlowEncoder, flow_of_files
 from karmma_dist.packing.hdf5_sound import read_sound
 from karmma_dist.packing.media import SAMPLE_RATE, Geometry, encode_flac, num_frames_between
 from karmma_dist.packing.movie import Movie, Picture, Shrinker, quarter_turns
+from karmma_dist.packing.movie_clip import EARLY_S, MovieClip, show_to_all
 from karmma_dist.packing.numbered_frames import NumberedFrames
-from karmma_dist.packing.pictures import ClipPictures
+from karmma_dist.packing.pictures import ClipPictures, CutPictures
 from karmma_dist.packing.records import ClipRecord, CutClip, Failure, MediaError, Recording
 from karmma_dist.packing.sound import Sound
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.yuv import ToI420
-
-_EARLY_S = 2e-3
-"""A frame this much after a stored frame's moment counts as shown: many containers round to milliseconds."""
 
 
 def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip | Failure]:
@@ -63,19 +60,6 @@ def _failure(clip: ClipRecord, error: MediaError) -> Failure:
     return Failure(clip.key, clip.split, error.modality, error.stage, error.error)
 
 
-@dataclass(slots=True)
-class _Pictures:
-    """What the pass over the pictures gave for one clip."""
-
-    payloads: dict[str, bytes] = field(default_factory=dict)
-    described: dict[str, dict[str, Any]] = field(default_factory=dict)
-    source_size: tuple[int, int] | None = None
-    """Width and height of the upright source."""
-    num_source_frames: int = 0
-    stop_s: float | None = None
-    """End of the last picture."""
-
-
 class _Cutter:
     """The open media of one recording."""
 
@@ -105,7 +89,7 @@ class _Cutter:
             return read_sound(recording.sound_hdf5, recording.name, recording.sound_hdf5_rate)
         return None
 
-    def pictures(self) -> Iterator[tuple[ClipRecord, _Pictures | MediaError]]:
+    def pictures(self) -> Iterator[tuple[ClipRecord, CutPictures | MediaError]]:
         """Yield every clip with its video and computed flow, in the order in which the clips end."""
         if self.from_movie:
             yield from self._pictures_of_movie()
@@ -116,20 +100,20 @@ class _Cutter:
                 except MediaError as error:
                     yield clip, error
         else:
-            yield from ((clip, _Pictures()) for clip in self.recording.clips)
+            yield from ((clip, CutPictures()) for clip in self.recording.clips)
 
-    def _pictures_of_movie(self) -> Iterator[tuple[ClipRecord, _Pictures | MediaError]]:
+    def _pictures_of_movie(self) -> Iterator[tuple[ClipRecord, CutPictures | MediaError]]:
         assert self.movie is not None
         movie, shrinker, size, decoded_size = self.movie, None, None, (0, 0)
         fps = min(movie.fps, Fraction(self.spec.video.max_fps).limit_denominator(1001))
         waiting = sorted(self.recording.clips, key=lambda clip: (clip.start_s, clip.key), reverse=True)
-        active: list[_MovieClip] = []
+        active: list[MovieClip] = []
         shown: Picture | None = None
         for time_s, frame in movie.frames():
             if shown is not None:
-                while waiting and waiting[-1].start_s < time_s - _EARLY_S:
-                    active.append(_MovieClip(waiting.pop(), fps, self))
-                yield from _show(active, shown, time_s, movie, size)
+                while waiting and waiting[-1].start_s < time_s - EARLY_S:
+                    active.append(MovieClip(waiting.pop(), fps, self.spec.video, self.computed_flow))
+                yield from show_to_all(active, shown, time_s, movie, size)
                 if not waiting and not active:
                     return
             if shrinker is None or (frame.width, frame.height) != decoded_size:
@@ -141,12 +125,12 @@ class _Cutter:
                     yield from ((clip, error) for clip in [*waiting, *(cut.clip for cut in active)])
                     return
             shown = Picture(frame, time_s, shrinker)
-        active += [_MovieClip(clip, fps, self) for clip in reversed(waiting)]
+        active += [MovieClip(clip, fps, self.spec.video, self.computed_flow) for clip in reversed(waiting)]
         if shown is not None:
-            yield from _show(active, shown, movie.end_s, movie, size)
+            yield from show_to_all(active, shown, movie.end_s, movie, size)
         yield from ((cut.clip, cut.finish(movie, size)) for cut in active)
 
-    def _pictures_of_frames(self, clip: ClipRecord, frames: NumberedFrames) -> _Pictures:
+    def _pictures_of_frames(self, clip: ClipRecord, frames: NumberedFrames) -> CutPictures:
         nominal = self.recording.nominal_fps
         fps = min(Fraction(nominal), Fraction(self.spec.video.max_fps).limit_denominator(1001))
         pictures = ClipPictures(fps, self.spec.video, self.computed_flow)
@@ -160,9 +144,9 @@ class _Cutter:
             elif size != (picture.shape[1], picture.shape[0]):
                 raise MediaError("video", "decode", f"{frames.path.name}: frames of the clip differ in size")
             pictures.add(to_i420.of_rgb(geometry.shrink(picture)), to_i420.colorspace)
-        return _Pictures(*pictures.finish(), size, len(numbers))
+        return CutPictures(*pictures.finish(), size, len(numbers))
 
-    def complete(self, clip: ClipRecord, pictures: _Pictures) -> CutClip:
+    def complete(self, clip: ClipRecord, pictures: CutPictures) -> CutClip:
         """Add flow files, sound and boxes to a clip's pictures.
 
         Raises:
@@ -186,7 +170,7 @@ class _Cutter:
         return CutClip(clip, payloads, described, stop_s)
 
     def _flow_of_files(
-        self, clip: ClipRecord, frames: NumberedFrames, pictures: _Pictures
+        self, clip: ClipRecord, frames: NumberedFrames, pictures: CutPictures
     ) -> tuple[bytes, dict[str, Any]]:
         per_flow = self.recording.rgb_frames_per_flow_frame
         start = (clip.start_frame - 1) // per_flow + 1
@@ -210,7 +194,7 @@ class _Cutter:
         return data, described | {"source": "files"}
 
     def _one_per_picture(
-        self, clip: ClipRecord, frames: NumberedFrames, numbers: list[int], pictures: _Pictures
+        self, clip: ClipRecord, frames: NumberedFrames, numbers: list[int], pictures: CutPictures
     ) -> list[int]:
         """In a recording that is one clip, the i-th flow file belongs to the i-th picture; the last may lack its own.
 
@@ -226,7 +210,7 @@ class _Cutter:
             raise MediaError("flow", "cut", f"{there}: extract it again, or set frames_per_second")
         return [*numbers, numbers[-1]][:num]
 
-    def _detections(self, clip: ClipRecord, pictures: _Pictures) -> tuple[bytes, dict[str, Any]]:
+    def _detections(self, clip: ClipRecord, pictures: CutPictures) -> tuple[bytes, dict[str, Any]]:
         assert self.recording.boxes is not None
         assert clip.boxes is not None
         if pictures.source_size is None:
@@ -255,62 +239,3 @@ def _numbers(
         there.start + int(place * nominal / fps) for place in range(num_frames_between(clip.start_s, stop_s, fps))
     ]
     return [number for number in wanted if number <= frames.last]
-
-
-class _MovieClip:
-    """A clip while the pass goes over it: which of its stored frames come next."""
-
-    def __init__(self, clip: ClipRecord, fps: Fraction, cutter: _Cutter) -> None:
-        self.clip, self._fps = clip, float(fps)
-        self._stored = ClipPictures(fps, cutter.spec.video, cutter.computed_flow)
-        self._wanted = None if clip.stop_s is None else num_frames_between(clip.start_s, clip.stop_s, fps)
-        self._first_s = clip.start_s
-        self._size: tuple[int, ...] | None = None
-        self._problem: MediaError | None = None
-
-    def show(self, picture: Picture, until_s: float) -> None:
-        """`picture` is on until `until_s`: store it for every moment of the clip before that."""
-        while not self.done and self.clip.start_s + self._stored.num_frames / self._fps < until_s - _EARLY_S:
-            image = picture.image()
-            if self._stored.num_frames == 0:
-                self._first_s, self._size = picture.time_s, image.shape
-            elif image.shape != self._size:
-                self._problem = MediaError("video", "decode", f"picture size changes at {picture.time_s:.2f} s")
-                return
-            self._stored.add(image, picture.colorspace)
-
-    @property
-    def done(self) -> bool:
-        """No picture after this one is needed."""
-        return self._problem is not None or self._stored.num_frames == self._wanted
-
-    def finish(self, movie: Movie, size: tuple[int, int] | None) -> _Pictures | MediaError:
-        """The clip's pictures, or what is wrong with them."""
-        try:
-            if self._problem is not None:
-                raise self._problem
-            movie.damage.check("video", *self._span(movie))
-            if self._stored.num_frames == 0:
-                text = f"starts at {self.clip.start_s:.2f} s, the video ends at {movie.end_s:.2f} s"
-                raise MediaError("video", "cut", text)
-        except MediaError as error:
-            return error
-        stop_s = self.clip.start_s + self._stored.num_frames / self._fps
-        return _Pictures(*self._stored.finish(), size, movie.num_frames, round(stop_s, 6))
-
-    def _span(self, movie: Movie) -> tuple[float, float]:
-        """From the first picture shown to the last moment stored, or to the clip's end when the movie ends before."""
-        if self.done:
-            return self._first_s, self.clip.start_s + (self._stored.num_frames - 1) / self._fps
-        return self._first_s, max(movie.end_s, self.clip.stop_s or 0.0)
-
-
-def _show(
-    active: list[_MovieClip], picture: Picture, until_s: float, movie: Movie, size: tuple[int, int] | None
-) -> Iterator[tuple[ClipRecord, _Pictures | MediaError]]:
-    """Show a picture to all active clips; yield and remove those that are done."""
-    for cut in list(active):
-        cut.show(picture, until_s)
-        if cut.done:
-            active.remove(cut)
-            yield cut.clip, cut.finish(movie, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -56,3 +57,16 @@ class ClipPictures:
             self._video = VideoEncoder(width, height, self._fps, spec.crf, spec, colorspace)
         if self._flow_spec is not None:
             self._flow = ComputedFlow(width, height, self._fps, self._flow_spec, self._video_spec)
+
+
+@dataclass(slots=True)
+class CutPictures:
+    """What a pass over the pictures gave for one clip."""
+
+    payloads: dict[str, bytes] = field(default_factory=dict)
+    described: dict[str, dict[str, Any]] = field(default_factory=dict)
+    source_size: tuple[int, int] | None = None
+    """Width and height of the upright source."""
+    num_source_frames: int = 0
+    stop_s: float | None = None
+    """End of the last picture."""
