@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.modality import MODALITIES
 from karmma_dist.packing.manifest import shard_index
 from karmma_dist.packing.records import CutClip, Recording
-from karmma_dist.shards import Clip, Member, index_path, sha256_of, write_json
+from karmma_dist.shards import Clip, Member, index_path, member_name, sha256_of, write_json
 
 Sample = Mapping[str, bytes]
 """A clip's members: bytes per modality, and its metadata under "json"."""
@@ -46,8 +45,8 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Sample]]) -> int:
         # Python's own writer: webdataset's gives the same bytes, but loads PyTorch, 350 MB in each packing process.
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
             for key, members in samples:
-                for suffix, data in sorted((_suffix(name), data) for name, data in members.items()):
-                    tar.addfile(_header(f"{key}.{suffix}", len(data)), io.BytesIO(data))
+                for name, data in sorted((member_name(key, modality), data) for modality, data in members.items()):
+                    tar.addfile(_header(name, len(data)), io.BytesIO(data))
                 num += 1
         file.flush()
         os.fsync(file.fileno())
@@ -103,7 +102,3 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
     header.size, header.mode, header.mtime = size, 0o444, 0
     header.uname = header.gname = "karmma"
     return header
-
-
-def _suffix(name: str) -> str:
-    return "json" if name == "json" else MODALITIES[name].member

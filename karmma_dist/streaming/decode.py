@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -33,12 +34,10 @@ def decode_video(
     data: bytes, described: dict[str, Any], moments_s: np.ndarray, video: VideoInput, view: View
 ) -> np.ndarray:
     """Decode, resize and crop the frames shown at `moments_s`. Returns uint8 (F, crop, crop, 3), RGB."""
-    numbers = frame_numbers(moments_s, described)
-    pictures = np.empty((len(numbers), video.crop, video.crop, 3), np.uint8)
-    chosen = np.unique(numbers)
-    for number, frame in zip(chosen, chosen_frames(data, chosen, described["num_frames"]), strict=True):
+    pictures = np.empty((len(moments_s), video.crop, video.crop, 3), np.uint8)
+    for shown_F, frame in _shown_frames(data, described, moments_s):
         size = _resized(frame.width, frame.height, video.short_side)
-        pictures[numbers == number] = _cut(_reformat(frame, size, "rgb24"), video.crop, view)
+        pictures[shown_F] = _cut(_reformat(frame, size, "rgb24"), video.crop, view)
     return pictures
 
 
@@ -46,16 +45,14 @@ def decode_flow(
     data: bytes, described: dict[str, Any], moments_s: np.ndarray, video: VideoInput, view: View
 ) -> np.ndarray:
     """Decode flow stored as one gray video, u above v. Returns uint8 (F, crop, crop, 2); 127.5 is no motion."""
-    numbers = frame_numbers(moments_s, described)
-    flow = np.empty((len(numbers), video.crop, video.crop, 2), np.uint8)
-    chosen = np.unique(numbers)
-    for number, frame in zip(chosen, chosen_frames(data, chosen, described["num_frames"]), strict=True):
+    flow = np.empty((len(moments_s), video.crop, video.crop, 2), np.uint8)
+    for shown_F, frame in _shown_frames(data, described, moments_s):
         stacked = _reformat(frame, (frame.width, frame.height), "gray")
         half = frame.height // 2
         size = _resized(frame.width, half, video.short_side)
         # Side by side as channels, not above each other: resizing must not mix the rows between them.
         both = _resize_flow(np.dstack((stacked[:half], stacked[half:])), size)
-        flow[numbers == number] = _cut(both, video.crop, view)
+        flow[shown_F] = _cut(both, video.crop, view)
     if view.flip:
         np.subtract(255, flow[..., 0], out=flow[..., 0])
     return flow
@@ -103,6 +100,16 @@ def decode_detections(data: bytes, detections: DetectionsInput, view: View) -> n
 def frame_numbers(moments_s: np.ndarray, described: dict[str, Any]) -> np.ndarray:
     """Numbers of the stored frames shown at `moments_s`: frame k from k / fps on, the last one for ever. int64 (F,)."""
     return _floor(moments_s * described["fps"], described["num_frames"])
+
+
+def _shown_frames(
+    data: bytes, described: dict[str, Any], moments_s: np.ndarray
+) -> Iterator[tuple[np.ndarray, av.VideoFrame]]:
+    """Yield each frame shown at any of the moments, once, with shown_F (bool): at which of them."""
+    numbers_F = frame_numbers(moments_s, described)
+    chosen = np.unique(numbers_F)
+    for number, frame in zip(chosen, chosen_frames(data, chosen, described["num_frames"]), strict=True):
+        yield numbers_F == number, frame
 
 
 def _floor(places: np.ndarray, num: int) -> np.ndarray:

@@ -40,5 +40,5 @@ def open_loader(folder: Path, work: Work, position: Any = None) -> Iterable[Batc
 
 
 def position(loader: Iterable[Batch]) -> Any:
-    """There is none to save."""
-    raise NotImplementedError(f"{loader!r} cannot resume")
+    """There is none to save: a caller that asks has not looked at `CAN_RESUME`."""
+    raise AssertionError(f"{loader!r} cannot resume")
