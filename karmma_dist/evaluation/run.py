@@ -24,7 +24,7 @@ from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.training.rendezvous import World
-from karmma_dist.training.telemetry import STATE, read_state
+from karmma_dist.training.run_log import STATE, read_state
 
 
 @dataclass(frozen=True)

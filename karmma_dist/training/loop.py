@@ -8,41 +8,32 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from karmma_dist.errors import UserError
 from karmma_dist.models.encoder import Encoder
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.pretrained import load_encoder_weights, save_model
 from karmma_dist.progress import Report, silent
-from karmma_dist.recipe import Recipe, read_run_recipe, save_recipe
+from karmma_dist.recipe import Recipe
 from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule, random_words
 from karmma_dist.streaming.prefetch import on_device
-from karmma_dist.streaming.remote import masked
-from karmma_dist.training.checkpoint import checkpoints, data_state, load_checkpoint, save_checkpoint
+from karmma_dist.training.checkpoint import data_state, load_checkpoint, save_checkpoint
+from karmma_dist.training.damage import DamageLog
 from karmma_dist.training.engine import Engine, barrier, gather, mean_over_ranks
 from karmma_dist.training.rendezvous import World
+from karmma_dist.training.run_folder import prepare_run_dir
+from karmma_dist.training.run_log import RunLog, read_state, write_state
 from karmma_dist.training.schedule import learning_rate
 from karmma_dist.training.stages import build_stage
-from karmma_dist.training.telemetry import (
-    Averages,
-    DamageLog,
-    RunLog,
-    loading_metrics,
-    loading_sums,
-    read_state,
-    write_state,
-)
+from karmma_dist.training.telemetry import Averages, loading_metrics, loading_sums
 
 Validate = Callable[[nn.Module, Recipe, World], dict[str, float]]
 """Measures a model on the recipe's validation split; every rank calls it and gets the same numbers."""
@@ -67,7 +58,7 @@ def train(
         UserError: bad shards, another recipe in the run folder, a teacher that does not fit, too much damage.
     """
     folder = open_shards(recipe.data)
-    start = _prepare_run_dir(recipe, world, resume)
+    start = prepare_run_dir(recipe, world, resume)
     if start == "finished":
         report(f"train {recipe.name}", 1, 1, "already finished (start over with --resume never)")
         return dict(read_state(recipe.run_dir).get("metrics", {}))
@@ -235,61 +226,3 @@ def build_model(recipe: Recipe, classes: dict[str, list[str]]) -> KarmmaModel:
         if source is not None:
             load_encoder_weights(encoder, modality, str(recipe.find_run(source)))
     return model
-
-
-def _prepare_run_dir(recipe: Recipe, world: World, resume: str) -> str:
-    """Make or check the run folder; returns the checkpoint to resume from, "" to start fresh, or "finished"."""
-    run_dir = recipe.run_dir
-    saved = read_run_recipe(run_dir) if (run_dir / "recipe.yaml").is_file() else None
-    found = checkpoints(run_dir)
-    state = read_state(run_dir).get("state")
-    barrier()  # every rank has looked before the main rank writes
-    if resume == "auto" and saved is not None and (found or state == "finished"):
-        _refuse_other_recipe(saved, recipe)
-        if state == "finished":
-            return "finished"
-        start = str(found[-1])
-    elif resume in ("auto", "never"):
-        start = ""
-    else:
-        start = resume
-    if world.is_main:
-        if not start:
-            for left in (run_dir / "checkpoints", run_dir / "metrics.jsonl", run_dir / "damage.jsonl"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, run_dir / "recipe.yaml")
-        write_state(run_dir, "running")
-    barrier()
-    return start
-
-
-def _refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
-    """Raise where the run folder holds another run: fields that change what is computed differ."""
-    ignored = {
-        "slurm", "evaluation", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
-        "training.threads", "training.keep_checkpoints",
-    }  # fmt: skip
-    before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
-    for flat in (before, now):
-        flat["data.shards"] = masked(flat["data.shards"])  # a new password or signature is no other run
-    differing = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == i or key.startswith(f"{i}.") for i in ignored)
-    ]
-    if differing:
-        raise UserError(
-            f"{recipe.run_dir}: holds a run of another recipe ({'; '.join(differing[:5])}): "
-            "give this one another name (--set name=...) or start over with --resume never"
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

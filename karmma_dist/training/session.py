@@ -11,7 +11,7 @@ from karmma_dist.recipe import Recipe
 from karmma_dist.training.engine import barrier, process_group
 from karmma_dist.training.loop import Validate, train
 from karmma_dist.training.rendezvous import World, find_world
-from karmma_dist.training.telemetry import read_state
+from karmma_dist.training.run_log import read_state
 
 
 def train_chain(

@@ -514,7 +514,7 @@ def test_secrets_in_a_url_reach_the_server_and_no_message(server: Server, tmp_pa
 
 
 def test_a_run_goes_on_with_a_new_password_or_signature_but_not_with_other_shards() -> None:
-    from karmma_dist.training.loop import _refuse_other_recipe
+    from karmma_dist.training.run_folder import refuse_other_recipe
 
     def recipe(shards: str, cache_dir: str | None = None) -> Recipe:
         data = {"shards": shards, "modalities": ["video"], "cache_dir": cache_dir}
@@ -522,9 +522,9 @@ def test_a_run_goes_on_with_a_new_password_or_signature_but_not_with_other_shard
         return Recipe.model_validate({"name": "n", "stage": "supervised", "data": data, "model": model})
 
     saved = recipe("https://anna:hush@host/kitchen?sig=hush1")
-    _refuse_other_recipe(saved, recipe("https://ben:hush2@host/kitchen?sig=hush3", cache_dir="/scratch"))
+    refuse_other_recipe(saved, recipe("https://ben:hush2@host/kitchen?sig=hush3", cache_dir="/scratch"))
     with pytest.raises(UserError, match=r"data\.shards: https://.*@host/kitchen -> https://.*@host/other") as caught:
-        _refuse_other_recipe(saved, recipe("https://anna:hush@host/other?sig=hush1"))
+        refuse_other_recipe(saved, recipe("https://anna:hush@host/other?sig=hush1"))
     assert "hush" not in str(caught.value)
 
 

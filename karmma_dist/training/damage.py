@@ -1,0 +1,96 @@
+"""Damaged clips that the ranks of a run met: damage.jsonl, and how many are too many."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from karmma_dist.errors import UserError
+from karmma_dist.streaming.batch import Batch
+
+
+class DamageLog:
+    """Damaged clips of all ranks: each is written to damage.jsonl once, and too many end the run on every rank.
+
+    A rank notes what its batches met; now and then the ranks share their notes (`take`, then `share` what all of them
+    took). So every rank knows every damaged clip, and all stop at the same step.
+    """
+
+    def __init__(self, run_dir: Path, num_clips: int, max_fraction: float, rank: int = 0) -> None:
+        self._path = run_dir / "damage.jsonl"
+        self._num_clips, self._allowed, self._rank = num_clips, int(max_fraction * num_clips), rank
+        self._known: dict[str, dict[str, Any]] = {}
+        self._noted: dict[str, dict[str, Any]] = {}
+
+    @property
+    def num_noted(self) -> int:
+        """Clips noted and not yet shared."""
+        return len(self._noted)
+
+    @property
+    def num_damaged(self) -> int:
+        """Different damaged clips that all ranks know of."""
+        return len(self._known)
+
+    def note(self, batch: Batch) -> None:
+        """Note a batch's damage."""
+        for damage in batch.damage:
+            if damage.key not in self._known:
+                event = {"epoch": batch.epoch, "step": batch.step, "rank": self._rank, **asdict(damage)}
+                self._noted.setdefault(damage.key, event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """This rank's notes, which are then no longer its own."""
+        events, self._noted = list(self._noted.values()), {}
+        return events
+
+    def share(self, events: Iterable[dict[str, Any]]) -> None:
+        """Take in the notes of all ranks, equal on every rank; the main rank writes them.
+
+        Raises:
+            UserError: more different clips are damaged than the recipe allows.
+        """
+        new = self._learn(events)
+        if self._rank == 0:
+            self._write(new)
+        if len(self._known) > self._allowed:
+            shown = [f"{event['shard']}: {event['member']}: {event['what']}" for event in self._known.values()]
+            raise UserError(
+                f"{len(shown)} of {self._num_clips} clips are damaged, data.max_damaged_fraction allows "
+                f"{self._allowed}: {'; '.join(shown[:5])} (all in {self._path})"
+            )
+
+    def flush(self) -> None:
+        """Write this rank's notes as they are: the run ends before they can be shared."""
+        self._write(self.take())
+
+    def written(self) -> list[dict[str, Any]]:
+        """What damage.jsonl says; a line that a crash cut is left out."""
+        events = []
+        for line in self._path.read_text().splitlines() if self._path.exists() else []:
+            with contextlib.suppress(ValueError):
+                events.append(json.loads(line))
+        return events
+
+    def remember(self, events: Iterable[dict[str, Any]]) -> None:
+        """Know of clips that were written before this run was resumed."""
+        self._learn(events)
+
+    def _learn(self, events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Know of events; returns those that were new."""
+        new = []
+        for event in events:
+            if event["key"] not in self._known:
+                self._known[event["key"]] = event
+                new.append(event)
+        return new
+
+    def _write(self, events: Iterable[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(event) + "\n" for event in events)
+        if text:
+            with open(self._path, "a") as file:
+                file.write(text)

@@ -1,0 +1,61 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events and its state."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from karmma_dist.shards import write_json
+
+STATE = "state.json"
+
+
+class RunLog:
+    """Writes a run's metrics; only the main rank has one.
+
+    On resuming at optimizer step `resumed`, lines of later steps are removed: they will be written again.
+    """
+
+    def __init__(self, run_dir: Path, resumed: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run_dir / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resumed]
+            self.path.write_text("".join(line + "\n" for line in kept if resumed))
+        self._events = SummaryWriter(str(run_dir), purge_step=resumed + 1)
+
+    def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Append one line `{"kind", "step", "epoch", ...values}`; `step` counts finished optimizer steps."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush TensorBoard's file."""
+        self._events.close()
+
+
+def _step_of(line: str) -> int:
+    """The step of a metrics line; a line cut by a crash counts as later than any."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 2**62
+
+
+def write_state(run_dir: Path, state: str, **values: Any) -> None:
+    """Write state.json: `running`, `finished`, `interrupted` or `failed`, with the time and what else is known."""
+    write_json(run_dir / STATE, {"state": state, "time": time.time(), **values})
+
+
+def read_state(run_dir: Path) -> dict[str, Any]:
+    """state.json of a run folder, or an empty dictionary where there is none."""
+    try:
+        state: dict[str, Any] = json.loads((run_dir / STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return state
