@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from karmma_dist.download import masked
 from karmma_dist.errors import UserError
 from karmma_dist.models.encoder import Encoder
 from karmma_dist.models.karmma import KarmmaModel
@@ -28,7 +29,6 @@ from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule, random_words
 from karmma_dist.streaming.prefetch import on_device
-from karmma_dist.streaming.remote import masked
 from karmma_dist.training.checkpoint import checkpoints, data_state, load_checkpoint, save_checkpoint
 from karmma_dist.training.engine import Engine, barrier, gather, mean_over_ranks
 from karmma_dist.training.rendezvous import World
