@@ -56,11 +56,12 @@ def load_encoder_weights(
     state = _download(source, sha256, cache_dir, report) if is_url(source) else _read(Path(source), sha256)
     if any(key.startswith("encoders.") for key in state):
         state = _encoder_of_run(state, modality, shown)
-    elif not set(state) <= set(encoder.state_dict()):
+    elif not set(state) <= (own := set(encoder.state_dict())):
         try:
             state = encoder.from_published(state)
         except UserError as error:
-            raise UserError(f"{shown}: {error}") from None
+            if own.isdisjoint(state):
+                raise UserError(f"{shown}: {error}") from None
     load_exactly(encoder, state, f"{shown} (for the {modality} encoder)", ignore, say)
 
 
