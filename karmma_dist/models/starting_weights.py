@@ -7,6 +7,7 @@ A URL is downloaded once per node into CACHE/weights (see `karmma_dist.cache`) a
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -78,13 +79,12 @@ def _download(url: str, sha256: str | None, cache_dir: str | None, report: Repor
     if sha256:
         cache.remove_if_damaged(content)
     try:
-        with open(cache.open(content, partial(_fetch, url, sha256, report, cache)), "rb"):
-            path = cache.root / content.name
+        os.close(cache.open(content, partial(_fetch, url, sha256, report, cache)))
     except FetchError as error:
         advice = "" if error.damaged else ": check URL, network and password, or name a file that you downloaded"
         raise UserError(f"{masked(url)}: {error.what}{advice}") from None
     try:
-        return read_weights(path, masked(url))
+        return read_weights(cache.root / content.name, masked(url))
     except UserError as error:
         cache.remove(content)
         raise UserError(f"{error} (removed from the cache)") from None
