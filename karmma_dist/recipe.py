@@ -173,8 +173,13 @@ class EncoderRecipe(Settings):
     frozen: bool = False
     """Do not train it; it stays in eval mode."""
     weights: str | None = None
-    """Starting weights: a run's name under `runs_dir`, a run folder, or a file (.safetensors, or .pth in a published
-    layout). None: random."""
+    """Starting weights: a run's name under `runs_dir`, a run folder, a file (.safetensors, or .pth in a published
+    layout), or the URL of such a file, which each node downloads once into its cache. None: random."""
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """What the weights file must hash to; any other is refused. None: not checked."""
+    weights_ignore: list[str] = []
+    """Patterns (`category.*`) of the encoder's keys that need not be in the weights, be of the right size there, or be
+    known: they start at random, or stay unused, and are listed. All others must fit."""
     options: dict[str, Any] = {}
     """Sizes the encoder takes, e.g. {width: 32}; see the encoder's docstring."""
 

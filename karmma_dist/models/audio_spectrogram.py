@@ -114,7 +114,11 @@ class AudioSpectrogramTransformer(Encoder):
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """DeiT-tiny-distilled as timm publishes it, fitted as AST does (its Sec. 2.2): the patch kernel is averaged
         over the colours and shared by all windows, the position embedding is resized to the patch grid."""
-        kept = {f"trunk.{key}": tensor for key, tensor in state.items() if not key.startswith("head")}
+        kept = {
+            key if key.startswith("trunk.") else f"trunk.{key}": tensor
+            for key, tensor in state.items()
+            if not key.startswith("head")
+        }
         kernel, positions = "trunk.patch_embed.proj.weight", "trunk.pos_embed"
         if kernel in kept and kept[kernel].ndim == 4:
             num_windows = self.trunk.patch_embed.proj.in_channels

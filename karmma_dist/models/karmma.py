@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
+from karmma_dist.modality import MODALITIES
 from karmma_dist.models.fusion import FusionBlock
 from karmma_dist.models.layout import build_encoder, input_shape
 from karmma_dist.models.tokens import tau_average
@@ -122,16 +123,19 @@ class KarmmaModel(nn.Module):
 
         Args:
             inputs: Per modality the present clips only, in batch order, of `layout.input_shape` and the dtype of the
-                parameters; a modality that nobody has may be left out.
+                parameters; a modality that nobody has may be left out. Nothing but shapes and dtypes is checked, so
+                that the device is not waited for.
             present_BM: bool, True = the clip has the modality; on any device.
 
         Returns:
             Per modality (N, T, D): after encoder, tau-average and Linear.
 
         Raises:
-            ValueError: `present_BM` and `inputs` disagree.
+            ValueError: `present_BM` and `inputs` disagree, or an input is of another shape or dtype, or of a modality
+                that the model does not have.
         """
         present = self._on_cpu(present_BM, "present_BM")
+        self._check_inputs(inputs)
         tokens = {}
         for modality, num in zip(self.modalities, present.sum(dim=0).tolist(), strict=True):
             given = inputs.get(modality)
@@ -208,12 +212,32 @@ class KarmmaModel(nn.Module):
         weights = weights_BM[:, :, None]
         return {head: (classifier(hidden) * weights).sum(dim=1) for head, classifier in self.classifiers.items()}
 
+    def _check_inputs(self, inputs: dict[str, Tensor]) -> None:
+        for modality, given in inputs.items():
+            if modality not in self.modalities:
+                raise ValueError(
+                    f"inputs['{modality}']: the model has no such modality; it has {', '.join(self.modalities)}"
+                )
+            expected = input_shape(modality, self.inputs)
+            if given.shape[1:] != expected:
+                shape = f"(N, {', '.join(map(str, expected))})"
+                raise ValueError(
+                    f"inputs['{modality}'] is {tuple(given.shape)}, expected {shape}, which is "
+                    f"{MODALITIES[modality].layout}"
+                )
+            if given.dtype != self._like.dtype and not _autocast_takes(given):
+                raise ValueError(f"inputs['{modality}'] is {given.dtype}, expected {self._like.dtype}, the parameters'")
+
     def _on_cpu(self, flags_BM: Tensor, name: str) -> Tensor:
         if flags_BM.dtype != torch.bool or flags_BM.ndim != 2 or flags_BM.shape[1] != len(self.modalities):
             raise ValueError(
                 f"{name} is {flags_BM.dtype} {tuple(flags_BM.shape)}, expected torch.bool (B, {len(self.modalities)})"
             )
         return flags_BM.cpu()
+
+
+def _autocast_takes(x: Tensor) -> bool:
+    return x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
 
 
 def _check_keep(keep_BM: Tensor, present_BM: Tensor) -> None:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from karmma_dist.download import is_url
 from karmma_dist.models.encoder import Encoder
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.pretrained import load_encoder_weights, save_model
+from karmma_dist.models.pretrained import save_model
+from karmma_dist.models.starting_weights import load_encoder_weights
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards import ShardFolder
@@ -34,6 +37,8 @@ from karmma_dist.training.run_log import RunLog, read_state, write_state
 from karmma_dist.training.schedule import learning_rate
 from karmma_dist.training.stages import build_stage
 from karmma_dist.training.telemetry import Averages, loading_metrics, loading_sums
+
+_logger = logging.getLogger(__name__)
 
 Validate = Callable[[nn.Module, Recipe, World], dict[str, float]]
 """Measures a model on the recipe's validation split; every rank calls it and gets the same numbers."""
@@ -89,7 +94,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * recipe.training.epochs
         self.classes = folder.classes
         self.data_state = data_state(recipe, folder)
-        self.engine = Engine(build_model(recipe, self.classes), recipe, world)
+        self.engine = Engine(build_model(recipe, self.classes, report, world.is_main), recipe, world)
         heads = {head: len(names) for head, names in self.classes.items()}
         self.stage = build_stage(recipe, heads, self.engine.device, self.engine.dtype)
         self.position = Position(0, 0)
@@ -214,15 +219,24 @@ class Trainer:
         self.report(f"train {self.recipe.name}", done, self.total_steps, f"{note} {also}".rstrip())
 
 
-def build_model(recipe: Recipe, classes: dict[str, list[str]]) -> KarmmaModel:
-    """The recipe's model with its starting weights: a function of the recipe and the seed."""
+def build_model(
+    recipe: Recipe, classes: dict[str, list[str]], report: Report = silent, is_main: bool = True
+) -> KarmmaModel:
+    """The recipe's model with its starting weights: a function of the recipe and the seed.
+
+    `report` shows downloads; only the main rank says which weights did not carry over.
+    """
     torch.manual_seed(recipe.seed)
     heads = {head: len(names) for head, names in classes.items()}
     model = KarmmaModel(recipe.model, recipe.inputs, recipe.data.modalities, heads)
     for modality in recipe.data.modalities:
-        source = recipe.model.encoders[modality].weights
+        start = recipe.model.encoders[modality]
         encoder = model.encoders[modality]
         assert isinstance(encoder, Encoder)
-        if source is not None:
-            load_encoder_weights(encoder, modality, str(recipe.find_run(source)))
+        if start.weights is not None:
+            source = start.weights if is_url(start.weights) else str(recipe.find_run(start.weights))
+            load_encoder_weights(
+                encoder, modality, source, ignore=start.weights_ignore, sha256=start.weights_sha256,
+                cache_dir=recipe.data.cache_dir, report=report, say=_logger.warning if is_main else _logger.debug,
+            )  # fmt: skip
     return model

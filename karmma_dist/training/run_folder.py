@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from karmma_dist.download import masked
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe, read_run_recipe, save_recipe
-from karmma_dist.streaming.remote import masked
 from karmma_dist.training.checkpoint import checkpoints
 from karmma_dist.training.engine import barrier
 from karmma_dist.training.rendezvous import World
@@ -49,7 +49,9 @@ def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     }  # fmt: skip
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     for flat in (before, now):
-        flat["data.shards"] = masked(flat["data.shards"])  # a new password or signature is no other run
+        for key, value in flat.items():
+            if isinstance(value, str):
+                flat[key] = masked(value)  # a new password or signature is no other run
     differing = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -257,6 +258,57 @@ def test_inputs_that_contradict_present_are_refused() -> None:
         model.encode({}, present.float())
     with pytest.raises(ValueError, match=r"tokens\['video'\] are \(0, 5, 16\), expected \(2, 5, 16\)"):
         model.fuse({}, present)
+
+
+@pytest.mark.parametrize(
+    ("modality", "shape", "expected"),
+    [
+        ("video", (2, 3, 5, 16, 16), r"\(N, 3, 7, 16, 16\), which is float \(N, 3, frames, height, width\)"),
+        ("flow", (2, 2, 7, 16, 16), r"\(N, 3, 7, 16, 16\), which is float \(N, 3, frames, height, width\): u, v, 0"),
+        ("video", (2, 7, 16, 16, 3), r"\(N, 3, 7, 16, 16\)"),
+        ("audio", (2, 2, 16), r"\(N, 2, 16, 41\), which is float \(N, windows, mels, time\)"),
+        ("detections", (2, 3, 2, 5), r"\(N, 3, 2, 6\), which is float \(N, frames, boxes, 6\): x0 y0"),
+    ],
+)
+def test_an_input_of_another_shape_is_refused_with_the_expected_one(
+    modality: str, shape: tuple[int, ...], expected: str
+) -> None:
+    model = build().eval()
+    present = torch.tensor([[m == modality for m in MODALITIES]] * 2)
+    given = re.escape(f"inputs['{modality}'] is {shape}, expected ")
+    with pytest.raises(ValueError, match=given + expected):
+        model.encode({modality: torch.zeros(shape)}, present)
+    empty = torch.zeros(0, *shape[1:])
+    with pytest.raises(ValueError, match="expected " + expected):
+        model.encode({modality: empty}, torch.zeros(2, 4, dtype=torch.bool))
+
+
+def test_a_modality_that_the_model_lacks_is_refused_by_name() -> None:
+    model = build(modalities=("video", "audio")).eval()
+    present = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"inputs\['flow'\]: the model has no such modality; it has video, audio"):
+        model.encode(clips(2, ("video", "flow", "audio")), present)
+
+
+def test_inputs_of_another_dtype_are_refused_unless_autocast_takes_care_of_them() -> None:
+    model = build(modalities=("audio",)).eval()
+    present, whole = torch.ones(2, 1, dtype=torch.bool), clips(2, ("audio",))
+    for dtype in (torch.int16, torch.float64, torch.bfloat16):
+        with pytest.raises(ValueError, match=rf"inputs\['audio'\] is {dtype}, expected torch.float32, the parameters'"):
+            model.encode({"audio": whole["audio"].to(dtype)}, present)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.encode({"audio": whole["audio"].to(torch.bfloat16)}, present)
+        with pytest.raises(ValueError, match="int16"):
+            model.encode({"audio": whole["audio"].to(torch.int16)}, present)
+
+
+def test_checking_inputs_looks_at_no_value() -> None:
+    """Meta tensors have none: a check that waited for the device would fail on them."""
+    with torch.device("meta"):
+        model = build(modalities=("video", "audio")).eval()
+        inputs = {m: torch.empty(2, *input_shape(m, INPUTS)) for m in model.modalities}
+    tokens = model.encode(inputs, torch.ones(2, 2, dtype=torch.bool))
+    assert {m: tuple(x.shape) for m, x in tokens.items()} == {m: (2, n, 16) for m, n in model.num_tokens.items()}
 
 
 def test_a_modality_without_an_encoder_is_named() -> None:

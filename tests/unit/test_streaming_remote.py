@@ -27,16 +27,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from karmma_dist import cache as cache_module
+from karmma_dist import download
+from karmma_dist.cache import Cache, Content, FetchError
+from karmma_dist.download import masked
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import DataRecipe, InputRecipe, Recipe
 from karmma_dist.shards import MANIFEST, DamageError, ShardFolder, index_path, sha256_of, write_json
-from karmma_dist.streaming import cache as cache_module
-from karmma_dist.streaming import remote
 from karmma_dist.streaming.batch import Batch
-from karmma_dist.streaming.cache import Cache, Content, FetchError
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule
-from karmma_dist.streaming.remote import RemoteShards, masked, open_folder
+from karmma_dist.streaming.remote import RemoteShards, open_folder
 
 INPUTS = InputRecipe.model_validate(
     {
@@ -135,7 +136,7 @@ def half_then_silent(handler: Handler, body: bytes) -> None:
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow each other without a pause, and no proxy stands before loopback."""
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(download, "FIRST_WAIT_S", 0.0)
     monkeypatch.setenv("NO_PROXY", "*")
 
 
@@ -185,9 +186,10 @@ def entry_bytes(root: Path) -> int:
 READER = """
 import hashlib, sys
 from pathlib import Path
+from karmma_dist import download
+from karmma_dist.cache import Cache
 from karmma_dist.streaming import remote
-from karmma_dist.streaming.cache import Cache
-remote.FIRST_WAIT_S = 0.0
+download.FIRST_WAIT_S = 0.0
 folder = remote.RemoteShards(sys.argv[1], Cache(Path(sys.argv[2]), 10**12))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -261,10 +263,10 @@ def test_any_file_system_that_fsspec_opens_will_do(shards: Path, tmp_path: Path)
 def test_what_passes_is_tried_again(
     server: Server, shards: Path, tmp_path: Path, fault: Fault, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 2.0 if fault is not silent else 0.2)
-    server.faults[name] = [fault] * (remote.TRIES - 1)
+    monkeypatch.setattr(download, "READ_TIMEOUT_S", 2.0 if fault is not silent else 0.2)
+    server.faults[name] = [fault] * (download.TRIES - 1)
     assert digest(opened(server, tmp_path)) == digest(ShardFolder(shards))
-    assert server.asked[name] == remote.TRIES
+    assert server.asked[name] == download.TRIES
 
 
 def test_a_byte_flipped_on_the_way_never_reaches_the_cache(server: Server, shards: Path, tmp_path: Path) -> None:
@@ -277,9 +279,9 @@ def test_a_byte_flipped_on_the_way_never_reaches_the_cache(server: Server, shard
 @pytest.mark.parametrize(
     ("fault", "tries", "what"),
     [
-        (flipped, remote.TRIES, "sha256 differs"),
-        (short, remote.TRIES, r"\d+ bytes instead of \d+"),
-        (cut, remote.TRIES, r"broke off after \d+ of \d+ bytes"),
+        (flipped, download.TRIES, "sha256 differs"),
+        (short, download.TRIES, r"\d+ bytes instead of \d+"),
+        (cut, download.TRIES, r"broke off after \d+ of \d+ bytes"),
         (status(404), 1, "not found on the server"),
     ],
     ids=["flipped", "short", "cut", "gone"],
@@ -309,7 +311,7 @@ def test_a_server_that_cannot_be_reached_is_no_damage_but_one_line(server: Serve
     server.faults[clip.shard] = [status(403)]
     with pytest.raises(UserError, match=rf"{clip.shard}: refused \(HTTP 403\)"):
         folder.read(clip, "json")
-    assert server.asked[clip.shard] == remote.TRIES + 1
+    assert server.asked[clip.shard] == download.TRIES + 1
 
 
 def test_a_url_without_packed_shards_is_one_line(server: Server, tmp_path: Path) -> None:

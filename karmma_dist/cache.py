@@ -1,10 +1,12 @@
-"""A folder of whole files named by the sha256 of their bytes, shared by all processes of a node.
+"""A folder of whole downloaded files named by the sha256 of their bytes, shared by all processes of a node.
 
     CACHE/
-      3f0c...e1                 an entry: downloaded whole, checked, then renamed to its sha256
+      3f0c...e1                 an entry: downloaded whole, checked, then renamed to its sha256 (or, where nobody
+                                said which bytes to expect, to the sha256 of its URL)
       .3f0c...e1.partial        a download on its way
       .3f0c...e1.lock           held (flock) by the process that downloads; the others wait for it
       .lock                     held while entries get their names and while old ones are removed
+      weights/                  starting weights: a cache of its own, which nothing is removed from
 
 Every lock is the kernel's and goes with its process: when a downloader is killed, one of those who wait takes over.
 An entry is removed while others read it without harm, because they hold it open; the next one fetches it again.
@@ -13,7 +15,9 @@ An entry is removed while others read it without harm, because they hold it open
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -27,6 +31,12 @@ from karmma_dist.shards import sha256_of
 
 _ENTRY = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = re.compile(r"\.([0-9a-f]{64})\.partial")
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """The cache folder of this node: the one that is given, else $KARMMA_DIST_CACHE, else ~/.cache/karmma-dist."""
+    root = cache_dir or os.environ.get("KARMMA_DIST_CACHE") or "~/.cache/karmma-dist"
+    return Path(root).expanduser().absolute()
 
 
 class FetchError(Exception):
@@ -47,17 +57,24 @@ class FetchError(Exception):
 class Content:
     """What a file must hold."""
 
-    sha256: str
-    """Hex."""
+    sha256: str | None
+    """Hex; None where it is not known beforehand."""
     size: int | None
     """Bytes; None where it is not known beforehand."""
+    url: str = ""
+    """Where it comes from; required where `sha256` is None."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the cache."""
+        return self.sha256 or hashlib.sha256(self.url.encode()).hexdigest()
 
     def problem(self, path: Path) -> str:
         """What is wrong with the file at `path`, or an empty string."""
         found = path.stat().st_size
         if self.size is not None and found != self.size:
             return f"{found} bytes instead of {self.size}"
-        return "" if sha256_of(path) == self.sha256 else "sha256 differs from the manifest's"
+        return "" if self.sha256 in (None, sha256_of(path)) else "sha256 differs from the manifest's"
 
 
 Fetch = Callable[[Path], None]
@@ -69,7 +86,7 @@ class Cache:
     """The folder and its limit. Cheap to pickle; every process of a node opens its own on the same folder."""
 
     root: Path
-    limit_bytes: int
+    limit_bytes: float = math.inf
     """Entries together stay below this; downloads on their way come on top."""
 
     def open(self, content: Content, fetch: Fetch) -> int:
@@ -91,41 +108,43 @@ class Cache:
                     os.utime(descriptor)  # the least recently used go first; file systems may not keep access times
                     return descriptor
         except OSError as error:
+            lower = f", or lower data.cache_bytes ({self.limit_bytes}) below what its disk has room for"
             raise UserError(
-                f"cache folder {self.root}: {error.strerror}: name another one (data.cache_dir or KARMMA_DIST_CACHE), "
-                f"or lower data.cache_bytes ({self.limit_bytes}) below what its disk has room for"
+                f"cache folder {self.root}: {error.strerror}: name another one (data.cache_dir or KARMMA_DIST_CACHE)"
+                f"{lower if self.limit_bytes < math.inf else ''}"
             ) from None
 
     def remove_if_damaged(self, content: Content) -> bool:
         """Read a whole entry and remove it if its bytes have changed since they were checked; True if so."""
         try:
-            damaged = bool(content.problem(self.root / content.sha256))
+            damaged = bool(content.problem(self.root / content.name))
         except FileNotFoundError:
             return True  # removed by another process that found the same
         if damaged:
-            self._remove(content)
+            self.remove(content)
         return damaged
+
+    def remove(self, content: Content) -> None:
+        """Remove an entry if it is there."""
+        with self._alone():
+            (self.root / content.name).unlink(missing_ok=True)
 
     def _open_entry(self, content: Content) -> int | None:
         try:
-            descriptor = os.open(self.root / content.sha256, os.O_RDONLY)
+            descriptor = os.open(self.root / content.name, os.O_RDONLY)
         except FileNotFoundError:
             return None
         if content.size is not None and os.fstat(descriptor).st_size != content.size:
             os.close(descriptor)
-            self._remove(content)
+            self.remove(content)
             return None
         return descriptor
-
-    def _remove(self, content: Content) -> None:
-        with self._alone():
-            (self.root / content.sha256).unlink(missing_ok=True)
 
     def _download(self, content: Content, fetch: Fetch) -> int | None:
         """Download an entry and open it; None where another process did, or gave up its turn, while we waited."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        entry, partial = self.root / content.sha256, self.root / f".{content.sha256}.partial"
-        with _turn(self.root / f".{content.sha256}.lock") as held:
+        entry, partial = self.root / content.name, self.root / f".{content.name}.partial"
+        with _turn(self.root / f".{content.name}.lock") as held:
             if held is None or entry.exists():
                 return None
             try:

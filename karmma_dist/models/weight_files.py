@@ -1,0 +1,204 @@
+"""Files of weights: read without running any code in them, loaded key by key or not at all, written whole."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from karmma_dist.errors import UserError
+
+WEIGHTS = "weights.safetensors"
+"""File name of a run's weights."""
+
+Say = Callable[[str], object]
+"""Takes one line that a user should read."""
+
+_SHOWN = 30
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_PREFIXES = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every key."""
+
+
+def own_weights(path: Path) -> Path:
+    """The weights file of a run folder, or `path` itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_dir():
+        if not (path / WEIGHTS).is_file():
+            raise UserError(f"{path}: holds no {WEIGHTS}: train that run to its end first")
+        return path / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: no such run folder or weights file")
+    return path
+
+
+def any_weights(path: Path) -> Path:
+    """As `own_weights`, for any folder: its weights.safetensors, else its one .safetensors, else its one .pth or .pt.
+
+    Raises:
+        UserError: there is none, or several of one kind.
+    """
+    if not path.is_dir() or (path / WEIGHTS).is_file():
+        return own_weights(path)
+    for suffixes in ((".safetensors",), (".pth", ".pt", ".bin")):
+        found = sorted(item.name for item in path.iterdir() if item.suffix in suffixes)
+        if len(found) > 1:
+            raise UserError(f"{path}: holds several weights files ({', '.join(found)}): name one of them")
+        if found:
+            return path / found[0]
+    return own_weights(path)
+
+
+def read_weights(path: Path, shown: str = "") -> dict[str, Tensor]:
+    """A flat dictionary of the tensors in a .safetensors file, or in what torch.save wrote.
+
+    What else a training checkpoint holds (epoch, optimizer) is left out; so is what wrappers put before every key.
+
+    Args:
+        path: The file; its content tells its format.
+        shown: What messages call it.
+
+    Raises:
+        UserError: it holds no tensors, or Python objects, which could run code of their own when read.
+    """
+    shown = shown or str(path)
+    try:
+        content: Any = load_file(path) if _is_safetensors(path) else _load_tensors(path)
+    except (
+        SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
+        TypeError, AttributeError,
+    ) as error:  # fmt: skip
+        raise UserError(f"{shown}: cannot be read as weights: {_reason(error)}") from None
+    while isinstance(content, dict) and (inner := _wrapped(content)) is not None:
+        content = inner
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"{shown}: cannot be read as weights: not a dictionary of tensors but a {kind}")
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        found = _some(list(map(str, content))) or "nothing"
+        raise UserError(f"{shown}: cannot be read as weights: not a dictionary of tensors: it holds {found}")
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), ""):
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def load_exactly(
+    module: nn.Module, state: dict[str, Tensor], where: str, ignore: Sequence[str] = (), say: Say | None = None
+) -> None:
+    """`load_state_dict` that reports on one line and changes nothing unless every key and shape fits.
+
+    Args:
+        module: Gets the weights, in place.
+        state: Its keys and tensors.
+        where: What messages call `state`.
+        ignore: Glob patterns of keys that may be missing, unknown or of another size. Those of `module` keep the values
+            they have.
+        say: Told which keys were left out, and which patterns matched none.
+
+    Raises:
+        UserError: other keys are missing, unknown or of another size, or there is nothing left to load.
+    """
+    wanted = module.state_dict()
+    missing = [key for key in wanted if key not in state]
+    unknown = [key for key in state if key not in wanted]
+    resized = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    tolerated = {key for key in missing + unknown + resized if any(fnmatchcase(key, pattern) for pattern in ignore)}
+    parts = [
+        f"{len(keys)} {what} ({_some(keys)})"
+        for what, keys in (
+            ("keys are missing", [key for key in missing if key not in tolerated]),
+            ("keys are unknown", [key for key in unknown if key not in tolerated]),
+        )
+        if keys
+    ]
+    if parts:
+        raise UserError(f"{where}: not weights of this architecture: {' and '.join(parts)}")
+    other = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}"
+        for key in resized
+        if key not in tolerated
+    ]
+    if other:
+        advice = "" if say is None else ": what may start at random goes into weights_ignore"
+        raise UserError(f"{where}: weights of other sizes: {_some(other)}{advice}")
+    loaded = {key: state[key] for key in wanted if key in state and key not in tolerated}
+    if wanted and not loaded:
+        raise UserError(f"{where}: nothing is left to load beside what may be left out ({', '.join(ignore)})")
+    if say is not None:
+        _say_left_out(say, where, missing, unknown, resized, tolerated, ignore)
+    module.load_state_dict(loaded, strict=False)
+
+
+def _say_left_out(
+    say: Say,
+    where: str,
+    missing: list[str],
+    unknown: list[str],
+    resized: list[str],
+    tolerated: set[str],
+    ignore: Sequence[str],
+) -> None:
+    """Tell what `ignore` let pass; every missing, unknown or resized key is one of `tolerated` by now."""
+    if missing or resized:
+        why = f"{len(missing)} are not in the file, {len(resized)} of another size there"
+        say(f"{where}: these start at random: {_some(missing + resized)} ({why})")
+    if unknown:
+        say(f"{where}: in the file and not used: {_some(unknown)}")
+    idle = [pattern for pattern in ignore if not any(fnmatchcase(key, pattern) for key in tolerated)]
+    if idle:
+        say(f"{where}: nothing to leave out matches {', '.join(repr(pattern) for pattern in idle)}")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.partial")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By suffix, or by the JSON that follows the 8 bytes of its length: a file in a cache has no suffix."""
+    if path.suffix == ".safetensors":
+        return True
+    with open(path, "rb") as file:
+        head = file.read(10)
+    return head[8:] == b'{"' and not head.startswith(b"PK")
+
+
+def _load_tensors(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _wrapped(content: dict[Any, Any]) -> dict[Any, Any] | None:
+    """The dictionary inside a training checkpoint."""
+    return next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return (
+            f"it holds a Python object ({found[1]}), and reading those can run code: "
+            "save its tensors as .safetensors where you trust it"
+        )
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _some(items: Iterable[str]) -> str:
+    listed = list(items)
+    return ", ".join(listed[:_SHOWN]) + (", ..." if len(listed) > _SHOWN else "")
