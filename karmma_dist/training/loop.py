@@ -25,7 +25,7 @@ from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe, read_run_recipe, save_recipe
 from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.batch import Batch, prepare
-from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
+from karmma_dist.streaming.loader import TrainingClips, check_heads, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule, random_words
 from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.streaming.remote import masked
@@ -67,6 +67,7 @@ def train(
         UserError: bad shards, another recipe in the run folder, a teacher that does not fit, too much damage.
     """
     folder = open_shards(recipe.data)
+    check_heads(recipe.data, folder)
     start = _prepare_run_dir(recipe, world, resume)
     if start == "finished":
         report(f"train {recipe.name}", 1, 1, "already finished (start over with --resume never)")
@@ -267,7 +268,7 @@ def _prepare_run_dir(recipe: Recipe, world: World, resume: str) -> str:
 def _refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     """Raise where the run folder holds another run: fields that change what is computed differ."""
     ignored = {
-        "slurm", "evaluation", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
+        "slurm", "evaluation", "data.heads", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
         "training.threads", "training.keep_checkpoints",
     }  # fmt: skip
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
