@@ -30,7 +30,7 @@ def cost_bars(path: Path, profile: Profile) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     _bars(left, profile, lambda row: row.gflops, "GFLOPs per clip")
-    _bars(right, profile, lambda row: row.inference_bytes / 1e6, "weights and activations of one clip, bf16 (MB)")
+    _bars(right, profile, lambda row: row.inference_bytes / 1e6, "memory, one clip at inference, bf16 (MB)")
     if num_models > 1:
         figure.legend(*left.get_legend_handles_labels(), frameon=False, ncols=num_models, loc="outside upper center")
     save_figure(figure, path)

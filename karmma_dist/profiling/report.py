@@ -33,21 +33,23 @@ _TABLES = {
         _Figure("total", lambda row: row.params_total / 1e6, 2, compared=True),
         _Figure("trainable", lambda row: row.params_trainable / 1e6, 2),
     ),
-    "Memory of one clip (MB of 1e6 bytes)": (
-        _Figure("weights\nfp32", lambda row: row.weights_bytes_fp32 / 1e6, 0),
-        _Figure("weights\nbf16", lambda row: row.weights_bytes_bf16 / 1e6, 0),
-        _Figure("inference\nbf16", lambda row: row.inference_bytes / 1e6, 0, compared=True),
-        _Figure("training\nbf16", lambda row: row.training_bytes / 1e6, 0),
+    "Weights (MB of 1e6 bytes)": (
+        _Figure("fp32", lambda row: row.weights_bytes_fp32 / 1e6, 1, compared=True),
+        _Figure("bf16", lambda row: row.weights_bytes_bf16 / 1e6, 1),
+    ),
+    "Peak memory of one clip (MB of 1e6 bytes, bf16)": (
+        _Figure("inference", lambda row: row.inference_bytes / 1e6, 1, compared=True),
+        _Figure("training", lambda row: row.training_bytes / 1e6, 1),
     ),
 }
 _MEASURED = (
     _Figure("ms", lambda row: row.latency_ms or 0.0, 1, compared=True),
-    _Figure("activations\nMB", lambda row: (row.measured_activations_bytes or 0) / 1e6, 0),
+    _Figure("activations\nMB", lambda row: (row.measured_activations_bytes or 0) / 1e6, 1),
 )
 _EXPLAINED = (
     "alone: a model that holds these modalities only, as published; whole: the recipe's model on a clip that lacks the "
-    "others. Inference: weights and peak activations. Training: peak activations and gradients, to which weights and "
-    "optimizer state come."
+    "others. Peak memory: inference counts weights, inputs and activations; training counts inputs, activations and "
+    "gradients, but neither weights nor optimizer state."
 )
 
 

@@ -74,6 +74,6 @@ def _heads(recipe: Recipe) -> dict[str, int]:
     if not recipe.data.heads:
         raise UserError(
             f"{recipe.name}: the number of classes is not known: there are no shards in {folder}, and data.heads is "
-            "empty: pack them first, or name it, for example --set data.heads.action=174"
+            "empty: pack the shards, or say it: --set data.heads.HEAD=NUMBER, for example --set data.heads.action=174"
         )
     return dict(recipe.data.heads)
