@@ -14,7 +14,7 @@ import pytest
 from karmma_dist.cli import cli, main
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "shards/README.md", ROOT / "recipes/grid_epic/README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "shards/README.md", *sorted(ROOT.glob("recipes/*/README.md"))]
 
 
 def commands() -> list[list[str]]:

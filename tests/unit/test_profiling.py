@@ -1,0 +1,341 @@
+"""Profiling: the published costs come out, parts add up to the whole, and memory is what PyTorch allocates."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from karmma_dist.cli import main
+from karmma_dist.errors import UserError
+from karmma_dist.modality import MODALITIES, subsets
+from karmma_dist.models.fusion import FusionBlock
+from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.pretrained import save_model
+from karmma_dist.profiling.costs import Cost, Profile, cost, profile_recipe
+from karmma_dist.profiling.flops import ClipFlops, flops_per_clip, meta_clip, meta_model
+from karmma_dist.profiling.memory import FusedAttention, PeakMemory, inference_peak
+from karmma_dist.profiling.report import print_profile
+from karmma_dist.profiling.subjects import Subject, find_subjects
+from karmma_dist.recipe import load_recipe
+from karmma_dist.shards import ShardFolder
+from karmma_dist.streaming.loader import check_heads
+from karmma_dist.training.loop import train
+from karmma_dist.training.rendezvous import World
+
+V, F_, A, D = MODALITIES
+ALL = ((V,), (F_,), (A,), (V, F_), (V, A), (F_, A), (V, F_, A))
+
+
+@pytest.fixture(autouse=True)
+def _no_shards_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is profiled must not depend on shards and runs that lie in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for variable in ("EPIC_KITCHENS_SHARDS", "SSV2_SHARDS"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def subject(name: str, role: str, *overrides: str) -> Subject:
+    subjects, _ = find_subjects(name, overrides)
+    return next(found for found in subjects if found.role == role)
+
+
+def twin(of: Subject, modalities: tuple[str, ...] | None = None) -> KarmmaModel:
+    return meta_model(of.model, of.inputs, modalities or of.modalities, of.heads)
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, ClipFlops]:
+    return {
+        f"{folder} {role}": flops_per_clip(twin(subject(f"{folder}/distill", role)))
+        for folder in ("epic_kitchens", "something_something")
+        for role in ("teacher", "student")
+    }
+
+
+@pytest.mark.parametrize(
+    ("role", "subset", "gflops"),
+    [
+        ("teacher", (V,), 567.961),
+        ("teacher", (V, F_), 1137.011),
+        ("teacher", (V, F_, A), 1707.166),
+        ("student", (V,), 176.379),
+    ],
+)
+def test_published_gflops_are_reproduced(
+    published: dict[str, ClipFlops], role: str, subset: tuple[str, ...], gflops: float
+) -> None:
+    assert published[f"epic_kitchens {role}"].alone(subset) / 1e9 == pytest.approx(gflops, abs=1e-3)
+
+
+@pytest.mark.parametrize(("tau", "gflops"), [(784, 1759), (500, 1725), (100, 1693)])
+def test_published_gflops_of_other_token_limits_are_reproduced(tau: int, gflops: float) -> None:
+    teacher = subject("epic_kitchens/teacher", "teacher", f"model.tau={tau}")
+    assert flops_per_clip(twin(teacher)).alone((V, F_, A)) / 1e9 == pytest.approx(gflops, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("role", "subset", "millions"), [("teacher", (V, F_, A), 11.25), ("student", (V,), 29.64)]
+)
+def test_published_trainable_parameters_are_reproduced(role: str, subset: tuple[str, ...], millions: float) -> None:
+    model = twin(subject("epic_kitchens/distill", role), subset)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable / 1e6 == pytest.approx(millions, rel=5e-4)
+
+
+def test_the_student_computes_at_most_half_of_what_the_teacher_does_wherever_there_is_more_than_boxes(
+    published: dict[str, ClipFlops],
+) -> None:
+    for folder in ("epic_kitchens", "something_something"):
+        teacher, student = published[f"{folder} teacher"], published[f"{folder} student"]
+        for subset in teacher.fusion:
+            # On boxes alone both run the same encoder, with 9 and 12 layers.
+            assert student.alone(subset) <= (0.75 if subset == (D,) else 0.5) * teacher.alone(subset), subset
+
+
+@pytest.mark.parametrize("folder", ["epic_kitchens", "something_something"])
+def test_the_student_needs_less_memory_than_the_teacher(folder: str) -> None:
+    subjects, _ = find_subjects(f"{folder}/distill")
+    third = subjects[0].modalities[-1]
+    for subset in ((third,), (V, F_, third)):
+        teacher, student = (_inference_bytes(s, subset) for s in subjects)
+        assert student <= 0.75 * teacher, subset
+    assert student <= 0.61 * teacher
+
+
+def _inference_bytes(of: Subject, subset: tuple[str, ...]) -> int:
+    model = twin(of, subset).to(torch.bfloat16).eval()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    clip = meta_clip(of.inputs, subset, torch.bfloat16)
+    return weights + inference_peak(model, clip, torch.ones(1, len(subset), dtype=torch.bool))
+
+
+def counted(model: KarmmaModel, present: tuple[str, ...], backward: bool = False) -> int:
+    """FLOPs by PyTorch's counter on the whole model, nothing taken apart."""
+    clip = meta_clip(model.inputs, present)
+    mask = torch.tensor([[m in present for m in model.modalities]])
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        logits = model(clip, mask)
+        if backward:
+            sum(logit.sum() for logit in logits.values()).backward()  # type: ignore[union-attr]
+    return int(counter.get_total_flops())
+
+
+DEMO = ("data.heads={verb: 4, noun: 3}",)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_the_parts_add_up_to_what_the_whole_model_computes(role: str) -> None:
+    demo = subject("demo/distill", role, *DEMO)
+    flops = flops_per_clip(twin(demo))
+    for subset in subsets(demo.modalities):
+        assert flops.alone(subset) == counted(twin(demo, subset).eval(), subset)
+        assert flops.forward(dict.fromkeys(subset, 1), 1) == counted(twin(demo).eval(), subset)
+
+
+def test_flops_are_counted_wherever_the_model_is_and_leave_it_as_it_was() -> None:
+    demo = subject("demo/distill", "student", *DEMO)
+    model = KarmmaModel(demo.model, demo.inputs, demo.modalities, demo.heads).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert flops_per_clip(model) == flops_per_clip(twin(demo))
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_training_step_costs_three_forward_passes_of_what_is_trained(role: str) -> None:
+    demo = subject("demo/distill", role, *DEMO)
+    flops = flops_per_clip(twin(demo))
+    for subset in subsets(demo.modalities):
+        estimate = flops.training(dict.fromkeys(subset, 1), 1)
+        # The first layers need no gradient of their input: what is really computed is a little less.
+        assert 0.8 * estimate < counted(twin(demo).train(), subset, backward=True) <= estimate
+
+
+def test_flops_grow_with_the_clips_that_have_a_modality() -> None:
+    flops = ClipFlops({"video": 100, "audio": 10}, {"video": 2, "audio": 1}, {}, frozenset({"video"}), False)
+    flops.fusion[("video", "audio")] = 5
+    assert flops.forward({"video": 3, "audio": 1}, 4) == 3 * 102 + 11 + 4 * 5
+    assert flops.training({"video": 3}, 4) == 3 * (100 + 3 * 2) + 3 * 11 + 3 * 4 * 5  # audio: one clip of zeros
+
+
+@given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=8), keep=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_peak_memory_is_the_most_that_lived_at_once(sizes: list[int], keep: bool) -> None:
+    for device in ("cpu", "meta"):
+        kept: list[Tensor] = []
+        with PeakMemory(device) as memory:
+            for size in sizes:
+                made = torch.empty(size, device=device)
+                made.view(-1).add_(1)  # neither a view nor a change in place is another tensor
+                kept += [made] if keep else []
+                del made
+            assert memory.live_bytes == 4 * sum(x.numel() for x in kept)
+        assert memory.peak_bytes == 4 * (sum(sizes) if keep else max(sizes))
+
+
+def test_peak_memory_is_what_pytorch_allocates() -> None:
+    torch.manual_seed(0)
+    block = FusionBlock(width=32, num_heads=4, num_layers=2, feedforward=64).eval()
+    tokens = torch.randn(2, 19, 32)
+    with torch.no_grad(), PeakMemory("cpu") as memory:
+        memory.ignore(block.parameters())
+        block(tokens)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
+        block(tokens)
+    live = peak = 0
+    for event in sorted(allocations.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert memory.peak_bytes == pytest.approx(peak, rel=0.02)
+    meta, without_values = block.to("meta"), tokens.to("meta")
+    with torch.no_grad(), FusedAttention(), PeakMemory("meta") as counted_memory:
+        counted_memory.ignore(meta.parameters())
+        meta(without_values)
+    assert counted_memory.peak_bytes == pytest.approx(peak, rel=0.02)
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "bias"])
+def test_fused_attention_makes_no_matrix_of_weights_and_counts_the_same_flops(mask: str | None) -> None:
+    q = torch.empty(2, 4, 512, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    bias = None
+    if mask is not None:
+        kind = torch.bool if mask == "bool" else torch.bfloat16
+        bias = torch.empty(1, 1, 512, 512, device="meta", dtype=kind, requires_grad=mask == "bias")
+    with FlopCounterMode(display=False) as plain, torch.no_grad():
+        F.scaled_dot_product_attention(q, q, q, attn_mask=bias)
+    with FusedAttention(), PeakMemory("meta") as memory, FlopCounterMode(display=False) as fused:
+        out = F.scaled_dot_product_attention(q, q, q, attn_mask=bias)
+        assert memory.peak_bytes < 2 * 4 * 512 * 512 * 2
+        assert fused.get_total_flops() == plain.get_total_flops() == 2 * 2 * 2 * 4 * 512 * 512 * 8
+        out.sum().backward()
+    assert q.grad is not None
+    assert bias is None or mask == "bool" or bias.grad is not None
+
+
+def test_a_training_step_holds_more_than_inference() -> None:
+    demo = subject("demo/distill", "student", *DEMO)
+    row = cost(demo, (V, A), flops_per_clip(twin(demo)))
+    assert row.training_bytes > row.activations_bytes > 0
+    gradients = 2 * row.params_trainable
+    assert row.training_bytes > gradients
+
+
+def test_classes_come_from_the_shards_where_they_are(shards: Path) -> None:
+    (found,), _ = find_subjects("demo/video", [f"data.shards={shards}"])
+    assert found.heads == {head: len(names) for head, names in ShardFolder(shards).classes.items()}
+
+
+def test_shards_of_other_classes_than_the_recipes_are_refused(shards: Path, tmp_path: Path) -> None:
+    changes = [f"data.shards={shards}", "data.heads={verb: 97}", f"runs_dir={tmp_path}"]
+    recipe = load_recipe("demo/video", changes)
+    for refuse in (
+        lambda: check_heads(recipe.data, ShardFolder(shards)),
+        lambda: train(recipe, World(0, 0, 1, "localhost", 1), lambda *_: {}),
+        lambda: find_subjects("demo/video", changes),
+    ):
+        with pytest.raises(UserError, match=r"the shards' classes are verb \d+, noun \d+; data\.heads says verb 97"):
+            refuse()
+    assert not (tmp_path / "demo").exists()
+
+
+def test_unknown_classes_are_asked_for() -> None:
+    with pytest.raises(UserError, match=r"there are no shards in demo/shards, and data\.heads is empty"):
+        find_subjects("demo/distill")
+
+
+def test_the_teacher_is_the_finished_run_or_the_recipe_or_left_out_aloud(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "demo" / "teacher"
+    overrides = [*DEMO, f"runs_dir={tmp_path}/runs"]
+    subjects, notes = find_subjects("demo/distill", overrides)
+    assert [(s.role, s.run) for s in subjects] == [("teacher", "demo/teacher"), ("student", "demo/distill")]
+    assert notes == []
+    other = load_recipe("demo/teacher").model.model_copy(update={"fc_width": 12})
+    save_model(KarmmaModel(other, subjects[0].inputs, (V, F_, A), subjects[0].heads), run)
+    (teacher, _), notes = find_subjects("demo/distill", overrides)
+    assert (teacher.role, teacher.run, teacher.model.fc_width) == ("teacher", str(run), 12)
+    (student,), notes = find_subjects("demo/distill", [*overrides, "after=[]", "distill.teacher=gone"])
+    assert student.role == "student"
+    assert "only the student" in notes[0]
+    assert "gone" in notes[0]
+
+
+def test_every_subset_has_a_row_per_model_and_alike_ones_are_as_if_counted_one_by_one() -> None:
+    found, subjects = profile_recipe("demo/distill", DEMO)
+    assert [(row.modalities, row.model) for row in found.rows] == [(s, m) for s in ALL for m in ("teacher", "student")]
+    for of in subjects:
+        row = next(row for row in found.rows if (row.model, row.modalities) == (of.role, (F_, A)))
+        assert row == cost(of, (F_, A), flops_per_clip(twin(of)))
+
+
+def test_json_holds_the_promised_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["profile", "demo/distill", "--set", DEMO[0], "--modalities", "V,A", "--json", "--plot", "bars.png"]
+    assert main(command) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["model"] for row in rows] == ["teacher", "student"]
+    for row in rows:
+        assert row["modalities"] == ["video", "audio"]
+        assert row["gflops"] > 0
+        assert row["params_total"] >= row["params_trainable"] > 0
+        assert set(row["tokens"]) == {"video", "audio"}
+        assert row["latency_ms"] is None
+    assert Path("bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_measured_rows_have_latency_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["profile", "demo/distill", "--set", DEMO[0], "--modalities", "A", "--measure", "--repeats", "2"]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["measured"].keys() == {"device", "precision", "threads", "repeats"}
+    assert result["measured"]["repeats"] == 2
+    assert all(row["latency_ms"] > 0 and row["measured_activations_bytes"] > 0 for row in result["rows"])
+
+
+def test_tables_of_full_sized_models_fit_a_terminal() -> None:
+    def row(model: str, scale: float) -> Cost:
+        return Cost(
+            model, f"epic_kitchens/{model}", (V, F_, A), 1707.166 * scale, 1707.166, int(274_165_133 * scale),
+            11_249_037, {V: 300, F_: 300, A: 253}, int(548_330_266 * scale), 1_096_660_532, 483_300_000, 2_767_500_000,
+            1234.56, 483_300_000,
+        )  # fmt: skip
+
+    settings_ = {"device": "cpu", "precision": "fp32", "threads": 2, "repeats": 5}
+    rows = [row("teacher", 1.0), row("student", 0.21)]
+    for shown_rows, ratio in ((rows, True), (rows[1:], False)):
+        console = Console(width=80, record=True, file=io.StringIO())
+        print_profile(Profile("epic_kitchens/distill", shown_rows, ["a remark"], settings_), console)
+        shown = console.export_text()
+        assert "…" not in shown
+        assert max(len(line) for line in shown.splitlines()) <= 80
+        wanted = ("358.505", "57.57", "2,767.5", "1,234.6", "V+F+A", "median of 5", "note: a remark")
+        assert all(text in shown for text in wanted)
+        assert ("ratio" in shown) is ratio
+        assert ("0.21" in shown) is ratio
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kitchens/distill"], "no such file"),
+        (["epic_kitchens/distill", "--modalities", "V,X"], "unknown modality 'X'"),
+        (["epic_kitchens/distill", "--modalities", "D"], "modality 'detections' is not one of this model's"),
+        (["demo/distill"], "--set data.heads.HEAD=NUMBER"),
+        (["demo/distill", "--set", "data.heads.verb=0"], "data.heads.verb"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
