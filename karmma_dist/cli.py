@@ -251,6 +251,39 @@ def evaluate(
         sys.exit(1)
 
 
+@cli.command()
+@click.argument("recipe")
+@set_option
+@click.option("--modalities", help="Only this subset, e.g. V,F; default: every subset of the recipe's.")
+@click.option("--measure", "measured", is_flag=True, help="Also run it: latency and memory on this machine.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(min=1), help="Timed passes per row.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw bars of GFLOPs and memory into this PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def profile(
+    recipe: str, overrides: tuple[str, ...], modalities: str | None, measured: bool, repeats: int, plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Count what a recipe's models cost per clip: GFLOPs, parameters, tokens, memory; needs no weights and no data."""
+    from karmma_dist.profiling.costs import profile_recipe
+    from karmma_dist.profiling.measure import measure
+    from karmma_dist.profiling.plots import cost_bars
+    from karmma_dist.profiling.report import print_profile
+    from karmma_dist.progress import Progress
+
+    counted, subjects = profile_recipe(recipe, overrides, modalities)
+    if measured:
+        with Progress() as report:
+            counted = measure(counted, subjects, repeats, report)
+    if plot is not None:
+        cost_bars(plot, counted)
+    if as_json:
+        _print_json(counted.to_dict())
+    else:
+        print_profile(counted)
+    if plot is not None:
+        click.echo(f"plot: {plot}", err=as_json)
+
+
 @cli.group("bench")
 def bench_group() -> None:
     """Measurements on this machine."""

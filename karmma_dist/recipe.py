@@ -138,6 +138,9 @@ class DataRecipe(Settings):
     """Split to evaluate on."""
     modalities: list[str] = ["video", "flow", "audio"]
     """Modalities the model uses, of those the shards declare."""
+    heads: dict[str, Positive] = {}
+    """Number of classes per head, e.g. {verb: 97, noun: 300}: what `profile` goes by before there are shards. Training
+    refuses shards of other classes. Empty: whatever the shards have."""
     modality_dropout: ModalityDropout = ModalityDropout()
     """Training-time modality dropout."""
     order: OrderRecipe = OrderRecipe()

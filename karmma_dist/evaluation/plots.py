@@ -68,7 +68,7 @@ def drop_curves(path: Path, curves: Mapping[str, Curve], y_label: str, reference
     for height, (_, name, colour) in zip(heights, ends, strict=True):
         axes.text(1.05 * last, height, name, color=colour, va="center", fontsize=9, clip_on=False)
     axes.legend(frameon=False, fontsize=8, loc="best")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def subset_bars(path: Path, values: Mapping[str, Mapping[str, float | None]], y_label: str) -> None:
@@ -94,17 +94,22 @@ def subset_bars(path: Path, values: Mapping[str, Mapping[str, float | None]], y_
     axes.set_ylabel(y_label)
     if len(values) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=min(len(values), 4), loc="lower left", bbox_to_anchor=(0, 1.0))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    style_axes(axes)
+    return figure, axes
+
+
+def style_axes(axes: Axes) -> None:
+    """Leave the frame open, with light horizontal lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -125,7 +130,8 @@ def _top(group: Sequence[float], gap: float) -> float:
     return group[0] / group[1] + (group[1] - 1) * gap
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
     figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH)
     os.replace(temporary, path)

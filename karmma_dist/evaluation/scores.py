@@ -28,8 +28,8 @@ class Results:
 
     rows: list[dict[str, Any]]
     """One per condition: modalities, drop_prob, seed, num_clips, num_without, num_present, num_kept, and in percent
-    action_top1, action_top5, action_mean_class and the same per head, and HEAD_loss, the mean cross-entropy of each head
-    in nats (None where no clip could be evaluated)."""
+    action_top1, action_top5, action_mean_class and the same per head, and HEAD_loss, the mean cross-entropy of each
+    head in nats (None where no clip could be evaluated)."""
     summary: dict[str, Any]
     """Counts, chance levels, and figures over the rows: see `summary.summarise`."""
 

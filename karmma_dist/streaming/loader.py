@@ -44,6 +44,22 @@ def open_shards(data: DataRecipe) -> ShardFolder:
     return folder
 
 
+def check_heads(data: DataRecipe, folder: ShardFolder) -> dict[str, int]:
+    """Number of classes per head of the shards, which must be the recipe's where it names them.
+
+    Raises:
+        UserError: it names others.
+    """
+    heads = {head: len(names) for head, names in folder.classes.items()}
+    if data.heads and data.heads != heads:
+        said, found = (", ".join(f"{head} {num}" for head, num in of.items()) for of in (data.heads, heads))
+        raise UserError(
+            f"{folder.where}: the shards' classes are {found}; data.heads says {said}: name other shards with "
+            "data.shards, or correct data.heads"
+        )
+    return heads
+
+
 class _Clips(ABC):
     """The clips of a split and the frame of every batch: find each place's clip, read it, put all together."""
 

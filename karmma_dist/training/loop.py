@@ -23,7 +23,7 @@ from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.batch import Batch, prepare
-from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
+from karmma_dist.streaming.loader import TrainingClips, check_heads, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule, random_words
 from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.training.best import BestWeights
@@ -62,6 +62,7 @@ def train(
         UserError: bad shards, another recipe in the run folder, a teacher that does not fit, too much damage.
     """
     folder = open_shards(recipe.data)
+    check_heads(recipe.data, folder)
     start = prepare_run_dir(recipe, world, resume)
     if start == "finished":
         report(f"train {recipe.name}", 1, 1, "already finished (start over with --resume never)")

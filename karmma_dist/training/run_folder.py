@@ -45,7 +45,7 @@ def prepare_run_dir(recipe: Recipe, world: World, resume: str) -> str:
 def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     """Raise where the run folder holds another run: fields that change what is computed differ."""
     ignored = {
-        "slurm", "evaluation", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
+        "slurm", "evaluation", "data.heads", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
         "training.threads", "training.keep_checkpoints", "training.offload", "training.peak_tflops",
         "training.profile_steps", "distill.shard_teacher",
     }  # fmt: skip

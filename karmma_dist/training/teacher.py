@@ -56,6 +56,7 @@ class Teacher(nn.Module):
     def run_everything(self) -> None:
         """From now on run every encoder of every member in each call, as parameters in pieces over the ranks need."""
         for member in self.members:
+            assert isinstance(member, KarmmaModel)
             member.runs_every_encoder = True
 
     def weights(self) -> dict[str, list[float]]:
@@ -143,7 +144,9 @@ def load_member(path: Path, recipe: Recipe, heads: dict[str, int]) -> KarmmaMode
     if dict(member.heads) != heads:
         raise UserError(f"{path}: the teacher's heads {dict(member.heads)} are not the shards' {heads}")
     if not set(mine) <= set(students) if recipe.distill.teachers else mine != students:
-        raise UserError(f"{path}: the teacher's modalities {', '.join(mine)} are not the student's {', '.join(students)}")
+        raise UserError(
+            f"{path}: the teacher's modalities {', '.join(mine)} are not the student's {', '.join(students)}"
+        )
     differing = [name for name in mine if _input_of(name, card.inputs) != _input_of(name, recipe.inputs)]
     if differing:
         raise UserError(
@@ -162,8 +165,8 @@ def _check_every_modality(members: Sequence[KarmmaModel], recipe: Recipe) -> Non
     unknown = [name for name in recipe.data.modalities if name not in known]
     if unknown:
         raise UserError(
-            f"distill.teachers: none knows {unknown[0]}, which the student has: add an expert of it, or leave it out of "
-            "data.modalities"
+            f"distill.teachers: none knows {unknown[0]}, which the student has: add an expert of it, or leave it out "
+            "of data.modalities"
         )
 
 

@@ -1,0 +1,1 @@
+"""What a model costs: FLOPs, parameters, tokens, memory and latency per subset of modalities."""
