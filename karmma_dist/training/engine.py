@@ -22,6 +22,7 @@ from karmma_dist.recipe import Recipe
 from karmma_dist.training.rendezvous import World
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -114,7 +115,7 @@ class Engine:
     def __init__(self, model: nn.Module, recipe: Recipe, world: World) -> None:
         self.device = device_of(world)
         precision = _precision(recipe)
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.dtype = _DTYPES[precision]
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(self.device),
             optimizer=_optimizer(model, recipe),
@@ -173,22 +174,27 @@ class ShardedModule:
     """A frozen module whose parameters lie in pieces over the ranks: ZeRO-3 without an optimizer.
 
     Ranks gather a layer's parameters when it is run: all of them must run the same layers in every call.
+
+    Args:
+        module: in CPU memory and of one dtype; it is cut up parameter by parameter, so no device ever holds all of it.
+        recipe: the run, for its precision.
+        world: this rank.
     """
 
     def __init__(self, module: nn.Module, recipe: Recipe, world: World) -> None:
-        self.device, precision = device_of(world), _precision(recipe)
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=module.to(self.device),
-            config={
-                "train_batch_size": world.size,
-                "train_micro_batch_size_per_gpu": 1,
-                "zero_optimization": {"stage": 3},
-                "bf16": {"enabled": precision == "bf16"},
-                "fp16": {"enabled": precision == "fp16"},
-                "steps_per_print": 2**31,
-            },
-            dist_init_required=False,
-        )
+        device, precision = device_of(world), _precision(recipe)
+        config = {
+            "train_batch_size": world.size,
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "bf16": {"enabled": precision == "bf16"},
+            "fp16": {"enabled": precision == "fp16"},
+            "steps_per_print": 2**31,
+        }
+        deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=_DTYPES[precision])
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(device)
+        self._deepspeed, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
         self._deepspeed.eval()
 
     @property

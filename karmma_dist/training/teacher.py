@@ -121,17 +121,17 @@ def build_teacher(
     """
     assert recipe.distill is not None
     paths = [recipe.find_run(name) for name in recipe.distill.teachers or [str(recipe.distill.teacher)]]
-    members = [load_member(path, recipe, heads).to(device=engine.device, dtype=engine.dtype) for path in paths]
+    members = [load_member(path, recipe, heads).to(dtype=engine.dtype) for path in paths]
     if recipe.distill.teachers:
         _check_every_modality(members, recipe)
-        losses = _ensemble_losses(paths, members, recipe, heads, measure)
+        losses = _ensemble_losses(paths, members, recipe, heads, engine.device, measure)
     else:
         losses = {head: [0.0] for head in heads}
     teacher = Teacher(members, recipe.data.modalities, losses, recipe.distill).eval()
     if recipe.distill.teachers and world.is_main:
         write_json(recipe.run_dir / ENSEMBLE, {"losses": losses, "weights": teacher.weights()})
     if not recipe.distill.shard_teacher:
-        return teacher
+        return teacher.to(engine.device)
     teacher.run_everything()
     return ShardedModule(teacher, recipe, world)
 
@@ -171,8 +171,9 @@ def _check_every_modality(members: Sequence[KarmmaModel], recipe: Recipe) -> Non
 
 
 def _ensemble_losses(
-    paths: Sequence[Path], members: Sequence[KarmmaModel], recipe: Recipe, heads: dict[str, int], measure: Measure
-) -> dict[str, list[float]]:
+    paths: Sequence[Path], members: Sequence[KarmmaModel], recipe: Recipe, heads: dict[str, int],
+    device: torch.device, measure: Measure,
+) -> dict[str, list[float]]:  # fmt: skip
     """Per head the experts' losses on the recipe's validation split: those this run began with, if it is resumed."""
     before = recipe.run_dir / ENSEMBLE
     losses: dict[str, list[float]] = json.loads(before.read_text())["losses"] if before.is_file() else {}
@@ -181,9 +182,12 @@ def _ensemble_losses(
         return losses
     measured = []
     for path, member in zip(paths, members, strict=True):
-        data = recipe.data.model_copy(update={"modalities": list(member.modalities)})
         found = _recorded(path, recipe, heads)
-        measured.append(found or measure(member, recipe.model_copy(update={"data": data})))
+        if not found:
+            data = recipe.data.model_copy(update={"modalities": list(member.modalities)})
+            found = measure(member.to(device), recipe.model_copy(update={"data": data}))
+            member.cpu()  # one at a time: all of them may not fit on the device
+        measured.append(found)
     return {head: [scores[f"{head}_loss"] for scores in measured] for head in heads}
 
 
