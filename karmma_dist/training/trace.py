@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 _logger = logging.getLogger(__name__)
 
@@ -24,24 +24,30 @@ class Trace:
     def __init__(self, steps: tuple[int, int] | None, path: Path) -> None:
         self._steps, self._path = steps, path
         self._running: profile | None = None
+        self._span = contextlib.ExitStack()
 
     def at(self, step: int) -> None:
         """Call before each optimizer step, 0-based."""
         if self._steps is None:
             return
         start, stop = self._steps
-        if self._running is not None and step >= stop:
+        if step >= stop:
             self.end()
-        elif self._running is None and start <= step < stop:
+        if not start <= step < stop:
+            return
+        if self._running is None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._running = profile(activities=activities)
             self._running.start()
+        self._span.close()
+        self._span.enter_context(record_function(f"step {step}"))
 
     def end(self) -> None:
         """Write the trace if one is running."""
         if self._running is None:
             return
         running, self._running = self._running, None
+        self._span.close()
         running.stop()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         running.export_chrome_trace(str(self._path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,10 @@ INPUTS = {
 LOSSES = {"verb": 1.5, "noun": 2.5}
 
 
-@dataclass
 class Device:
     """What `build_teacher` asks the student's engine for."""
 
-    device: torch.device = torch.device("cpu")
-    dtype: torch.dtype = torch.float32
+    device, dtype = torch.device("cpu"), torch.float32
 
 
 def make_recipe(folder: Path, modalities: Sequence[str] = MODALITIES, **sections: Any) -> Recipe:
@@ -87,7 +84,7 @@ def clips(present_BM: Tensor, seed: int = 0) -> dict[str, Tensor]:
     return {m: torch.randn(num, *input_shape(m, inputs)) for m, num in counts.items() if num}
 
 
-def unmeasured(model: KarmmaModel, recipe: Recipe) -> dict[str, float]:
+def unmeasured(_model: KarmmaModel, _recipe: Recipe) -> dict[str, float]:
     raise AssertionError("the experts' own validation says it")
 
 
@@ -248,7 +245,7 @@ def test_teachers_that_do_not_fit_are_refused_on_one_line(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=message) as error:
             build(make_recipe(tmp_path, distill=distill))
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="distill.teachers: none knows flow"):
+    with pytest.raises(UserError, match=r"distill\.teachers: none knows flow"):
         build(make_recipe(tmp_path, ["video", "flow"], distill={"teachers": ["video"]}))
     with pytest.raises(UserError, match="modalities video, flow, audio are not the student's video"):
         build(make_recipe(tmp_path, ["video"], distill={"teachers": ["video", "all"]}))
@@ -261,7 +258,7 @@ def test_inputs_that_a_teacher_does_not_take_may_differ(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("distill", [{}, {"teacher": "a", "teachers": ["b"]}, {"teachers": ["a", "a"]}])
 def test_a_recipe_names_one_teacher_or_several_experts(tmp_path: Path, distill: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="either one 'teacher'|names 'a' twice"):
+    with pytest.raises(ValueError, match=r"either one 'teacher'|names 'a' twice"):
         make_recipe(tmp_path, distill=distill)
 
 
