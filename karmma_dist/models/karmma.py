@@ -119,10 +119,9 @@ class KarmmaModel(nn.Module):
     def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
         """Run each encoder on the clips that have its modality.
 
-        While training (and with `runs_every_encoder`), a modality that no clip has is run on one clip of zeros of which
-        nothing is kept: its
-        parameters then get zero gradients at the same point of the backward pass as on ranks where clips have it.
-        ZeRO reduces gradients in the order in which they come, so ranks must not differ in it.
+        While training, and with `runs_every_encoder`, a modality that no clip has is run on one clip of zeros of which
+        nothing is kept: its parameters then get zero gradients at the same point of the backward pass as on ranks
+        where clips have it. ZeRO reduces gradients in the order in which they come, so ranks must not differ in it.
 
         Args:
             inputs: Per modality the present clips only, in batch order, of `layout.input_shape` and the dtype of the
