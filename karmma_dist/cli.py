@@ -31,6 +31,18 @@ class _Part(click.ParamType):
         return int(first), int(second)
 
 
+class _Steps(click.ParamType):
+    """`START:STOP`, given on as the recipe's `[START, STOP]`."""
+
+    name = "START:STOP"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        start, colon, stop = str(value).partition(":")
+        if not colon or not start.isdigit() or not stop.isdigit():
+            self.fail(f"{value!r} is not START:STOP, for example 10:15", param, ctx)
+        return f"[{start}, {stop}]"
+
+
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field, e.g. --set training.epochs=3."
 )
@@ -176,11 +188,13 @@ def launch(
 @click.argument("recipe")
 @set_option
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH", help="Where to start from.")
-def train(recipe: str, overrides: tuple[str, ...], resume: str) -> None:
+@click.option("--profile", type=_Steps(), help="Trace optimizer steps START to STOP - 1 into trace/ in the run folder.")
+def train(recipe: str, overrides: tuple[str, ...], resume: str, profile: str | None) -> None:
     """Train a recipe, and first those it builds on that are not finished. What every rank runs."""
     from karmma_dist.recipe import load_chain
 
-    chain = load_chain(recipe, overrides)  # before torch is imported: a wrong recipe is said at once
+    traced = () if profile is None else (f"training.profile_steps={profile}",)
+    chain = load_chain(recipe, (*overrides, *traced))  # before torch is imported: a wrong recipe is said at once
     from karmma_dist.evaluation.run import validate
     from karmma_dist.training.session import train_chain
 

@@ -221,12 +221,32 @@ class ModelRecipe(Settings):
 class DistillRecipe(Settings):
     """Stage 2: alpha * CE + (1 - alpha) * KL(teacher || student)."""
 
-    teacher: str
+    teacher: str | None = None
     """The finished teacher: a run's name under `runs_dir`, or a run folder."""
     alpha: Probability = 0.7
     """Weight of the cross-entropy; 1.0 is no distillation [paper]."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Softens both distributions; the KL is scaled by its square [ours]."""
+    teachers: list[str] = []
+    """Instead of `teacher`: finished experts of some of the modalities each, averaged (arXiv 2307.07483). Per head and
+    clip an expert weighs softmin(its loss on the validation split / weight_temperature) among those that the clip has
+    a modality for."""
+    weight_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the experts' weights: low, the best expert counts alone; high, all count alike [ours]."""
+    average: Literal["probabilities", "logits"] = "probabilities"
+    """What of the experts is averaged: class probabilities [ours], or logits [the code of arXiv 2307.07483]."""
+    shard_teacher: bool = False
+    """Keep the teacher's parameters in pieces over the ranks (ZeRO-3) and gather them layer by layer: for teachers that
+    do not fit on one device. Off: every rank holds all of it."""
+
+    @model_validator(mode="after")
+    def _one_teacher_or_several(self) -> DistillRecipe:
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("name either one 'teacher', or several experts in 'teachers'")
+        twice = next((name for name in self.teachers if self.teachers.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"teachers names '{twice}' twice")
+        return self
 
 
 class OptimizerRecipe(Settings):
@@ -271,6 +291,24 @@ class TrainingRecipe(Settings):
     """Optimizer steps between lines of metrics.jsonl."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of the model per rank; 0 leaves it to torch."""
+    best_metric: str = "action_top1"
+    """Validation metric whose best weights are kept in best/, e.g. noun_top5 or verb_loss (of losses the lowest)."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What rests in CPU memory instead of the GPU's: nothing, the optimizer state (ZeRO 1 to 3), or the optimizer state
+    and the parameters (ZeRO 3)."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Peak of one device in the training precision, in 1e12 FLOP/s, for the MFU; None: known for common GPUs."""
+    profile_steps: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
+    """[start, stop]: trace optimizer steps start to stop - 1, counted from 0, into trace/rank0.json.gz."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> TrainingRecipe:
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"offload {self.offload} needs zero_stage {needed}{' or more' if needed < 3 else ''}")
+        if self.profile_steps is not None and self.profile_steps[0] >= self.profile_steps[1]:
+            raise ValueError("profile_steps [{}, {}]: start must come before stop".format(*self.profile_steps))
+        return self
 
 
 class EvaluationRecipe(Settings):

@@ -118,12 +118,15 @@ def _score_batch(
     bits_M = 2 ** torch.arange(len(model.modalities))
     masks_BK = torch.stack([(mask_BM * bits_M).sum(dim=1) for mask_BM in masks], dim=1).numpy()
     ranks = {name: np.full(masks_BK.shape, -1, dtype=np.int32) for name in ranked(list(model.heads))}
+    losses = {head: np.full(masks_BK.shape, np.nan) for head in model.heads}
     runnable_B = (present_BM & used_M).any(dim=1)
     if bool((runnable_B & batch.valid_B.cpu()).any()):
         rows = runnable_B.numpy()
-        found = _ranks_of_masks(model, batch, used_M, runnable_B, masks_BK[rows], device)
+        found, lost = _scores_of_masks(model, batch, used_M, runnable_B, masks_BK[rows], device)
         for name, ranks_RK in found.items():
             ranks[name][rows] = np.where(masks_BK[rows] > 0, ranks_RK, -1)
+        for head, losses_RK in lost.items():
+            losses[head][rows] = losses_RK
     valid_B = batch.valid_B.cpu().numpy()
     return BatchScores(
         keys=[key for key, valid in zip(batch.keys, valid_B, strict=True) if valid],
@@ -131,19 +134,20 @@ def _score_batch(
         present_BM=present_BM.numpy()[valid_B],
         masks_BK=masks_BK[valid_B].astype(np.uint8),
         ranks={name: ranks_BK[valid_B] for name, ranks_BK in ranks.items()},
+        losses={head: losses_BK[valid_B] for head, losses_BK in losses.items()},
         damage=[str(one) for one in batch.damage],
     )
 
 
-def _ranks_of_masks(
+def _scores_of_masks(
     model: SensorModel,
     batch: Batch,
     used_M: Tensor,
     runnable_B: Tensor,
     masks_RK: np.ndarray,
     device: torch.device,
-) -> dict[str, np.ndarray]:
-    """Ranks (R, K) of the R runnable clips; entries whose mask is 0 are meaningless.
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Ranks and losses (R, K) of the R runnable clips; entries whose mask is 0 are meaningless.
 
     Clips without any usable modality own no row of any input, so leaving them out of present_BM is all it takes.
     Inputs of modalities that no condition uses are left out, as if nobody had them: their encoders need not run.
@@ -159,9 +163,16 @@ def _ranks_of_masks(
     for mask_R in masks_RP.T:
         keep_RM = torch.from_numpy((mask_R[:, None] & bits_M) > 0).to(device)
         logits = model.fuse(tokens, present_RM, keep_RM)
-        passes.append(_rank(logits, labels, batch, runnable_B))
-    ranks_RP = {name: torch.stack([one[name] for one in passes], dim=1).cpu().numpy() for name in passes[0]}
-    return {name: np.take_along_axis(ranks, place_RK, axis=1) for name, ranks in ranks_RP.items()}
+        log_probs = _log_probs(logits, batch, runnable_B)
+        passes.append((_ranks(log_probs, labels), _losses(log_probs, labels)))
+    ranks, losses = (_per_condition(list(of_passes), place_RK) for of_passes in zip(*passes, strict=True))
+    return ranks, losses
+
+
+def _per_condition(passes: list[dict[str, Tensor]], place_RK: np.ndarray) -> dict[str, np.ndarray]:
+    """From one (R,) per pass to (R, K), K conditions of which each was computed in the pass that `place_RK` names."""
+    values_RP = {name: torch.stack([one[name] for one in passes], dim=1).cpu().numpy() for name in passes[0]}
+    return {name: np.take_along_axis(values, place_RK, axis=1) for name, values in values_RP.items()}
 
 
 def _distinct(masks_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -172,20 +183,28 @@ def _distinct(masks_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return masks_RP, place_RK
 
 
-def _rank(
-    logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], batch: Batch, runnable_B: Tensor
-) -> dict[str, Tensor]:
-    """Ranks (R,), int64, of "action" and of each head."""
+def _log_probs(logits: Mapping[str, Tensor], batch: Batch, runnable_B: Tensor) -> dict[str, Tensor]:
+    """Log-probabilities (R, C), float64, per head."""
     log_probs = {head: torch.log_softmax(scores.double(), dim=1) for head, scores in logits.items()}
     for head, scores in log_probs.items():
         if bool(scores.isnan().any()):
             rows = torch.arange(len(runnable_B))[runnable_B]
             key = batch.keys[int(rows[scores.isnan().any(dim=1).cpu()][0])]
             raise UserError(f"clip {key}: head '{head}' predicts nan: the weights diverged; use an earlier checkpoint")
+    return log_probs
+
+
+def _ranks(log_probs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Ranks (R,), int64, of "action" and of each head."""
     return {
         name: metrics.joint_ranks([log_probs[head] for head in heads], [labels[head] for head in heads])
-        for name, heads in ranked(list(logits)).items()
+        for name, heads in ranked(list(log_probs)).items()
     }
+
+
+def _losses(log_probs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cross-entropy (R,), float64, of each head; meaningless where there is no label."""
+    return {head: -of.gather(1, labels[head].clamp(min=0)[:, None])[:, 0] for head, of in log_probs.items()}
 
 
 def _check_labels(model: SensorModel, batch: Batch) -> None:

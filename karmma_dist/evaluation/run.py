@@ -24,7 +24,7 @@ from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.training.rendezvous import World
-from karmma_dist.training.run_log import STATE, read_state
+from karmma_dist.training.run_log import BEST, STATE, read_state
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def evaluate_run(
     """Evaluate a run folder or a weights file.
 
     Args:
-        run: Run folder, or weights file with its model.yaml beside it.
+        run: Run folder, its best/, or weights file with its model.yaml beside it.
         conditions: Given the model's modalities, what is there at inference.
         shards: Shards folder; None: the run's own.
         split: Split; None: the run's validation split.
@@ -80,14 +80,15 @@ def evaluate_run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, card = load_model(run, device)
     folder = run if run.is_dir() else run.parent
-    recipe = read_run_recipe(folder) if (folder / "recipe.yaml").is_file() else None
+    home = folder.resolve().parent if folder.resolve().name == BEST else folder
+    recipe = read_run_recipe(home) if (home / "recipe.yaml").is_file() else None
     if recipe is None and shards is None:
         raise UserError(f"{folder}: no recipe.yaml beside the weights, so name the shards with --shards DIR")
     base = recipe.data if recipe else DataRecipe(shards=str(shards), modalities=list(card.modalities))
     changes = {"shards": shards, "validation_split": split, "num_workers": num_workers}
     data = base.model_copy(update={name: value for name, value in changes.items() if value is not None})
     size = batch_size or (recipe.evaluation.batch_size if recipe else 16)
-    name = recipe.name if recipe else run.stem
+    name = run.stem if recipe is None else recipe.name if home == folder else f"{recipe.name}/{BEST}"
     chosen = conditions(model.modalities)
     results = _evaluate(model, data, card.inputs, chosen, size, device, name, report)
     return Evaluated(name, folder / "eval", data, results)
@@ -119,7 +120,7 @@ def _evaluate(
 
 
 def validate(model: nn.Module, recipe: Recipe, world: World) -> dict[str, float]:
-    """Top-1 and top-5 of a model in training on its validation split, everything present; percent.
+    """Top-1 and top-5 (percent) and loss per head (nats) of a model on its validation split, everything present.
 
     Every rank must call this and takes its share of the clips; all return the same numbers. Damaged clips are left
     out and counted in `num_damaged`.
@@ -140,6 +141,7 @@ def validate(model: nn.Module, recipe: Recipe, world: World) -> dict[str, float]
             gather=gather,
         )
     row = results.rows[0]
-    scores = {name: value for name, value in row.items() if name.endswith(("_top1", "_top5")) and value is not None}
+    measured = ("_top1", "_top5", "_loss")
+    scores = {name: value for name, value in row.items() if name.endswith(measured) and value is not None}
     return {**scores, "num_clips": row["num_clips"], "num_damaged": results.summary["num_damaged"]}
 

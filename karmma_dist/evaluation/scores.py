@@ -28,7 +28,8 @@ class Results:
 
     rows: list[dict[str, Any]]
     """One per condition: modalities, drop_prob, seed, num_clips, num_without, num_present, num_kept, and in percent
-    action_top1, action_top5, action_mean_class and the same per head (None where no clip could be evaluated)."""
+    action_top1, action_top5, action_mean_class and the same per head, and HEAD_loss, the mean cross-entropy of each
+    head in nats (None where no clip could be evaluated)."""
     summary: dict[str, Any]
     """Counts, chance levels, and figures over the rows: see `summary.summarise`."""
 
@@ -50,6 +51,8 @@ class BatchScores:
     """uint8, bit m = modality m was used; 0 = the clip has none of the condition's modalities."""
     ranks: dict[str, np.ndarray]
     """Rank of the true class, int32 (B, K), for "action" and per head; -1 = no label or no modality."""
+    losses: dict[str, np.ndarray]
+    """Cross-entropy in nats, float64 (B, K), per head; meaningless where the rank is -1."""
     damage: list[str]
     """What could not be read; these clips are not in `keys`."""
 
@@ -82,6 +85,7 @@ def merge(scores: list[BatchScores]) -> BatchScores:
         present_BM=np.concatenate([one.present_BM for one in scores])[order],
         masks_BK=np.concatenate([one.masks_BK for one in scores])[order],
         ranks={name: np.concatenate([one.ranks[name] for one in scores])[order] for name in scores[0].ranks},
+        losses={head: np.concatenate([one.losses[head] for one in scores])[order] for head in scores[0].losses},
         damage=sorted(line for one in scores for line in one.damage),
     )
 
@@ -114,8 +118,9 @@ def score_rows(
     present_NM = scores.present_BM[counted_N]
     masks_NK = scores.masks_BK[counted_N]
     ranks = {name: ranks_NK[counted_N] for name, ranks_NK in scores.ranks.items()}
+    losses = {head: losses_NK[counted_N] for head, losses_NK in scores.losses.items()}
     rows = [
-        _row(condition, modalities, present_NM, masks_NK[:, k], {name: of[:, k] for name, of in ranks.items()}, truth)
+        _row(condition, modalities, present_NM, masks_NK[:, k], _column(ranks, k), _column(losses, k), truth)
         for k, condition in enumerate(conditions)
     ]
     num_classes = {name: int(np.prod([heads[head] for head in of])) for name, of in sources.items()}
@@ -140,6 +145,7 @@ def _row(
     present_NM: np.ndarray,
     mask_N: np.ndarray,
     ranks: Mapping[str, np.ndarray],
+    losses: Mapping[str, np.ndarray],
     truth: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     shown_N = mask_N > 0
@@ -157,7 +163,13 @@ def _row(
         row[f"{name}_top1"] = metrics.top_k(ranks_N[shown_N], 1)
         row[f"{name}_top5"] = metrics.top_k(ranks_N[shown_N], 5)
         row[f"{name}_mean_class"] = metrics.mean_class_accuracy(ranks_N[shown_N], truth[name][shown_N])
+    for head, losses_N in losses.items():
+        row[f"{head}_loss"] = float(losses_N[shown_N].mean()) if shown_N.any() else None
     return row
+
+
+def _column(values: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
+    return {name: of_NK[:, k] for name, of_NK in values.items()}
 
 
 def _count(flags_NM: np.ndarray, modalities: Sequence[str]) -> dict[str, int]:

@@ -69,6 +69,9 @@ class KarmmaModel(nn.Module):
 
     num_tokens: dict[str, int]
     """Tokens each modality brings to the fusion block."""
+    runs_every_encoder: bool = False
+    """Run encoders of modalities that no clip has also without gradients: where ranks hold pieces of the parameters,
+    all of them must gather the same ones."""
     _like: Tensor
 
     def __init__(
@@ -117,9 +120,9 @@ class KarmmaModel(nn.Module):
     def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
         """Run each encoder on the clips that have its modality.
 
-        While training, a modality that no clip has is run on one clip of zeros of which nothing is kept: its
-        parameters then get zero gradients at the same point of the backward pass as on ranks where clips have it.
-        ZeRO reduces gradients in the order in which they come, so ranks must not differ in it.
+        While training, and with `runs_every_encoder`, a modality that no clip has is run on one clip of zeros of which
+        nothing is kept: its parameters then get zero gradients at the same point of the backward pass as on ranks
+        where clips have it. ZeRO reduces gradients in the order in which they come, so ranks must not differ in it.
 
         Args:
             inputs: Per modality the present clips only, in batch order, of `layout.input_shape` and the dtype of the
@@ -145,7 +148,7 @@ class KarmmaModel(nn.Module):
                 )
             if given is not None and num:
                 tokens[modality] = self._encode(modality, given)
-            elif self.training and torch.is_grad_enabled():
+            elif self.runs_every_encoder or (self.training and torch.is_grad_enabled()):
                 zeros = self._like.new_zeros(1, *input_shape(modality, self.inputs))
                 tokens[modality] = self._encode(modality, zeros)[:0]
         return tokens

@@ -46,6 +46,9 @@ def find_subjects(name: str, overrides: Sequence[str] = ()) -> tuple[list[Subjec
     subjects = [_subject(role, recipe, heads)]
     if recipe.distill is None:
         return subjects, []
+    if recipe.distill.teacher is None:
+        experts = ", ".join(recipe.distill.teachers)
+        return subjects, [f"only the student: profile the experts that teach it by their own recipes: {experts}"]
     run = recipe.find_run(recipe.distill.teacher)
     if (run / CARD).is_file():
         card = validate(read_tree(run / CARD), ModelCard, str(run / CARD))

@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe
 from karmma_dist.training.rendezvous import World
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -28,6 +30,9 @@ os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR at import)
 import deepspeed.ops  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+
+_logger = logging.getLogger(__name__)
 
 
 def device_of(world: World) -> torch.device:
@@ -109,10 +114,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, recipe: Recipe, world: World) -> None:
         self.device = device_of(world)
-        precision = recipe.training.precision
-        if precision == "auto":
-            precision = "bf16" if self.device.type == "cuda" else "fp32"
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        precision = _precision(recipe)
+        self.dtype = _DTYPES[precision]
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(self.device),
             optimizer=_optimizer(model, recipe),
@@ -167,6 +170,44 @@ class Engine:
         return state
 
 
+class ShardedModule:
+    """A frozen module whose parameters lie in pieces over the ranks: ZeRO-3 without an optimizer.
+
+    Ranks gather a layer's parameters when it is run: all of them must run the same layers in every call.
+
+    Args:
+        module: in CPU memory and of one dtype; it is cut up parameter by parameter, so no device ever holds all of it.
+        recipe: the run, for its precision.
+        world: this rank.
+    """
+
+    def __init__(self, module: nn.Module, recipe: Recipe, world: World) -> None:
+        device, precision = device_of(world), _precision(recipe)
+        config = {
+            "train_batch_size": world.size,
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "bf16": {"enabled": precision == "bf16"},
+            "fp16": {"enabled": precision == "fp16"},
+            "steps_per_print": 2**31,
+        }
+        deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=_DTYPES[precision])
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(device)
+        self._deepspeed, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
+        self._deepspeed.eval()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself, its parameters in pieces."""
+        module: nn.Module = self._deepspeed.module
+        return module
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The module's forward pass."""
+        return self._deepspeed(*arguments)
+
+
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW or SGD over the trainable parameters, in groups with and without weight decay."""
     settings = recipe.optimizer
@@ -187,6 +228,31 @@ def _is_undecayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim < 2 or any(word in name for word in ("token", "position", "pos_embed"))
 
 
+def _precision(recipe: Recipe) -> str:
+    """fp32, bf16 or fp16."""
+    precision = recipe.training.precision
+    if precision == "auto":
+        return "bf16" if torch.cuda.is_available() else "fp32"
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError("training.precision fp16: this device computes none: take bf16 or fp32")
+    return precision
+
+
+def _zero(recipe: Recipe, world: World) -> dict[str, Any]:
+    """ZeRO's stage and what of it rests in CPU memory; on a CPU all of it does anyway."""
+    zero: dict[str, Any] = {"stage": recipe.training.zero_stage}
+    offload = recipe.training.offload
+    if offload != "none" and not torch.cuda.is_available():
+        if world.is_main:
+            _logger.warning("training.offload %s has no effect: everything is in CPU memory already", offload)
+        return zero
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return zero
+
+
 def _config(recipe: Recipe, world: World, precision: str) -> dict[str, Any]:
     training = recipe.training
     return {
@@ -194,7 +260,8 @@ def _config(recipe: Recipe, world: World, precision: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": training.batch_size // (world.size * training.accumulation),
         "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": recipe.optimizer.clip,
-        "zero_optimization": {"stage": training.zero_stage},
+        "zero_optimization": _zero(recipe, world),
+        "zero_force_ds_cpu_optimizer": False,  # it would be compiled at first use
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},

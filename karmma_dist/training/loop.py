@@ -1,9 +1,10 @@
 """One loop for all stages: batches in, optimizer steps, validation, checkpoints, weights out.
 
     runs/NAME/
-      recipe.yaml  state.json  metrics.jsonl  events.out.tfevents.*  damage.jsonl
+      recipe.yaml  state.json  metrics.jsonl  events.out.tfevents.*  damage.jsonl  ensemble.json  trace/
       checkpoints/step-N/      to resume from
       weights.safetensors      model.yaml         to evaluate and to teach with
+      best/                    the same, of the best validation
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, check_heads, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule, random_words
 from karmma_dist.streaming.prefetch import on_device
+from karmma_dist.training.best import BestWeights
 from karmma_dist.training.checkpoint import data_state, load_checkpoint, save_checkpoint
 from karmma_dist.training.damage import DamageLog
 from karmma_dist.training.engine import Engine, barrier, gather, mean_over_ranks
@@ -37,6 +39,8 @@ from karmma_dist.training.run_log import RunLog, read_state, write_state
 from karmma_dist.training.schedule import learning_rate
 from karmma_dist.training.stages import build_stage
 from karmma_dist.training.telemetry import Averages, loading_metrics, loading_sums
+from karmma_dist.training.throughput import Throughput
+from karmma_dist.training.trace import tracing
 
 _logger = logging.getLogger(__name__)
 
@@ -95,9 +99,15 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * recipe.training.epochs
         self.classes = folder.classes
         self.data_state = data_state(recipe, folder)
+        self.best = BestWeights(recipe, self.classes)
         self.engine = Engine(build_model(recipe, self.classes, report, world.is_main), recipe, world)
         heads = {head: len(names) for head, names in self.classes.items()}
-        self.stage = build_stage(recipe, heads, self.engine.device, self.engine.dtype)
+        self.stage = build_stage(recipe, heads, self.engine, world, lambda model, of: validate(model, of, world))
+        assert isinstance(self.engine.model, KarmmaModel)
+        self.throughput = Throughput(
+            self.engine.model, self.stage.teachers, self.engine.device, self.engine.dtype,
+            recipe.training.peak_tflops, say=world.is_main,
+        )  # fmt: skip
         self.position = Position(0, 0)
         self.damage = DamageLog(recipe.run_dir, len(self.clips.clips), recipe.data.max_damaged_fraction, world.rank)
         self.averages = Averages()
@@ -118,29 +128,37 @@ class Trainer:
         loaded = training_batches(self.clips, self.schedule, self.world.rank, self.position, epochs)
         self.engine.model.train()
         try:
-            with on_device(loaded, self.engine.device) as batches:
+            traced = self.recipe.training.profile_steps if self.world.is_main else None
+            with (
+                tracing(traced, self.recipe.run_dir, done, self.total_steps) as trace,
+                on_device(loaded, self.engine.device) as batches,
+            ):
                 for step in range(done, self.total_steps):
+                    trace.at(step)
                     self._step(batches, step, accumulation)
         finally:
             self.damage.flush()
         if self.log:
             self.log.close()
-            write_state(self.recipe.run_dir, "finished", step=self.total_steps, metrics=self.metrics)
+            write_state(
+                self.recipe.run_dir, "finished", step=self.total_steps, metrics=self.metrics, best=self.best.record
+            )
         barrier()
         return self.metrics
 
     def _step(self, batches: Iterator[Batch], step: int, accumulation: int) -> None:
         """One optimizer step and what is due after it."""
         began = time.perf_counter()
-        waited = 0.0
+        waited = flops = 0.0
         for micro in range(accumulation):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             self.damage.note(batch)
             self.averages.add(loading_sums(batch, self.recipe.data.modalities))
+            flops += self.throughput.flops(batch)
             self._forward_backward(batch, step * accumulation + micro, step)
-        self.averages.add({"wait_s": waited, "step_s": time.perf_counter() - began})
+        self.averages.add({"wait_s": waited, "step_s": time.perf_counter() - began, "flops": flops})
         self._after_step(step + 1)
 
     def _forward_backward(self, raw: Batch, forward: int, step: int) -> None:
@@ -179,6 +197,8 @@ class Trainer:
         if values.pop("damage_noted"):
             self.damage.share(gather(self.damage.take()))
         values["clips_per_s"] = self.recipe.training.batch_size / values["step_s"]
+        values |= self.throughput.metrics(values.pop("flops"), values["step_s"])
+        values["peak_memory_gb"] = max(gather([self.throughput.peak_memory_gb()]))
         values["data_wait_share"] = values.pop("wait_s") / values.pop("step_s")
         values |= loading_metrics(values, self.recipe.data.modalities)
         values["damaged_clips"] = float(self.damage.num_damaged)
@@ -193,6 +213,7 @@ class Trainer:
         if self.log:
             self.log.write("validation", done, (done - 1) // self.steps_per_epoch, self.metrics)
             save_model(model, self.recipe.run_dir, recipe=self.recipe, classes=self.classes)
+            self.best.offer(model, self.metrics, done, (done - 1) // self.steps_per_epoch)
         barrier()
         self.engine.model.train()
 

@@ -15,12 +15,17 @@ def cross_entropy(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tenso
 def distillation(student: dict[str, Tensor], teacher: dict[str, Tensor], temperature: float) -> Tensor:
     """KL(teacher || student) of the class distributions, mean over clips and heads, times temperature squared.
 
+    Args:
+        student: logits_BC per head.
+        teacher: log-probabilities (B, C) per head, at this temperature; a mixture's have no logits.
+        temperature: softens the student's distribution.
+
     Source: paper, Sec. III-C; Hinton et al., arXiv 1503.02531, for the temperature.
     """
     losses = [
         F.kl_div(
             F.log_softmax(student[head].float() / temperature, dim=-1),
-            F.log_softmax(teacher[head].float() / temperature, dim=-1),
+            teacher[head].float(),
             reduction="batchmean",
             log_target=True,
         )

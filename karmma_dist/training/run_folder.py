@@ -11,7 +11,7 @@ from karmma_dist.recipe import Recipe, read_run_recipe, save_recipe
 from karmma_dist.training.checkpoint import checkpoints
 from karmma_dist.training.engine import barrier
 from karmma_dist.training.rendezvous import World
-from karmma_dist.training.run_log import read_state, write_state
+from karmma_dist.training.run_log import BEST, ENSEMBLE, read_state, write_state
 
 
 def prepare_run_dir(recipe: Recipe, world: World, resume: str) -> str:
@@ -32,7 +32,8 @@ def prepare_run_dir(recipe: Recipe, world: World, resume: str) -> str:
         start = resume
     if world.is_main:
         if not start:
-            for left in (run_dir / "checkpoints", run_dir / "metrics.jsonl", run_dir / "damage.jsonl"):
+            names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
+            for left in (run_dir / name for name in names):
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         run_dir.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, run_dir / "recipe.yaml")
@@ -45,7 +46,8 @@ def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     """Raise where the run folder holds another run: fields that change what is computed differ."""
     ignored = {
         "slurm", "evaluation", "data.heads", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
-        "training.threads", "training.keep_checkpoints",
+        "training.threads", "training.keep_checkpoints", "training.offload", "training.peak_tflops",
+        "training.profile_steps", "distill.shard_teacher",
     }  # fmt: skip
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     for flat in (before, now):

@@ -10,6 +10,11 @@ from typing import Any
 from karmma_dist.shards import write_json
 
 STATE = "state.json"
+"""File name of a run's state."""
+BEST = "best"
+"""Folder, in a run's, of the weights that did best in validation."""
+ENSEMBLE = "ensemble.json"
+"""File of a distillation from several experts: their validation losses and weights, decided when it began."""
 
 
 class RunLog:
@@ -48,7 +53,7 @@ def _step_of(line: str) -> int:
 
 
 def write_state(run_dir: Path, state: str, **values: Any) -> None:
-    """Write state.json: `running`, `finished`, `interrupted` or `failed`, with the time and what else is known."""
+    """Write state.json: `running`, `finished`, ..., or `best` in best/, with the time and what else is known."""
     write_json(run_dir / STATE, {"state": state, "time": time.time(), **values})
 
 

@@ -12,77 +12,68 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from karmma_dist.errors import UserError
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.pretrained import load_model
 from karmma_dist.recipe import DistillRecipe, Recipe
 from karmma_dist.streaming.batch import Batch
+from karmma_dist.training.engine import Engine, ShardedModule
 from karmma_dist.training.losses import cross_entropy, distillation
+from karmma_dist.training.rendezvous import World
+from karmma_dist.training.teacher import Measure, Teacher, build_teacher
+from karmma_dist.training.telemetry import accuracies, agreements, entropies
 
 
 class Stage(Protocol):
     """Turns a student's logits and the batch they came from into a loss."""
 
+    @property
+    def teachers(self) -> list[KarmmaModel]:
+        """Frozen models that run beside the one in training."""
+
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to minimise and its parts for the log, all 0-d tensors."""
 
 
-def build_stage(recipe: Recipe, heads: dict[str, int], device: torch.device, dtype: torch.dtype) -> Stage:
-    """Build the recipe's stage; the distill stage loads its teacher.
-
-    Raises:
-        UserError: the teacher is missing, or was trained on other classes, modalities or inputs.
-    """
+def build_stage(recipe: Recipe, heads: dict[str, int], engine: Engine, world: World, measure: Measure) -> Stage:
+    """Build the recipe's stage; the distill stage loads its teacher, see `build_teacher`. Every rank must call this."""
     if recipe.distill is None:
         return Supervised()
-    teacher = load_teacher(recipe, heads).to(device=device, dtype=dtype)
-    return Distill(teacher, recipe.distill)
-
-
-def load_teacher(recipe: Recipe, heads: dict[str, int]) -> KarmmaModel:
-    """The teacher of a distill recipe, frozen and in eval mode, checked against the student's data."""
-    assert recipe.distill is not None
-    path = recipe.find_run(recipe.distill.teacher)
-    teacher, card = load_model(path)
-    if dict(teacher.heads) != heads:
-        raise UserError(f"{path}: the teacher's heads {dict(teacher.heads)} are not the shards' {heads}")
-    if list(teacher.modalities) != recipe.data.modalities:
-        raise UserError(
-            f"{path}: the teacher's modalities {', '.join(teacher.modalities)} are not the student's "
-            f"{', '.join(recipe.data.modalities)}"
-        )
-    if card.inputs != recipe.inputs:
-        raise UserError(f"{path}: the teacher was trained on other inputs: the two recipes' 'inputs' must be equal")
-    return teacher.requires_grad_(False).eval()
+    return Distill(build_teacher(recipe, heads, engine, world, measure), recipe.distill)
 
 
 class Supervised:
     """Cross-entropy averaged over heads."""
 
+    teachers: list[KarmmaModel] = []
+
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Stage.loss`."""
         loss = cross_entropy(logits, batch.labels)
-        return loss, {"loss": loss.detach(), **_accuracies("train", logits, batch)}
+        return loss, {"loss": loss.detach(), **accuracies("train", logits, batch.labels), **entropies("train", logits)}
 
 
 class Distill:
     """A student taught online by a frozen teacher that sees the same batch with the same modalities."""
 
-    def __init__(self, teacher: KarmmaModel, recipe: DistillRecipe) -> None:
+    def __init__(self, teacher: Teacher | ShardedModule, recipe: DistillRecipe) -> None:
         self.teacher, self.recipe = teacher, recipe
 
+    @property
+    def teachers(self) -> list[KarmmaModel]:
+        """See `Stage.teachers`."""
+        module = self.teacher.module if isinstance(self.teacher, ShardedModule) else self.teacher
+        assert isinstance(module, Teacher)
+        return [member for member in module.members if isinstance(member, KarmmaModel)]
+
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Stage.loss`."""
+        """See `Stage.loss`. The teacher's entropy is that of what it teaches, softened by the temperature."""
         with torch.no_grad():
-            taught = self.teacher(batch.inputs, batch.present_BM)
+            taught: dict[str, Tensor] = self.teacher(batch.inputs, batch.present_BM)
         hard = cross_entropy(logits, batch.labels)
         soft = distillation(logits, taught, self.recipe.temperature)
         loss = self.recipe.alpha * hard + (1 - self.recipe.alpha) * soft
-        parts = {"loss": loss.detach(), "cross_entropy": hard.detach(), "kl": soft.detach()}
-        return loss, {**parts, **_accuracies("train", logits, batch), **_accuracies("teacher", taught, batch)}
-
-
-def _accuracies(name: str, logits: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    """Share of the batch's clips whose labels are right, 0 to 1, over all heads together."""
-    right = [logits[head].detach().argmax(-1) == batch.labels[head] for head in logits]
-    return {f"{name}_accuracy": torch.stack(right).all(dim=0).float().mean()}
+        softened = {head: of.detach().float() / self.recipe.temperature for head, of in logits.items()}
+        return loss, {
+            "loss": loss.detach(), "cross_entropy": hard.detach(), "kl": soft.detach(),
+            **accuracies("train", logits, batch.labels), **accuracies("teacher", taught, batch.labels),
+            **agreements(logits, taught), **entropies("train", softened), **entropies("teacher", taught),
+        }  # fmt: skip

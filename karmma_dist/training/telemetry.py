@@ -1,9 +1,12 @@
-"""What is measured while training: running means, and what loading cost."""
+"""What is measured while training: running means, how model and teacher do on the batches, and what loading cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from karmma_dist.streaming.batch import Batch
 
@@ -30,6 +33,34 @@ def loading_metrics(means: dict[str, float], modalities: Sequence[str]) -> dict[
         seconds, clips = means.pop(f"decode_s/{modality}"), means.pop(f"decoded/{modality}")
         found[f"decode_ms_{modality}"] = 1000 * seconds / clips if clips else 0.0
     return found
+
+
+def accuracies(name: str, scores: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Share of the batch's clips, 0 to 1, whose labels are right: NAME_accuracy over all heads, and for each head.
+
+    Args:
+        name: whose they are.
+        scores: logits or log-probabilities (B, C) per head.
+        labels: int64 (B,) per head.
+    """
+    return _shares(f"{name}_accuracy", {head: of.detach().argmax(-1) == labels[head] for head, of in scores.items()})
+
+
+def agreements(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Share of the batch's clips, 0 to 1, that both give the same class, over all heads together and for each head."""
+    same = {head: of.detach().argmax(-1) == teacher[head].argmax(-1) for head, of in student.items()}
+    return _shares("agreement", same)
+
+
+def entropies(name: str, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean entropy in nats of each head's class distributions: NAME_entropy_HEAD. Logits or log-probabilities."""
+    log_probs = {head: of.detach().float().log_softmax(dim=-1) for head, of in scores.items()}
+    return {f"{name}_entropy_{head}": -(of.exp() * of).sum(dim=-1).mean() for head, of in log_probs.items()}
+
+
+def _shares(name: str, right: dict[str, Tensor]) -> dict[str, Tensor]:
+    shares = {f"{name}_{head}": of.float().mean() for head, of in right.items()}
+    return {name: torch.stack(list(right.values())).all(dim=0).float().mean(), **shares}
 
 
 class Averages:

@@ -81,3 +81,13 @@ def test_an_unknown_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     error = capsys.readouterr().err
     assert "--drop-probability" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("steps", "said"), [("10", "is not START:STOP"), ("15:10", "start must come before stop")])
+def test_steps_to_trace_that_make_no_sense_are_one_line(
+    steps: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "demo/video", "--profile", steps]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

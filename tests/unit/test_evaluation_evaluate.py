@@ -107,6 +107,7 @@ def singles(batches: list[Batch]) -> list[Batch]:
 def naive_row(model: Fusion, clips: list[Batch], condition: Condition) -> dict[str, float]:
     """Each clip alone, from its raw inputs, with what it loses taken away before the encoders."""
     places: dict[str, list[int]] = {"action": [], "verb": [], "noun": []}
+    losses: dict[str, list[float]] = {"verb": [], "noun": []}
     for clip in clips:
         keep_BM = keep(condition, clip.keys, clip.present_BM, MODALITIES)
         if not keep_BM.any():
@@ -116,6 +117,8 @@ def naive_row(model: Fusion, clips: list[Batch], condition: Condition) -> dict[s
         scores = {head: values[0].double().log_softmax(0) for head, values in logits.items()}
         joint = (scores["verb"][:, None] + scores["noun"][None, :]).flatten()
         truth = {head: int(clip.labels[head]) for head in HEADS}
+        for head, of in losses.items():
+            of.append(-float(scores[head][truth[head]]))
         for name, values, true in (
             ("verb", scores["verb"], truth["verb"]),
             ("noun", scores["noun"], truth["noun"]),
@@ -124,7 +127,7 @@ def naive_row(model: Fusion, clips: list[Batch], condition: Condition) -> dict[s
             places[name].append(torch.argsort(values, descending=True, stable=True).tolist().index(true))
     return {"num_clips": len(places["verb"])} | {
         f"{name}_top{k}": 100.0 * sum(p < k for p in of) / len(of) for name, of in places.items() for k in (1, 5)
-    }
+    } | {f"{head}_loss": pytest.approx(float(np.mean(of)), rel=1e-12) for head, of in losses.items()}
 
 
 CONDITIONS = build_conditions(MODALITIES, subsets=True, sweep=True, num_seeds=2)

@@ -1,0 +1,88 @@
+"""What the devices really compute: FLOPs of the clips that are there, the share of their peak, and peak memory."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections.abc import Sequence
+
+import torch
+
+from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.profiling.flops import ClipFlops, flops_per_clip
+from karmma_dist.streaming.batch import Batch
+
+_logger = logging.getLogger(__name__)
+
+_PEAK_TFLOPS = {
+    "B200": 2250.0, "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H800": 989.0,
+    "A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
+    "V100": 125.0,
+}  # fmt: skip
+"""Dense bf16 tensor-core peak (V100: fp16) in 1e12 FLOP/s by a part of the device's name, as the makers state it; the
+more particular name comes first."""
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Peak of a GPU by the name that torch gives it, in 1e12 FLOP/s in bf16; None: not known."""
+    words = device_name.replace("-", " ").split()
+    for name, peak in _PEAK_TFLOPS.items():
+        if all(word in words for word in name.split()):
+            return peak
+    return None
+
+
+class Throughput:
+    """FLOPs of what a rank computes, and what that is of its device.
+
+    Args:
+        student: the model in training.
+        teachers: frozen models that run beside it.
+        device: of this rank.
+        precision: of the model in training.
+        peak: in 1e12 FLOP/s; None: looked up.
+        say: whether this rank says once that there will be no MFU.
+    """
+
+    def __init__(
+        self, student: KarmmaModel, teachers: Sequence[KarmmaModel], device: torch.device, precision: torch.dtype,
+        peak: float | None, say: bool,
+    ) -> None:  # fmt: skip
+        self._student = flops_per_clip(student)
+        self._teachers = [(model, flops_per_clip(model)) for model in teachers]
+        self._device = device
+        on_gpu = device.type == "cuda"
+        if peak is None and on_gpu and precision != torch.float32:
+            peak = peak_tflops(torch.cuda.get_device_name(device))
+        if peak is None and on_gpu and say:
+            _logger.warning(
+                "no MFU: the peak of %s in %s is not known: set training.peak_tflops",
+                torch.cuda.get_device_name(device), str(precision).removeprefix("torch."),
+            )  # fmt: skip
+        self._peak = peak
+
+    def flops(self, batch: Batch) -> float:
+        """FLOPs of one forward and backward pass, the teacher's forward pass included; nothing is waited for."""
+        num_present = {modality: len(clips) for modality, clips in batch.inputs.items()}
+        num_clips = len(batch.keys)
+        taught = sum(_forward(model, counted, num_present, num_clips) for model, counted in self._teachers)
+        return float(self._student.training(num_present, num_clips) + taught)
+
+    def metrics(self, flops: float, seconds: float) -> dict[str, float]:
+        """`tflops_per_s` of a device that computed `flops` in `seconds`, and `mfu` (0 to 1) where its peak is known."""
+        reached = flops / seconds / 1e12
+        return {"tflops_per_s": reached, **({} if self._peak is None else {"mfu": reached / self._peak})}
+
+    def peak_memory_gb(self) -> float:
+        """Most memory that this rank ever held, in 1e9 bytes: tensors on the GPU, or the process's resident set."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _forward(model: KarmmaModel, counted: ClipFlops, num_present: dict[str, int], num_clips: int) -> int:
+    """FLOPs of a teacher's forward pass; an expert of one modality sees only the clips that have it."""
+    seen = {name: num_present.get(name, 0) for name in model.modalities}
+    if not any(seen.values()):
+        return 0
+    return counted.forward(seen, num_clips if len(seen) > 1 else sum(seen.values()))

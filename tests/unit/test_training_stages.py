@@ -1,0 +1,271 @@
+"""The distill stage: what one teacher or several experts teach, and which are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from karmma_dist.errors import UserError
+from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.layout import input_shape
+from karmma_dist.models.pretrained import save_model
+from karmma_dist.recipe import DistillRecipe, Recipe, load_chain, save_recipe
+from karmma_dist.streaming.batch import collate
+from karmma_dist.training import teacher as teacher_module
+from karmma_dist.training.losses import cross_entropy
+from karmma_dist.training.rendezvous import World
+from karmma_dist.training.run_log import write_state
+from karmma_dist.training.stages import Distill
+from karmma_dist.training.teacher import Teacher, build_teacher
+
+MODALITIES = ["video", "flow", "audio"]
+HEADS = {"verb": 3, "noun": 4}
+WORLD = World(0, 0, 1, "127.0.0.1", 1)
+INPUTS = {
+    "video": {"num_frames": 2, "short_side": 16, "crop": 16},
+    "audio": {"num_windows": 1, "window_s": 0.5, "num_mels": 16},
+}
+LOSSES = {"verb": 1.5, "noun": 2.5}
+
+
+class Device:
+    """What `build_teacher` asks the student's engine for."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+
+def make_recipe(folder: Path, modalities: Sequence[str] = MODALITIES, **sections: Any) -> Recipe:
+    names = {"video": "small_video", "flow": "small_video", "audio": "small_audio"}
+    tree: dict[str, Any] = {
+        "name": "student",
+        "runs_dir": str(folder),
+        "stage": "distill" if "distill" in sections else "supervised",
+        "data": {"shards": "shards", "modalities": list(modalities)},
+        "inputs": INPUTS,
+        "model": {
+            "encoders": {m: {"name": names[m], "options": {"width": 4}} for m in modalities},
+            "width": 8, "num_heads": 2, "feedforward": 8, "fc_width": 8, "missing": "leave_out",
+        },
+    }  # fmt: skip
+    return Recipe.model_validate({**tree, **sections})
+
+
+def make_model(modalities: Sequence[str], seed: int = 0, heads: dict[str, int] = HEADS) -> KarmmaModel:
+    recipe = make_recipe(Path(), modalities)
+    torch.manual_seed(seed)
+    return KarmmaModel(recipe.model, recipe.inputs, list(modalities), heads).requires_grad_(False).eval()
+
+
+def save_run(folder: Path, name: str, modalities: Sequence[str], seed: int = 0, **differs: Any) -> Recipe:
+    """A finished run: weights, card, recipe and the validation that its state tells."""
+    recipe = make_recipe(folder, modalities, name=name, **{k: v for k, v in differs.items() if k != "heads"})
+    torch.manual_seed(seed)
+    model = KarmmaModel(recipe.model, recipe.inputs, list(modalities), differs.get("heads", HEADS))
+    save_model(model, folder / name, recipe=recipe)
+    save_recipe(recipe, folder / name / "recipe.yaml")
+    metrics = {f"{head}_loss": loss + seed for head, loss in LOSSES.items()}
+    write_state(folder / name, "finished", metrics=metrics)
+    return recipe
+
+
+def clips(present_BM: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of the clips that are there."""
+    torch.manual_seed(seed)
+    inputs = make_recipe(Path()).inputs
+    counts = dict(zip(MODALITIES, present_BM.sum(dim=0).tolist(), strict=True))
+    return {m: torch.randn(num, *input_shape(m, inputs)) for m, num in counts.items() if num}
+
+
+def unmeasured(_model: KarmmaModel, _recipe: Recipe) -> dict[str, float]:
+    raise AssertionError("the experts' own validation says it")
+
+
+def build(recipe: Recipe, measure: teacher_module.Measure = unmeasured) -> Teacher:
+    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    built = build_teacher(recipe, HEADS, Device(), WORLD, measure)  # type: ignore[arg-type]
+    assert isinstance(built, Teacher)
+    return built
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_module, "barrier", lambda: None)
+
+
+EXPERTS = [make_model(["video"], 1), make_model(["flow"], 2), make_model(["audio"], 3)]
+masks = st.lists(st.lists(st.booleans(), min_size=3, max_size=3).filter(any), min_size=1, max_size=4)
+losses = st.lists(st.floats(0.1, 5), min_size=3, max_size=3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(masks, losses, losses, st.floats(0.2, 3), st.floats(0.5, 3), st.booleans())
+def test_an_ensemble_is_the_softmin_weighted_mean_over_the_experts_that_a_clip_has(
+    mask: list[list[bool]], verb: list[float], noun: list[float], weight_temperature: float, temperature: float,
+    of_logits: bool,
+) -> None:
+    """Against one clip, one expert and one head at a time."""
+    present_BM = torch.tensor(mask)
+    inputs = clips(present_BM)
+    recipe = DistillRecipe(
+        teachers=["v", "f", "a"], weight_temperature=weight_temperature, temperature=temperature,
+        average="logits" if of_logits else "probabilities",
+    )
+    by_head = {"verb": verb, "noun": noun}
+    with torch.no_grad():
+        taught = Teacher(EXPERTS, MODALITIES, by_head, recipe)(inputs, present_BM)
+        for clip, has in enumerate(mask):
+            for head, loss_E in by_head.items():
+                total, mixed = 0.0, torch.zeros(HEADS[head], dtype=torch.float64)
+                for e in [e for e in range(3) if has[e]]:
+                    row = int(present_BM[:clip, e].sum())
+                    one = {MODALITIES[e]: inputs[MODALITIES[e]][row : row + 1]}
+                    logits = EXPERTS[e](one, torch.tensor([[True]]))[head][0].double() / temperature
+                    weight = float(torch.tensor(-loss_E[e] / weight_temperature, dtype=torch.float64).exp())
+                    mixed += weight * (logits if of_logits else logits.softmax(-1))
+                    total += weight
+                mixed /= total
+                expected = mixed.log_softmax(-1) if of_logits else mixed.log()
+                torch.testing.assert_close(taught[head][clip].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_teacher_teaches_its_own_softmax_to_the_last_bit() -> None:
+    model = make_model(MODALITIES)
+    present_BM = torch.tensor([[True, False, True], [False, True, False]])
+    inputs = clips(present_BM)
+    with torch.no_grad():
+        teacher = Teacher([model], MODALITIES, {"verb": [0.0], "noun": [0.0]}, DistillRecipe(teacher="t"))
+        taught = teacher(inputs, present_BM)
+        for head, logits in model(inputs, present_BM).items():
+            assert torch.equal(taught[head], logits.log_softmax(-1))
+
+
+@pytest.mark.parametrize("present", [[True, True, True], [False, False, True], [False, True, False]])
+def test_where_parameters_are_in_pieces_every_layer_runs_in_every_call(present: list[bool]) -> None:
+    """And what is taught stays the same."""
+    members = [make_model(["video", "flow"], 1), make_model(["audio"], 2)]
+    present_BM = torch.tensor([present, present])
+    teacher = Teacher(members, MODALITIES, {"verb": [1.0, 2.0], "noun": [2.0, 1.0]}, DistillRecipe(teachers=["a", "b"]))
+    with torch.no_grad():
+        expected = teacher(clips(present_BM), present_BM)
+        teacher.run_everything()
+        layers = [layer for layer in teacher.modules() if list(layer.parameters(recurse=False))]
+        ran = set()
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda module, _: ran.add(module))
+        taught = teacher(clips(present_BM), present_BM)
+    assert len(layers) > 20
+    assert ran == set(layers)
+    for head in HEADS:
+        torch.testing.assert_close(taught[head], expected[head])
+
+
+def test_the_stage_mixes_cross_entropy_and_kl_and_logs_both_models() -> None:
+    torch.manual_seed(0)
+    present_BM = torch.tensor([[True, True, True], [True, False, False]])
+    batch = collate([None, None], MODALITIES, list(HEADS))
+    batch.present_BM, batch.inputs = present_BM, clips(present_BM)
+    batch.labels = {"verb": torch.tensor([0, 2]), "noun": torch.tensor([3, 1])}
+    recipe = DistillRecipe(teachers=["v", "f", "a"], alpha=0.25, temperature=2.0)
+    stage = Distill(Teacher(EXPERTS, MODALITIES, {"verb": [1.0, 2.0, 3.0], "noun": [3.0, 2.0, 1.0]}, recipe), recipe)
+    student = {head: torch.randn(2, num, requires_grad=True) for head, num in HEADS.items()}
+    loss, parts = stage.loss(student, batch)
+    with torch.no_grad():
+        taught = stage.teacher(batch.inputs, present_BM)
+    kls = []
+    for head in HEADS:
+        p, q = taught[head].exp(), (student[head] / 2).softmax(-1)
+        kls.append((p * (p.log() - q.log())).sum(-1).mean() * 4)
+        assert float(parts[f"teacher_entropy_{head}"]) == pytest.approx(float(-(p * p.log()).sum(-1).mean()), abs=1e-6)
+    expected = 0.25 * cross_entropy(student, batch.labels) + 0.75 * sum(kls) / 2
+    torch.testing.assert_close(loss, expected)
+    assert {"kl", "train_accuracy_verb", "teacher_accuracy_noun", "agreement", "train_entropy_verb"} <= set(parts)
+    assert stage.teachers == EXPERTS
+
+
+def test_experts_weigh_by_their_own_validation_and_a_resumed_run_keeps_the_weights(tmp_path: Path) -> None:
+    for seed, modality in enumerate(MODALITIES):
+        save_run(tmp_path, modality, [modality], seed)
+    recipe = make_recipe(tmp_path, distill={"teachers": MODALITIES, "weight_temperature": 0.5})
+    weights = build(recipe).weights()
+    expected = torch.tensor([-1.5, -2.5, -3.5]).div(0.5).softmax(0).tolist()
+    assert weights["verb"] == pytest.approx(expected)
+    said = json.loads((tmp_path / "student" / "ensemble.json").read_text())
+    assert said["losses"] == {"verb": [1.5, 2.5, 3.5], "noun": [2.5, 3.5, 4.5]}
+    write_state(tmp_path / "flow", "finished", metrics={"verb_loss": 9.0, "noun_loss": 9.0})
+    assert build(recipe).weights() == weights
+
+
+@pytest.mark.parametrize("reason", ["never validated", "another split", "a weights file"])
+def test_experts_without_a_loss_on_the_students_validation_split_are_measured(tmp_path: Path, reason: str) -> None:
+    teachers = ["video", "audio"]
+    for modality in teachers:
+        save_run(tmp_path, modality, [modality])
+    data = {"shards": "shards", "modalities": teachers}
+    if reason == "never validated":
+        write_state(tmp_path / "audio", "running")
+    elif reason == "a weights file":
+        teachers = ["video", "audio/weights.safetensors"]
+    else:
+        save_run(tmp_path, "audio", ["audio"], data={"shards": "others", "modalities": ["audio"]})
+    asked = []
+
+    def measure(model: KarmmaModel, recipe: Recipe) -> dict[str, float]:
+        asked.append((model.modalities, recipe.data.modalities))
+        return {"verb_loss": 0.5, "noun_loss": 0.25}
+
+    recipe = make_recipe(tmp_path, ["video", "audio"], data=data, distill={"teachers": teachers})
+    build(recipe, measure)
+    assert asked == [(("audio",), ["audio"])]
+    said = json.loads((tmp_path / "student" / "ensemble.json").read_text())
+    assert said["losses"] == {"verb": [1.5, 0.5], "noun": [2.5, 0.25]}
+
+
+def test_teachers_that_do_not_fit_are_refused_on_one_line(tmp_path: Path) -> None:
+    save_run(tmp_path, "video", ["video"])
+    save_run(tmp_path, "all", MODALITIES)
+    save_run(tmp_path, "classes", MODALITIES, heads={"verb": 3, "noun": 5})
+    save_run(tmp_path, "sizes", ["flow"], inputs={**INPUTS, "video": {**INPUTS["video"], "num_frames": 4}})
+    refused = {
+        ("classes",): "classes: the teacher's heads .* 'noun': 5.* are not the shards'",
+        ("video",): "video: the teacher's modalities video are not the student's video, flow, audio",
+        ("all", "classes"): "classes: the teacher's heads",
+        ("all", "sizes"): "sizes: the teacher was trained on other inputs: inputs.video must be equal",
+        ("all", "nowhere"): "nowhere: no such run folder",
+    }
+    for names, message in refused.items():
+        distill = {"teacher": names[0]} if len(names) == 1 else {"teachers": list(names)}
+        with pytest.raises(UserError, match=message) as error:
+            build(make_recipe(tmp_path, distill=distill))
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"distill\.teachers: none knows flow"):
+        build(make_recipe(tmp_path, ["video", "flow"], distill={"teachers": ["video"]}))
+    with pytest.raises(UserError, match="modalities video, flow, audio are not the student's video"):
+        build(make_recipe(tmp_path, ["video"], distill={"teachers": ["video", "all"]}))
+
+
+def test_inputs_that_a_teacher_does_not_take_may_differ(tmp_path: Path) -> None:
+    save_run(tmp_path, "video", ["video"], inputs={**INPUTS, "audio": {"num_windows": 2}})
+    assert len(build(make_recipe(tmp_path, ["video"], distill={"teacher": "video"})).members) == 1
+
+
+@pytest.mark.parametrize("distill", [{}, {"teacher": "a", "teachers": ["b"]}, {"teachers": ["a", "a"]}])
+def test_a_recipe_names_one_teacher_or_several_experts(tmp_path: Path, distill: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"either one 'teacher'|names 'a' twice"):
+        make_recipe(tmp_path, distill=distill)
+
+
+@pytest.mark.parametrize("dataset", ["epic_kitchens", "grid_epic"])
+def test_the_ensemble_recipes_train_their_experts_first(dataset: str) -> None:
+    *experts, student = load_chain(f"{dataset}/distill_ensemble")
+    assert student.distill is not None
+    assert [expert.name for expert in experts] == student.distill.teachers
+    assert [m for expert in experts for m in expert.data.modalities] == student.data.modalities
+    assert all(expert.inputs == student.inputs for expert in experts)
