@@ -117,7 +117,7 @@ class Engine:
         precision = _precision(recipe)
         self.dtype = _DTYPES[precision]
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
-            model=model.to(self.device),
+            model=model.to(device=self.device, dtype=self.dtype),  # buffers too: DeepSpeed casts parameters alone
             optimizer=_optimizer(model, recipe),
             config=_config(recipe, world, precision),
             dist_init_required=False,

@@ -210,12 +210,20 @@ def test_the_best_weights_are_recorded_and_evaluated_like_a_run(run: tuple[Recip
 def test_every_precision_trains_or_is_refused_on_one_line(
     alone: World, shards: Path, tmp_path: Path, precision: str
 ) -> None:
-    """float32 is what the other runs train in; not every CPU computes in float16."""
-    recipe = make_recipe(tmp_path, shards, precision=precision, validate_every_epochs=0)
+    """float32 is what the other runs train in; not every CPU computes in float16. Batches of one clip lack a modality
+    now and then, whose encoder then runs on zeros of the right precision."""
+    settings = make_recipe(tmp_path, shards, precision=precision, validate_every_epochs=0, batch_size=1).model_dump()
+    settings["data"] |= {"modalities": ["video", "audio"], "modality_dropout": {"probability": 0.5}}
+    settings["inputs"]["video"] = {"num_frames": 2, "short_side": 16, "crop": 16}
+    settings["model"]["encoders"]["video"] = {"name": "small_video", "options": {"width": 4}}
+    recipe = Recipe.model_validate(settings)
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         with pytest.raises(UserError, match=r"training\.precision fp16: this device computes none: take bf16 or fp32"):
             train(recipe, alone, measure)
         return
     train(recipe, alone, measure)
-    lines = [json.loads(line) for line in (recipe.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [math.isfinite(line["loss"]) for line in lines if line["kind"] == "train"] == [True] * 2
+    written = [json.loads(line) for line in (recipe.run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in written if line["kind"] == "train"]
+    assert lines
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert min(line["present_video"] for line in lines) == min(line["present_audio"] for line in lines) == 0
