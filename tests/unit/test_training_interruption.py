@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,28 +39,27 @@ def test_a_signal_only_sets_a_flag_and_decides_how_the_run_ends(
 @given(st.lists(st.sampled_from([None, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT]), min_size=1, max_size=4))
 def test_all_ranks_stop_for_the_strongest_reason_that_any_was_told(told: list[signal.Signals | None]) -> None:
     words: list[int] = []
-    for turn in ("look", "answer"):
-        answers = []
+
+    def answers(highest: Callable[[int], int]) -> list[Stop | None]:
+        stops = []
         for rank, number in enumerate(told):
-            heard = words.append if turn == "look" else lambda word: None  # noqa: ARG005
-
-            def highest(word: int, heard=heard) -> int:  # noqa: ANN001
-                heard(word)
-                return max(words)
-
             with Interruption(rank, None, highest) as interruption:
                 if number is not None:
                     os.kill(os.getpid(), number)
-                answers.append(interruption.agree(Path("nowhere")))
+                stops.append(interruption.agree(Path("nowhere")))
+        return stops
+
+    answers(lambda word: words.append(word) or word)  # type: ignore[func-returns-value]
+    agreed = answers(lambda word: max(words))  # noqa: ARG005
     strength = {signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGINT: 3}
     heard_by = [(strength[number], rank) for rank, number in enumerate(told) if number is not None]
     if not heard_by:
-        assert answers == [None] * len(told)
+        assert agreed == [None] * len(told)
         return
     rank = max(heard_by)[1]
     number = told[rank]
     assert number is not None
-    assert answers == [Stop(number.name, rank)] * len(told)
+    assert agreed == [Stop(number.name, rank)] * len(told)
 
 
 def test_a_stop_file_is_rank_0s_to_see_and_keeps_a_run_from_starting(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_what_is_no_time_is_one_line(text: str) -> None:
 def test_the_command_line_prints_why_and_exits_with_the_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped(**arguments: object) -> None:
+    def stopped(**_: object) -> None:
         raise Stopped("student: preempted by SIGUSR2", 85)
 
     monkeypatch.setattr(cli, "cli", stopped)

@@ -144,7 +144,7 @@ def test_only_skips_in_a_row_end_the_run_and_a_loss_scales_never() -> None:
         skips.give_up_after_too_many(skips.note(one_rank(False, ["a"])))
     assert (skips.num_skipped, skips.num_rescaled) == (3, 3)
     skips.note(one_rank(True, ["a"]))
-    with pytest.raises(UserError, match="2 optimizer steps in a row were skipped.*allows 1: the loss is not finite"):
+    with pytest.raises(UserError, match=r"2 optimizer steps in a row were skipped.*allows 1: the loss is not finite"):
         skips.give_up_after_too_many(skips.note(one_rank(True, ["a"])))
 
 
