@@ -162,6 +162,6 @@ def test_a_dead_or_hanging_rank_ends_the_others_with_its_name_in_one_line(
     told = [line for line in said.splitlines() if "died or hangs" in line]
     assert len(told) == 1, said
     assert "rank 1 (" in told[0]
-    assert "no sign of life" in told[0] or "while it is in step 3" in told[0]
+    assert "no sign of life" in told[0] or "while it is in the forward pass of step 3" in told[0]
     assert "Traceback" not in said
     assert state(tmp_path)["state"] == "failed"
