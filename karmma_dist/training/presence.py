@@ -171,8 +171,8 @@ class Presence:
         if beat.count != count:
             self._watched = (beat.count, now)
         elif now - since > self._limit_s / 2:
-            silent_s = now - since
-            return f"rank {rank} ({beat.host}) died or hangs: no sign of life for {silent_s:.0f} s, last seen {beat.doing}"
+            silent = f"no sign of life for {now - since:.0f} s"
+            return f"rank {rank} ({beat.host}) died or hangs: {silent}, last seen {beat.doing}"
         return None
 
     def _stragglers(self) -> str | None:

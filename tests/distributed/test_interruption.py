@@ -83,6 +83,16 @@ def state(folder: Path) -> dict[str, Any]:
     return found
 
 
+RANK_1_IS_NOT_FINITE_AT_STEP_2 = """
+mark, losses, at = loop.mark, Supervised.loss, []
+loop.mark = lambda doing, *limit: (at.append(doing), mark(doing, *limit))
+def poisoned(self, logits, batch):
+    loss, parts = losses(self, logits, batch)
+    loss = loss * float("nan") if rank == 1 and at[-1].endswith("step 2") else loss
+    return loss, {**parts, "loss": loss.detach()}
+Supervised.loss = poisoned
+"""
+
 SIGNAL_AT_STEP_3 = """
 forward_backward, save = loop.Trainer._forward_backward, loop.save_checkpoint
 def signalled(self, raw, forward, step):
@@ -108,11 +118,11 @@ loop.Trainer._between_batches = signalled
 def test_a_run_stopped_in_an_epoch_and_in_validation_ends_as_the_undisturbed_one_bit_for_bit(
     shards: Path, tmp_path: Path
 ) -> None:
-    """One rank is told each time; all save at the same step and exit with 85."""
+    """One rank is told each time; all save at the same step and exit with 85. A step that was skipped stays skipped."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for status, said in run(whole, shards):
+    for status, said in run(whole, shards, RANK_1_IS_NOT_FINITE_AT_STEP_2):
         assert status == 0, said
-    for status, said in run(cut, shards, SIGNAL_AT_STEP_3):
+    for status, said in run(cut, shards, RANK_1_IS_NOT_FINITE_AT_STEP_2 + SIGNAL_AT_STEP_3):
         assert (status, said.count("Traceback")) == (85, 0), said
         assert "preempted by SIGUSR2 on rank 1 after step 3 of" in said
     assert (state(cut)["state"], state(cut)["step"]) == ("preempted", 3)
@@ -122,6 +132,9 @@ def test_a_run_stopped_in_an_epoch_and_in_validation_ends_as_the_undisturbed_one
     for status, said in run(cut, shards):
         assert status == 0, said
     assert lines(cut) == lines(whole)
+    (skipped,) = [line for line in lines(cut) if line["kind"] == "skipped"]
+    assert (skipped["step"], skipped["cause"], [one["rank"] for one in skipped["suspects"]]) == (2, "loss", [1])
+    assert len(skipped["suspects"][0]["clips"]) == 2
     assert sum(line["kind"] == "validation" for line in lines(cut)) == 2
     weights = [load_file(folder / "runs/student/weights.safetensors") for folder in (cut, whole)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
