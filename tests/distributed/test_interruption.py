@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from karmma_dist.training.rendezvous import free_port
 
+pytestmark = pytest.mark.timeout(600)  # four jobs of two ranks in one test, on a machine that may be busy
+
 RECIPE: dict[str, Any] = {
     "name": "student",
     "stage": "supervised",
