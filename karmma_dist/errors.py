@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the terminal."""
+"""The exceptions whose messages are meant for the person at the terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ class UserError(ValueError):
 
     The message says what was wrong, where (file, key, clip, rank) and what to do about it.
     """
+
+
+class Stopped(Exception):
+    """Work ended early, in good order: the command line prints its one line on stderr and exits with `exit_code`."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def nearest(word: str, choices: list[str]) -> str:

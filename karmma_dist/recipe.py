@@ -300,6 +300,13 @@ class TrainingRecipe(Settings):
     """Peak of one device in the training precision, in 1e12 FLOP/s, for the MFU; None: known for common GPUs."""
     profile_steps: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
     """[start, stop]: trace optimizer steps start to stop - 1, counted from 0, into trace/rank0.json.gz."""
+    max_skipped_steps: Positive = 5
+    """Optimizer steps in a row whose loss or gradient is not finite before the run gives up; each is left out."""
+    guard_every_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps from one comparison of the ranks' graphs to the next, after that of the first step; 0: only that one."""
+    collective_timeout_s: Annotated[float, Field(ge=2)] = 60
+    """Seconds after which a training step that waits for a rank ends the job with that rank's name; a process that is
+    gone is noticed in half of it. A process's first step, validation and saving may take ten minutes."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> TrainingRecipe:

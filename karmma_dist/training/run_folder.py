@@ -47,7 +47,8 @@ def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     ignored = {
         "slurm", "evaluation", "data.heads", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
         "training.threads", "training.keep_checkpoints", "training.offload", "training.peak_tflops",
-        "training.profile_steps", "distill.shard_teacher",
+        "training.profile_steps", "training.max_skipped_steps", "training.guard_every_steps",
+        "training.collective_timeout_s", "distill.shard_teacher",
     }  # fmt: skip
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     for flat in (before, now):
