@@ -263,6 +263,10 @@ class TrainingRecipe(Settings):
     """Optimizer steps between lines of metrics.jsonl."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of the model per rank; 0 leaves it to torch."""
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between checkpoints, counted from the beginning, beside those of whole epochs; 0: none."""
+    keep_every_epochs: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of every so many epochs are kept for good, beside the newest ones; 0: none."""
 
 
 class EvaluationRecipe(Settings):
