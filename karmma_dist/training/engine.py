@@ -118,6 +118,7 @@ class Engine:
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self._optimizer_name = recipe.optimizer.name
         self._frozen_crc32 = _crc32_of_frozen(model)
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(self.device),
@@ -167,7 +168,8 @@ class Engine:
 
         No collective; right only between optimizer steps, where no gradient waits to be applied.
         """
-        return self._pieces.snapshot(), {"scalars": self._pieces.scalars(), "frozen_crc32": self._frozen_crc32}
+        whole = {"optimizer": self._optimizer_name, "frozen_crc32": self._frozen_crc32}
+        return self._pieces.snapshot(), {**whole, "scalars": self._pieces.scalars()}
 
     def restore(self, saved: SavedPieces, whole: dict[str, Any]) -> None:
         """Take up the state of snapshots made by any number of ranks at any ZeRO stage. No collective.
@@ -176,6 +178,11 @@ class Engine:
             UserError: they are of another model or optimizer, or frozen parameters have changed since: those are not
                 saved, but made from the recipe and its weights files.
         """
+        if whole["optimizer"] != self._optimizer_name:
+            raise UserError(
+                f"the checkpoint was saved with optimizer.name={whole['optimizer']}, this run has "
+                f"{self._optimizer_name}: resume with that one, or start over with --resume never"
+            )
         if whole["frozen_crc32"] != self._frozen_crc32:
             raise UserError(
                 "the frozen parameters are not those of the checkpoint: a weights file that the recipe names "

@@ -98,25 +98,23 @@ def test_a_run_killed_twice_once_in_a_save_ends_bit_for_bit_as_if_undisturbed(
 ) -> None:
     settings = (*ADAMW, *OFTEN)
     in_save, later = sorted(random.Random().sample(range(2, 14), 2))
-    script = (
+    dying = (
         "import os, signal\n"
-        "from karmma_dist.training import saver\n"
-        "checksum = saver.checksum\n"
-        "def die_instead(path):\n"
-        f"    if '.step-{in_save:08d}.' in str(path):\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return checksum(path)\n"
-        "saver.checksum = die_instead\n"
+        "from karmma_dist.training import engine, saver\n"
+        "checksum, backward = saver.checksum, engine.Engine.backward\n"
+        "def die(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    end(start(tmp_path, shards, 1, *settings, script=script), -signal.SIGKILL)
+    while_saving = f"saver.checksum = lambda path: die() if '.step-{in_save:08d}.' in str(path) else checksum(path)\n"
+    end(start(tmp_path, shards, 1, *settings, script=dying + while_saving), -signal.SIGKILL)
     checkpoints = tmp_path / "runs/student/checkpoints"
     assert list(checkpoints.glob(".step-*.partial"))
-    metrics = tmp_path / "runs/student/metrics.jsonl"
-    (rank,) = ranks = start(tmp_path, shards, 1, *settings)
-    while rank.poll() is None and f'"step": {later - later % 2},' not in metrics.read_text():
-        os.sched_yield()
-    rank.kill()
-    end(ranks, -signal.SIGKILL)
+    steps_on = later - in_save
+    while_training = (
+        f"left = iter([backward] * {steps_on} + [die])\n"
+        "engine.Engine.backward = lambda self, loss: next(left)(self, loss)\n"
+    )
+    end(start(tmp_path, shards, 1, *settings, script=dying + while_training), -signal.SIGKILL)
     end(start(tmp_path, shards, 1, *settings), 0)
     weights, losses = outcome(tmp_path)
     expected_weights, expected_losses = outcome(undisturbed)
