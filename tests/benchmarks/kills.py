@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.kills [--kills 20] [--ranks 2] [--zero-stage 2] [--seed 0]
 
-Every run is killed once or more with SIGKILL, all ranks at once, from outside: after a random time, or, for every fourth
-kill, as soon as a folder of an unfinished save is seen. Then it is resumed until it ends. Losses in metrics.jsonl and
-final weights must be those of the undisturbed run, bit for bit. Prints a table; exits 1 where a run differs.
+Every run is killed once or more with SIGKILL, all ranks at once, from outside: after a random time, or, for every
+fourth kill, as soon as a folder of an unfinished save is seen. Then it is resumed until it ends. Losses in
+metrics.jsonl and final weights must be those of the undisturbed run, bit for bit. Prints a table; exits 1 where a run
+differs.
 """
 
 from __future__ import annotations
