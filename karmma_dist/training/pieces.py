@@ -67,7 +67,9 @@ class Pieces:
         self._buffers = {name: tensor for name, tensor in state.items() if name not in names}
         self._state: Mapping[Tensor, dict[str, Any]] = torch_optimizer.state
         self._rank, self._num_ranks = rank, num_ranks
-        self._scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        is_dynamic = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
+        self._scaler = scaler if is_dynamic else None
         of_id = {id(parameter): name for name, parameter in self._trained.items()}
         self._is_replicated = False
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -100,7 +102,7 @@ class Pieces:
         return copies
 
     def scalars(self) -> dict[str, float]:
-        """What is one number for the whole model: the state of a loss scale."""
+        """What is one number for the whole model: the state of a loss scale that moves (fp16)."""
         values = {name: getattr(self._scaler, name, None) for name in _SCALER_FIELDS}
         return {name: value for name, value in values.items() if value is not None}
 

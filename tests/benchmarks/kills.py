@@ -1,6 +1,6 @@
 """Kill a run at random moments, during saves too, resume it to the end, compare it with the run that nobody disturbed.
 
-    python -m tests.benchmarks.kills [--kills 20] [--ranks 2] [--zero-stage 2] [--seed 0]
+    python tests/benchmarks/kills.py [--kills 20] [--ranks 2] [--zero-stage 2] [--seed 0]
 
 Every run is killed once or more with SIGKILL, all ranks at once, from outside: after a random time, or, for every
 fourth kill, as soon as a folder of an unfinished save is seen. Then it is resumed until it ends. Losses in
@@ -24,8 +24,11 @@ import torch
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
 from karmma_dist.packing.synthetic import write_kitchen
-from tests.distributed.test_ranks import outcome
-from tests.distributed.test_resume import ADAMW, start
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the tests are no package that is installed
+
+from tests.distributed.test_ranks import outcome  # noqa: E402
+from tests.distributed.test_resume import ADAMW, start  # noqa: E402
 
 _SETTINGS = (*ADAMW, "training.checkpoint_every_steps=1", "training.log_every_steps=2", "training.epochs=12")
 _STEPS = 60
