@@ -307,6 +307,10 @@ class TrainingRecipe(Settings):
     collective_timeout_s: Annotated[float, Field(ge=2)] = 60
     """Seconds after which a training step that waits for a rank ends the job with that rank's name; a process that is
     gone is noticed in half of it. A process's first step, validation and saving may take ten minutes."""
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between checkpoints, counted from the beginning, beside those of whole epochs; 0: none."""
+    keep_every_epochs: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of every so many epochs are kept for good, beside the newest ones; 0: none."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> TrainingRecipe:

@@ -1,4 +1,7 @@
-"""DeepSpeed behind five verbs: forward, backward, step, save, load. The only file that imports it.
+"""DeepSpeed behind five verbs: forward, backward, step, snapshot, restore. The only file that imports it.
+
+Its own checkpoints are not used: they load only on as many ranks at the same stage, or after a conversion (for stages 1
+to 3, with all ranks waiting), they are not atomic, and stage 1 leaves frozen parameters out. See `pieces`.
 
 Every method must be called by every rank unless it says otherwise.
 """
@@ -11,9 +14,9 @@ import itertools
 import logging
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from karmma_dist.errors import Stopped, UserError
 from karmma_dist.recipe import Recipe
 from karmma_dist.training import presence
+from karmma_dist.training.pieces import Pieces, SavedPieces
 from karmma_dist.training.presence import Presence
 from karmma_dist.training.rendezvous import World
 
@@ -192,11 +196,16 @@ class Engine:
         self.device = device_of(world)
         precision = _precision(recipe)
         self.dtype = _DTYPES[precision]
+        self._optimizer_name = recipe.optimizer.name
+        self._frozen_crc32 = _crc32_of_frozen(model)
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(device=self.device, dtype=self.dtype),  # buffers too: DeepSpeed casts parameters alone
             optimizer=_optimizer(model, recipe),
             config=_config(recipe, world, precision),
             dist_init_required=False,
+        )
+        self._pieces = Pieces(
+            self.model, self._optimizer, self._deepspeed.basic_optimizer, world.rank, world.size
         )
 
     @property
@@ -257,18 +266,41 @@ class Engine:
         with deepspeed.zero.GatheredParameters(list(self.model.parameters()), modifier_rank=None):
             return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write this rank's part of the training state into `folder`, with `state` beside it."""
-        ours = {"karmma_dist": state}  # nested: DeepSpeed's own keys would be overwritten by equal ones
-        self._deepspeed.save_checkpoint(str(folder), tag="state", client_state=ours, save_latest=False)
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies in host memory of this rank's part of the training state, and what holds for the whole model.
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Restore what `save` wrote with the same world size and ZeRO stage; returns its `state`."""
-        _, client_state = self._deepspeed.load_checkpoint(str(folder), tag="state")
-        if client_state is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint")
-        state: dict[str, Any] = client_state["karmma_dist"]
-        return state
+        No collective; right only between optimizer steps, where no gradient waits to be applied.
+        """
+        whole = {"optimizer": self._optimizer_name, "frozen_crc32": self._frozen_crc32}
+        return self._pieces.snapshot(), {**whole, "scalars": self._pieces.scalars()}
+
+    def restore(self, saved: SavedPieces, whole: dict[str, Any]) -> None:
+        """Take up the state of snapshots made by any number of ranks at any ZeRO stage. No collective.
+
+        Raises:
+            UserError: they are of another model or optimizer, or frozen parameters have changed since: those are not
+                saved, but made from the recipe and its weights files.
+        """
+        if whole["optimizer"] != self._optimizer_name:
+            raise UserError(
+                f"the checkpoint was saved with optimizer.name={whole['optimizer']}, this run has "
+                f"{self._optimizer_name}: resume with that one, or start over with --resume never"
+            )
+        if whole["frozen_crc32"] != self._frozen_crc32:
+            raise UserError(
+                "the frozen parameters are not those of the checkpoint: a weights file that the recipe names "
+                "(model.encoders.*.weights) has changed: bring it back, or start over with --resume never"
+            )
+        self._pieces.restore(saved, whole["scalars"])
+
+
+def _crc32_of_frozen(model: nn.Module) -> int:
+    crc = 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            crc = zlib.crc32(name.encode(), crc)
+            crc = zlib.crc32(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+    return crc
 
 
 class ShardedModule:

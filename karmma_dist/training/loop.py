@@ -35,7 +35,7 @@ from karmma_dist.streaming.loader import TrainingClips, check_heads, open_shards
 from karmma_dist.streaming.order import Position, Schedule, random_words
 from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.training.best import BestWeights
-from karmma_dist.training.checkpoint import data_state, load_checkpoint, save_checkpoint
+from karmma_dist.training.checkpoint import data_state, load_checkpoint
 from karmma_dist.training.damage import DamageLog
 from karmma_dist.training.engine import Engine, Update, barrier, gather, highest, mean_over_ranks, store
 from karmma_dist.training.guard import Guard
@@ -45,6 +45,7 @@ from karmma_dist.training.presence import START_S, mark
 from karmma_dist.training.rendezvous import World
 from karmma_dist.training.run_folder import prepare_run_dir
 from karmma_dist.training.run_log import RunLog, read_state, validation_at, write_state
+from karmma_dist.training.saver import Saver
 from karmma_dist.training.schedule import learning_rate
 from karmma_dist.training.stages import build_stage
 from karmma_dist.training.telemetry import Averages, loading_metrics, loading_sums
@@ -90,7 +91,7 @@ def train(
     refuse_stop_file(recipe.run_dir)
     folder = open_shards(recipe.data)
     check_heads(recipe.data, folder)
-    start = prepare_run_dir(recipe, world, resume)
+    start = prepare_run_dir(recipe, world, resume, report)
     if start == "finished":
         report(f"train {recipe.name}", 1, 1, "already finished (start over with --resume never)")
         return dict(read_state(recipe.run_dir).get("metrics", {}))
@@ -104,6 +105,8 @@ def train(
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             write_state(recipe.run_dir, state, error=f"{type(error).__name__}: {error}")
         raise
+    finally:
+        trainer.saver.close()
 
 
 class _StopAsked(Exception):
@@ -160,6 +163,7 @@ class Trainer:
         )  # fmt: skip
         self.position = Position(0, 0)
         self._is_warm = False
+        self.saver = Saver(recipe, world, self.steps_per_epoch, self.data_state)
         self.damage = DamageLog(recipe.run_dir, len(self.clips.clips), recipe.data.max_damaged_fraction, world.rank)
         self.averages = Averages()
         self.skips = Skips(recipe.training.max_skipped_steps, gather, self.engine.dtype == torch.float16)
@@ -168,10 +172,15 @@ class Trainer:
             gathers=recipe.training.zero_stage == 3,
         )  # fmt: skip
         self.metrics: dict[str, float] = {}
+        self.resumed = ""
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint."""
-        self.position = load_checkpoint(self.engine, checkpoint, self.recipe, self.world, self.data_state)
+        saved = load_checkpoint(self.engine, checkpoint, self.recipe, self.world, self.data_state)
+        self.position, self.metrics = saved.position, saved.state["metrics"]
+        self.averages.restore(saved.averages, self.world.rank, self.world.size)
+        self.saver.total_s = saved.state["checkpoint_s"]
+        self.resumed = saved.note
         self.damage.remember(gather(self.damage.written() if self.world.is_main else []))
 
     def run(self) -> dict[str, float]:
@@ -179,7 +188,9 @@ class Trainer:
         done = self.position.epoch * self.steps_per_epoch + self.position.step
         self.log = RunLog(self.recipe.run_dir, done) if self.world.is_main else None
         left_out = self.schedule.dropped_clips
-        self._say(done, f"({left_out} of {self.schedule.num_clips} clips left out of each epoch)" if left_out else "")
+        notes = [f"{left_out} of {self.schedule.num_clips} clips left out of each epoch"] if left_out else []
+        notes += [self.resumed] if self.resumed else []
+        self._say(done, f"({'; '.join(notes)})" if notes else "")
         epochs, accumulation = self.recipe.training.epochs, self.recipe.training.accumulation
         loaded = training_batches(self.clips, self.schedule, self.world.rank, self.position, epochs)
         self.engine.model.train()
@@ -195,11 +206,13 @@ class Trainer:
                     self._step(batches, step, accumulation)
         finally:
             self.damage.flush()
+        self.saver.finish()
         if self.log:
             self.log.close()
             write_state(
-                self.recipe.run_dir, "finished", step=self.total_steps, metrics=self.metrics, best=self.best.record
-            )
+                self.recipe.run_dir, "finished", step=self.total_steps, metrics=self.metrics, best=self.best.record,
+                checkpoint_s=self.saver.total_s,
+            )  # fmt: skip
         barrier()
         return self.metrics
 
@@ -276,18 +289,23 @@ class Trainer:
         training = self.recipe.training
         epoch, step = divmod(done, self.steps_per_epoch)
         self._mark(f"after step {done}")
+        self.saver.look()
         stop = self.interruption.agree(self.recipe.run_dir)
         if done % training.log_every_steps == 0 or step == 0:
             self._write_metrics(done)
         self._say(done)
         if stop:
             self._stop(stop, done)
+        every_steps = training.checkpoint_every_steps
+        save = bool(every_steps and done % every_steps == 0)
         if step:
+            if save:
+                self.save_now(done)
             return
         if self._is_validated_after(done):
             self._validate(done)
-        if done == self.total_steps or epoch % training.checkpoint_every_epochs == 0:
-            self._save(done)
+        if save or done == self.total_steps or epoch % training.checkpoint_every_epochs == 0:
+            self.save_now(done)
 
     def _is_validated_after(self, done: int) -> bool:
         epoch, step = divmod(done, self.steps_per_epoch)
@@ -304,17 +322,25 @@ class Trainer:
         else:
             self.metrics = known
 
-    def _save(self, done: int) -> None:
-        """Write a checkpoint after `done` optimizer steps."""
+    def save_now(self, done: int, *, wait: bool = False) -> None:
+        """Save after `done` optimizer steps, between any two of them. Every rank must call this.
+
+        Args:
+            done: optimizer steps since the beginning of the run.
+            wait: return when the checkpoint is whole; else it is written while training goes on.
+        """
         began = time.monotonic()
         mark("saving", START_S)
-        position = Position(*divmod(done, self.steps_per_epoch))
-        save_checkpoint(self.engine, self.recipe, self.world, position, self.steps_per_epoch, self.data_state)
+        self.damage.share(gather(self.damage.take()))  # a resumed run does not meet these clips again
+        state = {"metrics": self.metrics, "checkpoint_s": self.saver.total_s}
+        self.saver.save(self.engine, done, self.averages.state(), state)
+        if wait:
+            self.saver.finish()
         self.interruption.took(save_s=time.monotonic() - began)
 
     def _stop(self, stop: Stop, done: int) -> NoReturn:
         """Save and leave, on every rank."""
-        self._save(done)
+        self.save_now(done, wait=True)
         why = f"{stop.reason} on rank {stop.rank}"
         if self.log:
             self.log.close()
@@ -325,7 +351,16 @@ class Trainer:
         )
 
     def _write_metrics(self, done: int) -> None:
-        values = mean_over_ranks({**self.averages.take(), "damage_noted": float(self.damage.num_noted)})
+        values = mean_over_ranks(
+            {
+                **self.averages.take(),
+                "damage_noted": float(self.damage.num_noted),
+                "checkpoint_s": self.saver.take_seconds(),
+                "checkpoint_failed": float(self.saver.failed),
+            }
+        )
+        if values.pop("checkpoint_failed"):
+            self.saver.finish()
         if values.pop("damage_noted"):
             self.damage.share(gather(self.damage.take()))
         values["clips_per_s"] = self.recipe.training.batch_size / values["step_s"]

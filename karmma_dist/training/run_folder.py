@@ -3,42 +3,65 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from karmma_dist.download import masked
 from karmma_dist.errors import UserError
+from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe, read_run_recipe, save_recipe
-from karmma_dist.training.checkpoint import checkpoints
-from karmma_dist.training.engine import barrier
+from karmma_dist.training.checkpoint import checkpoints, find_damage, newest_whole, point_to
+from karmma_dist.training.engine import gather
 from karmma_dist.training.rendezvous import World
 from karmma_dist.training.run_log import BEST, ENSEMBLE, read_state, write_state
 
 
-def prepare_run_dir(recipe: Recipe, world: World, resume: str) -> str:
-    """Make or check the run folder; returns the checkpoint to resume from, "" to start fresh, or "finished"."""
+def prepare_run_dir(recipe: Recipe, world: World, resume: str, report: Report = silent) -> str:
+    """Make or check the run folder; returns the checkpoint to resume from, "" to start fresh, or "finished".
+
+    Every rank must call this; the main rank looks and decides for all.
+
+    Raises:
+        UserError: the folder holds another run, or what is to be resumed is damaged.
+    """
+    try:
+        decided = [_look_and_prepare(recipe, resume, report), ""] if world.is_main else []
+    except (OSError, UserError) as error:
+        decided = ["", f"{recipe.run_dir}: {error}" if isinstance(error, OSError) else str(error)]
+    start, complaint = gather(decided)
+    if complaint:
+        raise UserError(complaint)
+    return str(start)
+
+
+def _look_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
     run_dir = recipe.run_dir
     saved = read_run_recipe(run_dir) if (run_dir / "recipe.yaml").is_file() else None
-    found = checkpoints(run_dir)
-    state = read_state(run_dir).get("state")
-    barrier()  # every rank has looked before the main rank writes
-    if resume == "auto" and saved is not None and (found or state == "finished"):
-        refuse_other_recipe(saved, recipe)
-        if state == "finished":
+    start = ""
+    if resume == "auto" and saved is not None:
+        finished = read_state(run_dir).get("state") == "finished"
+        if finished or checkpoints(run_dir):
+            refuse_other_recipe(saved, recipe)
+        if finished:
             return "finished"
-        start = str(found[-1])
-    elif resume in ("auto", "never"):
-        start = ""
-    else:
+
+        def leave_aside(name: str, damage: str) -> None:
+            report(f"{recipe.name}: {name}", 0, 1, f"is damaged and left aside: {damage}")
+
+        start = str(newest_whole(run_dir, leave_aside) or "")
+    elif resume not in ("auto", "never"):
         start = resume
-    if world.is_main:
-        if not start:
-            names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
-            for left in (run_dir / name for name in names):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, run_dir / "recipe.yaml")
-        write_state(run_dir, "running")
-    barrier()
+        if damage := find_damage(Path(start)):
+            raise UserError(f"{start}: not a whole checkpoint: {damage}: resume another one, or with --resume auto")
+    if not start:
+        names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
+        for left in (run_dir / name for name in names):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, run_dir / "recipe.yaml")
+    write_state(run_dir, "running")
+    if start and Path(start).resolve().parent == (run_dir / "checkpoints").resolve():
+        point_to(Path(start))
     return start
 
 
@@ -49,6 +72,8 @@ def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
         "training.threads", "training.keep_checkpoints", "training.offload", "training.peak_tflops",
         "training.profile_steps", "training.max_skipped_steps", "training.guard_every_steps",
         "training.collective_timeout_s", "distill.shard_teacher",
+        "training.keep_every_epochs", "training.zero_stage",
+        "training.checkpoint_every_epochs", "training.checkpoint_every_steps",
     }  # fmt: skip
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     for flat in (before, now):

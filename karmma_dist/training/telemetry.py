@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,3 +80,22 @@ class Averages:
         means = {name: float(total) / count for name, (total, count) in self._values.items()}
         self._values = {}
         return means
+
+    def state(self) -> dict[str, list[float]]:
+        """The running sums and counts, to be saved; sums of floats and of 0-d tensors are exact as Python floats."""
+        return {name: [float(total), count] for name, (total, count) in self._values.items()}
+
+    def restore(self, states: Sequence[Mapping[str, Sequence[float]]], rank: int, num_ranks: int) -> None:
+        """Go on from the sums that the ranks of a saved run had; where they were not as many, from their mean.
+
+        Args:
+            states: `state` of each of them, in rank order.
+            rank: this rank.
+            num_ranks: ranks of this run.
+        """
+        if len(states) == num_ranks:
+            self._values = {name: (total, int(count)) for name, (total, count) in states[rank].items()}
+        else:
+            names = states[0]
+            sums = {name: sum(state[name][0] for state in states) / len(states) for name in names}
+            self._values = {name: (sums[name], int(states[0][name][1])) for name in names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,37 +102,6 @@ def initial_weights(shards: Path) -> dict[str, torch.Tensor]:
 
     recipe = Recipe.model_validate({**RECIPE, "data": {**RECIPE["data"], "shards": str(shards)}})
     return dict(build_model(recipe, ShardFolder(shards).classes).state_dict())
-
-
-def test_a_killed_run_goes_on_exactly_where_its_last_checkpoint_was(
-    alone: Path, shards: Path, tmp_path: Path
-) -> None:
-    """SIGKILL once the first checkpoint is there: same losses and weights, bit for bit, as the undisturbed run."""
-    arguments = command(tmp_path, shards)
-    checkpoints = tmp_path / "runs" / "student" / "checkpoints"
-    script = (
-        "import os, signal, sys\n"
-        "from karmma_dist.training import checkpoint, loop\n"
-        "saving = checkpoint.save_checkpoint\n"
-        "def save_then_die(*arguments):\n"
-        "    saving(*arguments)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "loop.save_checkpoint = save_then_die\n"
-        "from karmma_dist.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", script, "train", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=150
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
-    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000005"]
-    (checkpoints / ".step-00000009.partial").mkdir()  # what a kill in the middle of saving leaves behind
-    karmma_dist(tmp_path, "train", *arguments)
-    weights, losses = outcome(tmp_path)
-    expected_weights, expected_losses = outcome(alone)
-    assert losses == expected_losses
-    assert all(torch.equal(weights[name], expected) for name, expected in expected_weights.items())
-    assert not list(checkpoints.glob(".*"))
 
 
 def test_the_damage_budget_counts_the_clips_of_all_ranks(shards: Path, tmp_path: Path) -> None:
