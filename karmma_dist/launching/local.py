@@ -157,7 +157,7 @@ class Ranks:
         blind = said.pop(LOST_RANK, [])  # these only saw that another had gone
         lines = [line if 0 in ranks else f"rank {ranks[0]}: {line}" for line, ranks in said.items()]
         if self._interrupted:
-            return lines
+            return lines or ["interrupted: the ranks were ended before they said anything"]
         for rank, code in self.ended.items():
             if code < 0:
                 lines.append(f"error: rank {rank} was killed by {_signal_name(-code)}; the others were ended")
