@@ -98,6 +98,7 @@ FEW = CASES[1:3]
 """Two that hold every stage of training but `teacher`, optimizer, accumulation and presence."""
 
 BROKEN = Case("supervised", "sgd", 1, "equal sizes")
+"""Exact as it is, and wrong where branches are skipped."""
 
 EVERY_CASE = [
     Case(*combination)
