@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from karmma_dist.errors import Stopped, UserError
+from karmma_dist.errors import LostRank, Stopped, UserError, say
 
 _STARTED = time.monotonic()
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -162,7 +162,7 @@ def launch(
     """Start a run on this machine (--local N) or hand it to Slurm (--slurm)."""
     import shlex
 
-    from karmma_dist.launching.local import launch_local, local_command
+    from karmma_dist.launching.local import launch_local, rank_command, shown_commands
     from karmma_dist.launching.slurm import sbatch_command, submit
     from karmma_dist.recipe import load_recipe
 
@@ -173,9 +173,9 @@ def launch(
     loaded = load_recipe(recipe, overrides)
     arguments = [recipe, *(f"--set={override}" for override in overrides)]
     if local is not None:
-        command = local_command(local, ["train", *arguments])
         if not dry_run:
-            sys.exit(launch_local(local, ["train", *arguments]))
+            sys.exit(launch_local(local, rank_command(["train", *arguments])))
+        shown = shown_commands(local, ["train", *arguments])
     else:
         changes = {"nodes": nodes, "gpus_per_node": gpus_per_node}
         flags = loaded.slurm.model_copy(update={name: value for name, value in changes.items() if value is not None})
@@ -183,7 +183,8 @@ def launch(
         if not dry_run:
             click.echo(submit(command))
             return
-    click.echo(shlex.join(command))
+        shown = [shlex.join(command)]
+    click.echo("\n".join(shown))
 
 
 @cli.command()
@@ -356,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except Stopped as stop:
-        click.echo(str(stop), err=True)
+        say(str(stop), of_another=isinstance(stop, LostRank))
         return stop.exit_code
     except click.UsageError as error:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
@@ -367,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: run the same command again to go on", err=True)
+        say("interrupted: run the same command again to go on")
         return 130
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
@@ -375,5 +376,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    say(f"error: {' '.join(message.split())}")
     return 2

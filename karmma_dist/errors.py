@@ -1,6 +1,15 @@
-"""The exceptions whose messages are meant for the person at the terminal."""
+"""Exceptions whose message is meant for the person at the terminal, and how a process says its last line."""
 
 from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ERROR_FILE = "KARMMA_DIST_ERROR_FILE"
+"""Environment variable by which `karmma-dist launch` tells a rank where to leave its last line."""
+LOST_RANK = "lost rank: "
+"""Begins a line in that file that only tells of another rank, which may have said more itself."""
 
 
 class UserError(ValueError):
@@ -16,6 +25,32 @@ class Stopped(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class LostRank(Stopped):
+    """Another rank has ended or hangs; the message says which."""
+
+
+def say(line: str, of_another: bool = False) -> None:
+    """Say the line that a process ends with, on stderr.
+
+    Ranks often end for the same reason. Those of `karmma-dist launch` leave the line to it, and it shows equal ones
+    once; those of srun or torchrun say which rank they are.
+
+    Args:
+        line: what to say.
+        of_another: it tells of another rank: `launch` shows it only if that one has said nothing.
+    """
+    file = os.environ.get(ERROR_FILE)
+    if file:
+        try:
+            with Path(file).open("a") as target:
+                target.write((LOST_RANK if of_another else "") + line + "\n")
+            return
+        except OSError as error:
+            line = f"{line} (not left in {file}: {error.strerror})"
+    rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if "SLURM_STEP_NUM_TASKS" in os.environ else None)
+    print(f"rank {rank}: {line}" if rank not in (None, "0") else line, file=sys.stderr, flush=True)
 
 
 def nearest(word: str, choices: list[str]) -> str:

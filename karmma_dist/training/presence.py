@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from karmma_dist.errors import Stopped
+from karmma_dist.errors import LostRank, Stopped, say
 
 START_S = 600.0
 """Limit of marks at which kernels are compiled, connections made or whole files written."""
@@ -90,7 +89,7 @@ class Presence:
         """Raise `Stopped` where a rank is gone: for waiting in a loop."""
         if self._lost is not None:
             self._work_ends.set()
-            raise Stopped(self._lost, _EXIT_CODE)
+            raise LostRank(f"error: {self._lost}", _EXIT_CODE)
 
     def explain(self, error: BaseException) -> Stopped | None:
         """What a failed collective means: waits until it is known which rank is gone; None: all are there."""
@@ -99,7 +98,7 @@ class Presence:
         self._work_ends.set()
         self._found.wait(self._limit_s / 2 + 2 * _BEAT_S + _GRACE_S)
         if self._lost is not None:
-            return Stopped(self._lost, _EXIT_CODE)
+            return LostRank(f"error: {self._lost}", _EXIT_CODE)
         return None
 
     def __enter__(self) -> Presence:
@@ -136,7 +135,7 @@ class Presence:
             if not self._ends.wait(_GRACE_S) and not self._work_ends.is_set():
                 if self._on_loss is not None:
                     self._on_loss(why)
-                print(f"error: {why}", file=sys.stderr, flush=True)
+                say(f"error: {why}", of_another=True)
                 os._exit(_EXIT_CODE)  # the work hangs in C++: nothing else ends it
             return
 

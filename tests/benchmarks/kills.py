@@ -25,10 +25,10 @@ from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
 from karmma_dist.packing.synthetic import write_kitchen
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the tests are no package that is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))  # tests are no package that is installed
 
-from tests.distributed.test_ranks import outcome
-from tests.distributed.test_resume import ADAMW, start
+from kit import outcome
+from test_resume import ADAMW, start
 
 _SETTINGS = (*ADAMW, "training.checkpoint_every_steps=1", "training.log_every_steps=2", "training.epochs=12")
 _STEPS = 60

@@ -72,7 +72,7 @@ def run(folder: Path, shards: Path, changes: str = "", *overrides: str) -> list[
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl says, without what a clock decides."""
-    timed = ("_s", "_share", "queue_depth")
+    timed = ("_s", "_share", "queue_depth", "_gb")
     read = [json.loads(line) for line in (folder / "runs/student/metrics.jsonl").read_text().splitlines()]
     return [
         {name: v for name, v in line.items() if not name.endswith(timed) and not name.startswith("decode_ms")}
@@ -96,15 +96,15 @@ Supervised.loss = poisoned
 """
 
 SIGNAL_AT_STEP_3 = """
-forward_backward, save = loop.Trainer._forward_backward, loop.save_checkpoint
+forward_backward, save = loop.Trainer._forward_backward, loop.Trainer.save_now
 def signalled(self, raw, forward, step):
     if rank == 1 and step == 2:
         os.kill(os.getpid(), signal.SIGUSR2)
     return forward_backward(self, raw, forward, step)
-def save_disturbed(*arguments, **named):
+def save_disturbed(self, *arguments, **named):
     os.kill(os.getpid(), signal.SIGTERM)
-    return save(*arguments, **named)
-loop.Trainer._forward_backward, loop.save_checkpoint = signalled, save_disturbed
+    return save(self, *arguments, **named)
+loop.Trainer._forward_backward, loop.Trainer.save_now = signalled, save_disturbed
 """
 
 SIGNAL_IN_VALIDATION = """

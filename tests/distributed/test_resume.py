@@ -11,12 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit import RECIPE, command, karmma_dist, outcome
 
+from karmma_dist.recipe import Recipe
+from karmma_dist.shards import ShardFolder
+from karmma_dist.training.loop import build_model
 from karmma_dist.training.rendezvous import free_port
-from tests.distributed.test_ranks import command, initial_weights, karmma_dist, outcome
 
 ADAMW = ("optimizer.name=adamw", "optimizer.lr=0.003", "optimizer.weight_decay=0.01")
 OFTEN = ("training.checkpoint_every_steps=1", "training.log_every_steps=2")
+
+
+def initial_weights(shards: Path) -> dict[str, torch.Tensor]:
+    """The weights every run starts from."""
+    recipe = Recipe.model_validate({**RECIPE, "data": {**RECIPE["data"], "shards": str(shards)}})  # type: ignore[dict-item]
+    return dict(build_model(recipe, ShardFolder(shards).classes).state_dict())
 
 
 def start(folder: Path, shards: Path, num_ranks: int, *overrides: str, script: str = "") -> list[subprocess.Popen[str]]:

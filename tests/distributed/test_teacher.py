@@ -17,7 +17,7 @@ from karmma_dist.shards import ShardFolder
 from karmma_dist.training.loop import build_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_ranks import RECIPE, karmma_dist
+from kit import RECIPE, karmma_dist
 
 EXPERTS = {"pictures": ["video", "flow"], "sound": ["audio"]}
 
