@@ -179,8 +179,8 @@ class EncoderRecipe(Settings):
     """Keep only what goes into each block and compute the rest again in the backward pass: same gradients, less memory,
     about a third more time. swin3d_*, ast_t and stlt can."""
     compile: bool = False
-    """Run it through torch.compile: minutes once, at most one more compilation when the number of clips changes. Not
-    with ZeRO stage 3, whose sharded parameters come and go while the encoder runs."""
+    """Run it through torch.compile: takes minutes for the first clips, for another number of them and for a single one;
+    after that for no number. Not with ZeRO stage 3, whose sharded parameters come and go while the encoder runs."""
     options: dict[str, Any] = {}
     """Sizes the encoder takes, e.g. {width: 32}; see the encoder's docstring."""
 

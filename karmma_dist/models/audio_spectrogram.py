@@ -76,7 +76,8 @@ class _Trunk(VisionTransformerDistilled):
         if not (self.recompute and torch.is_grad_enabled()):
             tokens: Tensor = self.forward_features(x)
             return tokens
-        # As timm does it, but never with its re-entrant variant, which gives frozen inputs no gradient.
+        # As timm does it, but always without re-entry: some versions choose the other way, which loses gradients where
+        # nothing before a block is trained.
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False)

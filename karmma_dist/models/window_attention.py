@@ -129,7 +129,8 @@ class WindowAttention(nn.Module):
         if not windows.in_place:
             x = take_rows(x, windows.rows_R, windows.tokens)
         volume = windows.hidden_GLL.shape[-1]
-        bias = self.relative_position_bias_table.t().index_select(1, windows.pairs).view(1, -1, volume, volume)
+        table = self.relative_position_bias_table.t().contiguous()  # (H, offsets): a head's bias is read in one piece
+        bias = table.index_select(1, windows.pairs).view(1, -1, volume, volume)
         qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # (R, 3, H, D/H)
         lengths = [length * len(x_NPD) for length in windows.lengths]
         parts = []

@@ -10,6 +10,7 @@ that a call took on top of what was in use.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -69,6 +70,7 @@ def peak_mib(run: Callable[[], object], device: str) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what the last call freed goes back, or this one would seem to need nothing
     Path("/proc/self/clear_refs").write_text("5")  # forget the most that was resident so far
     before = _resident_kib("VmRSS")
     run()

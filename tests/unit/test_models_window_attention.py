@@ -132,7 +132,8 @@ def test_tokens_and_gradients_in_training_are_torchvisions(
     torch.testing.assert_close(tokens, expected, atol=1e-10, rtol=1e-10)
     wanted = gradients(theirs, expected)
     for name, gradient in gradients(ours, tokens).items():
-        torch.testing.assert_close(gradient, wanted[name], atol=1e-8, rtol=1e-8, msg=lambda text, name=name: name + text)
+        close = torch.isclose(gradient, wanted[name], atol=1e-8, rtol=1e-8)
+        assert bool(close.all()), name
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -143,7 +144,7 @@ def test_bf16_tokens_are_as_close_to_exact_ones_as_torchvisions(grad: bool) -> N
         exact = ours.eval()(x)
     ours, theirs = ours.bfloat16(), theirs.bfloat16().eval()
     with torch.set_grad_enabled(grad):
-        tokens, others = ours(x.bfloat16()), tokens_of(theirs, x.bfloat16())
+        tokens, others = ours(x.bfloat16()).detach(), tokens_of(theirs, x.bfloat16()).detach()
     assert tokens.dtype == torch.bfloat16
     assert float((tokens.float() - exact).abs().mean()) < 1.25 * float((others.float() - exact).abs().mean())
 
@@ -270,8 +271,7 @@ def test_an_encoder_without_blocks_refuses_to_recompute() -> None:
 
 
 @pytest.mark.usefixtures("no_compiled_code")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("backend", "recompute"), [("eager", False), ("aot_eager", True)])
 def test_swin_compiles_as_one_graph(backend: str, recompute: bool) -> None:
     encoder = encoder_of("swin3d_small", activation_checkpointing=recompute).eval()
     x = clips_for("swin3d_small", 2)
@@ -285,7 +285,7 @@ def test_swin_compiles_as_one_graph(backend: str, recompute: bool) -> None:
 
 
 @pytest.mark.usefixtures("no_compiled_code")
-@pytest.mark.parametrize("name", list(RECOMPUTING))
+@pytest.mark.parametrize("name", ["swin3d_small", "stlt"])
 def test_a_compiled_encoder_takes_any_number_of_clips_and_keeps_its_names(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
