@@ -39,7 +39,7 @@ INPUTS = InputRecipe.model_validate(
     }
 )
 RECOMPUTING: dict[str, tuple[str, dict[str, Any]]] = {
-    "swin3d_small": ("video", TWO_STAGES),
+    "swin3d_small": ("video", {"width": 6, "depths": [2, 1], "heads": [1, 2], "drop_path": 0.3}),
     "ast_t": ("audio", {}),
     "stlt": ("detections", {"width": 24, "heads": 2, "spatial_layers": 2, "temporal_layers": 2}),
 }
@@ -271,7 +271,7 @@ def test_an_encoder_without_blocks_refuses_to_recompute() -> None:
 
 
 @pytest.mark.usefixtures("no_compiled_code")
-@pytest.mark.parametrize(("backend", "recompute"), [("eager", False), ("aot_eager", True)])
+@pytest.mark.parametrize(("backend", "recompute"), [("eager", True), ("aot_eager", False)])
 def test_swin_compiles_as_one_graph(backend: str, recompute: bool) -> None:
     encoder = encoder_of("swin3d_small", activation_checkpointing=recompute).eval()
     x = clips_for("swin3d_small", 2)
@@ -293,7 +293,7 @@ def test_a_compiled_encoder_takes_any_number_of_clips_and_keeps_its_names(
 
     def compile_cheaply(module: nn.Module, **choices: Any) -> None:
         calls.append(choices)
-        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager", **choices)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", **choices)
 
     monkeypatch.setattr(nn.Module, "compile", compile_cheaply)
     plain, compiled = encoder_of(name).eval(), encoder_of(name, compile=True).eval()
