@@ -183,6 +183,12 @@ class EncoderRecipe(Settings):
     weights_ignore: list[str] = []
     """Patterns (`category.*`) of the encoder's keys that need not be in the weights, be of the right size there, or be
     known: they start at random, or stay unused, and are listed. All others must fit."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block and compute the rest again in the backward pass: same gradients, less memory,
+    about a third more time. swin3d_*, ast_t and stlt can."""
+    compile: bool = False
+    """Run it through torch.compile: takes minutes for the first clips, for another number of them and for a single one;
+    after that for no number. Not with ZeRO stage 3, whose sharded parameters come and go while the encoder runs."""
     options: dict[str, Any] = {}
     """Sizes the encoder takes, e.g. {width: 32}; see the encoder's docstring."""
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from karmma_dist.errors import UserError
 from karmma_dist.models.encoder import Encoder, EncoderType
@@ -65,12 +66,23 @@ class OverlappingPatches(nn.Module):
 class _Trunk(VisionTransformerDistilled):
     """Ends with the tokens after the last norm."""
 
+    recompute = False
+    """Keep no activations inside blocks for the backward pass but compute them again."""
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(N, windows, mels, steps) -> (N, 2 + patches, D); the masks are timm's and stay at their defaults."""
         assert attn_mask is None
         assert not is_causal
-        tokens: Tensor = self.forward_features(x)
-        return tokens
+        if not (self.recompute and torch.is_grad_enabled()):
+            tokens: Tensor = self.forward_features(x)
+            return tokens
+        # As timm does it, but always without re-entry: some versions choose the other way, which loses gradients where
+        # nothing before a block is trained.
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 class AudioSpectrogramTransformer(Encoder):
@@ -110,6 +122,10 @@ class AudioSpectrogramTransformer(Encoder):
         tokens: Tensor = self.trunk(x)  # (N, 2 + patches, D)
         prefix, patches = tokens.split([_NUM_PREFIX, tokens.shape[1] - _NUM_PREFIX], dim=1)
         return torch.cat([prefix.mean(dim=1, keepdim=True), patches], dim=1)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into each block, and compute the rest again in the backward pass."""
+        self.trunk.recompute = True
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """DeiT-tiny-distilled as timm publishes it, fitted as AST does (its Sec. 2.2): the patch kernel is averaged

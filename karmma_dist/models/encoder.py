@@ -29,6 +29,14 @@ class Encoder(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Encode N clips of the shape that `layout.input_shape` names; returns (N, T, D)."""
 
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into each block, and compute the rest again in the backward pass.
+
+        Raises:
+            UserError: there are no blocks to do so with.
+        """
+        raise UserError(f"{type(self).__name__} cannot recompute activations: remove activation_checkpointing")
+
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename, resize and drop entries of a published checkpoint so that they are this module's `state_dict`.
 

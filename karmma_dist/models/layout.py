@@ -27,7 +27,8 @@ def build_encoder(modality: str, recipe: EncoderRecipe, inputs: InputRecipe) -> 
     """Build an encoder with random weights (from torch's global generator); `recipe.weights` is not read here.
 
     Raises:
-        UserError: no such encoder, one that does not take this modality, or options it does not know.
+        UserError: no such encoder, one that does not take this modality, options it does not know, or activation
+            checkpointing where the encoder has none.
     """
     where = f"model.encoders.{modality}"
     kind = ENCODERS.get(recipe.name)
@@ -39,7 +40,15 @@ def build_encoder(modality: str, recipe: EncoderRecipe, inputs: InputRecipe) -> 
         fitting = ", ".join(name for name, other in ENCODERS.items() if modality in other.modalities)
         raise UserError(f"{where}.name: '{recipe.name}' does not take {modality}; these do: {fitting}")
     options = validate(recipe.options, kind.options, f"{where}.options ({recipe.name})")
-    return kind.build(modality, inputs, options)
+    encoder = kind.build(modality, inputs, options)
+    if recipe.activation_checkpointing:
+        try:
+            encoder.checkpoint_activations()
+        except UserError as error:
+            raise UserError(f"{where}.activation_checkpointing: {error}") from None
+    if recipe.compile:
+        encoder.compile()  # in place: parameters keep their names
+    return encoder
 
 
 def input_shape(modality: str, inputs: InputRecipe) -> tuple[int, ...]:

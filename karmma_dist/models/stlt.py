@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from karmma_dist.models.encoder import Encoder, EncoderType
 from karmma_dist.models.transformer import INIT_STD, TransformerLayer, init_linears
@@ -60,6 +61,7 @@ class Stlt(Encoder):
         super().__init__()
         width = options.width
         self.width, self.num_tokens = width, num_frames + 1
+        self._recompute = False
         self.category = nn.Embedding(_NUM_CATEGORIES, width, padding_idx=0)
         self.box = nn.Linear(4, width)
         self.score = nn.Linear(1, width)
@@ -87,8 +89,18 @@ class Stlt(Encoder):
         positions = self.position(torch.arange(num_frames, device=layout.device))
         h = self.dropout(self.frame_norm(layout + positions + self.frame_type(types)))
         earlier = torch.ones(1, num_frames, num_frames, dtype=torch.bool, device=h.device).tril()
-        for layer in self.temporal:
-            h = layer(h, earlier)
+        return self._through(self.temporal, h, earlier)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into each layer, and compute the rest again in the backward pass."""
+        self._recompute = True
+
+    def _through(self, layers: nn.ModuleList, h: Tensor, attend: Tensor) -> Tensor:
+        for layer in layers:
+            if self._recompute and torch.is_grad_enabled():
+                h = checkpoint(layer, h, attend, use_reentrant=False)
+            else:
+                h = layer(h, attend)
         return h
 
     def _spatial(self, boxes: Tensor, categories: Tensor) -> Tensor:
@@ -96,8 +108,7 @@ class Stlt(Encoder):
         h = self.category(categories) + self.box(boxes[..., :4]) + self.score(boxes[..., 5:])
         h = self.dropout(self.box_norm(h)).flatten(0, 1)
         there = (categories > 0).flatten(0, 1)[:, None]  # (N * (F + 1), 1, O + 1)
-        for layer in self.spatial:
-            h = layer(h, there)
+        h = self._through(self.spatial, h, there)
         return h[:, 0].unflatten(0, boxes.shape[:2])
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

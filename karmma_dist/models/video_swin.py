@@ -3,20 +3,33 @@
 Patches of 2 x 4 x 4, windows of 8 x 7 x 7, feed-forward ratio 4. The module's own keys are those of
 `torchvision.models.video.swin3d_*` without the head; checkpoints of torchvision and of the Video Swin authors load.
 
-Legend: N clips, F frames, T tokens, D width.
+Legend: N clips, F frames, P tokens of a stage, T tokens that come out, D width.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
-from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from karmma_dist.models.encoder import Encoder, EncoderType
+from karmma_dist.models.transformer import INIT_STD
+from karmma_dist.models.window_attention import (
+    Arrangement,
+    Rearrangement,
+    Size,
+    WindowAttention,
+    WindowOrder,
+    home_positions,
+)
 from karmma_dist.recipe import InputRecipe, Positive
 from karmma_dist.settings import Settings
 
@@ -53,8 +66,124 @@ class PublishedSwinOptions(Settings):
     """Probability that training skips the last block for a clip; earlier blocks less, in proportion."""
 
 
+class PatchProjection(nn.Conv3d):
+    """A convolution whose kernels do not overlap, as one matrix product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, F, H, W), padded with zeros to whole patches -> (N, P, D), by time, row, column."""
+        edges = [(0, -size % patch) for size, patch in zip(x.shape[:1:-1], _PATCH[::-1], strict=True)]
+        x = F.pad(x, [edge for pair in edges for edge in pair])
+        for axis in (4, 3, 2):
+            x = x.unflatten(axis, (-1, _PATCH[axis - 2]))
+        patches = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (N, P, 3 * 2 * 4 * 4)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbedding(nn.Module):
+    """Projection and norm of patches; tokens come out in the order of the first stage's windows.
+
+    Args:
+        width: D.
+        grid: Patches along time, rows and columns.
+    """
+
+    def __init__(self, width: int, grid: Size) -> None:
+        super().__init__()
+        self.proj = PatchProjection(3, width, kernel_size=_PATCH, stride=_PATCH)
+        self.norm = nn.LayerNorm(width)
+        self.order = Rearrangement(np.argsort(home_positions(grid, _WINDOW)[:-1]), math.prod(grid))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, F, H, W) -> (N, P, D)."""
+        embedded: Tensor = self.norm(self.order(self.proj(x)))
+        return embedded
+
+
+class SwinBlock(nn.Module):
+    """Window attention and a two-layer GELU network, whose residual connections training skips for some clips.
+
+    Args:
+        width: D.
+        num_heads: Attention heads.
+        drop_path: Probability that one of the two is skipped for a clip.
+    """
+
+    def __init__(self, width: int, num_heads: int, drop_path: float) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = WindowAttention(width, num_heads, _WINDOW)
+        self.norm2 = nn.LayerNorm(width)
+        # The second linear is number 3 in published checkpoints: a dropout of probability 0 is number 2.
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x_NPD: Tensor, windows: Arrangement) -> Tensor:
+        """Return (N, P, D)."""
+        x = x_NPD + self._skip(self.attn(self.norm1(x_NPD), windows))
+        return x + self._skip(self.mlp(self.norm2(x)))
+
+    def _skip(self, added_NPD: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return added_NPD
+        kept_N11 = added_NPD.new_empty(len(added_NPD), 1, 1).bernoulli_(1 - self.drop_path).div_(1 - self.drop_path)
+        return added_NPD * kept_N11
+
+
+class Stage(nn.ModuleList):
+    """Blocks of one resolution; every second one shifts its windows.
+
+    Args:
+        blocks: The blocks, whose names in a checkpoint are their numbers.
+    """
+
+    recompute = False
+    """Keep no activations inside blocks for the backward pass but compute them again."""
+
+    def __init__(self, blocks: Iterable[SwinBlock]) -> None:
+        super().__init__(blocks)
+
+    def forward(self, x_NPD: Tensor, orders: Sequence[WindowOrder]) -> Tensor:
+        """Return (N, P, D); `orders` are those of plain and of shifted windows."""
+        arrangements = [order(x_NPD) for order in orders[: len(self)]]
+        x = x_NPD
+        for number, block in enumerate(self):
+            windows = arrangements[number % 2]
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, windows, use_reentrant=False)
+            else:
+                x = block(x, windows)
+        return x
+
+
+class PatchMerging(nn.Module):
+    """Two by two neighbours become one token of twice the width, in the order of the next stage's windows.
+
+    Args:
+        width: D of the tokens that come in.
+        grid: Tokens along time, rows and columns that come in; odd rows and columns are padded with zeros.
+    """
+
+    def __init__(self, width: int, grid: Size) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        tokens = home_positions(grid, _WINDOW)[:-1].reshape(grid)
+        tokens = np.pad(tokens, [(0, 0), (0, grid[1] % 2), (0, grid[2] % 2)], constant_values=-1)
+        # Torchvision's and the authors' order: upper left, lower left, upper right, lower right.
+        corners = [tokens[:, row::2, column::2].flatten() for column in (0, 1) for row in (0, 1)]
+        order = np.argsort(home_positions(_merged(grid), _WINDOW)[:-1])
+        self.neighbours = Rearrangement(np.stack(corners, axis=-1)[order].flatten(), math.prod(grid))
+
+    def forward(self, x_NPD: Tensor) -> Tensor:
+        """(N, P, D) -> (N, about P / 4, 2 * D)."""
+        merged: Tensor = self.reduction(self.norm(self.neighbours(x_NPD).view(len(x_NPD), -1, 4 * x_NPD.shape[-1])))
+        return merged
+
+
 class VideoSwin(Encoder):
     """The backbone up to its final norm; tokens are ordered by time, then row, then column.
+
+    Takes (N, 3, F, side, side) frames of video or flow, or (N, F, mels, steps) spectrogram windows.
 
     Args:
         options: Sizes.
@@ -64,31 +193,50 @@ class VideoSwin(Encoder):
 
     def __init__(self, options: SwinOptions, num_frames: int, side: int) -> None:
         super().__init__()
-        trunk = SwinTransformer3d(
-            patch_size=list(_PATCH),
-            embed_dim=options.width,
-            depths=options.depths,
-            num_heads=options.heads,
-            window_size=list(_WINDOW),
-            stochastic_depth_prob=options.drop_path,
-            num_classes=1,
-        )
-        self.side = side
-        self.width = trunk.num_features
-        self.num_tokens = _num_tokens(num_frames, side, num_stages=len(options.depths))
-        self.patch_embed, self.features, self.norm = trunk.patch_embed, trunk.features, trunk.norm
+        self.num_frames, self.side = num_frames, side
+        grid = (-(-num_frames // _PATCH[0]), -(-side // _PATCH[1]), -(-side // _PATCH[2]))
+        width, last = options.width, len(options.depths) - 1
+        self.patch_embed = PatchEmbedding(width, grid)
+        drop_paths = iter(np.linspace(0, options.drop_path, sum(options.depths)).tolist())
+        self.features = nn.ModuleList()
+        self.orders = nn.ModuleList()
+        for number, (depth, heads) in enumerate(zip(options.depths, options.heads, strict=True)):
+            self.features.append(Stage(SwinBlock(width, heads, next(drop_paths)) for _ in range(depth)))
+            self.orders.append(nn.ModuleList(WindowOrder(grid, _WINDOW, shifted) for shifted in (False, True)))
+            if number < last:
+                self.features.append(PatchMerging(width, grid))
+                grid, width = _merged(grid), 2 * width
+        self.norm = nn.LayerNorm(width)
+        self.last_order = Rearrangement(home_positions(grid, _WINDOW)[:-1], math.prod(grid))
+        self.width, self.num_tokens = width, math.prod(grid)
         for module in self.modules():
-            if isinstance(module, ShiftedWindowAttention3d):
-                # A constant of the window size, 1.2 MB in every block: not worth a place in checkpoints.
-                index = module.relative_position_index
-                module.register_buffer("relative_position_index", index, persistent=False)
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, F, H, W) frames, or (N, F, mels, steps) spectrogram windows -> (N, T, D)."""
+        """(N, 3, F, side, side) frames, or (N, F, mels, steps) spectrogram windows -> (N, T, D).
+
+        Raises:
+            ValueError: the frames are not of the size that the encoder was built for.
+        """
         if x.ndim == 4:
             x = self._as_frames(x)
-        tokens: Tensor = self.norm(self.features(self.patch_embed(x)))  # (N, F / 2, H / 32, W / 32, D)
-        return tokens.flatten(1, 3)
+        expected = (3, self.num_frames, self.side, self.side)
+        if x.shape[1:] != expected:
+            raise ValueError(f"a clip's frames are {tuple(x.shape[1:])}, expected {expected}")
+        tokens = self.patch_embed(x)
+        for number, layer in enumerate(self.features):
+            tokens = layer(tokens) if number % 2 else layer(tokens, self.orders[number // 2])
+        normed: Tensor = self.norm(self.last_order(tokens))
+        return normed
+
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into each block, and compute the rest again in the backward pass."""
+        for layer in self.features:
+            if isinstance(layer, Stage):
+                layer.recompute = True
 
     def _as_frames(self, windows: Tensor) -> Tensor:
         """Resize each window to a square frame of three equal channels [paper]."""
@@ -101,12 +249,8 @@ class VideoSwin(Encoder):
         return {key: tensor for key, tensor in renamed.items() if not _is_dropped(key)}
 
 
-def _num_tokens(num_frames: int, side: int, num_stages: int) -> int:
-    """32 frames of 224 x 224 in four stages: 16 x 7 x 7 = 784. Uneven sizes are padded, so divisions round up."""
-    steps, cells = -(-num_frames // _PATCH[0]), -(-side // _PATCH[1])
-    for _ in range(num_stages - 1):
-        cells = -(-cells // 2)
-    return steps * cells * cells
+def _merged(grid: Size) -> Size:
+    return grid[0], -(-grid[1] // 2), -(-grid[2] // 2)
 
 
 def _torchvision_key(key: str) -> str:
