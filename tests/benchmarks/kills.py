@@ -11,6 +11,7 @@ differs.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import subprocess
@@ -97,7 +98,8 @@ def _kill_one(
         _finish(start(run, shards, num_ranks, *settings))  # it had just ended, or all of it but its last words
         return None
     saving = bool(list(checkpoints.glob(".step-*.partial")))
-    step = sum(1 for _ in metrics.open()) * 2 if metrics.exists() else 0
+    logged = [line for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
+    step = int(json.loads(logged[-1])["step"]) if logged else 0
     latest = checkpoints / "latest"
     resumed = latest.read_text().strip() if latest.exists() else "-"
     return "in a save" if in_save else "random", step, saving, resumed.removeprefix("step-000000")

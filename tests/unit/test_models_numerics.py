@@ -120,6 +120,8 @@ def rounded(output: Any) -> Any:
     """The nearest bfloat16 numbers, in the type they came in."""
     if isinstance(output, dict):
         return {key: rounded(value) for key, value in output.items()}
+    if not isinstance(output, Tensor):
+        return output  # how tokens are arranged, and no number of theirs
     return output.bfloat16().to(output.dtype)
 
 
