@@ -1,4 +1,4 @@
-"""`python -m karmma_dist` is `karmma-dist`: what torchrun starts on every rank."""
+"""`python -m karmma_dist` is `karmma-dist`: what a launcher starts on every rank."""
 
 import sys
 

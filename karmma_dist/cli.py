@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import LOST_RANK, LostRankError, UserError, say
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -148,7 +148,7 @@ def launch(
     """Start a run on this machine (--local N) or hand it to Slurm (--slurm)."""
     import shlex
 
-    from karmma_dist.launching.local import launch_local, local_command
+    from karmma_dist.launching.local import launch_local, rank_command, shown_commands
     from karmma_dist.launching.slurm import sbatch_command, submit
     from karmma_dist.recipe import load_recipe
 
@@ -159,9 +159,9 @@ def launch(
     loaded = load_recipe(recipe, overrides)
     arguments = [recipe, *(f"--set={override}" for override in overrides)]
     if local is not None:
-        command = local_command(local, ["train", *arguments])
         if not dry_run:
-            sys.exit(launch_local(local, ["train", *arguments]))
+            sys.exit(launch_local(local, rank_command(["train", *arguments])))
+        shown = shown_commands(local, ["train", *arguments])
     else:
         changes = {"nodes": nodes, "gpus_per_node": gpus_per_node}
         flags = loaded.slurm.model_copy(update={name: value for name, value in changes.items() if value is not None})
@@ -169,7 +169,8 @@ def launch(
         if not dry_run:
             click.echo(submit(command))
             return
-    click.echo(shlex.join(command))
+        shown = [shlex.join(command)]
+    click.echo("\n".join(shown))
 
 
 @cli.command()
@@ -297,6 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cli(args=None if arguments is None else list(arguments), prog_name="karmma-dist", standalone_mode=False)
     except UserError as error:
         return _fail(str(error))
+    except LostRankError:
+        say(LOST_RANK)
+        return 1
     except click.UsageError as error:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
             click.echo(error.format_message())
@@ -306,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: run the same command again to go on", err=True)
+        say("interrupted: run the same command again to go on")
         return 130
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
@@ -314,5 +318,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    say(f"error: {' '.join(message.split())}")
     return 2

@@ -1,1 +1,1 @@
-"""Starting ranks: here with torchrun, or on a cluster through sbatch. Nothing here runs inside a rank."""
+"""Starting ranks: on this machine, or on a cluster through sbatch. Nothing here runs inside a rank."""

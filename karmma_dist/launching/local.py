@@ -1,30 +1,202 @@
-"""Start a run's ranks on this machine with torchrun."""
+"""Start a run's ranks on this machine: what torchrun does for one node, with signals and exit codes passed on.
+
+Every rank gets torchrun's variables, a session of its own and a file for its last words. INT, TERM, USR2 and HUP to
+the launcher reach every rank once. When a rank fails, the others get a moment to end by themselves and are then killed
+with all they started; when the launcher itself is killed, the kernel kills the ranks.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-_GRACE_S = 30.0
+from karmma_dist.errors import ERROR_FILE, LOST_RANK
+from karmma_dist.training.rendezvous import free_port
+
+_GRACE_S = 15.0
+"""How long ranks may go on once one of them has failed, or after Ctrl-C."""
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+_AWAITED = {signal.SIGCHLD, *_FORWARDED}
+_PR_SET_PDEATHSIG = 1
+_PREEMPTED = 85
+"""Exit code of ranks that were told to stop and have saved."""
 
 
-def local_command(num_ranks: int, arguments: Sequence[str]) -> list[str]:
-    """The command that runs `karmma-dist ARGUMENTS` on `num_ranks` ranks, on a free port."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    return [*torchrun, "--module", "karmma_dist", *arguments]
+def rank_command(arguments: Sequence[str]) -> list[str]:
+    """What every rank runs: `karmma-dist ARGUMENTS`."""
+    return [sys.executable, "-m", "karmma_dist", *arguments]
 
 
-def launch_local(num_ranks: int, arguments: Sequence[str]) -> int:
-    """Run it and return its exit status; Ctrl-C reaches the ranks and is waited for."""
-    with subprocess.Popen(local_command(num_ranks, arguments)) as process:
-        while True:
+def rank_environments(num_ranks: int) -> list[dict[str, str]]:
+    """The variables of each rank, on a port of this machine that is free now."""
+    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(num_ranks)]
+
+
+def shown_commands(num_ranks: int, arguments: Sequence[str]) -> list[str]:
+    """The ranks' command lines, as a shell takes them."""
+    command = shlex.join(rank_command(arguments))
+    return [
+        f"{' '.join(f'{name}={value}' for name, value in environment.items())} {command}"
+        for environment in rank_environments(num_ranks)
+    ]
+
+
+def launch_local(num_ranks: int, command: Sequence[str], grace_s: float = _GRACE_S) -> int:
+    """Run `command` once per rank, wait for all of them, and say on stderr what failed, each line once.
+
+    Args:
+        num_ranks: processes.
+        command: of every rank.
+        grace_s: seconds the ranks have from the first failure, or from Ctrl-C, until they are killed.
+
+    Returns:
+        0 when all ranks ended well, 2 when one had an error of the user's, 85 when all ended with it, 128 + signal
+        when one was killed, else the exit code of the first that failed.
+    """
+    # Held back from before the first rank starts and taken one by one below: no signal is lost, none interrupts.
+    unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    try:
+        with tempfile.TemporaryDirectory(prefix="karmma-dist-launch-") as folder:
+            ranks = Ranks(num_ranks, command, Path(folder), unmasked)
             try:
-                return process.wait()
-            except KeyboardInterrupt:
-                # The terminal has sent SIGINT to the whole group already: give torchrun time to end its ranks.
-                try:
-                    return process.wait(_GRACE_S)
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGTERM)
+                ranks.wait(grace_s)
+            finally:
+                ranks.kill()
+            for line in ranks.last_words():
+                print(line, file=sys.stderr, flush=True)
+            return ranks.exit_code
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+
+
+class Ranks:
+    """Processes that are one job."""
+
+    def __init__(
+        self, num_ranks: int, command: Sequence[str], folder: Path, unmasked: set[int | signal.Signals]
+    ) -> None:
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+        self._files = [folder / str(rank) for rank in range(num_ranks)]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.ended: dict[int, int] = {}
+        """Return codes of the ranks that have ended by themselves, in the order in which they did."""
+        self._interrupted = False
+        prepare = _in_the_child(unmasked)
+        for file, variables in zip(self._files, rank_environments(num_ranks), strict=True):
+            own = {**variables, "OMP_NUM_THREADS": threads, ERROR_FILE: str(file)}
+            try:
+                self._processes.append(
+                    subprocess.Popen(
+                        command, env={**os.environ, **own}, stdin=subprocess.DEVNULL, start_new_session=True,
+                        preexec_fn=prepare,
+                    )
+                )  # fmt: skip
+            except BaseException:
+                self.kill()
+                raise
+
+    def wait(self, grace_s: float) -> None:
+        """Wait for all ranks, passing signals on; returns early when the others of a failed rank do not end."""
+        deadline = float("inf")
+        while len(self.ended) < len(self._processes):
+            left = min(deadline - time.monotonic(), 3600.0)
+            received = signal.sigtimedwait(_AWAITED, left) if left > 0 else None
+            if received is None and time.monotonic() >= deadline:
+                return
+            if received is not None and received.si_signo in _FORWARDED:
+                if received.si_signo == signal.SIGINT and self._interrupted:
+                    return
+                self._interrupted |= received.si_signo == signal.SIGINT
+                self._send(received.si_signo)
+            failed_before = self.has_failed
+            self._collect()
+            if self._interrupted or (self.has_failed and not failed_before):
+                deadline = min(deadline, time.monotonic() + grace_s)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a rank has ended otherwise than well."""
+        return any(self.ended.values())
+
+    def kill(self) -> None:
+        """End what is left of every rank's session, and wait until the ranks are gone."""
+        for process in self._processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # nothing is left of it
+        for process in self._processes:
+            process.wait()
+
+    @property
+    def exit_code(self) -> int:
+        """See `launch_local`; counts only ranks that ended by themselves."""
+        codes = [128 - code if code < 0 else code for code in self.ended.values()]
+        failed = [code for code in codes if code]
+        if 2 in failed:
+            return 2
+        if self._interrupted:
+            return 130
+        return next((code for code in failed if code != _PREEMPTED), failed[0] if failed else 0)
+
+    def last_words(self) -> list[str]:
+        """What the ranks said before they ended, equal lines once, and who ended without a word."""
+        said: dict[str, list[int]] = {}
+        for rank, file in enumerate(self._files):
+            for line in file.read_text().splitlines() if file.exists() else ():
+                said.setdefault(line, []).append(rank)
+        blind = said.pop(LOST_RANK, [])  # these only saw that another had gone
+        lines = [line if 0 in ranks else f"rank {ranks[0]}: {line}" for line, ranks in said.items()]
+        if self._interrupted:
+            return lines or ["interrupted: the ranks were ended before they said anything"]
+        for rank, code in self.ended.items():
+            if code < 0:
+                lines.append(f"error: rank {rank} was killed by {_signal_name(-code)}; the others were ended")
+            elif code not in (0, 2, _PREEMPTED) and rank not in blind:
+                lines.append(f"error: rank {rank} ended with exit code {code}; the others were ended")
+            else:
+                continue
+            break  # the first to fail; the others followed
+        return lines or ([LOST_RANK] if blind else [])
+
+    def _send(self, number: int) -> None:
+        for rank, process in enumerate(self._processes):
+            if rank not in self.ended:
+                process.send_signal(number)
+
+    def _collect(self) -> None:
+        for rank, process in enumerate(self._processes):
+            code = process.poll()
+            if code is not None:
+                self.ended.setdefault(rank, code)
+
+
+def _in_the_child(unmasked: set[int | signal.Signals]) -> Callable[[], None]:
+    """What a rank does between fork and exec: take signals again, and die when the launcher does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    launcher = os.getpid()
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it died before the line above
+            os._exit(128 + signal.SIGKILL)
+
+    return prepare
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+

@@ -17,10 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from karmma_dist.errors import LostRankError
 from karmma_dist.recipe import Recipe
 from karmma_dist.training.rendezvous import World
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
+"""How gloo and NCCL say that the process at the other end has gone."""
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -64,6 +67,10 @@ def process_group(world: World) -> Iterator[None]:
         try:
             yield
             dist.barrier()
+        except RuntimeError as error:
+            if any(sign in str(error) for sign in _LOST_PEER):
+                raise LostRankError(str(error)) from error
+            raise
         finally:
             dist.destroy_process_group()
 

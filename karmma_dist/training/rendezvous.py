@@ -4,6 +4,8 @@
     srun         SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS; MASTER_ADDR and MASTER_PORT from the script, else
                  the step's first host and a port made from the job id
     neither      one rank on a free port of this machine
+
+Others' variables (Open MPI's, PMI's) are not looked at: under mpirun, set torchrun's from them.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def find_world(environment: Mapping[str, str]) -> World:
     """Read the environment.
 
     Raises:
-        UserError: only part of what a launcher sets is there, or a value is no number.
+        UserError: only part of what a launcher sets is there, or a value is no number or out of range.
     """
     if "SLURM_STEP_NUM_TASKS" in environment and "RANK" not in environment:
         return _slurm_world(environment)
@@ -56,7 +58,7 @@ def find_world(environment: Mapping[str, str]) -> World:
     rank, local_rank, size, port = (
         _number(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     )
-    return World(rank, local_rank, size, environment["MASTER_ADDR"], port)
+    return _checked(World(rank, local_rank, size, environment["MASTER_ADDR"], port), "RANK", "WORLD_SIZE")
 
 
 def free_port() -> int:
@@ -74,9 +76,26 @@ def _slurm_world(environment: Mapping[str, str]) -> World:
         _number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
     )
     address = environment.get("MASTER_ADDR") or _first_host(environment, size)
-    port = environment.get("MASTER_PORT")
-    job = _number(environment, "SLURM_JOB_ID")
-    return World(rank, local_rank, size, address, int(port) if port else 20_000 + job % 20_000)
+    given = environment.get("MASTER_PORT")
+    port = _number(environment, "MASTER_PORT") if given else 20_000 + _number(environment, "SLURM_JOB_ID") % 20_000
+    return _checked(World(rank, local_rank, size, address, port), "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+
+
+def _checked(world: World, rank_name: str, size_name: str) -> World:
+    """`world`, if such a process can be; the names are those of the variables it was read from."""
+    if world.size < 1:
+        raise UserError(f"{size_name}={world.size}: a job has at least one rank")
+    if not 0 <= world.rank < world.size:
+        raise UserError(f"{rank_name}={world.rank}: the ranks of {size_name}={world.size} are 0 to {world.size - 1}")
+    if not 0 <= world.local_rank <= world.rank:
+        raise UserError(
+            f"local rank {world.local_rank} of {rank_name}={world.rank}: ranks are counted from 0 on every node"
+        )
+    if not world.address.strip():
+        raise UserError("MASTER_ADDR is empty: it is the host of rank 0")
+    if not 0 < world.port < 2**16:
+        raise UserError(f"MASTER_PORT={world.port}: a port is 1 to 65535")
+    return world
 
 
 def _first_host(environment: Mapping[str, str], size: int) -> str:

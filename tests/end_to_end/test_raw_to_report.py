@@ -205,8 +205,10 @@ def test_launch_shows_the_command_it_would_run(
 ) -> None:
     assert run(workplace, monkeypatch, "launch", "student", "--local", "3", "--dry-run") == 0
     local = capsys.readouterr().out
-    assert "--nproc-per-node=3" in local
-    assert "karmma_dist train student" in local
+    assert [line.split()[:3] for line in local.splitlines()] == [
+        [f"RANK={rank}", f"LOCAL_RANK={rank}", "WORLD_SIZE=3"] for rank in range(3)
+    ]
+    assert local.count("karmma_dist train student") == 3
     command = ["launch", "student", "--slurm", "--nodes", "4", "--gpus-per-node", "0", "--set", "seed=1", "--dry-run"]
     assert run(workplace, monkeypatch, *command) == 0
     slurm = capsys.readouterr().out
