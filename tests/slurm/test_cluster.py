@@ -1,0 +1,192 @@
+"""The sbatch scripts on a real Slurm cluster of two nodes: packing, training, chains, preemption, lost nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from slurm_cluster import Cluster
+from torch import equal
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "slurm"
+CPU = ("--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
+STEPS = 150
+STEPS_PER_CHECKPOINT = 25
+
+pytestmark = pytest.mark.slurm
+
+
+def launch(cluster: Cluster, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`karmma-dist launch` on the cluster's login node."""
+    command = [sys.executable, "-m", "karmma_dist", "launch", *arguments]
+    return subprocess.run(command, cwd=home, env=cluster.environment, capture_output=True, text=True, timeout=120)
+
+
+def train(cluster: Cluster, home: Path, name: str) -> tuple[str, Path]:
+    """Submit distill.sh for the student under another name; returns job id and log."""
+    log = home / f"{name}.log"
+    job = cluster.sbatch(
+        *CPU, f"--output={log}", str(SCRIPTS / "distill.sh"), "student.yaml", "--set", f"name={name}",
+        cwd=home, KEYS_FOLDER=str(home / "keys"),
+    )  # fmt: skip
+    return job, log
+
+
+def steps_done(home: Path, name: str) -> int:
+    """The last training step in the run's metrics."""
+    path = home / "runs" / name / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # after the last newline a line is unfinished
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+def losses(home: Path, name: str) -> list[float]:
+    """The loss of every training step."""
+    lines = [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def batches(home: Path, job: str, start: int) -> list[list[str]]:
+    """Clip keys of every global batch that one start of a job trained on, in order."""
+    ranks = [(home / "keys" / f"{job}-{start}-{rank}").read_text().splitlines() for rank in (0, 1)]
+    return [json.loads(first) + json.loads(second) for first, second in zip(*ranks, strict=False)]
+
+
+def seen_twice_and_never(steps: list[list[str]]) -> tuple[int, int]:
+    """Over epochs of five steps: clips seen more than once in an epoch, and clips of the epoch never seen."""
+    epochs = [Counter(key for step in steps[place : place + 5] for key in step) for place in range(0, len(steps), 5)]
+    all_keys = set().union(*epochs)
+    twice = sum(count > 1 for epoch in epochs for count in epoch.values())
+    return twice, sum(len(all_keys - epoch.keys()) for epoch in epochs)
+
+
+@pytest.fixture(scope="module")
+def chain(cluster: Cluster, home: Path) -> tuple[str, str]:
+    """Teacher and student as a chain of two jobs, submitted and ended; their ids."""
+    done = launch(
+        cluster, home, "teacher.yaml", "--then", "student.yaml", "--set", f"data.shards={shards_of(home)}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    teacher, student = first.split()[1].rstrip(":"), second.split()[1].rstrip(":")
+    assert (first, second) == (f"job {teacher}: teacher", f"job {student}: student, after job {teacher}")
+    waiting = cluster.job(student)
+    assert (waiting["JobState"], waiting["Dependency"]) == ("PENDING", f"afterok:{teacher}(unfulfilled)")
+    cluster.wait_until_ended(student, home / f"student_{student}.log")
+    return teacher, student
+
+
+def shards_of(home: Path) -> str:
+    """The shards that the recipes in `home` name."""
+    import yaml
+
+    return str(yaml.safe_load((home / "student.yaml").read_text())["data"]["shards"])
+
+
+def test_a_student_starts_when_its_teacher_has_finished(
+    cluster: Cluster, home: Path, chain: tuple[str, str]
+) -> None:
+    teacher, student = (cluster.job(job) for job in chain)
+    logs = [(home / f"{name}_{job}.log").read_text() for name, job in zip(("teacher", "student"), chain, strict=True)]
+    assert (teacher["JobState"], student["JobState"]) == ("COMPLETED", "COMPLETED"), "\n".join(logs)
+    assert teacher["NodeList"] == student["NodeList"] == "n[1-2]"
+    assert teacher["EndTime"] <= student["StartTime"]
+    for log, job in zip(logs, chain, strict=True):
+        assert f"job {job} on 2 nodes (n[1-2]), restart 0 of at most 20: " in log
+        assert f"job {job} ended with status 0" in log
+    assert len(losses(home, "student")) == STEPS
+    assert "already finished" in logs[1]  # the teacher, in the student's job
+
+
+def test_a_student_whose_teacher_fails_leaves_the_queue(cluster: Cluster, home: Path) -> None:
+    done = launch(
+        cluster, home, "teacher.yaml", "--then", "student.yaml", "--set", "runs_dir=failing",
+        "--set", "data.shards=nowhere",
+    )  # fmt: skip
+    teacher, student = (line.split()[1].rstrip(":") for line in done.stdout.splitlines())
+    assert cluster.wait_until_ended(student) == "CANCELLED"
+    assert cluster.state(teacher) == "FAILED"
+    assert not (home / "failing" / "student").exists()
+
+
+def test_a_job_whose_recipe_is_wrong_fails_at_once_with_the_reason_in_its_log(cluster: Cluster, home: Path) -> None:
+    log = home / "wrong.log"
+    (home / "wrong.yaml").write_text("extends: student.yaml\ntraining: {epoch: 3}\n")
+    job = cluster.sbatch(*CPU, f"--output={log}", str(SCRIPTS / "teacher.sh"), "wrong.yaml", cwd=home)
+    assert cluster.wait_until_ended(job, log) == "FAILED"
+    said = log.read_text()
+    assert "unknown key 'training.epoch' (did you mean 'epochs'?)" in said
+    assert "Traceback" not in said
+    assert f"job {job} ended with status 2" in said
+    assert cluster.job(job)["Restarts"] == "0"
+    assert cluster.job(job)["ExitCode"] == "2:0"
+
+
+def test_an_array_of_jobs_packs_what_one_process_packs(
+    cluster: Cluster, home: Path, kitchen: Path, shards: Path
+) -> None:
+    out = home / "packed"
+    job = cluster.sbatch(
+        "--array=1-3", "--cpus-per-task=1", f"--output={home}/shard_%a.log", str(SCRIPTS / "shard.sh"),
+        "demo", "--raw", str(kitchen), "--out", str(out), "--set", "clips_per_shard=8", cwd=home,
+    )  # fmt: skip
+    for part in (1, 2, 3):
+        log = home / f"shard_{part}.log"
+        assert cluster.wait_until_ended(f"{job}_{part}", log) == "COMPLETED", log.read_text()
+        assert f"demo, part {part}/3 " in log.read_text()
+    packed, expected = ({path.name: path for path in folder.glob("*.tar")} for folder in (out, shards))
+    assert packed.keys() == expected.keys()
+    assert len(packed) > 3
+    assert all(packed[name].read_bytes() == expected[name].read_bytes() for name in expected)
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (out, shards)]
+    assert manifests[0]["splits"] == manifests[1]["splits"]
+
+
+def test_a_run_is_evaluated(cluster: Cluster, home: Path, chain: tuple[str, str]) -> None:
+    assert chain
+    log = home / "eval.log"
+    job = cluster.sbatch(
+        "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}", str(SCRIPTS / "eval.sh"), "runs/student",
+        "--modalities", "V,A", cwd=home,
+    )  # fmt: skip
+    assert cluster.wait_until_ended(job, log) == "COMPLETED", log.read_text()
+    rows = json.loads((home / "runs/student/eval/results.json").read_text())["rows"]
+    assert [row["modalities"] for row in rows] == [["video", "audio"]]
+
+
+def test_the_scheduler_is_asked_and_nothing_submitted(cluster: Cluster, home: Path) -> None:
+    before = cluster.command("squeue", "--noheader")
+    done = launch(cluster, home, "teacher.yaml", "--then", "student.yaml", "--test-only")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    assert all("to start at" in line and "on nodes n[1-2]" in line for line in done.stdout.splitlines())
+    assert cluster.command("squeue", "--noheader") == before
+
+
+def test_what_sbatch_refuses_is_one_line(cluster: Cluster, home: Path) -> None:
+    done = launch(cluster, home, "teacher.yaml", "--slurm", "--nodes", "7")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sbatch refused: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_that_loses_a_node_goes_on_from_its_newest_checkpoint(
+    cluster: Cluster, home: Path, chain: tuple[str, str]
+) -> None:
+    job, log = train(cluster, home, "robbed")
+    cluster.wait(lambda: steps_done(home, "robbed") > STEPS_PER_CHECKPOINT, "a checkpoint is there", 120, log)
+    cluster.kill_node("n2")
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the job is requeued", 120, log)
+    cluster.start_node("n2")
+    assert cluster.wait_until_ended(job, log) == "COMPLETED", log.read_text()
+    assert losses(home, "robbed") == losses(home, "student")
+    first, second = (batches(home, job, start) for start in (0, 1))
+    kept = STEPS - len(second)
+    assert 0 < kept <= len(first)
+    assert kept % STEPS_PER_CHECKPOINT == 0
+    assert seen_twice_and_never(first[:kept] + second) == (0, 0)
