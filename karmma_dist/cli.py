@@ -1,19 +1,21 @@
 """The commands: parse, call one function, print. Nothing heavy is imported before a command runs.
 
-Exit codes: 0 done, 1 found something wrong, 2 usage or bad input.
+Exit codes: 0 done, 1 found something wrong, 2 usage or bad input, 85 stopped after saving: start it again, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from karmma_dist.errors import LOST_RANK, LostRankError, UserError, say
+from karmma_dist.errors import LOST_RANK, LostRankError, Stopped, UserError, say
 
+_STARTED = time.monotonic()
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -176,15 +178,22 @@ def launch(
 @click.argument("recipe")
 @set_option
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH", help="Where to start from.")
-def train(recipe: str, overrides: tuple[str, ...], resume: str) -> None:
-    """Train a recipe, and first those it builds on that are not finished. What every rank runs."""
+@click.option("--max-time", metavar="TIME", help="Save and exit 85 before this is over: H:MM:SS, D-HH:MM:SS, 90m, 12h.")
+def train(recipe: str, overrides: tuple[str, ...], resume: str, max_time: str | None) -> None:
+    """Train a recipe, and first those it builds on that are not finished. What every rank runs.
+
+    USR2 and TERM, or the end of --max-time, save at the next step and exit with 85; the same command goes on there.
+    """
     from karmma_dist.recipe import load_chain
 
     chain = load_chain(recipe, overrides)  # before torch is imported: a wrong recipe is said at once
+    from karmma_dist.training.interruption import parse_duration
+
+    deadline = None if max_time is None else _STARTED + parse_duration(max_time)
     from karmma_dist.evaluation.run import validate
     from karmma_dist.training.session import train_chain
 
-    for name, scores in train_chain(chain, validate, resume).items():
+    for name, scores in train_chain(chain, validate, resume, deadline=deadline).items():
         shown = ", ".join(f"{metric} {value:.2f}" for metric, value in scores.items() if metric.endswith("top1"))
         click.echo(f"{name}: {shown} ({chain[-1].runs_dir}/{name})")
 
@@ -300,6 +309,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LostRankError:
         say(LOST_RANK)
         return 1
+    except Stopped as stop:
+        say(str(stop))
+        return stop.exit_code
     except click.UsageError as error:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
             click.echo(error.format_message())

@@ -40,6 +40,14 @@ def say(line: str) -> None:
     print(f"rank {rank}: {line}" if rank not in (None, "0") else line, file=sys.stderr, flush=True)
 
 
+class Stopped(Exception):
+    """Work ended early, in good order: the command line prints its one line on stderr and exits with `exit_code`."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def nearest(word: str, choices: list[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of `choices`, or an empty string when none is close."""
     import difflib

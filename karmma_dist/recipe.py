@@ -263,6 +263,13 @@ class TrainingRecipe(Settings):
     """Optimizer steps between lines of metrics.jsonl."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of the model per rank; 0 leaves it to torch."""
+    max_skipped_steps: Positive = 5
+    """Optimizer steps in a row whose loss or gradient is not finite before the run gives up; each is left out."""
+    guard_every_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps from one comparison of the ranks' graphs to the next, after that of the first step; 0: only that one."""
+    collective_timeout_s: Annotated[float, Field(ge=2)] = 60
+    """Seconds after which a training step that waits for a rank ends the job with that rank's name; a process that is
+    gone is noticed in half of it. A process's first step, validation and saving may take ten minutes."""
 
 
 class EvaluationRecipe(Settings):

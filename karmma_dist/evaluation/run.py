@@ -118,11 +118,13 @@ def _evaluate(
         return evaluate(model, prepared, conditions, device=device, drop_nouns=data.drop_nouns, progress=progress)
 
 
-def validate(model: nn.Module, recipe: Recipe, world: World) -> dict[str, float]:
+def validate(
+    model: nn.Module, recipe: Recipe, world: World, between: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Top-1 and top-5 of a model in training on its validation split, everything present; percent.
 
     Every rank must call this and takes its share of the clips; all return the same numbers. Damaged clips are left
-    out and counted in `num_damaged`.
+    out and counted in `num_damaged`. `between` is called after each batch, equally often on every rank, and may raise.
     """
     from karmma_dist.training.engine import gather
 
@@ -137,6 +139,7 @@ def validate(model: nn.Module, recipe: Recipe, world: World) -> dict[str, float]
             [Condition(tuple(data.modalities))],
             device=device,
             drop_nouns=data.drop_nouns,
+            progress=lambda num: between(),  # noqa: ARG005
             gather=gather,
         )
     row = results.rows[0]

@@ -85,6 +85,7 @@ class Batches(Iterator[Batch]):
             num_workers=num_workers,
             prefetch_factor=2 if num_workers else None,
             timeout=min(stall_s or _POLL_S, _POLL_S) if num_workers else 0,
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
         before = set(multiprocessing.active_children())
         self._iterator: Iterator[Batch | Exception] | None = iter(loader.stage(0))  # torch's: its workers start here
@@ -199,6 +200,15 @@ class Batches(Iterator[Batch]):
             until = time.monotonic() + _JOIN_S
             for process in self._processes:
                 process.join(max(until - time.monotonic(), 0))
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:  # noqa: ARG001
+    """A signal to the whole job, or Ctrl-C, must not take batches from a trainer that has yet to save.
+
+    A worker ends when it is told to, is killed, or sees that the trainer is gone.
+    """
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Source:

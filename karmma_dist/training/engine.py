@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from karmma_dist.errors import LostRankError
+from karmma_dist.errors import Stopped
 from karmma_dist.recipe import Recipe
+from karmma_dist.training import presence
+from karmma_dist.training.presence import Presence
 from karmma_dist.training.rendezvous import World
 
-_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
-"""How gloo and NCCL say that the process at the other end has gone."""
+_TIMEOUT = datetime.timedelta(minutes=15)
+"""Torch's own limit on a collective, which ends a process without a word on who was missing: `Presence` comes first."""
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,12 +43,22 @@ def device_of(world: World) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(world: World) -> Iterator[None]:
+def process_group(
+    world: World, collective_timeout_s: float = 60.0, on_loss: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Join the ranks of `world` for as long as the block lasts.
 
     Ranks leave in order: without a barrier one can abort the others at exit, but after an error the others may never
-    arrive, so only a clean end waits for them. A process that is alone keeps its group: DeepSpeed remembers the first
-    one it saw and cannot use another in the same process.
+    arrive, so only a clean end or an agreed stop waits for them. A process that is alone keeps its group: DeepSpeed
+    remembers the first one it saw and cannot use another in the same process.
+
+    Args:
+        world: this rank.
+        collective_timeout_s: see `TrainingRecipe`.
+        on_loss: called, in a thread, before a rank is ended that waits for one that is gone.
+
+    Raises:
+        Stopped: another rank died, hangs or left because of an error.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Without this, DeepSpeed compiles a shared-memory extension at first use; a killed build blocks every later run.
@@ -59,20 +73,38 @@ def process_group(world: World) -> Iterator[None]:
         if not dist.is_initialized():
             deepspeed.init_distributed(
                 dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-                auto_mpi_discovery=False, verbose=False, timeout=_COLLECTIVE_TIMEOUT,
+                auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT,
             )
         if world.size == 1:
             yield
             return
-        try:
-            yield
-            dist.barrier()
-        except RuntimeError as error:
-            if any(sign in str(error) for sign in _LOST_PEER):
-                raise LostRankError(str(error)) from error
-            raise
-        finally:
-            dist.destroy_process_group()
+        with Presence(store(), world.rank, world.size, collective_timeout_s, on_loss) as present:
+            presence.begin(present)
+            try:
+                yield
+                barrier()
+            except BaseException as error:
+                _leave(present, error)
+                raise
+            finally:
+                presence.begin(None)
+                if present.lost is None:
+                    dist.destroy_process_group()
+
+
+def _leave(present: Presence, error: BaseException) -> None:
+    """End this rank's part in good order where the others still are.
+
+    Raises:
+        Stopped: instead of `error`, where that is only what a collective says of another rank's end.
+    """
+    if isinstance(error, Stopped) and present.lost is None:
+        barrier()  # agreed: every rank comes here
+        return
+    lost = present.explain(error)
+    present.leave(str(lost or error) or type(error).__name__)
+    if lost is not None:
+        raise lost from None
 
 
 @contextlib.contextmanager
@@ -106,9 +138,47 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(names, (packed / dist.get_world_size()).tolist(), strict=True))
 
 
+def store() -> dist.Store:
+    """The job's key-value store, which reaches every rank also while a collective waits."""
+    return dist.PrefixStore("karmma_dist", dist.distributed_c10d._get_default_store())
+
+
+_barriers = itertools.count()
+
+
 def barrier() -> None:
-    """Wait for every rank."""
-    dist.barrier()
+    """Wait for every rank, for as long as it lives: unlike a collective it may be long about it.
+
+    Raises:
+        Stopped: a rank died or left.
+    """
+    if dist.get_world_size() == 1:
+        return
+    presence.mark("waiting for the other ranks", presence.START_S)
+    name, meeting = f"barrier/{next(_barriers)}", store()
+    if meeting.add(name, 1) == dist.get_world_size():
+        meeting.set(f"{name}/open", "")
+    presence.wait_for(meeting, f"{name}/open")
+
+
+def highest(number: int) -> int:
+    """The highest of the ranks' numbers, on every rank."""
+    if dist.get_world_size() == 1:
+        return number
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    numbers = torch.tensor([number], dtype=torch.int64, device=device)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of an optimizer step, the same on every rank."""
+
+    norm: float | None
+    """Norm of the gradient before clipping; None: no update was due, or none was made."""
+    skipped: bool = False
+    """The gradient was not finite: parameters and optimizer state are what they were, bit for bit."""
 
 
 class Engine:
@@ -139,21 +209,44 @@ class Engine:
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of one forward pass (divided by the accumulation steps)."""
-        self._deepspeed.backward(loss)
+        """Accumulate gradients of one forward pass (divided by the accumulation steps).
 
-    def step(self, lr: float) -> float | None:
+        A loss that is not finite makes every gradient NaN, also where it would leave some of them finite: the reduced
+        gradient then tells every rank of it.
+        """
+        finite = torch.isfinite(loss.detach())
+        self._deepspeed.backward(loss * torch.where(finite, 1.0, torch.nan).to(loss))
+
+    def step(self, lr: float) -> Update:
         """End one forward pass; at the end of an accumulation, reduce, clip and update.
 
-        Returns:
-            The gradient norm before clipping where an update was made, else None.
+        The update is skipped where the norm of the whole reduced gradient is not finite, which is one number for all
+        ranks: they agree before any of them touches its parameters.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        updates = bool(self._deepspeed.is_gradient_accumulation_boundary())
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            self._deepspeed.step()
+            return Update(None)
+        norm = self._plain_norm() if self._is_plain else None
+        if norm is not None and not math.isfinite(norm):
+            self._deepspeed.zero_grad()  # without gradients torch's optimizers do nothing
+            self._deepspeed.step()
+            return Update(None, skipped=True)
         self._deepspeed.step()
-        norm = self._deepspeed.get_global_grad_norm() if updates else None
-        return None if norm is None else float(norm)
+        if not self._deepspeed.was_step_applied():
+            return Update(None, skipped=True)
+        norm = self._deepspeed.get_global_grad_norm() if norm is None else norm
+        return Update(None if norm is None else float(norm))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether DeepSpeed calls torch's optimizer itself (stage 0, fp32); its own look at the norm, that one not."""
+        return self._deepspeed.optimizer is self._optimizer and isinstance(self._optimizer, torch.optim.Optimizer)
+
+    def _plain_norm(self) -> float:
+        grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
 
     def whole_state(self) -> dict[str, Tensor]:
         """A copy of every parameter and buffer, whole on every rank, also where ZeRO-3 shards them."""

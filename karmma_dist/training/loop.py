@@ -8,13 +8,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from karmma_dist.errors import Stopped
 from karmma_dist.models.encoder import Encoder
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.pretrained import load_encoder_weights, save_model
@@ -27,20 +32,33 @@ from karmma_dist.streaming.order import Position, Schedule, random_words
 from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.training.checkpoint import data_state, load_checkpoint, save_checkpoint
 from karmma_dist.training.damage import DamageLog
-from karmma_dist.training.engine import Engine, barrier, gather, mean_over_ranks
+from karmma_dist.training.engine import Engine, Update, barrier, gather, highest, mean_over_ranks, store
+from karmma_dist.training.guard import Guard
+from karmma_dist.training.interruption import Interruption, Stop, refuse_stop_file
+from karmma_dist.training.numerics import Skips, Suspect, describe
+from karmma_dist.training.presence import START_S, mark
 from karmma_dist.training.rendezvous import World
 from karmma_dist.training.run_folder import prepare_run_dir
-from karmma_dist.training.run_log import RunLog, read_state, write_state
+from karmma_dist.training.run_log import RunLog, read_state, validation_at, write_state
 from karmma_dist.training.schedule import learning_rate
 from karmma_dist.training.stages import build_stage
 from karmma_dist.training.telemetry import Averages, loading_metrics, loading_sums
 
-Validate = Callable[[nn.Module, Recipe, World], dict[str, float]]
-"""Measures a model on the recipe's validation split; every rank calls it and gets the same numbers."""
+Validate = Callable[[nn.Module, Recipe, World, Callable[[], None]], dict[str, float]]
+"""Measures a model on the recipe's validation split; every rank calls it and gets the same numbers.
+
+It calls its last argument now and then, equally often on every rank, and lets through what that raises.
+"""
 
 
 def train(
-    recipe: Recipe, world: World, validate: Validate, *, resume: str = "auto", report: Report = silent
+    recipe: Recipe,
+    world: World,
+    validate: Validate,
+    *,
+    resume: str = "auto",
+    report: Report = silent,
+    interruption: Interruption | None = None,
 ) -> dict[str, float]:
     """Train to the end of the recipe, resuming where an earlier call was cut off. Every rank must call this.
 
@@ -50,35 +68,65 @@ def train(
         validate: measures the model.
         resume: "auto" continues from the newest checkpoint, "never" starts over, a path resumes from that checkpoint.
         report: progress, on the main rank.
+        interruption: what may stop it early; None: only a file STOP.
 
     Returns:
         The last validation's metrics.
 
     Raises:
-        UserError: bad shards, another recipe in the run folder, a teacher that does not fit, too much damage.
+        UserError: bad shards, another recipe in the run folder, a teacher that does not fit, too much damage, too many
+            steps that are not finite, ranks whose graphs differ, a file STOP in the run folder.
+        Stopped: interrupted, after saving.
     """
+    refuse_stop_file(recipe.run_dir)
     folder = open_shards(recipe.data)
     start = prepare_run_dir(recipe, world, resume)
     if start == "finished":
         report(f"train {recipe.name}", 1, 1, "already finished (start over with --resume never)")
         return dict(read_state(recipe.run_dir).get("metrics", {}))
-    trainer = Trainer(recipe, world, folder, validate, report)
+    trainer = Trainer(recipe, world, folder, validate, report, interruption or Interruption(world.rank, None, highest))
     if start:
         trainer.resume(Path(start))
     try:
         return trainer.run()
     except BaseException as error:
-        if world.is_main:
+        if world.is_main and not isinstance(error, Stopped):
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             write_state(recipe.run_dir, state, error=f"{type(error).__name__}: {error}")
         raise
 
 
+class _StopAsked(Exception):
+    """Leaves validation, on every rank at the same batch."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What one forward and backward pass leaves behind."""
+
+    keys: list[str]
+    values: dict[str, Any]
+    """For the log: floats and 0-d tensors, `loss` among them."""
+    update: Update
+
+
 class Trainer:
     """Everything one rank holds while it trains."""
 
-    def __init__(self, recipe: Recipe, world: World, folder: ShardFolder, validate: Validate, report: Report) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        folder: ShardFolder,
+        validate: Validate,
+        report: Report,
+        interruption: Interruption,
+    ) -> None:
         self.recipe, self.world, self.validate, self.report = recipe, world, validate, report
+        self.interruption = interruption
         if recipe.training.threads:
             torch.set_num_threads(recipe.training.threads)
         self.clips = TrainingClips(folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size)
@@ -93,8 +141,14 @@ class Trainer:
         heads = {head: len(names) for head, names in self.classes.items()}
         self.stage = build_stage(recipe, heads, self.engine.device, self.engine.dtype)
         self.position = Position(0, 0)
+        self._is_warm = False
         self.damage = DamageLog(recipe.run_dir, len(self.clips.clips), recipe.data.max_damaged_fraction, world.rank)
         self.averages = Averages()
+        self.skips = Skips(recipe.training.max_skipped_steps, gather, self.engine.dtype == torch.float16)
+        self.guard = Guard(
+            self.engine.model, store(), world.rank, world.size, recipe.training.guard_every_steps,
+            gathers=recipe.training.zero_stage == 3,
+        )  # fmt: skip
         self.metrics: dict[str, float] = {}
 
     def resume(self, checkpoint: Path) -> None:
@@ -112,6 +166,7 @@ class Trainer:
         loaded = training_batches(self.clips, self.schedule, self.world.rank, self.position, epochs)
         self.engine.model.train()
         try:
+            self._catch_up(done)
             with on_device(loaded, self.engine.device) as batches:
                 for step in range(done, self.total_steps):
                     self._step(batches, step, accumulation)
@@ -127,46 +182,117 @@ class Trainer:
         """One optimizer step and what is due after it."""
         began = time.perf_counter()
         waited = 0.0
+        passes = []
+        limit_s = None if self._is_warm else START_S  # kernels are compiled and connections made in the first
         for micro in range(accumulation):
             asked = time.perf_counter()
+            mark(f"waiting for a batch of step {step + 1}", limit_s)
             batch = next(batches)
             waited += time.perf_counter() - asked
+            mark(f"in step {step + 1}", limit_s)
             self.damage.note(batch)
             self.averages.add(loading_sums(batch, self.recipe.data.modalities))
-            self._forward_backward(batch, step * accumulation + micro, step)
-        self.averages.add({"wait_s": waited, "step_s": time.perf_counter() - began})
+            passes.append(self._forward_backward(batch, step * accumulation + micro, step))
+        self._is_warm = True
+        self._account(passes, step)
+        seconds = time.perf_counter() - began
+        self.averages.add({"wait_s": waited, "step_s": seconds})
+        self.interruption.took(step_s=seconds)
         self._after_step(step + 1)
 
-    def _forward_backward(self, raw: Batch, forward: int, step: int) -> None:
+    def _account(self, passes: list[ForwardPass], step: int) -> None:
+        """Take the passes of an optimizer step into the averages, or write down that it was skipped.
+
+        Raises:
+            UserError: too many in a row were.
+        """
+        if not passes[-1].update.skipped:
+            self.skips.applied()
+            for one in passes:
+                self.averages.add(one.values)
+            return
+        bad = [one for one in passes if not math.isfinite(float(one.values["loss"]))]
+        clips = [key for one in bad or passes for key in one.keys]
+        event = self.skips.note(Suspect(self.world.rank, not bad, clips))
+        if self.log:
+            self.log.write_event("skipped", step + 1, step // self.steps_per_epoch, **event)
+            self._say(step + 1, f"skipped: {describe(event)}")
+        self.skips.give_up_after_too_many(event)
+
+    def _forward_backward(self, raw: Batch, forward: int, step: int) -> ForwardPass:
         """One forward and backward pass; the last of an accumulation updates the parameters."""
         torch.manual_seed(int(random_words(1, self.recipe.seed, forward * self.world.size + self.world.rank)[0] >> 1))
         batch = prepare(raw, self.recipe.inputs, self.engine.device, self.engine.dtype)
-        logits = self.engine.forward(batch.inputs, batch.present_BM)
+        guarded = self.guard.is_due(step)
+        with self.guard.forward() if guarded else contextlib.nullcontext():
+            logits = self.engine.forward(batch.inputs, batch.present_BM)
         loss, parts = self.stage.loss(logits, batch)
+        if guarded:
+            self.guard.check(loss)
         self.engine.backward(loss)
         lr = learning_rate(self.recipe.optimizer, step, self.steps_per_epoch, self.total_steps)
-        norm = self.engine.step(lr)
+        update = self.engine.step(lr)
         shares = batch.present_BM.float().mean(dim=0).unbind()
         present = {f"present_{m}": share for m, share in zip(self.recipe.data.modalities, shares, strict=True)}
-        extra = {"lr": lr} if norm is None else {"lr": lr, "grad_norm": norm}
-        self.averages.add({**parts, **present, **extra})
+        extra = {"lr": lr} if update.norm is None else {"lr": lr, "grad_norm": update.norm}
+        return ForwardPass(raw.keys, {"loss": loss.detach(), **parts, **present, **extra}, update)
 
     def _after_step(self, done: int) -> None:
-        """Log, validate and save where they are due after `done` optimizer steps."""
+        """Log, validate and save where they are due after `done` optimizer steps.
+
+        Raises:
+            Stopped: interrupted, after saving.
+        """
         training = self.recipe.training
         epoch, step = divmod(done, self.steps_per_epoch)
+        mark(f"after step {done}", None if self._is_warm else START_S)
+        stop = self.interruption.agree(self.recipe.run_dir)
         if done % training.log_every_steps == 0 or step == 0:
             self._write_metrics(done)
         self._say(done)
+        if stop:
+            self._stop(stop, done)
         if step:
             return
-        last = done == self.total_steps
-        every = training.validate_every_epochs
-        if last or (every and epoch % every == 0):
+        if self._is_validated_after(done):
             self._validate(done)
-        if last or epoch % training.checkpoint_every_epochs == 0:
-            position = Position(epoch, 0)
-            save_checkpoint(self.engine, self.recipe, self.world, position, self.steps_per_epoch, self.data_state)
+        if done == self.total_steps or epoch % training.checkpoint_every_epochs == 0:
+            self._save(done)
+
+    def _is_validated_after(self, done: int) -> bool:
+        epoch, step = divmod(done, self.steps_per_epoch)
+        every = self.recipe.training.validate_every_epochs
+        return step == 0 and (done == self.total_steps or bool(every and epoch and epoch % every == 0))
+
+    def _catch_up(self, done: int) -> None:
+        """On resuming where a validation is due: take its numbers from the log, or do it, if that was cut off."""
+        if not done or not self._is_validated_after(done):
+            return
+        known = gather([validation_at(self.recipe.run_dir, done)] if self.world.is_main else [])[0]
+        if known is None:
+            self._validate(done)
+        else:
+            self.metrics = known
+
+    def _save(self, done: int) -> None:
+        """Write a checkpoint after `done` optimizer steps."""
+        began = time.monotonic()
+        mark("saving", START_S)
+        position = Position(*divmod(done, self.steps_per_epoch))
+        save_checkpoint(self.engine, self.recipe, self.world, position, self.steps_per_epoch, self.data_state)
+        self.interruption.took(save_s=time.monotonic() - began)
+
+    def _stop(self, stop: Stop, done: int) -> NoReturn:
+        """Save and leave, on every rank."""
+        self._save(done)
+        why = f"{stop.reason} on rank {stop.rank}"
+        if self.log:
+            self.log.close()
+            write_state(self.recipe.run_dir, stop.state, why=why, reason=stop.reason, rank=stop.rank, step=done)
+        raise Stopped(
+            f"{self.recipe.name}: {stop.state} by {why} after step {done} of {self.total_steps}, saved: {stop.advice}",
+            stop.exit_code,
+        )
 
     def _write_metrics(self, done: int) -> None:
         values = mean_over_ranks({**self.averages.take(), "damage_noted": float(self.damage.num_noted)})
@@ -181,14 +307,26 @@ class Trainer:
             self.log.write("train", done, (done - 1) // self.steps_per_epoch, values)
 
     def _validate(self, done: int) -> None:
-        """Measure the model and write its weights."""
+        """Measure the model and write its weights.
+
+        Raises:
+            Stopped: interrupted; the validation is done when the run is resumed.
+        """
         model = self._whole_model()
-        self.metrics = self.validate(model, self.recipe, self.world)
+        try:
+            self.metrics = self.validate(model, self.recipe, self.world, self._between_batches)
+        except _StopAsked as asked:
+            self._stop(asked.stop, done)
         if self.log:
             self.log.write("validation", done, (done - 1) // self.steps_per_epoch, self.metrics)
             save_model(model, self.recipe.run_dir, recipe=self.recipe, classes=self.classes)
         barrier()
         self.engine.model.train()
+
+    def _between_batches(self) -> None:
+        mark("validating", START_S)
+        if stop := self.interruption.agree(self.recipe.run_dir):
+            raise _StopAsked(stop)
 
     def _whole_model(self) -> KarmmaModel:
         """The model in training, or under ZeRO-3 a whole copy of it.

@@ -45,7 +45,8 @@ def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     """Raise where the run folder holds another run: fields that change what is computed differ."""
     ignored = {
         "slurm", "evaluation", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
-        "training.threads", "training.keep_checkpoints",
+        "training.threads", "training.keep_checkpoints", "training.max_skipped_steps", "training.guard_every_steps",
+        "training.collective_timeout_s",
     }  # fmt: skip
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     for flat in (before, now):

@@ -34,6 +34,11 @@ class RunLog:
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
+    def write_event(self, kind: str, step: int, epoch: int, **values: Any) -> None:
+        """Append one line that holds other things than numbers; TensorBoard gets none of it."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+
     def close(self) -> None:
         """Flush TensorBoard's file."""
         self._events.close()
@@ -48,7 +53,10 @@ def _step_of(line: str) -> int:
 
 
 def write_state(run_dir: Path, state: str, **values: Any) -> None:
-    """Write state.json: `running`, `finished`, `interrupted` or `failed`, with the time and what else is known."""
+    """Write state.json: a state, the time and what else is known.
+
+    `running`, `finished`, `failed`; or saved and ended early: `preempted`, `interrupted`, `stopped`.
+    """
     write_json(run_dir / STATE, {"state": state, "time": time.time(), **values})
 
 
@@ -59,3 +67,13 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return state
+
+
+def validation_at(run_dir: Path, step: int) -> dict[str, float] | None:
+    """The validation that metrics.jsonl holds for an optimizer step, or None."""
+    path = run_dir / "metrics.jsonl"
+    found = None
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if _step_of(line) == step and json.loads(line)["kind"] == "validation":
+            found = {name: v for name, v in json.loads(line).items() if name not in ("kind", "step", "epoch")}
+    return found

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.recipe import Recipe
-from karmma_dist.training.engine import barrier, process_group
+from karmma_dist.training.engine import barrier, highest, process_group
+from karmma_dist.training.interruption import Interruption
 from karmma_dist.training.loop import Validate, train
 from karmma_dist.training.rendezvous import World, find_world
-from karmma_dist.training.run_log import read_state
+from karmma_dist.training.run_log import read_state, write_state
 
 
 def train_chain(
-    chain: Sequence[Recipe], validate: Validate, resume: str = "auto", report: Report | None = None
+    chain: Sequence[Recipe],
+    validate: Validate,
+    resume: str = "auto",
+    report: Report | None = None,
+    deadline: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """Train recipes one after the other on the ranks that the environment describes. Every rank must call this.
 
@@ -27,28 +33,41 @@ def train_chain(
         validate: measures a model in training.
         resume: "auto", "never" or a checkpoint.
         report: progress; None: this process's own. Only rank 0 reports.
+        deadline: `time.monotonic()` by which the ranks should have saved and ended; None: no limit.
 
     Returns:
         Each run's last validation, on rank 0; nothing on the others.
 
     Raises:
         UserError: bad input, see `loop.train`.
+        Stopped: by a signal, the deadline or a file STOP, after saving; or another rank is gone.
     """
     world = find_world(os.environ)
-    with process_group(world), contextlib.ExitStack() as stack:
+    last = chain[-1]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_group(world, last.training.collective_timeout_s, partial(_note_loss, chain, world)))
+        interruption = stack.enter_context(Interruption(world.rank, deadline, highest))
         shown = silent if not world.is_main else report or stack.enter_context(Progress())
         scores = {}
         for recipe in chain[:-1]:
-            scores[recipe.name] = _train_unless_finished(recipe, world, validate, shown)
-        last = chain[-1]
-        scores[last.name] = train(last, world, validate, resume=resume, report=shown)
+            scores[recipe.name] = _train_unless_finished(recipe, world, validate, shown, interruption)
+        scores[last.name] = train(last, world, validate, resume=resume, report=shown, interruption=interruption)
         return scores if world.is_main else {}
 
 
-def _train_unless_finished(recipe: Recipe, world: World, validate: Validate, report: Report) -> dict[str, float]:
+def _note_loss(chain: Sequence[Recipe], world: World, why: str) -> None:
+    """Write down in the run that is being trained that another rank is gone."""
+    for recipe in chain if world.is_main else ():
+        if read_state(recipe.run_dir).get("state") == "running":
+            write_state(recipe.run_dir, "failed", error=why)
+
+
+def _train_unless_finished(
+    recipe: Recipe, world: World, validate: Validate, report: Report, interruption: Interruption
+) -> dict[str, float]:
     state = read_state(recipe.run_dir)
     barrier()  # every rank has looked before any trains
     if state.get("state") == "finished":
         report(f"train {recipe.name}", 1, 1, f"already finished in {recipe.run_dir}")
         return dict(state["metrics"])
-    return train(recipe, world, validate, report=report)
+    return train(recipe, world, validate, report=report, interruption=interruption)
