@@ -59,6 +59,8 @@ if [ "$status" -ne 0 ] && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=
     # Nobody cancelled the job, and Slurm has not requeued it itself.
     if [ "$status" -eq 85 ]; then
         reason="saved"
+    elif [ "$status" -eq 140 ] || [ "$status" -eq 143 ]; then
+        reason="warned before it had begun"  # USR2 or TERM ended a rank that did not listen yet
     elif ! timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true; then
         reason="a node is gone"
     fi

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _PROGRAM = """\
 #!{python}
-# karmma-dist as installed, except that training appends the keys of every forward pass to a file of this rank and start.
+# karmma-dist as installed, but training appends the keys of every forward pass to a file of this rank and start.
 import json, os, sys
 from karmma_dist.cli import main
 
@@ -45,6 +45,7 @@ _SIZES = {"width": 16, "num_heads": 2, "feedforward": 16, "fc_width": 16}
 _ENCODERS = {"video": "small_video", "flow": "small_video", "audio": "small_audio"}
 _OPTIMIZER = {"warmup_epochs": 0, "lr": 0.01, "clip": 1.0}
 _TRAINING = {"batch_size": 6, "log_every_steps": 1, "validate_every_epochs": 0, "threads": 1}
+EPOCHS, EPOCHS_PER_CHECKPOINT = 12, 4
 _SLURM = {"nodes": 2, "gpus_per_node": 0, "cpus_per_task": 1}
 
 
@@ -81,13 +82,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """A user's folder: a teacher's recipe and a student's, 150 steps of six clips each."""
+    """A user's folder: a teacher's recipe and a student's, 60 steps of six clips each."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "keys").mkdir()
     teacher = _recipe(frozen=True) | {"name": "teacher", "stage": "teacher", "training": {**_TRAINING, "epochs": 1}}
     student = _recipe(frozen=False) | {
         "name": "student", "stage": "distill", "after": ["teacher.yaml"], "distill": {"teacher": "teacher"},
-        "training": {**_TRAINING, "epochs": 30, "checkpoint_every_epochs": 5},
+        "training": {**_TRAINING, "epochs": EPOCHS, "checkpoint_every_epochs": EPOCHS_PER_CHECKPOINT},
     }  # fmt: skip
     for recipe in (teacher, student):
         recipe["data"]["shards"] = str(shards)  # type: ignore[index]

@@ -76,10 +76,9 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))},
-            "SLURM_CONF": str(folder / "slurm.conf"),
-        }
+        others = ("SLURM_", "SBATCH_", "SRUN_")  # of a job that the tests themselves run in
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
+        self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from slurm_cluster import Cluster
-from torch import equal
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "slurm"
 CPU = ("--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
-STEPS = 150
-STEPS_PER_CHECKPOINT = 25
+STEPS = 60
+STEPS_PER_CHECKPOINT = 20
 
 pytestmark = pytest.mark.slurm
 
@@ -147,8 +148,8 @@ def test_an_array_of_jobs_packs_what_one_process_packs(
     assert manifests[0]["splits"] == manifests[1]["splits"]
 
 
-def test_a_run_is_evaluated(cluster: Cluster, home: Path, chain: tuple[str, str]) -> None:
-    assert chain
+@pytest.mark.usefixtures("chain")
+def test_a_run_is_evaluated(cluster: Cluster, home: Path) -> None:
     log = home / "eval.log"
     job = cluster.sbatch(
         "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}", str(SCRIPTS / "eval.sh"), "runs/student",
@@ -169,15 +170,37 @@ def test_the_scheduler_is_asked_and_nothing_submitted(cluster: Cluster, home: Pa
 
 
 def test_what_sbatch_refuses_is_one_line(cluster: Cluster, home: Path) -> None:
-    done = launch(cluster, home, "teacher.yaml", "--slurm", "--nodes", "7")
+    done = launch(cluster, home, "teacher.yaml", "--slurm", "--set", "slurm.partition=nowhere")
     assert done.returncode == 2
     assert done.stderr.startswith("error: sbatch refused: ")
+    assert "invalid partition specified: nowhere" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_run_that_loses_a_node_goes_on_from_its_newest_checkpoint(
-    cluster: Cluster, home: Path, chain: tuple[str, str]
-) -> None:
+@pytest.mark.usefixtures("chain")
+def test_a_preempted_run_goes_on_at_the_exact_step(cluster: Cluster, home: Path) -> None:
+    """Warned by USR2, then taken out by `scontrol requeue`: as if nothing had happened, no clip twice, none never."""
+    job, log = train(cluster, home, "preempted")
+    cluster.wait(lambda: steps_done(home, "preempted") > 3, "training is under way", 120, log)
+    cluster.command("scancel", "--signal=USR2", job)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the job is requeued", 120, log)
+    saved = steps_done(home, "preempted")
+    cluster.wait(lambda: steps_done(home, "preempted") > saved, "training goes on", 120, log)
+    cluster.command("scontrol", "requeue", job)
+    assert cluster.wait_until_ended(job, log) == "COMPLETED", log.read_text()
+    assert cluster.job(job)["Restarts"] == "2"
+    starts = [batches(home, job, start) for start in range(3)]
+    assert all(starts)
+    assert sum(len(steps) for steps in starts) == STEPS
+    assert seen_twice_and_never([step for steps in starts for step in steps]) == (0, 0)
+    assert losses(home, "preempted") == losses(home, "student")
+    weights, expected = (load_file(home / "runs" / name / "weights.safetensors") for name in ("preempted", "student"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert log.read_text().count(f"job {job} ended with status 85, saved: requeued") == 1
+
+
+@pytest.mark.usefixtures("chain")
+def test_a_run_that_loses_a_node_goes_on_from_its_newest_checkpoint(cluster: Cluster, home: Path) -> None:
     job, log = train(cluster, home, "robbed")
     cluster.wait(lambda: steps_done(home, "robbed") > STEPS_PER_CHECKPOINT, "a checkpoint is there", 120, log)
     cluster.kill_node("n2")
@@ -190,3 +213,34 @@ def test_a_run_that_loses_a_node_goes_on_from_its_newest_checkpoint(
     assert 0 < kept <= len(first)
     assert kept % STEPS_PER_CHECKPOINT == 0
     assert seen_twice_and_never(first[:kept] + second) == (0, 0)
+
+
+def impostor(folder: Path, does: str) -> dict[str, str]:
+    """The PATH of a job whose karmma-dist is the shell script `does`."""
+    program = folder / "karmma-dist"
+    program.write_text(f"#!/bin/bash\n{does}\n")
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_a_run_that_is_always_preempted_stops_at_the_restart_limit(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    job = cluster.sbatch(
+        *CPU, f"--output={log}", str(SCRIPTS / "distill.sh"), cwd=tmp_path, KARMMA_DIST_MAX_RESTARTS="1",
+        **impostor(tmp_path, "exit 85"),
+    )  # fmt: skip
+    assert cluster.wait_until_ended(job, log) == "FAILED"
+    assert cluster.job(job)["Restarts"] == "1"
+    assert "ended with status 85, saved: not requeued after 1 restarts; submit it again to go on" in log.read_text()
+
+
+def test_a_run_that_is_cancelled_saves_and_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    path = impostor(tmp_path, "trap 'echo saved; exit 85' TERM; echo ready; while true; do sleep 0.1; done")
+    job = cluster.sbatch(*CPU, f"--output={log}", str(SCRIPTS / "distill.sh"), cwd=tmp_path, **path)
+    cluster.wait(lambda: log.is_file() and log.read_text().count(": ready") == 2, "both ranks are up", 60, log)
+    cluster.command("scancel", job)
+    cluster.wait(lambda: "ended with" in log.read_text(), "the script says its last line", 60, log)
+    assert cluster.wait_until_ended(job, log) == "CANCELLED"
+    assert log.read_text().count(": saved") == 2
+    assert f"job {job} ended with status 85\n" in log.read_text()
