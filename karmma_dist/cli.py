@@ -155,7 +155,7 @@ def launch(
     all of them, the rest for the last.
     """
     from karmma_dist.launching.local import launch_local, rank_command, shown_commands
-    from karmma_dist.launching.slurm import plan_jobs, shown_jobs, submit_jobs, test_jobs
+    from karmma_dist.launching.slurm import ask_scheduler, plan_jobs, shown_jobs, submit_jobs
     from karmma_dist.recipe import load_recipe
 
     if local is not None and (slurm or then or nodes or gpus_per_node is not None or test_only):
@@ -170,7 +170,7 @@ def launch(
         lines = shown_commands(local, arguments)
     else:
         jobs = plan_jobs([recipe, *then], overrides, nodes=nodes, gpus_per_node=gpus_per_node)
-        lines = shown_jobs(jobs) if dry_run else test_jobs(jobs) if test_only else submit_jobs(jobs)
+        lines = shown_jobs(jobs) if dry_run else ask_scheduler(jobs) if test_only else submit_jobs(jobs)
     click.echo("\n".join(lines))
 
 

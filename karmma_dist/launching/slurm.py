@@ -120,7 +120,7 @@ def submit_jobs(jobs: Sequence[SlurmJob]) -> list[str]:
     return lines
 
 
-def test_jobs(jobs: Sequence[SlurmJob]) -> list[str]:
+def ask_scheduler(jobs: Sequence[SlurmJob]) -> list[str]:
     """Ask the scheduler whether it would take them, and when they would start; nothing is submitted.
 
     Raises:

@@ -23,10 +23,11 @@ STEPS_PER_CHECKPOINT = 20
 pytestmark = pytest.mark.slurm
 
 
-def launch(cluster: Cluster, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(cluster: Cluster, home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """`karmma-dist launch` on the cluster's login node."""
     command = [sys.executable, "-m", "karmma_dist", "launch", *arguments]
-    return subprocess.run(command, cwd=home, env=cluster.environment, capture_output=True, text=True, timeout=120)
+    environment = {**cluster.environment, **variables}
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def train(cluster: Cluster, home: Path, name: str) -> tuple[str, Path]:
@@ -66,12 +67,18 @@ def seen_twice_and_never(steps: list[list[str]]) -> tuple[int, int]:
     return twice, sum(len(all_keys - epoch.keys()) for epoch in epochs)
 
 
+def impostor(folder: Path, does: str) -> dict[str, str]:
+    """The PATH of a job whose karmma-dist is the shell script `does`."""
+    program = folder / "karmma-dist"
+    program.write_text(f"#!/bin/bash\n{does}\n")
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
 @pytest.fixture(scope="module")
 def chain(cluster: Cluster, home: Path) -> tuple[str, str]:
     """Teacher and student as a chain of two jobs, submitted and ended; their ids."""
-    done = launch(
-        cluster, home, "teacher.yaml", "--then", "student.yaml", "--set", f"data.shards={shards_of(home)}",
-    )  # fmt: skip
+    done = launch(cluster, home, "teacher.yaml", "--then", "student.yaml", KEYS_FOLDER=str(home / "keys"))
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     teacher, student = first.split()[1].rstrip(":"), second.split()[1].rstrip(":")
@@ -80,13 +87,6 @@ def chain(cluster: Cluster, home: Path) -> tuple[str, str]:
     assert (waiting["JobState"], waiting["Dependency"]) == ("PENDING", f"afterok:{teacher}(unfulfilled)")
     cluster.wait_until_ended(student, home / f"student_{student}.log")
     return teacher, student
-
-
-def shards_of(home: Path) -> str:
-    """The shards that the recipes in `home` name."""
-    import yaml
-
-    return str(yaml.safe_load((home / "student.yaml").read_text())["data"]["shards"])
 
 
 def test_a_student_starts_when_its_teacher_has_finished(
@@ -101,18 +101,18 @@ def test_a_student_starts_when_its_teacher_has_finished(
         assert f"job {job} on 2 nodes (n[1-2]), restart 0 of at most 20: " in log
         assert f"job {job} ended with status 0" in log
     assert len(losses(home, "student")) == STEPS
+    assert seen_twice_and_never(batches(home, chain[1], 0)) == (0, 0)
     assert "already finished" in logs[1]  # the teacher, in the student's job
 
 
-def test_a_student_whose_teacher_fails_leaves_the_queue(cluster: Cluster, home: Path) -> None:
-    done = launch(
-        cluster, home, "teacher.yaml", "--then", "student.yaml", "--set", "runs_dir=failing",
-        "--set", "data.shards=nowhere",
-    )  # fmt: skip
+def test_a_student_whose_teacher_fails_leaves_the_queue(cluster: Cluster, home: Path, tmp_path: Path) -> None:
+    fails = impostor(tmp_path, 'echo "trained $2"; exit 3')
+    done = launch(cluster, home, "teacher.yaml", "--then", "student.yaml", **fails)
     teacher, student = (line.split()[1].rstrip(":") for line in done.stdout.splitlines())
     assert cluster.wait_until_ended(student) == "CANCELLED"
     assert cluster.state(teacher) == "FAILED"
-    assert not (home / "failing" / "student").exists()
+    assert "0: trained teacher.yaml" in (home / f"teacher_{teacher}.log").read_text()
+    assert not (home / f"student_{student}.log").exists()
 
 
 def test_a_job_whose_recipe_is_wrong_fails_at_once_with_the_reason_in_its_log(cluster: Cluster, home: Path) -> None:
@@ -213,14 +213,6 @@ def test_a_run_that_loses_a_node_goes_on_from_its_newest_checkpoint(cluster: Clu
     assert 0 < kept <= len(first)
     assert kept % STEPS_PER_CHECKPOINT == 0
     assert seen_twice_and_never(first[:kept] + second) == (0, 0)
-
-
-def impostor(folder: Path, does: str) -> dict[str, str]:
-    """The PATH of a job whose karmma-dist is the shell script `does`."""
-    program = folder / "karmma-dist"
-    program.write_text(f"#!/bin/bash\n{does}\n")
-    program.chmod(0o755)
-    return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def test_a_run_that_is_always_preempted_stops_at_the_restart_limit(cluster: Cluster, tmp_path: Path) -> None:
