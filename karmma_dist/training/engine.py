@@ -230,8 +230,10 @@ class Engine:
             return Update(None)
         norm = self._plain_norm() if self._is_plain else None
         if norm is not None and not math.isfinite(norm):
-            self._deepspeed.zero_grad()  # without gradients torch's optimizers do nothing
+            # Without gradients torch's optimizers do nothing; DeepSpeed, before it calls them, needs some to clip.
+            dropping = self._optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
             self._deepspeed.step()
+            dropping.remove()
             return Update(None, skipped=True)
         self._deepspeed.step()
         if not self._deepspeed.was_step_applied():

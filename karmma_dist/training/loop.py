@@ -183,13 +183,12 @@ class Trainer:
         began = time.perf_counter()
         waited = 0.0
         passes = []
-        limit_s = None if self._is_warm else START_S  # kernels are compiled and connections made in the first
         for micro in range(accumulation):
             asked = time.perf_counter()
-            mark(f"waiting for a batch of step {step + 1}", limit_s)
+            self._mark(f"waiting for a batch of step {step + 1}")
             batch = next(batches)
             waited += time.perf_counter() - asked
-            mark(f"in step {step + 1}", limit_s)
+            self._mark(f"in the forward pass of step {step + 1}")
             self.damage.note(batch)
             self.averages.add(loading_sums(batch, self.recipe.data.modalities))
             passes.append(self._forward_backward(batch, step * accumulation + micro, step))
@@ -199,6 +198,10 @@ class Trainer:
         self.averages.add({"wait_s": waited, "step_s": seconds})
         self.interruption.took(step_s=seconds)
         self._after_step(step + 1)
+
+    def _mark(self, doing: str) -> None:
+        """Say what this rank does; a process's first step may take long: kernels are compiled, connections made."""
+        mark(doing, None if self._is_warm else START_S)
 
     def _account(self, passes: list[ForwardPass], step: int) -> None:
         """Take the passes of an optimizer step into the averages, or write down that it was skipped.
@@ -229,6 +232,7 @@ class Trainer:
         loss, parts = self.stage.loss(logits, batch)
         if guarded:
             self.guard.check(loss)
+        self._mark(f"reducing the gradients of step {step + 1}")  # a rank that is not here yet keeps the others waiting
         self.engine.backward(loss)
         lr = learning_rate(self.recipe.optimizer, step, self.steps_per_epoch, self.total_steps)
         update = self.engine.step(lr)
@@ -245,7 +249,7 @@ class Trainer:
         """
         training = self.recipe.training
         epoch, step = divmod(done, self.steps_per_epoch)
-        mark(f"after step {done}", None if self._is_warm else START_S)
+        self._mark(f"after step {done}")
         stop = self.interruption.agree(self.recipe.run_dir)
         if done % training.log_every_steps == 0 or step == 0:
             self._write_metrics(done)

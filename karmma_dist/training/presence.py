@@ -171,7 +171,8 @@ class Presence:
         if beat.count != count:
             self._watched = (beat.count, now)
         elif now - since > self._limit_s / 2:
-            return f"rank {rank} ({beat.host}) died or hangs: no sign of life for {now - since:.0f} s, {beat.doing}"
+            silent = f"no sign of life for {now - since:.0f} s"
+            return f"rank {rank} ({beat.host}) died or hangs: {silent}, last seen {beat.doing}"
         return None
 
     def _stragglers(self) -> str | None:

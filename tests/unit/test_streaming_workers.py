@@ -237,3 +237,16 @@ def test_an_error_of_the_loader_comes_through_the_thread(shards: Path, blocked: 
         next(ahead)
     ahead.stop()
     assert not any(is_running(pid) for pid in loaded.worker_pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_job_leaves_the_workers_at_their_work(shards: Path, number: signal.Signals) -> None:
+    """The trainer decides when to stop; until then it needs its batches, and it can always end the workers."""
+    with make(shards, workers=1, epochs=3) as batches:
+        keys = [next(batches).keys]
+        pids = batches.worker_pids
+        for pid in pids:
+            os.kill(pid, number)
+        keys += [batch.keys for batch in batches]
+    assert keys == [batch.keys for batch in make(shards, workers=0, epochs=3)]
+    assert not any(is_running(pid) for pid in pids)

@@ -1,0 +1,178 @@
+"""A step that is not finite changes nothing at any ZeRO stage, is named, and K in a row end the run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.run import validate
+from karmma_dist.recipe import Recipe
+from karmma_dist.training.engine import Engine, process_group
+from karmma_dist.training.loop import train
+from karmma_dist.training.numerics import Skips, Suspect, describe
+from karmma_dist.training.rendezvous import World, free_port
+from karmma_dist.training.stages import Supervised
+
+RECIPE: dict[str, Any] = {
+    "name": "run",
+    "stage": "supervised",
+    "data": {"shards": "nowhere", "modalities": ["audio"], "num_workers": 0},
+    "inputs": {"audio": {"num_windows": 1, "window_s": 1.0, "num_mels": 16}},
+    "model": {
+        "encoders": {"audio": {"name": "small_audio", "options": {"width": 4}}},
+        "width": 16, "num_heads": 2, "feedforward": 16, "fc_width": 16,
+    },
+    "optimizer": {"name": "adamw", "lr": 0.01, "warmup_epochs": 0, "clip": 1.0},
+    "training": {"batch_size": 6, "epochs": 1, "log_every_steps": 1, "threads": 1},
+}  # fmt: skip
+
+
+def recipe(**changes: dict[str, Any] | str) -> Recipe:
+    tree = copy.deepcopy(RECIPE)
+    for section, values in changes.items():
+        if isinstance(values, dict):
+            tree[section] |= values
+        else:
+            tree[section] = values
+    return Recipe.model_validate(tree)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    one = World(0, 0, 1, "127.0.0.1", free_port())
+    with process_group(one):
+        yield one
+
+
+class Line(nn.Module):
+    """Logits of a linear layer, with a parameter that is used times 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.idle = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+    def forward(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """(B, 2)."""
+        return {"out": self.layer(inputs["x"]) + 0 * self.idle}
+
+
+def state_of(engine: Engine) -> list[Tensor]:
+    """Parameters and everything the optimizer holds."""
+    inner = [value for state in engine._optimizer.state.values() for value in state.values()]
+    masters = [p for group in engine._optimizer.param_groups for p in group["params"]]
+    return [torch.as_tensor(one).clone() for one in (*engine.whole_state().values(), *masters, *inner)]
+
+
+@pytest.mark.parametrize("loss_is_finite", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")]
+)
+def test_a_skipped_step_leaves_every_bit_of_parameters_and_optimizer_and_the_next_one_counts(
+    world: World, stage: int, precision: str, accumulation: int, loss_is_finite: bool
+) -> None:
+    torch.manual_seed(0)
+    training = {"zero_stage": stage, "precision": precision, "accumulation": accumulation}
+    engine = Engine(Line(), recipe(training=training), world)
+    x_BC = torch.randn(6, 3).to(engine.dtype)
+
+    def step(bad: bool) -> tuple[Any, list[Tensor], list[Tensor]]:
+        for micro in range(accumulation):
+            loss = engine.forward({"x": x_BC}, torch.ones(6, 1, dtype=torch.bool))["out"].float().square().sum()
+            if bad and micro == 0 and loss_is_finite:
+                loss = loss + torch.sqrt(0 * loss).clamp(max=1)  # adds 0; its gradient is inf * 0
+            elif bad and micro == 0:
+                loss = loss + torch.tensor(torch.inf)  # a gradient that is finite
+            assert bool(loss.isfinite()) == (loss_is_finite or not (bad and micro == 0))
+            engine.backward(loss)
+            before = state_of(engine)
+            update = engine.step(0.01)
+        return update, before, state_of(engine)
+
+    for bad in (False, True, False, True):
+        update, before, after = step(bad)
+        assert update.skipped == bad
+        assert (update.norm is None) == bad
+        same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert same == bad
+
+
+def test_no_clipping_is_no_clipping(world: World) -> None:
+    """DeepSpeed clips at 1 where nothing is said; 0 says that nothing is clipped."""
+    moved = {}
+    for clip in (0.0, 1.0):
+        torch.manual_seed(0)
+        model = Line()
+        engine = Engine(model, recipe(optimizer={"name": "sgd", "clip": clip}, training={"zero_stage": 1}), world)
+        start = engine.whole_state()["layer.bias"]
+        loss = 1000 * engine.forward({"x": torch.ones(6, 3)}, torch.ones(6, 1, dtype=torch.bool))["out"][:, 0].sum()
+        engine.backward(loss)
+        update = engine.step(0.01)
+        moved[clip] = float((engine.whole_state()["layer.bias"] - start).abs().max())
+        assert update.norm == pytest.approx(6000 * 2, rel=1e-5)  # three weights and a bias
+    assert moved == pytest.approx({0.0: 60.0, 1.0: 0.01 * 0.5}, rel=1e-4)
+
+
+def one_rank(bad: bool, clips: list[str]) -> Suspect:
+    return Suspect(3, not bad, clips)
+
+
+def test_the_ranks_with_a_bad_loss_are_named_or_where_only_gradients_are_bad_all() -> None:
+    others = [Suspect(0, True, ["a"]), Suspect(1, False, ["b", "c"])]
+    skips = Skips(5, lambda mine: [*others, *mine])
+    event = skips.note(one_rank(False, ["d"]))
+    assert describe(event) == "the loss is not finite on rank 1 with b, c"
+    skips = Skips(5, lambda mine: [others[0], *mine])
+    event = skips.note(one_rank(False, ["d"]))
+    assert describe(event) == "the gradient is not finite on rank 0 with a; rank 3 with d"
+    json.dumps(event)
+
+
+def test_only_skips_in_a_row_end_the_run_and_a_loss_scales_never() -> None:
+    skips = Skips(2, list, scales_loss=True)
+    for _ in range(3):
+        skips.give_up_after_too_many(skips.note(one_rank(True, ["a"])))
+        skips.applied()
+        skips.give_up_after_too_many(skips.note(one_rank(False, ["a"])))
+    assert (skips.num_skipped, skips.num_rescaled) == (3, 3)
+    skips.note(one_rank(True, ["a"]))
+    with pytest.raises(UserError, match=r"2 optimizer steps in a row were skipped.*allows 1: the loss is not finite"):
+        skips.give_up_after_too_many(skips.note(one_rank(True, ["a"])))
+
+
+def test_a_run_goes_on_past_a_bad_step_and_ends_with_its_checkpoint_after_too_many(
+    world: World, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 2, and 7 to the end, are bad; 3 in a row are too many, so the run ends with the 9th."""
+    calls: list[list[str]] = []
+    honest = Supervised.loss
+
+    def poisoned(self: Supervised, logits: dict[str, Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        calls.append(batch.keys)
+        loss, parts = honest(self, logits, batch)
+        bad = len(calls) == 2 or len(calls) >= 7
+        loss = loss * torch.nan if bad else loss
+        return loss, {**parts, "loss": loss.detach()}
+
+    monkeypatch.setattr(Supervised, "loss", poisoned)
+    data = {"shards": str(shards)}
+    run = recipe(data=data, training={"epochs": 4, "max_skipped_steps": 3}, runs_dir=str(tmp_path))
+    with pytest.raises(UserError, match="3 optimizer steps in a row were skipped"):
+        train(run, world, validate)
+    lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line for line in lines if line["kind"] == "skipped"]
+    assert [line["step"] for line in skipped] == [2, 7, 8, 9]
+    assert [line["suspects"][0]["clips"] for line in skipped] == [calls[i] for i in (1, 6, 7, 8)]
+    losses = {line["step"]: line.get("loss") for line in lines if line["kind"] == "train"}
+    assert {step for step, loss in losses.items() if loss is None} == {2, 7, 8}
+    steps_per_epoch = len(calls[0]) and 28 // 6
+    assert (run.run_dir / "checkpoints" / f"step-{steps_per_epoch:08d}").is_dir()
+    assert json.loads((run.run_dir / "state.json").read_text())["state"] == "failed"
