@@ -45,7 +45,7 @@ _SIZES = {"width": 16, "num_heads": 2, "feedforward": 16, "fc_width": 16}
 _ENCODERS = {"video": "small_video", "flow": "small_video", "audio": "small_audio"}
 _OPTIMIZER = {"warmup_epochs": 0, "lr": 0.01, "clip": 1.0}
 _TRAINING = {"batch_size": 6, "log_every_steps": 1, "validate_every_epochs": 0, "threads": 1}
-EPOCHS, EPOCHS_PER_CHECKPOINT = 12, 4
+EPOCHS, EPOCHS_PER_CHECKPOINT = 20, 4
 _SLURM = {"nodes": 2, "gpus_per_node": 0, "cpus_per_task": 1}
 
 
@@ -82,7 +82,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """A user's folder: a teacher's recipe and a student's, 60 steps of six clips each."""
+    """A user's folder: a teacher's recipe and a student's, 100 steps of six clips each."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "keys").mkdir()
     teacher = _recipe(frozen=True) | {"name": "teacher", "stage": "teacher", "training": {**_TRAINING, "epochs": 1}}
