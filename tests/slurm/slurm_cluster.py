@@ -53,7 +53,7 @@ FirstJobId={first_job}
 
 def missing() -> str | None:
     """Why there can be no cluster here, or None."""
-    programs = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if _which(name) is None]
+    programs = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "setpriv") if _which(name) is None]
     if programs:
         return f"no {', '.join(programs)} here: apt-get install slurm-wlm munge"
     if os.geteuid() != 0:
@@ -185,8 +185,9 @@ class Cluster:
         assert program is not None
         with open(self.folder / f"{name}.out.log", "ab") as out:
             self._daemons[name] = subprocess.Popen(
-                [program, *arguments[1:]], env={**self.environment, **variables}, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=out, start_new_session=True,
+                ["setpriv", "--pdeathsig", "TERM", program, *arguments[1:]],  # no daemon outlives a killed test run
+                env={**self.environment, **variables}, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True,
             )  # fmt: skip
 
     def _processes(self, node: str | None = None) -> Iterator[int]:
