@@ -151,40 +151,39 @@ def verify(shards: Path, full: bool, mend: bool, workers: int, as_json: bool) ->
 @click.argument("recipe")
 @click.option("--local", "local", type=click.IntRange(min=1), help="Start N ranks on this machine.")
 @click.option("--slurm", is_flag=True, help="Hand it to sbatch.")
+@click.option("--then", multiple=True, metavar="RECIPE", help="A further job that starts once the one before finished.")
 @click.option("--nodes", type=click.IntRange(min=1), help="Nodes to ask Slurm for; default: the recipe's.")
 @click.option("--gpus-per-node", type=click.IntRange(min=0), help="GPUs per node; default: the recipe's.")
 @set_option
 @click.option("--dry-run", is_flag=True, help="Print the command instead of running it.")
+@click.option("--test-only", is_flag=True, help="Ask the scheduler when it would start; nothing is submitted.")
 def launch(
-    recipe: str, local: int | None, slurm: bool, nodes: int | None, gpus_per_node: int | None,
-    overrides: tuple[str, ...], dry_run: bool,
+    recipe: str, local: int | None, slurm: bool, then: tuple[str, ...], nodes: int | None, gpus_per_node: int | None,
+    overrides: tuple[str, ...], dry_run: bool, test_only: bool,
 ) -> None:
-    """Start a run on this machine (--local N) or hand it to Slurm (--slurm)."""
-    import shlex
+    """Start a run on this machine (--local N) or hand it to Slurm (--slurm).
 
+    Several recipes (--then) are jobs of their own. Of --set, where things are (runs_dir, data.shards, ...) holds for
+    all of them, the rest for the last.
+    """
     from karmma_dist.launching.local import launch_local, rank_command, shown_commands
-    from karmma_dist.launching.slurm import sbatch_command, submit
+    from karmma_dist.launching.slurm import ask_scheduler, plan_jobs, shown_jobs, submit_jobs
     from karmma_dist.recipe import load_recipe
 
-    if (local is None) == (not slurm):
+    if local is not None and (slurm or then or nodes or gpus_per_node is not None or test_only):
+        raise UserError("launch: --then, --nodes, --gpus-per-node and --test-only go with --slurm, not with --local")
+    if local is None and not (slurm or then):
         raise UserError("launch: say where: --local N for ranks on this machine, or --slurm")
-    if local is not None and (nodes or gpus_per_node is not None):
-        raise UserError("launch: --nodes and --gpus-per-node go with --slurm, not with --local")
-    loaded = load_recipe(recipe, overrides)
-    arguments = [recipe, *(f"--set={override}" for override in overrides)]
     if local is not None:
+        load_recipe(recipe, overrides)  # what is wrong with it is said once, before any rank is started
+        arguments = ["train", recipe, *(f"--set={override}" for override in overrides)]
         if not dry_run:
-            sys.exit(launch_local(local, rank_command(["train", *arguments])))
-        shown = shown_commands(local, ["train", *arguments])
+            sys.exit(launch_local(local, rank_command(arguments)))
+        lines = shown_commands(local, arguments)
     else:
-        changes = {"nodes": nodes, "gpus_per_node": gpus_per_node}
-        flags = loaded.slurm.model_copy(update={name: value for name, value in changes.items() if value is not None})
-        command = sbatch_command(flags, loaded.name.replace("/", "-"), arguments)
-        if not dry_run:
-            click.echo(submit(command))
-            return
-        shown = [shlex.join(command)]
-    click.echo("\n".join(shown))
+        jobs = plan_jobs([recipe, *then], overrides, nodes=nodes, gpus_per_node=gpus_per_node)
+        lines = shown_jobs(jobs) if dry_run else ask_scheduler(jobs) if test_only else submit_jobs(jobs)
+    click.echo("\n".join(lines))
 
 
 @cli.command()

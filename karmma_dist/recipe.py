@@ -344,6 +344,8 @@ class SlurmRecipe(Settings):
     """Nodes."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 8
     """GPUs, and so ranks, per node; 0: one rank per node, on its CPUs."""
+    cpus_per_task: Positive | None = None
+    """CPU cores per rank: one for the model and data.num_workers to decode; None: the script's."""
     time: str | None = None
     """Time limit as sbatch takes it, e.g. 2-00:00:00."""
     partition: str | None = None
@@ -425,6 +427,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return load_settings(find_file(name, "recipes"), Recipe, list(overrides))
 
 
+def shared_overrides(overrides: Sequence[str]) -> list[str]:
+    """Those of `overrides` that say where things are, and so hold for every recipe of a chain."""
+    return [text for text in overrides if text.partition("=")[0].strip() in _SHARED_OVERRIDES]
+
+
 def load_chain(name: str, overrides: Sequence[str] = ()) -> list[Recipe]:
     """A recipe preceded by all it comes `after`, in the order to train them, each once.
 
@@ -434,7 +441,7 @@ def load_chain(name: str, overrides: Sequence[str] = ()) -> list[Recipe]:
     Raises:
         UserError: as `load_recipe`, or recipes that wait for each other.
     """
-    shared = [text for text in overrides if text.partition("=")[0].strip() in _SHARED_OVERRIDES]
+    shared = shared_overrides(overrides)
     chain: list[Recipe] = []
 
     def visit(name: str, overrides: Sequence[str], waiting: tuple[str, ...]) -> None:

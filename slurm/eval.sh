@@ -3,6 +3,7 @@
 #
 #   sbatch slurm/eval.sh                                           newest finished run, every subset, drop 0.0 to 0.9
 #   sbatch slurm/eval.sh runs/epic_kitchens/distill --drop-prob 0.5
+#   sbatch --gpus-per-node=0 slurm/eval.sh                         without a GPU
 #
 # Submit from the checkout. The report lands in the run's eval/ folder.
 #SBATCH --job-name=karmma-eval
@@ -11,6 +12,7 @@
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=12
 #SBATCH --time=04:00:00
+#SBATCH --requeue
 #SBATCH --output=%x_%j.log
 #SBATCH --open-mode=append
 ##SBATCH --partition=gpu
@@ -18,12 +20,18 @@
 
 set -euo pipefail
 
+program=(karmma-dist)     # apptainer: (apptainer exec --nv karmma.sif karmma-dist)
+container=()              # pyxis: (--container-image=karmma.sqsh --container-mounts="$PWD" --container-workdir="$PWD")
+
+say() { echo "$(date -Is) job $SLURM_JOB_ID $*"; }
+
 cd "${SLURM_SUBMIT_DIR:-.}"
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 if [ $# -eq 0 ]; then set -- --subsets --sweep --seeds 3; fi
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from sbatch
 
-echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: karmma-dist eval $*"
+say "on $SLURM_JOB_NODELIST: eval $*"
 status=0
-srun karmma-dist eval "$@" || status=$?
-echo "$(date -Is) job $SLURM_JOB_ID ended with status $status"
+srun "${container[@]}" "${program[@]}" eval "$@" || status=$?
+say "ended with status $status"
 exit "$status"

@@ -4,14 +4,15 @@
 #   sbatch slurm/shard.sh                                          shards/epic_kitchens.yaml
 #   sbatch --array=1-8 slurm/shard.sh something_something --raw /data/ssv2
 #
-# Submit from the checkout. Whichever part ends last puts the shards together; a part that was interrupted is
-# submitted again (sbatch --array=7 ...) and does only what is left.
+# Submit from the checkout. Whichever part ends last puts the shards together. After an interruption submit the same
+# again: parts that are done end at once, the others do what is left.
 #SBATCH --job-name=karmma-shard
 #SBATCH --array=1-16
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=16
 #SBATCH --time=12:00:00
+#SBATCH --requeue
 #SBATCH --output=%x_%A_%a.log
 #SBATCH --open-mode=append
 ##SBATCH --partition=cpu
@@ -21,13 +22,23 @@ set -euo pipefail
 
 spec=epic_kitchens
 if [ $# -gt 0 ] && [[ $1 != --* ]]; then spec=$1; shift; fi
+program=(karmma-dist)     # apptainer: (apptainer exec karmma.sif karmma-dist)
+container=()              # pyxis: (--container-image=karmma.sqsh --container-mounts="$PWD" --container-workdir="$PWD")
+
+say() { echo "$(date -Is) job $SLURM_JOB_ID $*"; }
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from sbatch
 
+if [ "$SLURM_ARRAY_TASK_MIN" -ne 1 ] || [ "$SLURM_ARRAY_TASK_COUNT" -ne "$SLURM_ARRAY_TASK_MAX" ]; then
+    say "error: the array's numbers must be 1-N without gaps, each of the N jobs packs one part: sbatch --array=1-8 ..."
+    exit 2
+fi
 part="$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_MAX"
-echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $spec, part $part $*"
+
+say "on $SLURM_JOB_NODELIST: $spec, part $part $*"
 status=0
-srun karmma-dist shard "$spec" --part "$part" --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" || status=$?
-echo "$(date -Is) job $SLURM_JOB_ID ended with status $status"
+srun "${container[@]}" "${program[@]}" shard "$spec" --part "$part" --workers "$SRUN_CPUS_PER_TASK" "$@" || status=$?
+say "ended with status $status"
 exit "$status"

@@ -212,5 +212,5 @@ def test_launch_shows_the_command_it_would_run(
     command = ["launch", "student", "--slurm", "--nodes", "4", "--gpus-per-node", "0", "--set", "seed=1", "--dry-run"]
     assert run(workplace, monkeypatch, *command) == 0
     slurm = capsys.readouterr().out
-    assert slurm.startswith("sbatch --job-name=student --nodes=4 --ntasks-per-node=1 ")
+    assert slurm.startswith("sbatch --job-name=student --nodes=4 --gpus-per-node=0 --ntasks-per-node=1 ")
     assert slurm.rstrip().endswith("slurm/distill.sh student --set=seed=1")

@@ -1,43 +1,75 @@
-"""The sbatch scripts are sound shell, submit what they say, and take sbatch's and the recipe's flags."""
+"""The sbatch scripts are sound shell, run what was recorded, and requeue what was preempted or lost a node only.
+
+`KARMMA_DIST_RECORD=1 pytest tests/slurm/test_scripts.py` writes the records again; look at their difference.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from karmma_dist.cli import main
 from karmma_dist.errors import UserError
-from karmma_dist.launching.slurm import sbatch_command, submit
+from karmma_dist.launching.slurm import plan_jobs, slurm_job, submit_jobs
 from karmma_dist.recipe import SlurmRecipe, load_recipe
+from karmma_dist.training.rendezvous import World, find_world
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORDED = Path(__file__).parent / "recorded"
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+
+_COMMANDS = {
+    "srun": """\
+if [[ " $* " == *" true "* ]]; then echo "srun $*" >> calls; exit "${GONE:-0}"; fi
+echo "srun $*" >> calls
+for name in MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK; do echo "  $name=${!name:-}" >> calls; done
+exit "${STATUS:-0}"
+""",
+    "squeue": 'echo "${STATE:-RUNNING}"',
+    "scontrol": """\
+case "$1 $2" in
+"show hostnames") printf "n7\\nn8\\n" ;;
+"show node") echo "NodeName=$3 NodeAddr=10.0.0.7 x" ;;
+*) echo "scontrol $*" >> calls ;;
+esac
+""",
+}
 
 
 @pytest.fixture
-def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """srun and scontrol that write down how they were called, in a job's environment."""
-    commands = {
-        "srun": 'echo "srun $* MASTER_ADDR=${MASTER_ADDR:-} MASTER_PORT=${MASTER_PORT:-}" >> calls; exit ${FAIL:-0}',
-        "scontrol": 'case "$2" in hostnames) printf "n7\\nn8\\n";; node) echo "NodeName=$3 NodeAddr=10.0.0.7 x";; esac',
-    }
-    for name, body in commands.items():
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job's environment and folder, with srun, squeue and scontrol that write down how they were called."""
+    for name, body in _COMMANDS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "calls").touch()
     for name, value in {
         "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "40123",
         "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "3",
-        "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "4",
+        "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4",
+        "SLURM_ARRAY_TASK_COUNT": "4",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return tmp_path
 
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(ROOT / "slurm" / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def compare(name: str, text: str) -> None:
+    """`text` is what was recorded under `name`."""
+    path = RECORDED / f"{name}.txt"
+    if os.environ.get("KARMMA_DIST_RECORD") == "1":
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} differs"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -50,53 +82,176 @@ def test_every_script_is_sound_shell(script: Path) -> None:
         assert checked.returncode == 0, checked.stdout
 
 
+def test_teacher_and_student_are_submitted_alike() -> None:
+    """Each script is complete for somebody who copies it alone; what it does differs in its recipe."""
+    teacher, student = ((ROOT / "slurm" / name).read_text().splitlines() for name in ("teacher.sh", "distill.sh"))
+    differing = [line for line, other in zip(teacher, student, strict=True) if line != other]
+    assert [line for line in differing if not line.startswith("#")] == ["recipe=recipes/epic_kitchens/teacher.yaml"]
+
+
 @pytest.mark.parametrize(
-    ("script", "arguments", "expected"),
+    ("record", "script", "arguments"),
     [
-        ("distill.sh", [], "karmma-dist train recipes/epic_kitchens/distill.yaml"),
-        ("distill.sh", ["--set", "seed=1"], "karmma-dist train recipes/epic_kitchens/distill.yaml --set seed=1"),
-        ("distill.sh", ["demo/distill", "--set", "a=b c"], "karmma-dist train demo/distill --set a=b c"),
-        ("teacher.sh", [], "karmma-dist train recipes/epic_kitchens/teacher.yaml"),
-        ("eval.sh", [], "karmma-dist eval --subsets --sweep --seeds 3"),
-        ("eval.sh", ["runs/x", "--drop-prob", "0.5"], "karmma-dist eval runs/x --drop-prob 0.5"),
-        ("shard.sh", [], "karmma-dist shard epic_kitchens --part 2/4 --workers 3"),
-        ("shard.sh", ["demo", "--raw", "r"], "karmma-dist shard demo --part 2/4 --workers 3 --raw r"),
+        ("distill", "distill.sh", []),
+        ("distill_overridden", "distill.sh", ["demo/distill", "--set", "a=b c"]),
+        ("distill_default_overridden", "distill.sh", ["--set", "seed=1"]),
+        ("teacher", "teacher.sh", []),
+        ("eval", "eval.sh", []),
+        ("eval_of_a_run", "eval.sh", ["runs/x", "--drop-prob", "0.5"]),
+        ("shard", "shard.sh", []),
+        ("shard_of_another", "shard.sh", ["demo", "--raw", "r"]),
     ],
 )
-def test_a_script_runs_its_command_under_srun(
-    fake_slurm: Path, script: str, arguments: list[str], expected: str
-) -> None:
+def test_a_script_runs_what_was_recorded(job: Path, record: str, script: str, arguments: list[str]) -> None:
     done = run_script(script, *arguments)
     assert done.returncode == 0, done.stderr
-    assert f"{expected} MASTER_ADDR=" in (fake_slurm / "calls").read_text()
-    assert "job 40123 on" in done.stdout
-    assert "ended with status 0" in done.stdout
+    said = re.sub(r"^\d{4}-\S+ ", "DATE ", done.stdout, flags=re.MULTILINE)
+    compare(record, f"{said}---\n{(job / 'calls').read_text()}")
 
 
-def test_ranks_meet_at_the_first_nodes_address(fake_slurm: Path) -> None:
-    run_script("distill.sh")
-    assert "MASTER_ADDR=10.0.0.7 MASTER_PORT=20123" in (fake_slurm / "calls").read_text()
-
-
-def test_a_failing_program_fails_the_job(fake_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAIL", "2")
+@pytest.mark.parametrize(
+    ("changes", "said", "requeued"),
+    [
+        ({"STATUS": "85"}, "ended with status 85, saved: requeued", True),
+        ({"STATUS": "85", "SLURM_RESTART_COUNT": "19"}, "ended with status 85, saved: requeued", True),
+        ({"STATUS": "85", "SLURM_RESTART_COUNT": "20"}, "saved: not requeued after 20 restarts", False),
+        ({"STATUS": "85", "STATE": "CANCELLED"}, "ended with status 85\n", False),
+        ({"STATUS": "85", "STATE": "PENDING"}, "ended with status 85\n", False),
+        ({"STATUS": "140"}, "ended with status 140, warned before it had begun: requeued", True),
+        ({"STATUS": "2"}, "ended with status 2\n", False),
+        ({"STATUS": "1"}, "ended with status 1\n", False),
+        ({"STATUS": "137"}, "ended with status 137\n", False),
+        ({"STATUS": "137", "GONE": "1"}, "ended with status 137, a node is gone: requeued", True),
+        ({"GONE": "1"}, "ended with status 0\n", False),
+    ],
+)
+def test_what_was_preempted_or_lost_a_node_is_requeued_and_nothing_else(
+    job: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], said: str, requeued: bool
+) -> None:
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
     done = run_script("distill.sh")
+    assert done.returncode == int(changes.get("STATUS", "0"))
+    assert said in done.stdout
+    assert ("scontrol requeue 40123" in (job / "calls").read_text()) is requeued
+
+
+def test_a_job_that_slurm_has_restarted_too_often_does_not_start(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "21")
+    done = run_script("distill.sh")
+    assert done.returncode == 1
+    assert "not started: it was restarted 21 times and may be 20 times" in done.stdout
+    assert (job / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize("numbers", [("7", "7", "1"), ("0", "3", "4"), ("1", "7", "4")])
+def test_an_array_with_gaps_is_refused_before_a_part_is_left_out(
+    job: Path, monkeypatch: pytest.MonkeyPatch, numbers: tuple[str, str, str]
+) -> None:
+    for name, value in zip(("MIN", "MAX", "COUNT"), numbers, strict=True):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    done = run_script("shard.sh")
     assert done.returncode == 2
-    assert "ended with status 2" in done.stdout
-    assert fake_slurm.is_dir()
+    assert "the array's numbers must be 1-N without gaps" in done.stdout
+    assert (job / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+@pytest.mark.parametrize("tasks_per_node", [1, 2, 4])
+def test_tasks_of_a_step_are_the_ranks_of_one_world(num_nodes: int, tasks_per_node: int) -> None:
+    """As srun numbers them: node by node, from 0 on each."""
+    size = num_nodes * tasks_per_node
+    worlds = [
+        find_world({
+            "SLURM_JOB_ID": "40123", "SLURM_STEP_NUM_TASKS": str(size), "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank % tasks_per_node), "SLURM_NODEID": str(rank // tasks_per_node),
+            "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20123",
+        })
+        for rank in range(size)
+    ]  # fmt: skip
+    expected = [World(rank, rank % tasks_per_node, size, "10.0.0.7", 20123) for rank in range(size)]
+    assert worlds == expected
 
 
 def test_launch_hands_the_recipes_flags_to_sbatch() -> None:
-    slurm = SlurmRecipe(nodes=3, gpus_per_node=4, time="01:00:00", partition="a100", extra=["--qos=high"])
-    command = sbatch_command(slurm, "job", ["demo/distill", "--set=seed=1"])
-    assert command == [
-        "sbatch", "--job-name=job", "--nodes=3", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=01:00:00",
-        "--partition=a100", "--qos=high", str(ROOT / "slurm" / "distill.sh"), "demo/distill", "--set=seed=1",
+    slurm = SlurmRecipe(
+        nodes=3, gpus_per_node=4, cpus_per_task=9, time="01:00:00", partition="a100", extra=["--qos=high"]
+    )
+    assert slurm_job(slurm, "job", ["demo/distill", "--set=seed=1"]).command(after="12") == [
+        "sbatch", "--job-name=job", "--nodes=3", "--gpus-per-node=4", "--ntasks-per-node=4", "--cpus-per-task=9",
+        "--time=01:00:00", "--partition=a100", "--qos=high", "--dependency=afterok:12", "--kill-on-invalid-dep=yes",
+        str(ROOT / "slurm" / "distill.sh"), "demo/distill", "--set=seed=1",
     ]  # fmt: skip
     assert load_recipe("epic_kitchens/teacher").slurm.script == "teacher.sh"
+
+
+@pytest.mark.parametrize(
+    ("record", "arguments"),
+    [
+        ("launch", ["epic_kitchens/distill", "--slurm", "--nodes", "4", "--set", "training.epochs=50"]),
+        ("launch_without_gpus", ["demo/distill", "--slurm"]),
+        (
+            "launch_chain",
+            [
+                "epic_kitchens/teacher", "--then", "epic_kitchens/distill", "--then", "epic_kitchens/baseline",
+                "--set", "runs_dir=my runs", "--set", "seed=1",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_launch_prints_what_was_recorded(
+    record: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", *arguments, "--dry-run"]) == 0
+    compare(record, capsys.readouterr().out.replace(f"{ROOT}/", ""))
+
+
+def test_the_lines_of_a_chain_do_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pasted into a shell, they submit what `launch` without --dry-run submits."""
+    (tmp_path / "sbatch").write_text(
+        '#!/bin/bash\nfor word in "$@"; do [ "$word" = --parsable ] || echo "$word" >> calls; done\n'
+        'echo >> calls\n[[ " $* " != *" --parsable "* ]] || grep -c "^$" calls\n'
+    )
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    recipes = ["demo/video", "demo/teacher", "demo/distill"]
+    overrides = ["runs_dir=my runs", "seed=1"]
+    assert submit_jobs(plan_jobs(recipes, overrides)) == [
+        "job 1: demo-video", "job 2: demo-teacher, after job 1", "job 3: demo-distill, after job 2",
+    ]  # fmt: skip
+    submitted = (tmp_path / "calls").read_text()
+    (tmp_path / "calls").unlink()
+    sets = [word for override in overrides for word in ("--set", override)]
+    assert main(["launch", recipes[0], "--then", recipes[1], "--then", recipes[2], *sets, "--dry-run"]) == 0
+    subprocess.run(["bash", "-eu"], input=capsys.readouterr().out, text=True, timeout=60, check=True)
+    assert (tmp_path / "calls").read_text() == submitted
+    assert "--dependency=afterok:2" in submitted
+    assert submitted.count("--set=runs_dir=my runs") == 3
+    assert submitted.count("--set=seed=1") == 1
+
+
+def test_a_chain_that_breaks_off_names_the_jobs_that_are_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text(
+        '#!/bin/bash\nif [[ "$*" == *afterok* ]]; then echo "sbatch: error: full" >&2; exit 1; fi\necho 77\n'
+    )
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(UserError, match=r"sbatch refused: .*full; in the queue already: job 77: demo-teacher"):
+        submit_jobs(plan_jobs(["demo/teacher", "demo/distill"]))
 
 
 def test_submitting_where_there_is_no_slurm_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch is not on this machine's PATH"):
-        submit(["sbatch", "x"])
+        submit_jobs(plan_jobs(["demo/teacher"]))
+
+
+@pytest.mark.parametrize("option", [["--slurm"], ["--then", "demo/distill"], ["--nodes", "2"], ["--test-only"]])
+def test_what_only_slurm_can_do_is_refused_here(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "demo/teacher", "--local", "2", *option]) == 2
+    assert "not with --local" in capsys.readouterr().err

@@ -1,0 +1,246 @@
+"""The sbatch scripts on a real Slurm cluster of two nodes: packing, training, chains, preemption, lost nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from slurm_cluster import Cluster
+
+from karmma_dist.shards import ShardFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "slurm"
+CPU = ("--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
+STEPS = 100
+STEPS_PER_CHECKPOINT = 20
+
+pytestmark = pytest.mark.slurm
+
+
+def launch(cluster: Cluster, home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`karmma-dist launch` on the cluster's login node."""
+    command = [sys.executable, "-m", "karmma_dist", "launch", *arguments]
+    environment = {**cluster.environment, **variables}
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def train(cluster: Cluster, home: Path, name: str) -> tuple[str, Path]:
+    """Submit distill.sh for the student under another name; returns job id and log."""
+    log = home / f"{name}.log"
+    job = cluster.sbatch(
+        *CPU, f"--output={log}", str(SCRIPTS / "distill.sh"), "student.yaml", "--set", f"name={name}",
+        cwd=home, KEYS_FOLDER=str(home / "keys"),
+    )  # fmt: skip
+    return job, log
+
+
+def steps_done(home: Path, name: str) -> int:
+    """The last training step in the run's metrics."""
+    path = home / "runs" / name / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # after the last newline a line is unfinished
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+def losses(home: Path, name: str) -> list[float]:
+    """The loss of every training step."""
+    lines = [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def batches(home: Path, job: str, start: int, killed: bool = False) -> list[list[str]]:
+    """Clip keys of every global batch that one start of a job trained on, in order.
+
+    Ranks that were killed may have got further than each other; only what both began is a batch.
+    """
+    ranks = [(home / "keys" / f"{job}-{start}-{rank}").read_text().splitlines() for rank in (0, 1)]
+    return [json.loads(first) + json.loads(second) for first, second in zip(*ranks, strict=not killed)]
+
+
+def seen_twice_and_never(steps: list[list[str]], shards: Path) -> tuple[int, int]:
+    """Over epochs of five steps: clips seen more than once in an epoch, and clips not seen in an epoch."""
+    all_keys = {clip.key for clip in ShardFolder(shards).clips("train")}
+    epochs = [Counter(key for step in steps[place : place + 5] for key in step) for place in range(0, len(steps), 5)]
+    twice = sum(count > 1 for epoch in epochs for count in epoch.values())
+    return twice, sum(len(all_keys - epoch.keys()) for epoch in epochs)
+
+
+def impostor(folder: Path, does: str) -> dict[str, str]:
+    """The PATH of a job whose karmma-dist is the shell script `does`."""
+    program = folder / "karmma-dist"
+    program.write_text(f"#!/bin/bash\n{does}\n")
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def chain(cluster: Cluster, home: Path) -> tuple[str, str]:
+    """Teacher and student as a chain of two jobs, submitted and ended; their ids."""
+    done = launch(cluster, home, "teacher.yaml", "--then", "student.yaml", KEYS_FOLDER=str(home / "keys"))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    teacher, student = first.split()[1].rstrip(":"), second.split()[1].rstrip(":")
+    assert (first, second) == (f"job {teacher}: teacher", f"job {student}: student, after job {teacher}")
+    waiting = cluster.job(student)
+    assert (waiting["JobState"], waiting["Dependency"]) == ("PENDING", f"afterok:{teacher}(unfulfilled)")
+    cluster.wait_until_ended(student, home / f"student_{student}.log")
+    return teacher, student
+
+
+def test_a_student_starts_when_its_teacher_has_finished(
+    cluster: Cluster, home: Path, shards: Path, chain: tuple[str, str]
+) -> None:
+    teacher, student = (cluster.job(job) for job in chain)
+    logs = [(home / f"{name}_{job}.log").read_text() for name, job in zip(("teacher", "student"), chain, strict=True)]
+    assert (teacher["JobState"], student["JobState"]) == ("COMPLETED", "COMPLETED"), "\n".join(logs)
+    assert teacher["NodeList"] == student["NodeList"] == "n[1-2]"
+    assert teacher["EndTime"] <= student["StartTime"]
+    for log, job in zip(logs, chain, strict=True):
+        assert f"job {job} on 2 nodes (n[1-2]), restart 0 of at most 20: " in log
+        assert f"job {job} ended with status 0" in log
+    assert len(losses(home, "student")) == STEPS
+    assert seen_twice_and_never(batches(home, chain[1], 0), shards) == (0, 0)
+    assert "already finished" in logs[1]  # the teacher, in the student's job
+
+
+def test_a_student_whose_teacher_fails_leaves_the_queue(cluster: Cluster, home: Path, tmp_path: Path) -> None:
+    fails = impostor(tmp_path, 'echo "trained $2"; exit 3')
+    done = launch(cluster, home, "teacher.yaml", "--then", "student.yaml", **fails)
+    teacher, student = (line.split()[1].rstrip(":") for line in done.stdout.splitlines())
+    assert cluster.wait_until_ended(student) == "CANCELLED"
+    assert cluster.state(teacher) == "FAILED"
+    assert "0: trained teacher.yaml" in (home / f"teacher_{teacher}.log").read_text()
+    assert not (home / f"student_{student}.log").exists()
+
+
+def test_a_job_whose_recipe_is_wrong_fails_at_once_with_the_reason_in_its_log(cluster: Cluster, home: Path) -> None:
+    log = home / "wrong.log"
+    (home / "wrong.yaml").write_text("extends: student.yaml\ntraining: {epoch: 3}\n")
+    job = cluster.sbatch(*CPU, f"--output={log}", str(SCRIPTS / "teacher.sh"), "wrong.yaml", cwd=home)
+    assert cluster.wait_until_ended(job, log) == "FAILED"
+    said = log.read_text()
+    assert "unknown key 'training.epoch' (did you mean 'epochs'?)" in said
+    assert "Traceback" not in said
+    assert f"job {job} ended with status 2" in said
+    assert cluster.job(job)["Restarts"] == "0"
+    assert cluster.job(job)["ExitCode"] == "2:0"
+
+
+def test_an_array_of_jobs_packs_what_one_process_packs(
+    cluster: Cluster, home: Path, kitchen: Path, shards: Path
+) -> None:
+    out = home / "packed"
+    job = cluster.sbatch(
+        "--array=1-3", "--cpus-per-task=1", f"--output={home}/shard_%a.log", str(SCRIPTS / "shard.sh"),
+        "demo", "--raw", str(kitchen), "--out", str(out), "--set", "clips_per_shard=8", cwd=home,
+    )  # fmt: skip
+    for part in (1, 2, 3):
+        log = home / f"shard_{part}.log"
+        assert cluster.wait_until_ended(f"{job}_{part}", log) == "COMPLETED", log.read_text()
+        assert f"demo, part {part}/3 " in log.read_text()
+    packed, expected = ({path.name: path for path in folder.glob("*.tar")} for folder in (out, shards))
+    assert packed.keys() == expected.keys()
+    assert len(packed) > 3
+    assert all(packed[name].read_bytes() == expected[name].read_bytes() for name in expected)
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (out, shards)]
+    assert manifests[0]["splits"] == manifests[1]["splits"]
+
+
+@pytest.mark.usefixtures("chain")
+def test_a_run_is_evaluated(cluster: Cluster, home: Path) -> None:
+    log = home / "eval.log"
+    job = cluster.sbatch(
+        "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}", str(SCRIPTS / "eval.sh"), "runs/student",
+        "--modalities", "V,A", cwd=home,
+    )  # fmt: skip
+    assert cluster.wait_until_ended(job, log) == "COMPLETED", log.read_text()
+    rows = json.loads((home / "runs/student/eval/results.json").read_text())["rows"]
+    assert [row["modalities"] for row in rows] == [["video", "audio"]]
+
+
+def test_the_scheduler_is_asked_and_nothing_submitted(cluster: Cluster, home: Path) -> None:
+    before = cluster.command("squeue", "--noheader")
+    done = launch(cluster, home, "teacher.yaml", "--then", "student.yaml", "--test-only")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    assert all("to start at" in line and "on nodes n[1-2]" in line for line in done.stdout.splitlines())
+    assert cluster.command("squeue", "--noheader") == before
+
+
+def test_what_sbatch_refuses_is_one_line(cluster: Cluster, home: Path) -> None:
+    done = launch(cluster, home, "teacher.yaml", "--slurm", "--set", "slurm.partition=nowhere")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sbatch refused: ")
+    assert "invalid partition specified: nowhere" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("chain")
+def test_a_preempted_run_goes_on_at_the_exact_step(cluster: Cluster, home: Path, shards: Path) -> None:
+    """Warned by USR2, then taken out by `scontrol requeue`: as if nothing had happened, no clip twice, none never."""
+    job, log = train(cluster, home, "preempted")
+    cluster.wait(lambda: steps_done(home, "preempted") > 3, "training is under way", 120, log)
+    cluster.command("scancel", "--signal=USR2", job)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the job is requeued", 120, log)
+    saved = steps_done(home, "preempted")
+    cluster.wait(lambda: steps_done(home, "preempted") > saved, "training goes on", 120, log)
+    cluster.command("scontrol", "requeue", job)
+    assert cluster.wait_until_ended(job, log) == "COMPLETED", log.read_text()
+    assert cluster.job(job)["Restarts"] == "2"
+    starts = [batches(home, job, start) for start in range(3)]
+    assert all(starts)
+    assert sum(len(steps) for steps in starts) == STEPS
+    assert seen_twice_and_never([step for steps in starts for step in steps], shards) == (0, 0)
+    assert losses(home, "preempted") == losses(home, "student")
+    weights, expected = (load_file(home / "runs" / name / "weights.safetensors") for name in ("preempted", "student"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert log.read_text().count(f"job {job} ended with status 85, saved: requeued") == 1
+
+
+@pytest.mark.usefixtures("chain")
+def test_a_run_that_loses_a_node_goes_on_from_its_newest_checkpoint(
+    cluster: Cluster, home: Path, shards: Path
+) -> None:
+    job, log = train(cluster, home, "robbed")
+    saved = home / "runs" / "robbed" / "checkpoints"
+    cluster.wait(lambda: any(saved.glob("step-*")), "a checkpoint is there", 120, log)
+    cluster.kill_node("n2")
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the job is requeued", 120, log)
+    cluster.start_node("n2")
+    assert cluster.wait_until_ended(job, log) == "COMPLETED", log.read_text()
+    assert losses(home, "robbed") == losses(home, "student")
+    first, second = batches(home, job, 0, killed=True), batches(home, job, 1)
+    kept = STEPS - len(second)
+    assert 0 < kept <= len(first)
+    assert kept % STEPS_PER_CHECKPOINT == 0
+    assert seen_twice_and_never(first[:kept] + second, shards) == (0, 0)
+
+
+def test_a_run_that_is_always_preempted_stops_at_the_restart_limit(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    job = cluster.sbatch(
+        *CPU, f"--output={log}", str(SCRIPTS / "distill.sh"), cwd=tmp_path, KARMMA_DIST_MAX_RESTARTS="1",
+        **impostor(tmp_path, "exit 85"),
+    )  # fmt: skip
+    assert cluster.wait_until_ended(job, log) == "FAILED"
+    assert cluster.job(job)["Restarts"] == "1"
+    assert "ended with status 85, saved: not requeued after 1 restarts; submit it again to go on" in log.read_text()
+
+
+def test_a_run_that_is_cancelled_saves_and_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    path = impostor(tmp_path, "trap 'echo saved; exit 85' TERM; echo ready; while true; do sleep 0.1; done")
+    job = cluster.sbatch(*CPU, f"--output={log}", str(SCRIPTS / "distill.sh"), cwd=tmp_path, **path)
+    cluster.wait(lambda: log.is_file() and log.read_text().count(": ready") == 2, "both ranks are up", 60, log)
+    cluster.command("scancel", job)
+    cluster.wait(lambda: "ended with" in log.read_text(), "the script says its last line", 60, log)
+    assert cluster.wait_until_ended(job, log) == "CANCELLED"
+    assert log.read_text().count(": saved") == 2
+    assert f"job {job} ended with status 85\n" in log.read_text()
