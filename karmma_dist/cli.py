@@ -237,6 +237,22 @@ def evaluate(
         sys.exit(1)
 
 
+@cli.command("runs")
+@click.argument("folder", metavar="[DIR]", default="runs", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def runs_command(folder: Path, as_json: bool) -> None:
+    """Show the runs in and below DIR (default: runs): state, step, loss, best accuracy, job, how to go on."""
+    from karmma_dist.runs import find_runs, print_runs, to_json
+
+    found = find_runs(folder)
+    if as_json:
+        _print_json(to_json(found))
+    elif found:
+        print_runs(found)
+    else:
+        click.echo(f"{folder}: no runs in it")
+
+
 @cli.group("bench")
 def bench_group() -> None:
     """Measurements on this machine."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.shards import write_json
+from karmma_dist.training.whereabouts import whereabouts
 
 STATE = "state.json"
 
@@ -48,8 +49,8 @@ def _step_of(line: str) -> int:
 
 
 def write_state(run_dir: Path, state: str, **values: Any) -> None:
-    """Write state.json: `running`, `finished`, `interrupted` or `failed`, with the time and what else is known."""
-    write_json(run_dir / STATE, {"state": state, "time": time.time(), **values})
+    """Write state.json: `running`, `finished`, `interrupted` or `failed`, who wrote it when, and what else is known."""
+    write_json(run_dir / STATE, {"state": state, "time": time.time(), **whereabouts(), **values})
 
 
 def read_state(run_dir: Path) -> dict[str, Any]:
