@@ -237,6 +237,28 @@ def evaluate(
         sys.exit(1)
 
 
+@cli.command()
+@click.argument("recipe", required=False)
+@set_option
+@click.option("--distributed", is_flag=True, help="Under srun or torchrun, on every rank: do the ranks fit together?")
+@click.option("--timeout", default=60, show_default=True, type=click.IntRange(min=5), help="Seconds it may take.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(recipe: str | None, overrides: tuple[str, ...], distributed: bool, timeout: int, as_json: bool) -> None:
+    """Check this machine, or with --distributed the ranks of a job, and say what to fix.
+
+    With RECIPE also what it needs: shards, run folder, shared memory. 0: fit to train, 1: something must be fixed.
+    """
+    from karmma_dist.recipe import load_chain
+
+    if overrides and recipe is None:
+        raise UserError("doctor: --set changes a recipe: name one")
+    chain = [] if recipe is None else load_chain(recipe, overrides)
+    if distributed:
+        from karmma_dist.training.preflight import preflight_here
+
+        sys.exit(preflight_here(chain, timeout, as_json))
+
+
 @cli.command("runs")
 @click.argument("folder", metavar="[DIR]", default="runs", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
