@@ -257,6 +257,15 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], distributed: bool, ti
         from karmma_dist.training.preflight import preflight_here
 
         sys.exit(preflight_here(chain, timeout, as_json))
+    from karmma_dist.launching.doctor import diagnose, is_fit, print_checks, to_json
+
+    checks = diagnose(chain, timeout)
+    if as_json:
+        _print_json(to_json(checks))
+    else:
+        print_checks(checks)
+    if not is_fit(checks):
+        sys.exit(1)
 
 
 @cli.command("runs")

@@ -120,7 +120,7 @@ def ask_squeue(ids: list[str]) -> dict[str, str] | None:
 def print_runs(runs: Iterable[Run], console: Console | None = None) -> None:
     """A table, and below it what to type for each run that can go on."""
     runs = list(runs)
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     table = Table()
     for heading in ("run", "state", "step", "loss", "best", "job", "host", "last sign"):
         table.add_column(heading, justify="right" if heading in ("step", "loss", "last sign") else "left")
@@ -133,9 +133,9 @@ def print_runs(runs: Iterable[Run], console: Console | None = None) -> None:
     console.print(table)
     for run in runs:
         if run.why:
-            console.print(f"{run.name}: {run.state}: {run.why}", markup=False, soft_wrap=True)
+            console.print(f"{run.name}: {run.state}: {run.why}", soft_wrap=True)
         if run.resume:
-            console.print(f"{run.name}: go on with: {run.resume}", markup=False, soft_wrap=True)
+            console.print(f"{run.name}: go on with: {run.resume}", soft_wrap=True)
 
 
 def to_json(runs: Iterable[Run]) -> list[dict[str, Any]]:
