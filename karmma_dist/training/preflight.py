@@ -18,7 +18,6 @@ import datetime
 import json
 import os
 import secrets
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,6 +45,7 @@ from karmma_dist.training.rank_facts import (
     version_facts,
 )
 from karmma_dist.training.rendezvous import World, find_world
+from karmma_dist.training.whereabouts import node_name
 
 _SKEW_S = 1.0
 """Clocks that differ by more are noted: ages in `karmma-dist runs` and times in logs are wrong by it."""
@@ -102,7 +102,7 @@ def preflight(
         else:
             _Other(chain, world, timeout_s, store, outcome).run()
     except dist.DistError:
-        host = socket.gethostname()
+        host = node_name()
         outcome.failures.append(f"rank {world.rank} ({host}): rank 0 ({world.address}:{world.port}) stopped answering")
     finally:
         if dist.is_initialized() and not outcome.must_exit:
@@ -111,7 +111,7 @@ def preflight(
 
 
 def _unreachable(world: World, timeout_s: float, error: Exception) -> str:
-    host, where = socket.gethostname(), f"{world.address}:{world.port}"
+    host, where = node_name(), f"{world.address}:{world.port}"
     if "EADDRINUSE" in str(error):
         return f"rank {world.rank} ({host}): {where} is in use: set another MASTER_PORT"
     if world.rank == 0:

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from karmma_dist.recipe import Recipe
 from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.loader import open_shards
 from karmma_dist.training.rendezvous import World
+from karmma_dist.training.whereabouts import node_name
 
 _PACKAGES = ("torch", "deepspeed", "timm", "webdataset", "av", "numpy")
 
@@ -35,7 +35,7 @@ Facts = dict[str, Any]
 
 def first_facts(world: World) -> Facts:
     """Who this rank is."""
-    return {"rank": world.rank, "local_rank": world.local_rank, "host": socket.gethostname(), "failures": []}
+    return {"rank": world.rank, "local_rank": world.local_rank, "host": node_name(), "failures": []}
 
 
 def attempt(facts: Facts, name: str, work: Callable[[], Any], limit_s: float) -> bool:

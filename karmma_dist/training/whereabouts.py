@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This machine's name: the one Slurm gave the node, inside a job step, else the host's own."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def whereabouts(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """This process: host, pid, number of ranks and, under Slurm, job and nodes.
 
     `machine` names the boot and the pid namespace that `pid` means something in, `started` the process that had it.
     """
-    found: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "ranks": _num_ranks(environment)}
+    found: dict[str, Any] = {"host": node_name(environment), "pid": os.getpid(), "ranks": _num_ranks(environment)}
     machine, started = _machine(), _started(os.getpid())
     if machine and started:
         found |= {"machine": machine, "started": started}

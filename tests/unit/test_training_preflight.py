@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from karmma_dist.training.placement import planned_hosts, tasks_per_node
 from karmma_dist.training.preflight import Outcome, preflight, report
 from karmma_dist.training.rank_facts import attempt, device_facts, differences
 from karmma_dist.training.rendezvous import World, free_port
+from karmma_dist.training.whereabouts import node_name
 
 TIMEOUT_S = 20.0
 
@@ -284,3 +286,9 @@ def test_a_file_with_another_meetings_token_is_not_seen(tmp_path: Path) -> None:
         second.join(1)
     first.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_has_slurms_name_where_there_is_one() -> None:
+    """Several nodes may share one host name, as containers do."""
+    assert node_name({"SLURMD_NODENAME": "n2"}) == "n2"
+    assert node_name({}) == socket.gethostname()
