@@ -295,6 +295,53 @@ def profile(
         click.echo(f"plot: {plot}", err=as_json)
 
 
+@cli.command()
+@click.argument("recipe", required=False)
+@set_option
+@click.option("--distributed", is_flag=True, help="Under srun or torchrun, on every rank: do the ranks fit together?")
+@click.option("--timeout", default=60, show_default=True, type=click.IntRange(min=5), help="Seconds it may take.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(recipe: str | None, overrides: tuple[str, ...], distributed: bool, timeout: int, as_json: bool) -> None:
+    """Check this machine, or with --distributed the ranks of a job, and say what to fix.
+
+    With RECIPE also what it needs: shards, run folder, shared memory. 0: fit to train, 1: something must be fixed.
+    """
+    from karmma_dist.recipe import load_chain
+
+    if overrides and recipe is None:
+        raise UserError("doctor: --set changes a recipe: name one")
+    chain = [] if recipe is None else load_chain(recipe, overrides)
+    if distributed:
+        from karmma_dist.training.preflight import preflight_here
+
+        sys.exit(preflight_here(chain, timeout, as_json))
+    from karmma_dist.launching.doctor import diagnose, is_fit, print_checks, to_json
+
+    checks = diagnose(chain, timeout)
+    if as_json:
+        _print_json(to_json(checks))
+    else:
+        print_checks(checks)
+    if not is_fit(checks):
+        sys.exit(1)
+
+
+@cli.command("runs")
+@click.argument("folder", metavar="[DIR]", default="runs", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def runs_command(folder: Path, as_json: bool) -> None:
+    """Show the runs in and below DIR (default: runs): state, step, loss, best accuracy, job, how to go on."""
+    from karmma_dist.runs import find_runs, print_runs, to_json
+
+    found = find_runs(folder)
+    if as_json:
+        _print_json(to_json(found))
+    elif found:
+        print_runs(found)
+    else:
+        click.echo(f"{folder}: no runs in it")
+
+
 @cli.group("bench")
 def bench_group() -> None:
     """Measurements on this machine."""

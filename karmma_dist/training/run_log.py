@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.shards import write_json
+from karmma_dist.training.whereabouts import whereabouts
 
 STATE = "state.json"
 """File name of a run's state."""
@@ -58,11 +59,11 @@ def _step_of(line: str) -> int:
 
 
 def write_state(run_dir: Path, state: str, **values: Any) -> None:
-    """Write state.json: a state, the time and what else is known.
+    """Write state.json: a state, the time, who wrote it and what else is known.
 
     `running`, `finished`, `failed`; saved and ended early: `preempted`, `interrupted`, `stopped`; in best/: `best`.
     """
-    write_json(run_dir / STATE, {"state": state, "time": time.time(), **values})
+    write_json(run_dir / STATE, {"state": state, "time": time.time(), **whereabouts(), **values})
 
 
 def read_state(run_dir: Path) -> dict[str, Any]:

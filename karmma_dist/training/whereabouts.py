@@ -1,0 +1,62 @@
+"""Which process writes a run, where it is, and whether it still lives: written into state.json, read by `runs`."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This machine's name: the one Slurm gave the node, inside a job step, else the host's own."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def whereabouts(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """This process: host, pid, number of ranks and, under Slurm, job and nodes.
+
+    `machine` names the boot and the pid namespace that `pid` means something in, `started` the process that had it.
+    """
+    found: dict[str, Any] = {"host": node_name(environment), "pid": os.getpid(), "ranks": _num_ranks(environment)}
+    machine, started = _machine(), _started(os.getpid())
+    if machine and started:
+        found |= {"machine": machine, "started": started}
+    if "SLURM_JOB_ID" in environment:
+        found |= {"job_id": environment["SLURM_JOB_ID"], "nodes": _number(environment.get("SLURM_JOB_NUM_NODES"))}
+    return found
+
+
+def is_alive(written: Mapping[str, Any]) -> bool | None:
+    """Whether the process that `whereabouts` described still runs; None where this machine cannot tell."""
+    if "started" not in written or written.get("machine") != _machine():
+        return None
+    return _started(int(written["pid"])) == written["started"]
+
+
+def _num_ranks(environment: Mapping[str, str]) -> int:
+    if "RANK" in environment:
+        return _number(environment.get("WORLD_SIZE"))
+    return _number(environment.get("SLURM_STEP_NUM_TASKS"))
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 1
+
+
+def _machine() -> str | None:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None  # not Linux: then nobody can tell
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot: pids are used again, these pairs are not."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])

@@ -1,0 +1,316 @@
+"""`doctor` finds what is broken, says what to do, and comes to an end whatever the machine does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from karmma_dist.cli import main
+from karmma_dist.launching import doctor, machine, probes
+from karmma_dist.launching.check import Check, bounded
+from karmma_dist.recipe import Recipe
+
+LIMIT_S = 120.0
+
+
+def recipe(shards: str, runs: Path, **training: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "student", "runs_dir": str(runs), "stage": "supervised",
+            "data": {"shards": shards, "modalities": ["video", "audio"], "num_workers": 2},
+            "model": {"encoders": {"video": {"name": "small_video"}, "audio": {"name": "small_audio"}}},
+            "training": {"batch_size": 8, **training}, "slurm": {"nodes": 2},
+        }
+    )  # fmt: skip
+
+
+def fake_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Put commands first on PATH."""
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, answers: list[dict[str, Any]], ended: str | None = None) -> None:
+    """Let the probes answer this."""
+    monkeypatch.setattr(doctor, "run_probe", lambda *_: (answers, ended))
+
+
+def test_this_machine_can_import_and_decode() -> None:
+    """The real probes, in real processes."""
+    assert [check.state for check in doctor.check_decoder(LIMIT_S)] == ["ok"]
+    (packages,) = doctor.check_packages(LIMIT_S)
+    assert packages.state == "ok"
+    assert "torch " in packages.found
+    assert "deepspeed " in packages.found
+    devices = doctor.check_devices(LIMIT_S)
+    assert all(check.found for check in devices)
+
+
+def test_a_check_that_raises_is_a_finding() -> None:
+    def broken() -> list[Check]:
+        raise OSError("stale\nfile handle")
+
+    (check,) = bounded("disk", broken, LIMIT_S)()
+    assert check.state == "fix"
+    assert "OSError: stale file handle" in check.found
+
+
+def test_a_check_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("karmma_dist.launching.check._PROBE_GRACE_S", 0.0)
+    release = threading.Event()
+    try:
+        (check,) = bounded("disk", lambda: [Check("disk", "ok", str(release.wait(100)))], 0.1)()
+    finally:
+        release.set()
+    assert (check.name, check.state) == ("disk", "fix")
+    assert "did not answer" in check.found
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ('echo \'{"package": "torch", "begun": true}\'; kill -SEGV $$', "was killed by signal 11"),
+        ("echo 'No module named karmma_dist' >&2; exit 1", "failed (No module named karmma_dist)"),
+    ],
+)
+def test_a_probe_that_crashes_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
+) -> None:
+    fake_commands(tmp_path, monkeypatch, python=script)
+    monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
+    *_, check = doctor.check_packages(LIMIT_S)
+    assert check.state == "fix"
+    assert said in check.found
+
+
+@pytest.mark.parametrize("check", [doctor.check_devices, doctor.check_decoder])
+def test_a_driver_or_decoder_that_crashes_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[[float], list[Check]]
+) -> None:
+    fake_commands(tmp_path, monkeypatch, python="kill -SEGV $$")
+    monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
+    (found,) = check(LIMIT_S)
+    assert found.state == "fix"
+    assert "killed by signal 11" in found.found
+    assert found.advice
+
+
+def test_a_probe_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_commands(tmp_path, monkeypatch, python="exec sleep 100")
+    monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
+    assert doctor.run_probe("decoder", 0.2) == ([], "did not answer within 0 s")
+
+
+def test_a_package_that_does_not_import_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = {"package": "numpy", "version": "2.4.6", "required": "1.26", "error": None}
+    bad = {"package": "torch", "version": "2.15.0", "required": "2.6", "error": "ImportError: libcudart.so.13"}
+    answering(monkeypatch, [good, bad])
+    assert [(check.name, check.state) for check in doctor.check_packages(1)] == [("packages", "ok"), ("torch", "fix")]
+
+
+@pytest.mark.parametrize(("version", "state"), [("2.5.1+cu121", "fix"), ("2.6.0", "ok"), ("2.15.0+cu132", "ok")])
+def test_versions_are_compared_as_numbers(monkeypatch: pytest.MonkeyPatch, version: str, state: str) -> None:
+    answering(monkeypatch, [{"package": "torch", "version": version, "required": "2.6", "error": None}])
+    assert doctor.check_packages(1)[-1].state == state
+
+
+def test_required_versions_are_those_of_this_package() -> None:
+    assert set(probes._required()) >= {"torch", "deepspeed", "timm", "webdataset", "av"}
+
+
+GPU = {"name": "H200", "memory_bytes": 139 * 2**30, "capability": "9.0", "error": None}
+
+
+def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, [{"cuda": "13.2", "gpus": [GPU, GPU], "nccl": "2.30.7", "available": True}])
+    monkeypatch.setattr(doctor, "_driver", lambda: "595.10")
+    checks = doctor.check_devices(1)
+    assert [check.name for check in checks] == ["GPU 0", "GPU 1", "CPU", "NCCL"]
+    assert checks[0].found == "H200, 139 GiB, capability 9.0, driver 595.10"
+    assert doctor.is_fit(checks)
+
+
+def test_a_gpu_that_fails_must_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {**GPU, "error": "CUDA error: uncorrectable ECC error"}
+    answering(monkeypatch, [{"cuda": "13.2", "gpus": [GPU, broken], "nccl": "2.30.7", "available": True}])
+    assert [check.state for check in doctor.check_devices(1)] == ["ok", "fix", "ok", "ok"]
+
+
+def test_a_driver_without_a_gpu_that_torch_sees_must_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, [{"cuda": "13.2", "gpus": [], "nccl": "2.30.7", "available": False}])
+    monkeypatch.setattr(doctor, "_driver", lambda: "470.1")
+    (check,) = doctor.check_devices(1)
+    assert check.state == "fix"
+    assert "update the driver" in check.advice
+    monkeypatch.setattr(doctor, "_driver", lambda: None)
+    assert [check.state for check in doctor.check_devices(1)] == ["note", "note"]
+
+
+def test_a_decoder_that_changes_the_sound_must_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, [{"ffmpeg": "8", "video": True, "sound": False, "frames": 10}])
+    (check,) = doctor.check_decoder(1)
+    assert (check.state, check.found) == ("fix", "sound come back other than they went in")
+
+
+def test_a_slurm_whose_controller_answers_is_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_commands(
+        tmp_path, monkeypatch, sbatch="echo slurm-wlm 22.05.8", srun="", squeue="", sinfo="echo 'gpu* 2 idle'",
+        scontrol="echo 'Slurmctld(primary) at localhost is UP'",
+    )  # fmt: skip
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    (check,) = machine.check_slurm()
+    assert check == Check("Slurm", "ok", "slurm-wlm 22.05.8, gpu* 2 idle, inside job 41")
+
+
+@pytest.mark.parametrize(
+    ("ping", "state", "said"),
+    [
+        ("echo 'Slurmctld(primary) at head is DOWN'; exit 1", "fix", "head is DOWN"),
+        ("echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1", "note", "no cluster"),
+    ],
+)
+def test_a_slurm_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ping: str, state: str, said: str
+) -> None:
+    fake_commands(tmp_path, monkeypatch, sbatch="echo slurm 22", srun="", squeue="", scontrol=ping)
+    (check,) = machine.check_slurm()
+    assert check.state == state
+    assert said in check.found
+    assert check.advice
+
+
+def test_no_slurm_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (check,) = machine.check_slurm()
+    assert check.state == "note"
+
+
+def test_no_compiler_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.check_compiler()[0].state == "note"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (check,) = machine.check_compiler()
+    assert check.state == "note"
+    assert "no-such-compiler" in check.found
+
+
+def test_headers_that_are_missing_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_commands(tmp_path, monkeypatch, cc1="echo 'probe.cpp:1: fatal error: Python.h: No such file' >&2; exit 1")
+    monkeypatch.setenv("CXX", str(tmp_path / "cc1"))
+    assert "python3-dev" in machine.check_compiler()[0].advice
+
+
+def test_room_is_looked_up_where_the_folder_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(free=5e8)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    check = machine.check_room("runs", tmp_path / "a" / "b")
+    assert asked == [tmp_path]
+    assert check.state == "fix"
+    assert "0.5 GB free" in check.found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert machine.check_room("runs", tmp_path / "file" / "runs").state == "fix"
+
+
+def test_shards_of_a_recipe_are_looked_at(shards: Path, tmp_path: Path) -> None:
+    good, bad = recipe(str(shards), tmp_path), recipe(str(tmp_path / "none"), tmp_path)
+    remote = recipe("https://user:secret@data.example.org/kitchen", tmp_path)
+    checks = machine.check_shards([good, good, bad, remote])
+    assert [check.state for check in checks] == ["ok", "fix", "ok"]
+    assert "train 30" in checks[0].found
+    assert "secret" not in checks[2].found
+
+
+def test_shared_memory_is_what_decoded_batches_take(tmp_path: Path) -> None:
+    one = recipe("x", tmp_path)
+    video, audio = 3 * 32 * 224 * 224, 2 * 32 * round(1.116 * 16_000)
+    assert machine.clip_bytes(one.inputs, one.data.modalities) == video + audio
+    # 8 clips over 2 nodes, 2 workers, 3 batches ahead
+    assert machine.shared_memory_bytes(one) == 4 * (video + audio) * 2 * 3
+    assert machine.shared_memory_bytes(recipe("x", tmp_path, accumulation=2)) == 2 * (video + audio) * 2 * 3
+
+
+def test_clip_bytes_are_those_of_a_decoded_batch(shards: Path) -> None:
+    from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
+    from karmma_dist.streaming.order import Position, Schedule
+
+    small = {"num_frames": 4, "short_side": 32, "crop": 32, "jitter": 0}
+    made = Recipe.model_validate(
+        {
+            "name": "x", "stage": "supervised",
+            "data": {"shards": str(shards), "modalities": ["video", "flow", "audio"], "num_workers": 0},
+            "inputs": {"video": small, "audio": {"num_windows": 2, "window_s": 0.5}},
+            "model": {"encoders": {name: {"name": "small_video"} for name in ("video", "flow", "audio")}},
+        }
+    )  # fmt: skip
+    clips = TrainingClips(open_shards(made.data), made.data, made.inputs, 0, 6)
+    batches = training_batches(clips, Schedule(len(clips.clips), 6, 1, 1), 0, Position(0, 0), 1)
+    with batches:
+        batch = next(batches)
+    found = {name: tensor[0].numel() * tensor.element_size() for name, tensor in batch.inputs.items()}
+    assert found == {name: machine.clip_bytes(made.inputs, [name]) for name in found}
+    assert found
+
+
+def test_too_little_shared_memory_must_be_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = SimpleNamespace(f_bavail=64, f_frsize=2**20)  # what docker gives
+    monkeypatch.setattr(os, "statvfs", lambda _: room)
+    assert machine.check_shared_memory([], tmp_path).state == "fix"
+    check = machine.check_shared_memory([recipe("x", tmp_path)], tmp_path)
+    assert check.state == "fix"
+    assert "--shm-size" in check.advice
+    assert machine.check_shared_memory([], tmp_path / "none").state == "fix"
+
+
+@pytest.mark.parametrize(("soft", "state"), [(256, "fix"), (1024, "note"), (65536, "ok"), (-1, "ok")])
+def test_open_files_are_judged(monkeypatch: pytest.MonkeyPatch, soft: int, state: str) -> None:
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (soft, 1048576))
+    check = machine.check_limits()[0]
+    assert check.state == state
+    assert ("ulimit -n 65536" in check.advice) == (state != "ok")
+
+
+@pytest.mark.parametrize(("state", "code"), [("ok", 0), ("note", 0), ("fix", 1)])
+def test_the_exit_code_says_whether_something_must_be_fixed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: Any, code: int
+) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda *_: [Check("disk", state, "full", "free some")])
+    assert main(["doctor", "--json"]) == code
+    assert json.loads(capsys.readouterr().out) == {
+        "ok": code == 0, "checks": [{"name": "disk", "state": state, "found": "full", "advice": "free some"}]
+    }  # fmt: skip
+    assert main(["doctor"]) == code
+    assert f"{state}: disk: free some" in capsys.readouterr().out
+
+
+def test_advice_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    advice = "pip install 'karmma-dist[s3]' " + "x" * 100
+    doctor.print_checks([Check("disk", "fix", "[bold]", advice)], Console(markup=False, highlight=False, width=60))
+    shown = capsys.readouterr().out
+    assert f"fix: disk: {advice}" in shown.splitlines()
+    assert "[bold]" in shown
+
+
+def test_overrides_without_a_recipe_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--set", "seed=1"]) == 2
+    assert "name one" in capsys.readouterr().err
