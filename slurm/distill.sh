@@ -51,8 +51,18 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it ove
 
 say "on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), restart $restarts of at most $max_restarts: $recipe $*"
 status=0
+if [ "${KARMMA_DIST_PREFLIGHT:-1}" -ne 0 ]; then  # a minute at most: device, shards, run folder and network of every rank
+    settings=()
+    for ((i = 1; i <= $#; i++)); do
+        next=$((i + 1))
+        case ${!i} in --set) settings+=(--set "${!next}") ;; --set=*) settings+=("${!i}") ;; esac
+    done
+    srun --label --kill-on-bad-exit=0 --wait=60 "${container[@]}" "${program[@]}" \
+        doctor --distributed "$recipe" "${settings[@]}" || status=$?
+fi
 # Ranks that saved end together: none is killed while others leave, so that their status 85 is srun's.
-srun --label --kill-on-bad-exit=0 --wait=60 "${container[@]}" "${program[@]}" train "$recipe" "$@" || status=$?
+[ "$status" -ne 0 ] ||
+    srun --label --kill-on-bad-exit=0 --wait=60 "${container[@]}" "${program[@]}" train "$recipe" "$@" || status=$?
 
 reason=
 if [ "$status" -ne 0 ] && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then

@@ -83,7 +83,8 @@ def impostor(folder: Path, does: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def chain(cluster: Cluster, home: Path) -> tuple[str, str]:
     """Teacher and student as a chain of two jobs, submitted and ended; their ids."""
-    done = launch(cluster, home, "teacher.yaml", "--then", "student.yaml", KEYS_FOLDER=str(home / "keys"))
+    variables = {"KEYS_FOLDER": str(home / "keys"), "KARMMA_DIST_PREFLIGHT": "1"}
+    done = launch(cluster, home, "teacher.yaml", "--then", "student.yaml", **variables)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     teacher, student = first.split()[1].rstrip(":"), second.split()[1].rstrip(":")
@@ -104,6 +105,7 @@ def test_a_student_starts_when_its_teacher_has_finished(
     assert teacher["EndTime"] <= student["StartTime"]
     for log, job in zip(logs, chain, strict=True):
         assert f"job {job} on 2 nodes (n[1-2]), restart 0 of at most 20: " in log
+        assert "all-reduce" in log  # of the ranks' preflight
         assert f"job {job} ended with status 0" in log
     assert len(losses(home, "student")) == STEPS
     assert seen_twice_and_never(batches(home, chain[1], 0), shards) == (0, 0)

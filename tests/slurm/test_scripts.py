@@ -27,6 +27,7 @@ _COMMANDS = {
     "srun": """\
 if [[ " $* " == *" true "* ]]; then echo "srun $*" >> calls; exit "${GONE:-0}"; fi
 echo "srun $*" >> calls
+if [[ " $* " == *" doctor "* ]]; then exit "${UNFIT:-0}"; fi
 for name in MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK; do echo "  $name=${!name:-}" >> calls; done
 exit "${STATUS:-0}"
 """,
@@ -134,6 +135,24 @@ def test_what_was_preempted_or_lost_a_node_is_requeued_and_nothing_else(
     assert done.returncode == int(changes.get("STATUS", "0"))
     assert said in done.stdout
     assert ("scontrol requeue 40123" in (job / "calls").read_text()) is requeued
+
+
+def test_nothing_is_trained_where_the_ranks_do_not_fit_together(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the job is not started again: the next time it would be no better."""
+    monkeypatch.setenv("UNFIT", "1")
+    done = run_script("distill.sh", "demo/distill", "--resume", "never", "--set", "a=b c", "--set=seed=1")
+    assert done.returncode == 1
+    assert "ended with status 1\n" in done.stdout
+    calls = (job / "calls").read_text()
+    assert "doctor --distributed demo/distill --set a=b c --set=seed=1\n" in calls
+    assert " train " not in calls
+    assert "requeue" not in calls
+
+
+def test_the_preflight_can_be_left_out(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KARMMA_DIST_PREFLIGHT", "0")
+    assert run_script("distill.sh").returncode == 0
+    assert "doctor" not in (job / "calls").read_text()
 
 
 def test_a_job_that_slurm_has_restarted_too_often_does_not_start(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
