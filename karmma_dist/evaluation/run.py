@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from karmma_dist.errors import UserError
+from karmma_dist.evaluation.bootstrap import add_intervals
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.groups import participants, read_groups
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.models.pretrained import load_model
 from karmma_dist.progress import Report, silent
@@ -61,6 +63,7 @@ def evaluate_run(
     split: str | None = None,
     batch_size: int | None = None,
     num_workers: int | None = None,
+    annotations: Path | None = None,
     report: Report = silent,
 ) -> Evaluated:
     """Evaluate a run folder or a weights file.
@@ -72,6 +75,7 @@ def evaluate_run(
         split: Split; None: the run's validation split.
         batch_size: Clips per batch; None: the recipe's. The answers do not depend on it.
         num_workers: Decoding processes; None: the recipe's.
+        annotations: Folder with the lists of rare classes and unseen participants; None: the recipe's, if it has one.
         report: Progress.
 
     Raises:
@@ -90,8 +94,10 @@ def evaluate_run(
     size = batch_size or (recipe.evaluation.batch_size if recipe else 16)
     name = run.stem if recipe is None else recipe.name if home == folder else f"{recipe.name}/{BEST}"
     chosen = conditions(model.modalities)
-    results = _evaluate(model, data, card.inputs, chosen, size, device, name, report)
-    return Evaluated(name, folder / "eval", data, results)
+    if annotations is None and recipe is not None and recipe.evaluation.annotations is not None:
+        annotations = Path(recipe.evaluation.annotations)
+    results = _evaluate(model, data, card.inputs, chosen, size, device, name, annotations, report)
+    return Evaluated(name, folder / "eval", data, add_intervals(results))
 
 
 def _evaluate(
@@ -102,10 +108,13 @@ def _evaluate(
     batch_size: int,
     device: torch.device,
     name: str,
+    annotations: Path | None,
     report: Report,
 ) -> Results:
     """One process, every clip."""
     clips = EvaluationClips(open_shards(data), data, inputs, data.validation_split)
+    of_clip = participants(clips.folder, clips.clips)
+    groups = None if annotations is None else read_groups(annotations, model.heads, of_clip)
     total = len(clips.clips)
     done = 0
 
@@ -116,7 +125,9 @@ def _evaluate(
 
     with on_device(evaluation_batches(clips, batch_size), device) as batches:
         prepared = (prepare(batch, inputs, device) for batch in batches)
-        return evaluate(model, prepared, conditions, device=device, drop_nouns=data.drop_nouns, progress=progress)
+        return evaluate(
+            model, prepared, conditions, device=device, drop_nouns=data.drop_nouns, progress=progress, groups=groups
+        )
 
 
 def validate(model: nn.Module, recipe: Recipe, world: World) -> dict[str, float]:
