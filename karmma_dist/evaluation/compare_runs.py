@@ -13,7 +13,7 @@ from typing import Any
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.compare import check_same_clips, compare
 from karmma_dist.evaluation.report import write_report, write_results
-from karmma_dist.evaluation.run import Evaluated
+from karmma_dist.evaluation.run import Evaluated, run_name
 from karmma_dist.models.pretrained import CARD, ModelCard
 from karmma_dist.models.weight_files import own_weights
 from karmma_dist.settings import read_tree, validate
@@ -22,9 +22,9 @@ from karmma_dist.shards import write_json
 COMPARISON = "comparison.json"
 
 
-def evaluate_and_compare(runs: Sequence[Path], evaluate: Callable[[Path], Evaluated]) -> tuple[
-    dict[str, Evaluated], dict[str, Any]
-]:
+def evaluate_and_compare(
+    runs: Sequence[Path], evaluate: Callable[[Path], Evaluated]
+) -> tuple[dict[str, Evaluated], dict[str, Any]]:
     """Evaluate every run, leave its results and report in its own folder, and compare them.
 
     Args:
@@ -41,8 +41,6 @@ def evaluate_and_compare(runs: Sequence[Path], evaluate: Callable[[Path], Evalua
     done: dict[str, Evaluated] = {}
     for run in runs:
         one = evaluate(run)
-        if one.name in done:
-            raise UserError(f"{run}: another run is called '{one.name}' too: one column needs one name")
         done[one.name] = one
         check_same_clips({name: of.results for name, of in done.items()})
         write_results(one.results, one.folder)
@@ -72,12 +70,20 @@ def title(done: Sequence[Evaluated]) -> str:
 def _check_runs(runs: Sequence[Path]) -> None:
     """Find before the first long evaluation what can be found in the runs' descriptions."""
     seen: dict[Path, Path] = {}
+    names: dict[str, Path] = {}
     cards: dict[Path, ModelCard] = {}
     for run in runs:
         weights = own_weights(run).resolve()
         if weights in seen:
             raise UserError(f"{run}: named twice (as {seen[weights]}): name every run once")
         seen[weights] = run
+        name = run_name(run)
+        if name in names:
+            raise UserError(
+                f"{run} and {names[name]} are both called '{name}': change name: in one's recipe.yaml, or name its "
+                "weights file otherwise"
+            )
+        names[name] = run
         card_path = weights.parent / CARD
         if not card_path.is_file():
             raise UserError(f"{weights}: no {CARD} beside it, so the model to build is unknown")

@@ -55,6 +55,25 @@ def newest_finished_run(runs_dir: Path) -> Path:
     return max(finished, key=lambda run: finished[run])
 
 
+def run_name(run: Path) -> str:
+    """What a run is called in a report: as in its recipe, with /best for its best weights, or as its weights file.
+
+    Raises:
+        UserError: its recipe cannot be read.
+    """
+    folder, home = _places(run)
+    if not (home / "recipe.yaml").is_file():
+        return run.stem
+    name = read_run_recipe(home).name
+    return name if home == folder else f"{name}/{BEST}"
+
+
+def _places(run: Path) -> tuple[Path, Path]:
+    """The folder of the weights, and that of the run: the one above where these are its best."""
+    folder = run if run.is_dir() else run.parent
+    return folder, folder.resolve().parent if folder.resolve().name == BEST else folder
+
+
 def evaluate_run(
     run: Path,
     conditions: Callable[[Sequence[str]], list[Condition]],
@@ -83,8 +102,7 @@ def evaluate_run(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, card = load_model(run, device)
-    folder = run if run.is_dir() else run.parent
-    home = folder.resolve().parent if folder.resolve().name == BEST else folder
+    folder, home = _places(run)
     recipe = read_run_recipe(home) if (home / "recipe.yaml").is_file() else None
     if recipe is None and shards is None:
         raise UserError(f"{folder}: no recipe.yaml beside the weights, so name the shards with --shards DIR")
@@ -92,7 +110,7 @@ def evaluate_run(
     changes = {"shards": shards, "validation_split": split, "num_workers": num_workers}
     data = base.model_copy(update={name: value for name, value in changes.items() if value is not None})
     size = batch_size or (recipe.evaluation.batch_size if recipe else 16)
-    name = run.stem if recipe is None else recipe.name if home == folder else f"{recipe.name}/{BEST}"
+    name = run_name(run)
     chosen = conditions(model.modalities)
     if annotations is None and recipe is not None and recipe.evaluation.annotations is not None:
         annotations = Path(recipe.evaluation.annotations)

@@ -140,10 +140,10 @@ def test_runs_that_cannot_be_compared_are_one_line(
 ) -> None:
     def copy(name: str, classes: dict[str, list[str]] | None = None, **data: object) -> str:
         """The student's run in a folder of its own, called `name`, with other class names or data."""
-        folder = tmp_path / f"a copy called {name}"
+        student, folder = workplace / "runs/student", tmp_path / f"a copy called {name}"
         folder.mkdir()
-        shutil.copy(workplace / "runs/student/weights.safetensors", folder)
-        card, recipe = (yaml.safe_load((workplace / "runs/student" / f"{of}.yaml").read_text()) for of in ("model", "recipe"))
+        shutil.copy(student / "weights.safetensors", folder)
+        card, recipe = (yaml.safe_load((student / f"{of}.yaml").read_text()) for of in ("model", "recipe"))
         card["classes"] = classes or card["classes"]
         recipe = {**recipe, "name": name, "data": {**recipe["data"], **data}}
         for of, tree in zip(("model", "recipe"), (card, recipe), strict=True):
@@ -162,7 +162,7 @@ def test_runs_that_cannot_be_compared_are_one_line(
     nouns = list(range(len(classes["noun"])))
     classes["verb"][:2] = reversed(classes["verb"][:2])
     refused("other classes", "runs/teacher", copy("other classes", classes))
-    refused("another run is called 'student' too", "runs/student", copy("student"))
+    refused("are both called 'student'", "runs/student", copy("student"))
     refused("fewer was evaluated on", "runs/teacher", copy("fewer", drop_nouns=nouns[:1]))
     refused("drop_nouns leaves no clip to score", copy("none", drop_nouns=nouns))
 
