@@ -184,6 +184,13 @@ def test_unseen_participants_get_figures_of_their_own(
     assert 0 <= row["action_top1_unseen"] <= 100
     assert "num_tail" not in row
     assert "action top-1 unseen" in (out / "report.md").read_text()
+    copy = tmp_path / "student"
+    shutil.copytree(workplace / "runs/student", copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["evaluation"]["annotations"] = str(lists)
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(workplace, monkeypatch, "eval", str(copy)) == 0
+    assert json.loads((copy / "eval/results.json").read_text())["rows"] == [row]
 
 
 def test_every_subset_and_drop_probability_is_in_the_report(
