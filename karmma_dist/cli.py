@@ -215,7 +215,7 @@ def train(
 
 
 @cli.command("eval")
-@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.argument("runs", metavar="[RUN]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--shards", type=click.Path(), help="Shards folder; default: the one the run was trained on.")
 @click.option("--split", help="Split; default: the run's validation split.")
 @click.option("--drop-prob", type=click.FloatRange(0, 1), help="Each modality is lost with this probability.")
@@ -223,13 +223,23 @@ def train(
 @click.option("--subsets", is_flag=True, help="Every non-empty subset of the modalities.")
 @click.option("--sweep", is_flag=True, help="Drop probabilities 0.0, 0.1, ... 0.9.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Random draws per condition.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report; default: eval/ in the run folder.")
+@click.option("--annotations", type=click.Path(path_type=Path), help="Lists of tail classes and unseen participants.")
+@click.option(
+    "--out", type=click.Path(path_type=Path),
+    help="Folder for the report; default: eval/ in the run folder, of several runs runs/comparison.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def evaluate(
-    run: Path | None, shards: str | None, split: str | None, drop_prob: float | None, modalities: str | None,
-    subsets: bool, sweep: bool, seeds: int, out: Path | None, as_json: bool,
+    runs: tuple[Path, ...], shards: str | None, split: str | None, drop_prob: float | None, modalities: str | None,
+    subsets: bool, sweep: bool, seeds: int, annotations: Path | None, out: Path | None, as_json: bool,
 ) -> None:
-    """Evaluate a run (default: the newest finished) with sensors failing. RUN: a run folder or a weights file."""
+    """Evaluate a run (default: the newest finished) with sensors failing, or compare several on the same clips.
+
+    RUN: a run folder or a weights file.
+    """
+    from functools import partial
+
+    from karmma_dist.evaluation.compare_runs import evaluate_and_compare, to_dict, write_comparison
     from karmma_dist.evaluation.conditions import Condition, build_conditions
     from karmma_dist.evaluation.report import results_table, write_report, write_results
     from karmma_dist.evaluation.run import evaluate_run, newest_finished_run
@@ -242,23 +252,37 @@ def evaluate(
             available, modalities=chosen, drop_prob=drop_prob, subsets=subsets, sweep=sweep, num_seeds=seeds
         )
 
-    chosen = run or newest_finished_run(Path("runs"))
     with Progress() as report:
-        done = evaluate_run(chosen, conditions, shards=shards, split=split, report=report)
-    folder = out or done.folder
-    write_results(done.results, folder)
-    path = write_report(folder, f"{done.name} on {done.data.validation_split}", {done.name: done.results.to_dict()})
+        evaluate_one = partial(
+            evaluate_run, conditions=conditions, shards=shards, split=split, annotations=annotations, report=report
+        )
+        if len(runs) > 1:
+            done, comparison = evaluate_and_compare(runs, evaluate_one)
+        else:
+            only = evaluate_one(runs[0] if runs else newest_finished_run(Path("runs")))
+            done = {only.name: only}
+    if len(runs) > 1:
+        path = write_comparison(out or Path("runs/comparison"), done, comparison)
+        printed = to_dict(done, comparison)
+    else:
+        folder = out or only.folder
+        write_results(only.results, folder)
+        path = write_report(folder, f"{only.name} on {only.data.validation_split}", {only.name: only.results.to_dict()})
+        printed = only.results.to_dict()
     if as_json:
-        _print_json(done.results.to_dict())
+        _print_json(printed)
     else:
         from rich.console import Console
 
-        Console().print(results_table(done.results))
+        for name, one in done.items():
+            Console().print(results_table(one.results, name if len(runs) > 1 else None))
         click.echo(f"report: {path}")
-    damaged = done.results.summary["num_damaged"]
-    if damaged:
-        first = done.results.summary["damage"][0]
-        click.echo(f"{damaged} clips are damaged and not counted, the first: {first}", err=True)
+    summaries = [one.results.summary for one in done.values() if one.results.summary["num_damaged"]]
+    for summary in summaries:
+        click.echo(
+            f"{summary['num_damaged']} clips are damaged and not counted, the first: {summary['damage'][0]}", err=True
+        )
+    if summaries:
         sys.exit(1)
 
 

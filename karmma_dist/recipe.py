@@ -333,6 +333,8 @@ class EvaluationRecipe(Settings):
 
     batch_size: Positive = 16
     """Clips per batch and rank; the answers do not depend on it."""
+    annotations: str | None = None
+    """Folder with Epic-Kitchens' lists of tail classes and unseen participants: figures over their clips are added."""
 
 
 class SlurmRecipe(Settings):

@@ -22,6 +22,7 @@ from torch import Tensor
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.conditions import Condition, keep
+from karmma_dist.evaluation.groups import Groups
 from karmma_dist.evaluation.scores import BatchScores, Results, merge, ranked, score_rows
 from karmma_dist.streaming.batch import Batch
 
@@ -60,6 +61,7 @@ def evaluate(
     drop_nouns: Collection[int] = (),
     progress: Callable[[int], None] | None = None,
     gather: Callable[[list[BatchScores]], list[BatchScores]] | None = None,
+    groups: Groups | None = None,
 ) -> Results:
     """Run `model` over `batches` and score it under every condition.
 
@@ -76,6 +78,7 @@ def evaluate(
         progress: Called with the number of clips of each finished batch.
         gather: Returns the lists of all ranks put together, in any order (see torch's all_gather_object), so that
             every rank returns the same results; None: this process has all clips.
+        groups: Rare classes and unseen participants, which get figures of their own.
 
     Raises:
         UserError: no clip, no labelled clip, a clip given twice, a label out of range, a prediction that is not a
@@ -92,7 +95,7 @@ def evaluate(
             if progress is not None:
                 progress(len(scores[-1].keys))
     merged = merge(gather(scores) if gather is not None else scores)
-    return score_rows(merged, conditions, list(model.modalities), dict(model.heads), drop_nouns)
+    return score_rows(merged, conditions, list(model.modalities), dict(model.heads), drop_nouns, groups)
 
 
 @contextmanager
@@ -119,14 +122,17 @@ def _score_batch(
     masks_BK = torch.stack([(mask_BM * bits_M).sum(dim=1) for mask_BM in masks], dim=1).numpy()
     ranks = {name: np.full(masks_BK.shape, -1, dtype=np.int32) for name in ranked(list(model.heads))}
     losses = {head: np.full(masks_BK.shape, np.nan) for head in model.heads}
+    confidence = {name: np.full(masks_BK.shape, np.nan, dtype=np.float32) for name in ranks}
     runnable_B = (present_BM & used_M).any(dim=1)
     if bool((runnable_B & batch.valid_B.cpu()).any()):
         rows = runnable_B.numpy()
-        found, lost = _scores_of_masks(model, batch, used_M, runnable_B, masks_BK[rows], device)
+        found, lost, sure = _scores_of_masks(model, batch, used_M, runnable_B, masks_BK[rows], device)
         for name, ranks_RK in found.items():
             ranks[name][rows] = np.where(masks_BK[rows] > 0, ranks_RK, -1)
         for head, losses_RK in lost.items():
             losses[head][rows] = losses_RK
+        for name, confidence_RK in sure.items():
+            confidence[name][rows] = confidence_RK
     valid_B = batch.valid_B.cpu().numpy()
     return BatchScores(
         keys=[key for key, valid in zip(batch.keys, valid_B, strict=True) if valid],
@@ -135,6 +141,7 @@ def _score_batch(
         masks_BK=masks_BK[valid_B].astype(np.uint8),
         ranks={name: ranks_BK[valid_B] for name, ranks_BK in ranks.items()},
         losses={head: losses_BK[valid_B] for head, losses_BK in losses.items()},
+        confidence={name: confidence_BK[valid_B] for name, confidence_BK in confidence.items()},
         damage=[str(one) for one in batch.damage],
     )
 
@@ -146,8 +153,8 @@ def _scores_of_masks(
     runnable_B: Tensor,
     masks_RK: np.ndarray,
     device: torch.device,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Ranks and losses (R, K) of the R runnable clips; entries whose mask is 0 are meaningless.
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Ranks, losses and confidence (R, K) of the R runnable clips; entries whose mask is 0 are meaningless.
 
     Clips without any usable modality own no row of any input, so leaving them out of present_BM is all it takes.
     Inputs of modalities that no condition uses are left out, as if nobody had them: their encoders need not run.
@@ -164,9 +171,9 @@ def _scores_of_masks(
         keep_RM = torch.from_numpy((mask_R[:, None] & bits_M) > 0).to(device)
         logits = model.fuse(tokens, present_RM, keep_RM)
         log_probs = _log_probs(logits, batch, runnable_B)
-        passes.append((_ranks(log_probs, labels), _losses(log_probs, labels)))
-    ranks, losses = (_per_condition(list(of_passes), place_RK) for of_passes in zip(*passes, strict=True))
-    return ranks, losses
+        passes.append((_ranks(log_probs, labels), _losses(log_probs, labels), _confidence(log_probs)))
+    ranks, losses, confidence = (_per_condition(list(of), place_RK) for of in zip(*passes, strict=True))
+    return ranks, losses, confidence
 
 
 def _per_condition(passes: list[dict[str, Tensor]], place_RK: np.ndarray) -> dict[str, np.ndarray]:
@@ -205,6 +212,18 @@ def _ranks(log_probs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dic
 def _losses(log_probs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cross-entropy (R,), float64, of each head; meaningless where there is no label."""
     return {head: -of.gather(1, labels[head].clamp(min=0)[:, None])[:, 0] for head, of in log_probs.items()}
+
+
+def _confidence(log_probs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Probability (R,), float64, of the first place, of "action" and of each head.
+
+    The likeliest combination of classes is that of each head's likeliest.
+    """
+    highest = {head: of.amax(dim=1) for head, of in log_probs.items()}
+    return {
+        name: torch.stack([highest[head] for head in heads]).sum(dim=0).exp()
+        for name, heads in ranked(list(log_probs)).items()
+    }
 
 
 def _check_labels(model: SensorModel, batch: Batch) -> None:

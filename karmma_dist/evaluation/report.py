@@ -12,10 +12,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from karmma_dist.errors import UserError
+from karmma_dist.evaluation import markdown
+from karmma_dist.evaluation.comparison_report import comparison_section
 from karmma_dist.evaluation.findings import METRIC, findings, model_ranks, subset_values
 from karmma_dist.evaluation.plots import Curve, drop_curves, subset_bars
 from karmma_dist.evaluation.scores import Results
-from karmma_dist.evaluation.summary import metric_names
+from karmma_dist.evaluation.summary import error_names, metric_names
 from karmma_dist.modality import letters
 from karmma_dist.shards import write_json
 
@@ -40,6 +42,7 @@ def write_report(
     models: Models,
     notes: Sequence[str] = (),
     timings: Mapping[str, float] | None = None,
+    comparison: dict[str, Any] | None = None,
 ) -> Path:
     """Write `folder`/report.md and the plots it shows, and return its path.
 
@@ -51,6 +54,7 @@ def write_report(
         models: Results (the object of results.json) per model name, in the order of the columns.
         notes: Sentences of the caller, for what the numbers cannot tell.
         timings: Seconds per step.
+        comparison: What `compare` says of these models.
 
     Raises:
         UserError: `models` is empty.
@@ -64,9 +68,10 @@ def write_report(
         _findings_section(models),
         _subset_section(folder, models),
         _sweep_section(folder, models),
+        "" if comparison is None else comparison_section(comparison),
         _rows_section(models),
-        _list_section("Notes", notes),
-        _table_section("Time", ["step", "seconds"], [[_text(n), f"{s:.1f}"] for n, s in (timings or {}).items()]),
+        markdown.list_section("Notes", notes),
+        markdown.table_section("Time", ["step", "seconds"], _times(timings or {})),
     ]
     path = folder / REPORT
     temporary = path.with_name(f".{path.name}.partial")
@@ -84,8 +89,12 @@ def results_table(results: Results, title: str | None = None) -> Table:
     for heading in ("drop %", "seed", "clips", "without", *(_heading(name) for name in names)):
         table.add_column(heading, justify="right")
     for row in results.rows:
-        table.add_row(*_row_cells(row), *(_percent(row[name], digits=1) for name in names))
+        table.add_row(*_row_cells(row), *(markdown.percent(row[name], digits=1) for name in names))
     return table
+
+
+def _times(timings: Mapping[str, float]) -> list[list[str]]:
+    return [[markdown.text(step), f"{seconds:.1f}"] for step, seconds in timings.items()]
 
 
 def _measured(models: Models) -> str:
@@ -96,7 +105,7 @@ def _measured(models: Models) -> str:
         majority = first["majority_top1"][name]
         lines.append(
             f"* {name}: {num:,} classes, chance {first['chance_top1'][name]:.3g} % top-1; naming the most frequent one "
-            f"each time {_percent(majority)} %."
+            f"each time {markdown.percent(majority)} %."
         )
     seeds = max(len(results["summary"]["seeds"]) for results in models.values())
     lines.append(f"* Seeds of the drops: {seeds}. What a clip loses depends on seed and key alone, not on the model.")
@@ -112,9 +121,9 @@ def _measured(models: Models) -> str:
         summary = results["summary"]
         counts = [summary[key] for key in ("num_clips", "num_unlabelled", "num_pruned", "num_damaged")]
         lacking = [_lacking(summary, modality) for modality in modalities]
-        table.append([_text(name), *(f"{count:,}" for count in counts), *lacking])
+        table.append([markdown.text(name), *(f"{count:,}" for count in counts), *lacking])
     damage = [f"* unreadable: {line}" for line in first["damage"]]
-    return "\n".join([*lines, *damage, "", _table(header, table), ""])
+    return "\n".join([*lines, *damage, "", markdown.table(header, table), ""])
 
 
 def _lacking(summary: dict[str, Any], modality: str) -> str:
@@ -125,7 +134,7 @@ def _lacking(summary: dict[str, Any], modality: str) -> str:
 
 
 def _findings_section(models: Models) -> str:
-    return _list_section("What the figures say", findings(models))
+    return markdown.list_section("What the figures say", findings(models))
 
 
 def _subset_section(folder: Path, models: Models) -> str:
@@ -139,6 +148,7 @@ def _subset_section(folder: Path, models: Models) -> str:
     ]
     over = {name: results["summary"]["subsets"] for name, results in models.items()}
     table.append(["average over subsets", "", *_best([_figure(of, "average") for of in over.values()])])
+    table += _interval_line([_ends(of, "average_ci") for of in over.values()], blank=1)
     drops = [_figure(of, "relative_drop") for of in over.values()]
     table.append(["average relative drop (%)", "", *_best(drops, lowest=True)])
     if len(models) > 1:
@@ -148,7 +158,7 @@ def _subset_section(folder: Path, models: Models) -> str:
     at = f" at drop probability {probability:g}" if probability else ""
     lines = [
         f"## Subsets of the modalities{at}: action top-1 (%)\n",
-        _table(["present", "clips", *map(_text, models)], table),
+        markdown.table(["present", "clips", *map(markdown.text, models)], table),
         "\nA clip that has none of a subset's modalities cannot be shown to a model: counted apart, as *without*.",
         f"\n![action top-1 per subset]({SUBSET_PLOT})\n",
     ]
@@ -157,6 +167,19 @@ def _subset_section(folder: Path, models: Models) -> str:
 
 def _figure(summary: dict[str, Any] | None, key: str) -> float | None:
     return None if summary is None else summary[key][METRIC]
+
+
+def _ends(summary: dict[str, Any] | None, key: str) -> list[float] | None:
+    """The interval of a figure, where there is one."""
+    ends: list[float] | None = None if summary is None else summary.get(key, {}).get(METRIC)
+    return ends
+
+
+def _interval_line(intervals: Sequence[list[float] | None], blank: int = 0) -> list[list[str]]:
+    """A line of 95 % intervals, unless no model has one."""
+    if all(ends is None for ends in intervals):
+        return []
+    return [["95 % interval", *[""] * blank, *map(markdown.interval, intervals)]]
 
 
 def _clips(models: Models, subset: tuple[str, ...], probability: float) -> str:
@@ -185,17 +208,18 @@ def _sweep_section(folder: Path, models: Models) -> str:
         spread = [f" ± {s:.2f}" if s and c["num_seeds"] > 1 else "" for s, c in zip(std, curves.values(), strict=True)]
         table.append([f"{100 * probability:g}", *(m + s for m, s in zip(_best(mean), spread, strict=True))])
     table.append(["mean height (area)", *_best([curve["area"][METRIC] for curve in curves.values()])])
+    table += _interval_line([_ends(curve, "area_ci") for curve in curves.values()])
     table.append(["fall (points)", *_best([curve["fall"][METRIC] for curve in curves.values()], lowest=True)])
     falls = [curve["relative_fall"][METRIC] for curve in curves.values()]
     table.append(["fall (% of the start)", *_best(falls, lowest=True)])
     lines = {n: Curve(c["drop_prob"], c["mean"][METRIC], c["std"][METRIC]) for n, c in curves.items()}
     chance = next(iter(models.values()))["summary"]["chance_top1"]["action"]
     drop_curves(folder / CURVE_PLOT, lines, "action top-1 (%)", ("chance", chance))
-    columns = [f"{_text(name)} ({letters(curve['modalities'])})" for name, curve in curves.items()]
+    columns = [f"{markdown.text(name)} ({letters(curve['modalities'])})" for name, curve in curves.items()]
     return "\n".join(
         [
             "## Modalities missing at random: action top-1 (%)\n",
-            _table(["drop probability (%)", *columns], table),
+            markdown.table(["drop probability (%)", *columns], table),
             "\nAt least one modality of each clip stays. ± is the standard deviation over the seeds.",
             f"\n![action top-1 over drop probability]({CURVE_PLOT})\n",
         ]
@@ -205,11 +229,21 @@ def _sweep_section(folder: Path, models: Models) -> str:
 def _rows_section(models: Models) -> str:
     lines = ["## All rows (%)\n"]
     for name, results in models.items():
-        names = metric_names(results["rows"])
+        names = _columns(results["rows"])
         header = ["modalities", "drop %", "seed", "clips", "without", *map(_heading, names)]
-        body = [[*_row_cells(row), *(_percent(row[key]) for key in names)] for row in results["rows"]]
-        lines += [f"### {_text(name)}\n", _table(header, body), ""]
+        body = [[*_row_cells(row), *(_cell(row, key) for key in names)] for row in results["rows"]]
+        lines += [f"### {markdown.text(name)}\n", markdown.table(header, body), ""]
     return "\n".join(lines)
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Keys of the figures of a row, each accuracy followed by its interval where there is one."""
+    shown = {*metric_names(rows), *error_names(rows)}
+    return [key for key in (rows[0] if rows else {}) if key in shown or key.removesuffix("_ci") in shown]
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    return markdown.interval(row[key]) if key.endswith("_ci") else markdown.percent(row[key])
 
 
 def _row_cells(row: dict[str, Any]) -> list[str]:
@@ -220,36 +254,17 @@ def _row_cells(row: dict[str, Any]) -> list[str]:
 
 def _heading(name: str) -> str:
     """`action_top1` -> `action top-1`."""
-    for ending, figure in (("_top1", "top-1"), ("_top5", "top-5"), ("_mean_class", "per class")):
-        if name.endswith(ending):
-            return f"{name.removesuffix(ending)} {figure}"
-    return name
+    if name.endswith("_ci"):
+        return "95 %"
+    head, _, figure = name.partition("_")
+    figures = {"top1": "top-1", "top5": "top-5", "mean_class": "per class", "ece": "ECE"}
+    groups = {f"top1_{group}": f"top-1 {group}" for group in ("tail", "unseen")}
+    return f"{head} {(figures | groups).get(figure, figure)}"
 
 
 def _best(values: Sequence[float | None], lowest: bool = False) -> list[str]:
     """Two digits each, the best in bold where there are several to choose from."""
     known = [value for value in values if value is not None]
-    best = None if len(known) < 2 else _percent((min if lowest else max)(known))
-    return [f"**{best}**" if value is not None and _percent(value) == best else _percent(value) for value in values]
-
-
-def _percent(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _text(name: str) -> str:
-    """A name as a table cell: a bar would end it."""
-    return name.replace("|", "\\|")
-
-
-def _list_section(heading: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"## {heading}\n", *(f"* {line}" for line in lines), ""]) if lines else ""
-
-
-def _table_section(heading: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    return f"## {heading}\n\n{_table(header, body)}\n" if body else ""
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *body])
+    best = None if len(known) < 2 else markdown.percent((min if lowest else max)(known))
+    shown = [markdown.percent(value) for value in values]
+    return [f"**{best}**" if text == best else text for text in shown]

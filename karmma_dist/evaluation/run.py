@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from karmma_dist.errors import UserError
+from karmma_dist.evaluation.bootstrap import add_intervals
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.groups import participants, read_groups
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.models.pretrained import load_model
 from karmma_dist.progress import Report, silent
@@ -53,6 +55,25 @@ def newest_finished_run(runs_dir: Path) -> Path:
     return max(finished, key=lambda run: finished[run])
 
 
+def run_name(run: Path) -> str:
+    """What a run is called in a report: as in its recipe, with /best for its best weights, or as its weights file.
+
+    Raises:
+        UserError: its recipe cannot be read.
+    """
+    folder, home = _places(run)
+    if not (home / "recipe.yaml").is_file():
+        return run.stem
+    name = read_run_recipe(home).name
+    return name if home == folder else f"{name}/{BEST}"
+
+
+def _places(run: Path) -> tuple[Path, Path]:
+    """The folder of the weights, and that of the run: the one above where these are its best."""
+    folder = run if run.is_dir() else run.parent
+    return folder, folder.resolve().parent if folder.resolve().name == BEST else folder
+
+
 def evaluate_run(
     run: Path,
     conditions: Callable[[Sequence[str]], list[Condition]],
@@ -61,6 +82,7 @@ def evaluate_run(
     split: str | None = None,
     batch_size: int | None = None,
     num_workers: int | None = None,
+    annotations: Path | None = None,
     report: Report = silent,
 ) -> Evaluated:
     """Evaluate a run folder or a weights file.
@@ -72,6 +94,7 @@ def evaluate_run(
         split: Split; None: the run's validation split.
         batch_size: Clips per batch; None: the recipe's. The answers do not depend on it.
         num_workers: Decoding processes; None: the recipe's.
+        annotations: Folder with the lists of rare classes and unseen participants; None: the recipe's, if it has one.
         report: Progress.
 
     Raises:
@@ -79,8 +102,7 @@ def evaluate_run(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, card = load_model(run, device)
-    folder = run if run.is_dir() else run.parent
-    home = folder.resolve().parent if folder.resolve().name == BEST else folder
+    folder, home = _places(run)
     recipe = read_run_recipe(home) if (home / "recipe.yaml").is_file() else None
     if recipe is None and shards is None:
         raise UserError(f"{folder}: no recipe.yaml beside the weights, so name the shards with --shards DIR")
@@ -88,10 +110,12 @@ def evaluate_run(
     changes = {"shards": shards, "validation_split": split, "num_workers": num_workers}
     data = base.model_copy(update={name: value for name, value in changes.items() if value is not None})
     size = batch_size or (recipe.evaluation.batch_size if recipe else 16)
-    name = run.stem if recipe is None else recipe.name if home == folder else f"{recipe.name}/{BEST}"
+    name = run_name(run)
     chosen = conditions(model.modalities)
-    results = _evaluate(model, data, card.inputs, chosen, size, device, name, report)
-    return Evaluated(name, folder / "eval", data, results)
+    if annotations is None and recipe is not None and recipe.evaluation.annotations is not None:
+        annotations = Path(recipe.evaluation.annotations)
+    results = _evaluate(model, data, card.inputs, chosen, size, device, name, annotations, report)
+    return Evaluated(name, folder / "eval", data, add_intervals(results))
 
 
 def _evaluate(
@@ -102,10 +126,13 @@ def _evaluate(
     batch_size: int,
     device: torch.device,
     name: str,
+    annotations: Path | None,
     report: Report,
 ) -> Results:
     """One process, every clip."""
     clips = EvaluationClips(open_shards(data), data, inputs, data.validation_split)
+    of_clip = participants(clips.folder, clips.clips)
+    groups = None if annotations is None else read_groups(annotations, model.heads, of_clip)
     total = len(clips.clips)
     done = 0
 
@@ -116,7 +143,9 @@ def _evaluate(
 
     with on_device(evaluation_batches(clips, batch_size), device) as batches:
         prepared = (prepare(batch, inputs, device) for batch in batches)
-        return evaluate(model, prepared, conditions, device=device, drop_nouns=data.drop_nouns, progress=progress)
+        return evaluate(
+            model, prepared, conditions, device=device, drop_nouns=data.drop_nouns, progress=progress, groups=groups
+        )
 
 
 def validate(

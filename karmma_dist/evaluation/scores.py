@@ -6,8 +6,8 @@ Legend: B clips of a batch, N clips of the split, M modalities, K conditions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,10 @@ import torch
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation import metrics
+from karmma_dist.evaluation.calibration import calibration_error
 from karmma_dist.evaluation.conditions import Condition
+from karmma_dist.evaluation.groups import Groups
+from karmma_dist.evaluation.outcomes import Outcomes
 from karmma_dist.evaluation.summary import summarise
 
 _DAMAGE_SHOWN = 20
@@ -28,14 +31,24 @@ class Results:
 
     rows: list[dict[str, Any]]
     """One per condition: modalities, drop_prob, seed, num_clips, num_without, num_present, num_kept, and in percent
-    action_top1, action_top5, action_mean_class and the same per head, and HEAD_loss, the mean cross-entropy of each
-    head in nats (None where no clip could be evaluated)."""
+    action_top1, action_top5, action_mean_class, action_ece (calibration error) and the same per head; HEAD_loss, the
+    mean cross-entropy of each head in nats; where the groups are known, num_tail, num_unseen and action_top1_tail,
+    action_top1_unseen and the same per head. Figures are None where no clip could be evaluated. `add_intervals` adds
+    action_top1_ci and the same per head: [low, high]."""
     summary: dict[str, Any]
     """Counts, chance levels, and figures over the rows: see `summary.summarise`."""
+    outcomes: Outcomes | None = field(default=None, compare=False, repr=False)
+    """Clip by clip; not part of the file."""
+
+    @property
+    def per_clip(self) -> Outcomes:
+        """The outcomes, of results that were not read from a file."""
+        assert self.outcomes is not None
+        return self.outcomes
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
-        return asdict(self)
+        return {"rows": self.rows, "summary": self.summary}
 
 
 @dataclass
@@ -53,6 +66,8 @@ class BatchScores:
     """Rank of the true class, int32 (B, K), for "action" and per head; -1 = no label or no modality."""
     losses: dict[str, np.ndarray]
     """Cross-entropy in nats, float64 (B, K), per head; meaningless where the rank is -1."""
+    confidence: dict[str, np.ndarray]
+    """Probability of the first place, float32 (B, K), for "action" and per head; meaningless where the rank is -1."""
     damage: list[str]
     """What could not be read; these clips are not in `keys`."""
 
@@ -86,6 +101,9 @@ def merge(scores: list[BatchScores]) -> BatchScores:
         masks_BK=np.concatenate([one.masks_BK for one in scores])[order],
         ranks={name: np.concatenate([one.ranks[name] for one in scores])[order] for name in scores[0].ranks},
         losses={head: np.concatenate([one.losses[head] for one in scores])[order] for head in scores[0].losses},
+        confidence={
+            name: np.concatenate([one.confidence[name] for one in scores])[order] for name in scores[0].confidence
+        },
         damage=sorted(line for one in scores for line in one.damage),
     )
 
@@ -96,8 +114,11 @@ def score_rows(
     modalities: list[str],
     heads: dict[str, int],
     drop_nouns: Collection[int],
+    groups: Groups | None = None,
 ) -> Results:
     """Rows and summary over the clips whose heads are all labelled and whose noun is not left out.
+
+    `groups` adds the figures of rare classes and unseen participants.
 
     Raises:
         UserError: no such clip.
@@ -115,14 +136,17 @@ def score_rows(
         name: metrics.joint_labels([torch.from_numpy(labels[h]) for h in of], [heads[h] for h in of]).numpy()
         for name, of in sources.items()
     }
-    present_NM = scores.present_BM[counted_N]
-    masks_NK = scores.masks_BK[counted_N]
-    ranks = {name: ranks_NK[counted_N] for name, ranks_NK in scores.ranks.items()}
-    losses = {head: losses_NK[counted_N] for head, losses_NK in scores.losses.items()}
-    rows = [
-        _row(condition, modalities, present_NM, masks_NK[:, k], _column(ranks, k), _column(losses, k), truth)
-        for k, condition in enumerate(conditions)
-    ]
+    keys = [key for key, counted in zip(scores.keys, counted_N, strict=True) if counted]
+    clips = _Clips(
+        present_NM=scores.present_BM[counted_N],
+        masks_NK=scores.masks_BK[counted_N],
+        ranks={name: ranks_NK[counted_N] for name, ranks_NK in scores.ranks.items()},
+        losses={head: losses_NK[counted_N] for head, losses_NK in scores.losses.items()},
+        confidence={name: of_NK[counted_N] for name, of_NK in scores.confidence.items()},
+        truth=truth,
+        groups={} if groups is None else groups.members(keys, labels, sources),
+    )
+    rows = [_row(condition, modalities, clips, k) for k, condition in enumerate(conditions)]
     num_classes = {name: int(np.prod([heads[head] for head in of])) for name, of in sources.items()}
     counts = {
         "modalities": modalities,
@@ -131,23 +155,29 @@ def score_rows(
         "num_pruned": int(pruned_N.sum()),
         "num_damaged": len(scores.damage),
         "damage": scores.damage[:_DAMAGE_SHOWN],
-        "num_present": _count(present_NM, modalities),
+        "num_present": _count(clips.present_NM, modalities),
         "num_classes": num_classes,
         "chance_top1": {name: 100.0 / num for name, num in num_classes.items()},
         "majority_top1": {name: metrics.majority_share(labels_N) for name, labels_N in truth.items()},
     }
-    return Results(rows, counts | summarise(rows))
+    return Results(rows, counts | summarise(rows), Outcomes(keys, list(conditions), clips.ranks))
 
 
-def _row(
-    condition: Condition,
-    modalities: list[str],
-    present_NM: np.ndarray,
-    mask_N: np.ndarray,
-    ranks: Mapping[str, np.ndarray],
-    losses: Mapping[str, np.ndarray],
-    truth: Mapping[str, np.ndarray],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Clips:
+    """The counted clips: `BatchScores` without the others, their true classes, and the groups they belong to."""
+
+    present_NM: np.ndarray
+    masks_NK: np.ndarray
+    ranks: dict[str, np.ndarray]
+    losses: dict[str, np.ndarray]
+    confidence: dict[str, np.ndarray]
+    truth: dict[str, np.ndarray]
+    groups: dict[str, dict[str, np.ndarray]]
+
+
+def _row(condition: Condition, modalities: list[str], clips: _Clips, k: int) -> dict[str, Any]:
+    mask_N = clips.masks_NK[:, k]
     shown_N = mask_N > 0
     kept_NM = (mask_N[shown_N, None] & (1 << np.arange(len(modalities)))) > 0
     row: dict[str, Any] = {
@@ -156,20 +186,22 @@ def _row(
         "seed": condition.seed,
         "num_clips": int(shown_N.sum()),
         "num_without": int((~shown_N).sum()),
-        "num_present": _count(present_NM[shown_N], modalities),
+        "num_present": _count(clips.present_NM[shown_N], modalities),
         "num_kept": _count(kept_NM, modalities),
     }
-    for name, ranks_N in ranks.items():
-        row[f"{name}_top1"] = metrics.top_k(ranks_N[shown_N], 1)
-        row[f"{name}_top5"] = metrics.top_k(ranks_N[shown_N], 5)
-        row[f"{name}_mean_class"] = metrics.mean_class_accuracy(ranks_N[shown_N], truth[name][shown_N])
-    for head, losses_N in losses.items():
-        row[f"{head}_loss"] = float(losses_N[shown_N].mean()) if shown_N.any() else None
+    for name, ranks_NK in clips.ranks.items():
+        ranks_N = ranks_NK[shown_N, k]
+        row[f"{name}_top1"] = metrics.top_k(ranks_N, 1)
+        row[f"{name}_top5"] = metrics.top_k(ranks_N, 5)
+        row[f"{name}_mean_class"] = metrics.mean_class_accuracy(ranks_N, clips.truth[name][shown_N])
+        row[f"{name}_ece"] = calibration_error(clips.confidence[name][shown_N, k], ranks_N == 0)
+    for head, losses_NK in clips.losses.items():
+        row[f"{head}_loss"] = float(losses_NK[shown_N, k].mean()) if shown_N.any() else None
+    for group, members in clips.groups.items():
+        row[f"num_{group}"] = {name: int((in_N & shown_N).sum()) for name, in_N in members.items()}
+        for name, in_N in members.items():
+            row[f"{name}_top1_{group}"] = metrics.top_k(clips.ranks[name][in_N & shown_N, k], 1)
     return row
-
-
-def _column(values: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
-    return {name: of_NK[:, k] for name, of_NK in values.items()}
 
 
 def _count(flags_NM: np.ndarray, modalities: Sequence[str]) -> dict[str, int]:

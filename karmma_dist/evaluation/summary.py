@@ -21,18 +21,26 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     * `drop_curve`: over the rows of the modalities swept at the most probabilities: `mean` and `std` (population)
       over seeds at each of `drop_prob`, `area` (mean height in percent, trapezoid rule), `fall` (points lost from the
       first probability to the last) and `relative_fall` (the same as a percentage of the first).
+
+    Of calibration errors there are `average`, `mean` and `std` only.
     """
-    names = metric_names(rows)
+    names, errors = metric_names(rows), error_names(rows)
     return {
         "seeds": sorted({row["seed"] for row in rows}),
-        "subsets": _over_subsets(rows, names),
-        "drop_curve": _over_drop_probs(rows, names),
+        "subsets": _over_subsets(rows, names, errors),
+        "drop_curve": _over_drop_probs(rows, names, errors),
     }
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
-    """Keys of a row that are percentages."""
-    return [key for key in rows[0] if key.endswith(("_top1", "_top5", "_mean_class"))] if rows else []
+    """Keys of a row that are accuracies in percent."""
+    endings = ("_top1", "_top5", "_mean_class", "_top1_tail", "_top1_unseen")
+    return [key for key in rows[0] if key.endswith(endings)] if rows else []
+
+
+def error_names(rows: Sequence[Row]) -> list[str]:
+    """Keys of a row that are calibration errors in percent: the lower the better."""
+    return [key for key in rows[0] if key.endswith("_ece")] if rows else []
 
 
 def mean_over_seeds(rows: Sequence[Row], name: str) -> float | None:
@@ -63,43 +71,46 @@ def by_drop_prob(rows: Sequence[Row]) -> tuple[tuple[str, ...], dict[float, list
     return swept, dict(sorted(groups[swept].items()))
 
 
-def _over_subsets(rows: Sequence[Row], names: list[str]) -> dict[str, Any] | None:
+def _over_subsets(rows: Sequence[Row], names: list[str], errors: list[str]) -> dict[str, Any] | None:
     found = by_subset(rows)
     if found is None:
         return None
     probability, groups = found
     full = max(groups, key=len)
     has_full = all(set(subset) <= set(full) for subset in groups)
-    values = {name: {subset: mean_over_seeds(of, name) for subset, of in groups.items()} for name in names}
+    values = {name: {subset: mean_over_seeds(of, name) for subset, of in groups.items()} for name in names + errors}
     return {
         "drop_prob": probability,
         "num_subsets": len(groups),
         "full": list(full) if has_full else None,
         "average": {name: metrics.average(list(of.values())) for name, of in values.items()},
         "relative_drop": {
-            name: metrics.average_relative_drop(of[full], [v for s, v in of.items() if s != full]) if has_full else None
-            for name, of in values.items()
+            name: _relative_drop(values[name], full) if has_full else None for name in names
         },
     }
 
 
-def _over_drop_probs(rows: Sequence[Row], names: list[str]) -> dict[str, Any] | None:
+def _over_drop_probs(rows: Sequence[Row], names: list[str], errors: list[str]) -> dict[str, Any] | None:
     found = by_drop_prob(rows)
     if found is None:
         return None
     modalities, groups = found
     probabilities = list(groups)
-    mean = {name: [mean_over_seeds(of, name) for of in groups.values()] for name in names}
+    mean = {name: [mean_over_seeds(of, name) for of in groups.values()] for name in names + errors}
     return {
         "modalities": list(modalities),
         "drop_prob": probabilities,
         "num_seeds": max(len(of) for of in groups.values()),
         "mean": mean,
-        "std": {name: [_std([row[name] for row in of]) for of in groups.values()] for name in names},
-        "area": {name: metrics.curve_area(probabilities, values) for name, values in mean.items()},
-        "fall": {name: _difference(values) for name, values in mean.items()},
-        "relative_fall": {name: metrics.relative_drop(values[0], values[-1]) for name, values in mean.items()},
+        "std": {name: [_std([row[name] for row in of]) for of in groups.values()] for name in names + errors},
+        "area": {name: metrics.curve_area(probabilities, mean[name]) for name in names},
+        "fall": {name: _difference(mean[name]) for name in names},
+        "relative_fall": {name: metrics.relative_drop(mean[name][0], mean[name][-1]) for name in names},
     }
+
+
+def _relative_drop(values: dict[tuple[str, ...], float | None], full: tuple[str, ...]) -> float | None:
+    return metrics.average_relative_drop(values[full], [value for subset, value in values.items() if subset != full])
 
 
 def _std(values: list[float | None]) -> float | None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from karmma_dist.cli import main
+from karmma_dist.shards import ShardFolder
 
 BASE = {
     "data": {"shards": "shards", "modalities": ["video", "audio"], "num_workers": 0},
@@ -111,6 +112,87 @@ def test_eval_takes_the_newest_finished_run_and_drops_half_of_the_sensors(
     assert row["action_top1"] <= min(row["verb_top1"], row["noun_top1"])
 
 
+def test_several_runs_make_one_report_and_keep_their_own(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "comparison"
+    runs = ["runs/teacher", "runs/student"]
+    assert run(workplace, monkeypatch, "eval", *runs, "--subsets", "--sweep", "--json", "--out", str(out)) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed["models"]) == ["teacher", "student"]
+    for name, results in printed["models"].items():
+        assert json.loads((workplace / "runs" / name / "eval/results.json").read_text()) == results
+        low, high = results["rows"][0]["action_top1_ci"]
+        assert 0 <= low <= results["rows"][0]["action_top1"] <= high <= 100
+    (pair,) = printed["comparison"]["pairs"]
+    assert pair["models"] == ["teacher", "student"]
+    assert len(pair["conditions"]) == len(printed["models"]["student"]["rows"]) == 3 + 9
+    assert json.loads((out / "comparison.json").read_text()) == printed
+    report = (out / "report.md").read_text()
+    assert "| present | clips | teacher | student |" in report
+    assert "average rank" in report
+    assert "Which differences would hold" in report
+    assert (out / "drop_curve.png").is_file()
+
+
+def test_runs_that_cannot_be_compared_are_one_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def copy(name: str, classes: dict[str, list[str]] | None = None, **data: object) -> str:
+        """The student's run in a folder of its own, called `name`, with other class names or data."""
+        student, folder = workplace / "runs/student", tmp_path / f"a copy called {name}"
+        folder.mkdir()
+        shutil.copy(student / "weights.safetensors", folder)
+        card, recipe = (yaml.safe_load((student / f"{of}.yaml").read_text()) for of in ("model", "recipe"))
+        card["classes"] = classes or card["classes"]
+        recipe = {**recipe, "name": name, "data": {**recipe["data"], **data}}
+        for of, tree in zip(("model", "recipe"), (card, recipe), strict=True):
+            (folder / f"{of}.yaml").write_text(yaml.safe_dump(tree))
+        return str(folder)
+
+    def refused(said: str, *runs: str) -> None:
+        capsys.readouterr()
+        assert run(workplace, monkeypatch, "eval", *runs, "--out", str(tmp_path / "out")) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert said in errors[0]
+        assert not (tmp_path / "out").exists()
+
+    classes = yaml.safe_load((workplace / "runs/student/model.yaml").read_text())["classes"]
+    nouns = list(range(len(classes["noun"])))
+    classes["verb"][:2] = reversed(classes["verb"][:2])
+    refused("other classes", "runs/teacher", copy("other classes", classes))
+    refused("are both called 'student'", "runs/student", copy("student"))
+    refused("fewer was evaluated on", "runs/teacher", copy("fewer", drop_nouns=nouns[:1]))
+    refused("drop_nouns leaves no clip to score", copy("none", drop_nouns=nouns))
+
+
+def test_unseen_participants_get_figures_of_their_own(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shards = ShardFolder(workplace / "shards")
+    people = [shards.metadata(clip)["participant"] for clip in shards.clips("validation")]
+    unseen = max(people)
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "EPIC_100_unseen_participant_ids_validation.csv").write_text(f"participant_id\n{unseen}\n")
+    out = tmp_path / "out"
+    arguments = ["eval", "runs/student", "--annotations", str(lists), "--out", str(out)]
+    assert run(workplace, monkeypatch, *arguments) == 0
+    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    assert row["num_unseen"]["action"] == people.count(unseen) > 0
+    assert 0 <= row["action_top1_unseen"] <= 100
+    assert "num_tail" not in row
+    assert "action top-1 unseen" in (out / "report.md").read_text()
+    copy = tmp_path / "student"
+    shutil.copytree(workplace / "runs/student", copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["evaluation"]["annotations"] = str(lists)
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(workplace, monkeypatch, "eval", str(copy)) == 0
+    assert json.loads((copy / "eval/results.json").read_text())["rows"] == [row]
+
+
 def test_every_subset_and_drop_probability_is_in_the_report(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -177,6 +259,10 @@ def test_inspect_and_recipe_show_print_what_is_there(
         (["eval", "nowhere"], "nowhere"),
         (["eval", "--split", "exam"], "no split 'exam'; there are train, validation"),
         (["eval", "--shards", "nowhere"], "nowhere: no such shards folder"),
+        (["eval", "--annotations", "nowhere"], "nowhere: no such annotations folder"),
+        (["eval", "runs/student", "runs/student"], "runs/student: named twice"),
+        (["eval", "runs/student", "nowhere"], "nowhere"),
+        (["eval", "runs/student", "runs/sound", "--modalities", "V"], "modality 'video' is not one of this model's"),
         (["inspect", "shards", "P99_01_0"], "P99_01_0"),
         (["inspect", "empty"], "no manifest.json"),
         (["launch", "student"], "--local N"),

@@ -1,0 +1,98 @@
+"""Several runs in one command: check that they can be compared, evaluate each, compare, write one report.
+
+    RUN/eval/          each run's own results and report
+    runs/comparison/   comparison.json, report.md and its plots
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.compare import check_same_clips, compare
+from karmma_dist.evaluation.report import write_report, write_results
+from karmma_dist.evaluation.run import Evaluated, run_name
+from karmma_dist.models.pretrained import CARD, ModelCard
+from karmma_dist.models.weight_files import own_weights
+from karmma_dist.settings import read_tree, validate
+from karmma_dist.shards import write_json
+
+COMPARISON = "comparison.json"
+
+
+def evaluate_and_compare(
+    runs: Sequence[Path], evaluate: Callable[[Path], Evaluated]
+) -> tuple[dict[str, Evaluated], dict[str, Any]]:
+    """Evaluate every run, leave its results and report in its own folder, and compare them.
+
+    Args:
+        runs: Run folders or weights files, in the order of the report's columns.
+        evaluate: Evaluates one of them.
+
+    Returns:
+        What was evaluated, per name, and what `compare` says.
+
+    Raises:
+        UserError: a run named twice, two of the same name, runs of other classes, or evaluated on other clips.
+    """
+    _check_runs(runs)
+    done: dict[str, Evaluated] = {}
+    for run in runs:
+        one = evaluate(run)
+        done[one.name] = one
+        check_same_clips({name: of.results for name, of in done.items()})
+        write_results(one.results, one.folder)
+        write_report(one.folder, title([one]), {one.name: one.results.to_dict()})
+    return done, compare({name: one.results for name, one in done.items()})
+
+
+def write_comparison(folder: Path, done: dict[str, Evaluated], comparison: dict[str, Any]) -> Path:
+    """Write comparison.json, report.md and plots into `folder`, and return the report's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / COMPARISON, to_dict(done, comparison))
+    models = {name: one.results.to_dict() for name, one in done.items()}
+    return write_report(folder, title(list(done.values())), models, comparison=comparison)
+
+
+def to_dict(done: dict[str, Evaluated], comparison: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object: results per model, and the comparison."""
+    return {"models": {name: one.results.to_dict() for name, one in done.items()}, "comparison": comparison}
+
+
+def title(done: Sequence[Evaluated]) -> str:
+    """The report's first line."""
+    splits = dict.fromkeys(one.data.validation_split for one in done)
+    return f"{', '.join(one.name for one in done)} on {', '.join(splits)}"
+
+
+def _check_runs(runs: Sequence[Path]) -> None:
+    """Find before the first long evaluation what can be found in the runs' descriptions."""
+    seen: dict[Path, Path] = {}
+    names: dict[str, Path] = {}
+    cards: dict[Path, ModelCard] = {}
+    for run in runs:
+        weights = own_weights(run).resolve()
+        if weights in seen:
+            raise UserError(f"{run}: named twice (as {seen[weights]}): name every run once")
+        seen[weights] = run
+        name = run_name(run)
+        if name in names:
+            raise UserError(
+                f"{run} and {names[name]} are both called '{name}': change name: in one's recipe.yaml, or name its "
+                "weights file otherwise"
+            )
+        names[name] = run
+        card_path = weights.parent / CARD
+        if not card_path.is_file():
+            raise UserError(f"{weights}: no {CARD} beside it, so the model to build is unknown")
+        cards[run] = validate(read_tree(card_path), ModelCard, str(card_path))
+    (first, expected), *others = cards.items()
+    for run, card in others:
+        if card.heads != expected.heads or (card.classes and expected.classes and card.classes != expected.classes):
+            counts = [", ".join(f"{head} {num}" for head, num in of.heads.items()) for of in (card, expected)]
+            raise UserError(
+                f"{run} and {first} know other classes ({counts[0]}; {counts[1]}): only models of one dataset can be "
+                "compared"
+            )

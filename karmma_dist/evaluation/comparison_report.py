@@ -1,0 +1,86 @@
+"""The report's section on which model is better than which, with what certainty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from karmma_dist.evaluation import markdown
+from karmma_dist.modality import letters
+
+LEVEL = 0.05
+"""Corrected p-values below it are called significant."""
+
+_FIGURES = {"subset_average": "average over subsets", "drop_curve_area": "mean height of the drop curve"}
+
+
+def comparison_section(comparison: dict[str, Any]) -> str:
+    """What `compare` found, as Markdown: a sentence and a line per pair and average, a table of all conditions."""
+    pairs = comparison["pairs"]
+    lines = [
+        "## Which differences would hold on other clips: action top-1\n",
+        f"Paired tests on the same {comparison['num_clips']:,} clips; second model minus first, in points. Averages: "
+        "paired bootstrap, 95 % interval. Single conditions: exact McNemar test. p-values are corrected by Holm for "
+        "the number of pairs, and of conditions where there are several.\n",
+    ]
+    figures = [_figure_line(pair, figure) for figure in _FIGURES for pair in pairs if pair[figure] is not None]
+    if figures:
+        lines += [*(f"* {sentence}" for pair in pairs for sentence in sentences(pair)), ""]
+        lines += [markdown.table(["figure", "models", "difference", "95 % interval", "p"], figures), ""]
+    conditions = list(dict.fromkeys(_condition(test) for pair in pairs for test in pair["conditions"]))
+    header = ["present", "drop %", "seed", *(_names(pair["models"]) for pair in pairs)]
+    tests = [{_condition(test): test for test in pair["conditions"]} for pair in pairs]
+    body = [[*condition, *(_cell(of.get(condition)) for of in tests)] for condition in conditions]
+    return "\n".join([*lines, markdown.table(header, body), ""])
+
+
+def sentences(pair: dict[str, Any]) -> list[str]:
+    """What the averages of a pair say, in words."""
+    first, second = map(markdown.text, pair["models"])
+    said = []
+    for figure, name in _FIGURES.items():
+        test = pair[figure]
+        if test is None:
+            continue
+        if test["p_holm"] < LEVEL:
+            verdict = "better" if test["difference"] > 0 else "worse"
+            said.append(
+                f"{second} is {verdict} than {first} in the {name} by {abs(test['difference']):.2f} points "
+                f"{markdown.interval(test['ci'])}, {_p(test['p_holm'])}."
+            )
+        else:
+            said.append(
+                f"{second} and {first} cannot be told apart by the {name}: {test['difference']:+.2f} points "
+                f"{markdown.interval(test['ci'])}, {_p(test['p_holm'])}."
+            )
+    return said
+
+
+def _figure_line(pair: dict[str, Any], figure: str) -> list[str]:
+    test = pair[figure]
+    return [
+        _FIGURES[figure], _names(pair["models"]), _difference(test), markdown.interval(test["ci"]), _p(test["p_holm"])
+    ]  # fmt: skip
+
+
+def _names(models: Sequence[str]) -> str:
+    first, second = map(markdown.text, models)
+    return f"{second} – {first}"
+
+
+def _condition(test: dict[str, Any]) -> tuple[str, str, str]:
+    return letters(test["modalities"]), f"{100 * test['drop_prob']:g}", f"{test['seed']}"
+
+
+def _cell(test: dict[str, Any] | None) -> str:
+    return "–" if test is None or test["difference"] is None else f"{_difference(test)} ({_p(test['p_holm'])})"
+
+
+def _difference(test: dict[str, Any]) -> str:
+    """In bold where it is significant."""
+    text = f"{test['difference']:+.2f}"
+    return f"**{text}**" if test["p_holm"] < LEVEL else text
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -1,0 +1,182 @@
+"""Models are compared on the same clips only, pair by pair, and the report says which differences would hold."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_evaluation_evaluate import HEADS, MODALITIES, Fusion, make_batches, singles
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.bootstrap import add_intervals
+from karmma_dist.evaluation.compare import compare, holm, mcnemar
+from karmma_dist.evaluation.comparison_report import comparison_section
+from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
+from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.report import write_report
+from karmma_dist.evaluation.scores import BatchScores, Results, score_rows
+
+CONDITIONS = build_conditions(MODALITIES, subsets=True, sweep=True, num_seeds=2)
+
+
+def make_results(
+    skill: float, seed: int, num_clips: int = 400, conditions: list[Condition] = CONDITIONS, **changes: object
+) -> Results:
+    """A model that is right with probability `skill` x the share of the modalities it keeps."""
+    random = np.random.default_rng(seed)
+    keys = changes.pop("keys", None) or [f"clip_{number:04d}" for number in range(num_clips)]
+    heads = changes.pop("heads", HEADS)
+    present_BM = np.ones((num_clips, 3), dtype=bool)
+    present_BM[::7, 2] = False
+    kept = [keep(one, keys, torch.from_numpy(present_BM), MODALITIES).numpy() for one in conditions]
+    masks_BK = np.stack([of_BM @ (1 << np.arange(3)) for of_BM in kept], axis=1).astype(np.uint8)
+    share_BK = np.stack([of_BM.mean(axis=1) for of_BM in kept], axis=1)
+    ranks_BK = np.where(random.random((num_clips, 1)) < skill * share_BK, 0, 4).astype(np.int32)
+    ranks_BK[masks_BK == 0] = -1
+    names = ("action", *heads)
+    scores = BatchScores(
+        keys=list(keys),
+        labels={head: np.arange(num_clips) % num for head, num in heads.items()},
+        present_BM=present_BM,
+        masks_BK=masks_BK,
+        ranks=dict.fromkeys(names, ranks_BK),
+        losses={head: np.ones(masks_BK.shape) for head in heads},
+        confidence=dict.fromkeys(names, np.full(masks_BK.shape, 0.5, dtype=np.float32)),
+        damage=[],
+    )
+    return add_intervals(score_rows(scores, conditions, MODALITIES, heads, ()), num_draws=200)
+
+
+MODELS = {"weak": make_results(0.5, 1), "strong": make_results(0.8, 2), "as strong": make_results(0.8, 3)}
+
+
+def test_confidence_is_the_probability_of_the_first_place_of_each_head_and_of_the_pair():
+    batches, model = make_batches(), Fusion().eval()
+    conditions = build_conditions(MODALITIES)
+    (row,) = evaluate(model, batches, conditions, device="cpu").rows
+    sure = {name: [] for name in ("action", "verb", "noun")}
+    right = {name: [] for name in sure}
+    for clip in singles(batches):
+        with torch.no_grad():
+            logits = model.fuse(model.encode(clip.inputs, clip.present_BM), clip.present_BM, clip.present_BM)
+        verb, noun = (logits[head][0].double().softmax(0) for head in ("verb", "noun"))
+        of = {"verb": verb, "noun": noun, "action": torch.outer(verb, noun).flatten()}
+        truth = {head: int(clip.labels[head]) for head in HEADS}
+        truth["action"] = truth["verb"] * HEADS["noun"] + truth["noun"]
+        for name, values in of.items():
+            sure[name].append(float(values.max()))
+            right[name].append(int(values.argmax()) == truth[name])
+    for name in sure:
+        bins = [min(int(np.ceil(confidence * 15)) - 1, 14) for confidence in sure[name]]
+        gaps = [
+            abs(sum(r - c for b, r, c in zip(bins, right[name], sure[name], strict=True) if b == place))
+            for place in range(15)
+        ]
+        assert row[f"{name}_ece"] == pytest.approx(100 * sum(gaps) / len(bins), abs=1e-4)
+
+
+def test_every_top1_gets_an_interval_around_it_and_so_do_average_area_and_curve():
+    results = MODELS["strong"]
+    for row in results.rows:
+        for name in ("action", "verb", "noun"):
+            low, high = row[f"{name}_top1_ci"]
+            assert low <= row[f"{name}_top1"] <= high
+            assert 0 < high - low < 15
+    subsets, curve = results.summary["subsets"], results.summary["drop_curve"]
+    for value, (low, high) in (
+        (subsets["average"]["action_top1"], subsets["average_ci"]["action_top1"]),
+        (curve["area"]["action_top1"], curve["area_ci"]["action_top1"]),
+        *zip(curve["mean"]["action_top1"], curve["mean_ci"]["action_top1"], strict=True),
+    ):
+        assert low < value < high
+
+
+def test_intervals_are_the_same_each_time_and_change_no_figure():
+    again = make_results(0.8, 2)
+    assert again == MODELS["strong"]
+    plain = {key: value for key, value in again.rows[3].items() if not key.endswith("_ci")}
+    assert plain.keys() < again.rows[3].keys()
+    assert json.loads(json.dumps(again.to_dict())) == again.to_dict()
+
+
+def test_pairs_are_tested_on_the_clips_that_one_model_alone_gets_right():
+    found = compare(MODELS, num_draws=200)
+    assert [pair["models"] for pair in found["pairs"]] == [
+        ["weak", "strong"], ["weak", "as strong"], ["strong", "as strong"]
+    ]  # fmt: skip
+    tests = []
+    for pair in found["pairs"]:
+        first, second = (MODELS[name] for name in pair["models"])
+        assert len(pair["conditions"]) == len(CONDITIONS)
+        for k, test in enumerate(pair["conditions"]):
+            ranks = [of.per_clip.ranks["action"][:, k] for of in (first, second)]
+            shown = ranks[0] >= 0
+            assert test["num_clips"] == first.rows[k]["num_clips"] == int(shown.sum())
+            assert test["only_first"] == int(((ranks[0] == 0) & (ranks[1] > 0)).sum())
+            assert test["only_second"] == int(((ranks[1] == 0) & (ranks[0] > 0)).sum())
+            expected = second.rows[k]["action_top1"] - first.rows[k]["action_top1"]
+            assert test["difference"] == pytest.approx(expected)
+            assert test["p"] == mcnemar(test["only_first"], test["only_second"])
+            tests.append(test)
+    assert [test["p_holm"] for test in tests] == holm([test["p"] for test in tests])
+
+
+def test_averages_differ_by_the_summaries_difference_and_only_real_differences_are_significant():
+    found = compare(MODELS, num_draws=500)
+    for pair in found["pairs"]:
+        first, second = (MODELS[name].summary for name in pair["models"])
+        for figure, key, of in (("subset_average", "subsets", "average"), ("drop_curve_area", "drop_curve", "area")):
+            test = pair[figure]
+            expected = second[key][of]["action_top1"] - first[key][of]["action_top1"]
+            assert test["difference"] == pytest.approx(expected)
+            assert test["ci"][0] < test["difference"] < test["ci"][1]
+            assert (test["p_holm"] < 0.05) == ("weak" in pair["models"])
+    assert found["average_rank"]["weak"] == 3
+    text = comparison_section(found)
+    assert "strong is better than weak in the average over subsets by" in text
+    assert "as strong and strong cannot be told apart by the mean height of the drop curve" in text
+
+
+def test_a_model_against_its_like_differs_in_nothing():
+    found = compare({"a": MODELS["strong"], "b": MODELS["strong"]}, num_draws=100)
+    (pair,) = found["pairs"]
+    assert {test["p"] for test in pair["conditions"]} == {1.0}
+    assert pair["subset_average"] == {"difference": 0.0, "ci": [0.0, 0.0], "p": 1.0, "p_holm": 1.0}
+
+
+def test_models_with_other_modalities_are_compared_where_both_were_evaluated():
+    narrow = make_results(0.7, 5, conditions=build_conditions(["video", "flow"], subsets=True))
+    (pair,) = compare({"wide": MODELS["strong"], "narrow": narrow}, num_draws=100)["pairs"]
+    assert [test["modalities"] for test in pair["conditions"]] == [["video"], ["flow"], ["video", "flow"]]
+    assert pair["subset_average"] is not None
+    assert pair["drop_curve_area"] is None
+
+
+def test_the_report_holds_intervals_ranks_and_every_test(tmp_path):
+    models = {name: results.to_dict() for name, results in MODELS.items()}
+    found = compare(MODELS, num_draws=200)
+    text = write_report(tmp_path, "t", models, comparison=found).read_text()
+    low, high = MODELS["weak"].summary["subsets"]["average_ci"]["action_top1"]
+    assert f"| 95 % interval |  | [{low:.2f}, {high:.2f}] |" in text
+    assert "| average rank |" in text
+    assert "| action top-1 | 95 % | action top-5 | action per class | action ECE |" in text
+    for test in found["pairs"][0]["conditions"]:
+        assert f"{test['difference']:+.2f}" in text
+
+
+def test_what_cannot_be_compared_is_one_line():
+    def raises(says: str, **models: Results) -> None:
+        with pytest.raises(UserError, match=says) as caught:
+            compare(models, num_draws=10)
+        assert "\n" not in str(caught.value)
+
+    strong = MODELS["strong"]
+    raises("at least two runs", alone=strong)
+    keys = [f"clip_{number:04d}" for number in range(399)] + ["clip_other"]
+    other = make_results(0.5, 1, keys=keys)
+    raises("b was evaluated on 400 clips, a on 400: clip clip_0399 is only a's", a=strong, b=other)
+    raises("other classes", a=strong, b=make_results(0.5, 1, heads={"verb": 4, "noun": 6}))
+    video, audio = (make_results(0.5, 1, conditions=[Condition((name,))]) for name in ("video", "audio"))
+    raises("a and b have no condition in common", a=video, b=audio)

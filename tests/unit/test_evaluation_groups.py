@@ -1,0 +1,99 @@
+"""Tail and unseen figures count exactly the clips of the published lists, and a bad list is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_evaluation_evaluate import HEADS, MODALITIES, Fusion, make_batches, naive_row, singles
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.conditions import build_conditions
+from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.groups import Groups, read_groups
+
+SOURCES = {"action": ["verb", "noun"], "verb": ["verb"], "noun": ["noun"]}
+
+
+def participant_of(key: str) -> str:
+    return f"P{int(key.rsplit('_')[-1]) % 5:02d}"
+
+
+def write_lists(folder: Path, verbs: list[int], nouns: list[int], **unseen: list[str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "EPIC_100_tail_verbs.csv").write_text("verb\n" + "".join(f"{verb}\n" for verb in verbs))
+    (folder / "EPIC_100_tail_nouns.csv").write_text("noun\n" + "".join(f"{noun}\n" for noun in nouns))
+    for split, people in unseen.items():
+        path = folder / f"EPIC_100_unseen_participant_ids_{split}.csv"
+        path.write_text("participant_id\n" + "".join(f"{person}\n" for person in people))
+    return folder
+
+
+clips = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=20)
+
+
+@given(clips, st.frozensets(st.integers(0, 3)), st.frozensets(st.integers(0, 4)), st.frozensets(st.integers(0, 4)))
+def test_an_actions_tail_is_that_of_its_verb_or_its_noun(labels, verbs, nouns, people):
+    groups = Groups({"verb": verbs, "noun": nouns}, frozenset(f"P{one:02d}" for one in people), participant_of)
+    keys = [f"clip_{number}" for number in range(len(labels))]
+    of_heads = {"verb": np.array([v for v, _ in labels]), "noun": np.array([n for _, n in labels])}
+    found = groups.members(keys, of_heads, SOURCES)
+    assert found["tail"]["verb"].tolist() == [v in verbs for v, _ in labels]
+    assert found["tail"]["noun"].tolist() == [n in nouns for _, n in labels]
+    assert found["tail"]["action"].tolist() == [v in verbs or n in nouns for v, n in labels]
+    if people:
+        assert all(of.tolist() == [n % 5 in people for n in range(len(labels))] for of in found["unseen"].values())
+    else:
+        assert "unseen" not in found
+
+
+def test_figures_of_a_group_are_those_of_its_clips_alone(tmp_path):
+    lists = write_lists(tmp_path / "lists", [0, 3], [1], validation=["P01"], test=["P04"])
+    groups = read_groups(lists, HEADS, participant_of)
+    conditions = build_conditions(MODALITIES, subsets=True)
+    batches = make_batches(num=60)
+    results = evaluate(Fusion(), batches, conditions, device="cpu", groups=groups)
+    alone = singles(batches)
+    for condition, row in zip(conditions, results.rows, strict=True):
+        for group, figure, inside in (
+            ("tail", "verb", lambda clip: int(clip.labels["verb"]) in (0, 3)),
+            ("tail", "noun", lambda clip: int(clip.labels["noun"]) == 1),
+            ("tail", "action", lambda clip: int(clip.labels["verb"]) in (0, 3) or int(clip.labels["noun"]) == 1),
+            ("unseen", "action", lambda clip: participant_of(clip.keys[0]) in ("P01", "P04")),
+        ):
+            expected = naive_row(Fusion().eval(), [clip for clip in alone if inside(clip)], condition)
+            assert row[f"{figure}_top1_{group}"] == expected[f"{figure}_top1"]
+            assert row[f"num_{group}"][figure] == expected["num_clips"]
+    without = evaluate(Fusion(), batches, conditions, device="cpu")
+    assert not [key for key in without.rows[0] if key.endswith(("_tail", "_unseen"))]
+
+
+def test_a_group_that_no_clip_is_in_has_an_empty_figure(tmp_path):
+    groups = read_groups(write_lists(tmp_path / "lists", [], [], test=["P99"]), HEADS, participant_of)
+    (row,) = evaluate(Fusion(), make_batches(), build_conditions(MODALITIES), device="cpu", groups=groups).rows
+    assert row["action_top1_tail"] is None
+    assert row["action_top1_unseen"] is None
+    assert row["num_unseen"]["action"] == 0
+
+
+def test_a_bad_list_is_one_line_that_names_file_and_row(tmp_path):
+    def raises(says: str, folder: Path, heads: dict[str, int] = HEADS) -> None:
+        with pytest.raises(UserError, match=says) as caught:
+            read_groups(folder, heads, participant_of)
+        assert "\n" not in str(caught.value)
+
+    raises("no such annotations folder", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    raises("none of EPIC_100_tail_verbs.csv", tmp_path / "empty")
+    lists = write_lists(tmp_path / "lists", [1], [2, 5])
+    raises("tail_nouns.csv, row 3: noun '5' is none of the model's 5 classes", lists)
+    raises("no head 'noun'", lists, {"verb": 4})
+    (lists / "EPIC_100_tail_nouns.csv").write_text("class\n1\n")
+    raises("tail_nouns.csv: column 'noun' is missing", lists)
+    (lists / "EPIC_100_tail_nouns.csv").write_bytes(b"\xff\xfe\x00")
+    raises("tail_nouns.csv: cannot be read as CSV", lists)
+    (lists / "EPIC_100_tail_nouns.csv").unlink()
+    raises("tail_nouns.csv: no such file, but the other tail list", lists)
