@@ -212,16 +212,27 @@ def train(recipe: str, overrides: tuple[str, ...], resume: str, profile: str | N
 @click.option("--subsets", is_flag=True, help="Every non-empty subset of the modalities.")
 @click.option("--sweep", is_flag=True, help="Drop probabilities 0.0, 0.1, ... 0.9.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Random draws per condition.")
+@click.option("--views", help="Average TEMPORALxSPATIAL views of each clip, e.g. 3x1; default: the recipe's.")
+@click.option("--predictions", type=click.Path(path_type=Path), help="Write every prediction: .npz or .parquet.")
+@click.option(
+    "--submission", type=(click.Choice(["epic-kitchens", "something-something"]), click.Path(path_type=Path)),
+    metavar="FORMAT FILE", help="Write a leaderboard's file: epic-kitchens FILE.zip (or .pkl), something-something FILE.csv.",
+)
+@click.option("--sls", help="Supervision levels of an Epic-Kitchens submission: pretraining,labels,data, e.g. 2,3,3.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report; default: eval/ in the run folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def evaluate(
     run: Path | None, shards: str | None, split: str | None, drop_prob: float | None, modalities: str | None,
-    subsets: bool, sweep: bool, seeds: int, out: Path | None, as_json: bool,
+    subsets: bool, sweep: bool, seeds: int, views: str | None, predictions: Path | None,
+    submission: tuple[str, Path] | None, sls: str | None, out: Path | None, as_json: bool,
 ) -> None:
     """Evaluate a run (default: the newest finished) with sensors failing. RUN: a run folder or a weights file."""
     from karmma_dist.evaluation.conditions import Condition, build_conditions
+    from karmma_dist.evaluation.epic_challenge import parse_levels
+    from karmma_dist.evaluation.exports import Exports
     from karmma_dist.evaluation.report import results_table, write_report, write_results
     from karmma_dist.evaluation.run import evaluate_run, newest_finished_run
+    from karmma_dist.evaluation.views import parse_views
     from karmma_dist.modality import parse_modalities
     from karmma_dist.progress import Progress
 
@@ -231,19 +242,28 @@ def evaluate(
             available, modalities=chosen, drop_prob=drop_prob, subsets=subsets, sweep=sweep, num_seeds=seeds
         )
 
+    exports = Exports(predictions, submission, None if sls is None else parse_levels(sls))
+    looks = None if views is None else parse_views(views)
     chosen = run or newest_finished_run(Path("runs"))
     with Progress() as report:
-        done = evaluate_run(chosen, conditions, shards=shards, split=split, report=report)
-    folder = out or done.folder
-    write_results(done.results, folder)
-    path = write_report(folder, f"{done.name} on {done.data.validation_split}", {done.name: done.results.to_dict()})
+        done = evaluate_run(
+            chosen, conditions, shards=shards, split=split, views=looks, exports=exports, report=report
+        )
     if as_json:
         _print_json(done.results.to_dict())
-    else:
-        from rich.console import Console
+    for line in done.exported:
+        click.echo(line, err=as_json)
+    if done.results.rows:
+        folder = out or done.folder
+        write_results(done.results, folder)
+        path = write_report(folder, f"{done.name} on {done.data.validation_split}", {done.name: done.results.to_dict()})
+        if not as_json:
+            from rich.console import Console
 
-        Console().print(results_table(done.results))
-        click.echo(f"report: {path}")
+            Console().print(results_table(done.results))
+            click.echo(f"report: {path}")
+    else:
+        click.echo(f"split '{done.data.validation_split}' has no labels: predictions only, nothing is scored", err=True)
     damaged = done.results.summary["num_damaged"]
     if damaged:
         first = done.results.summary["damage"][0]
