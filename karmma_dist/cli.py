@@ -216,7 +216,7 @@ def train(recipe: str, overrides: tuple[str, ...], resume: str, profile: str | N
 @click.option("--predictions", type=click.Path(path_type=Path), help="Write every prediction: .npz or .parquet.")
 @click.option(
     "--submission", type=(click.Choice(["epic-kitchens", "something-something"]), click.Path(path_type=Path)),
-    metavar="FORMAT FILE", help="Write a leaderboard's file: epic-kitchens FILE.zip (or .pkl), something-something FILE.csv.",
+    metavar="FORMAT FILE", help="Leaderboard's file: epic-kitchens FILE.zip (or .pkl), something-something FILE.csv.",
 )
 @click.option("--sls", help="Supervision levels of an Epic-Kitchens submission: pretraining,labels,data, e.g. 2,3,3.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report; default: eval/ in the run folder.")

@@ -83,8 +83,8 @@ class Exports:
         missing = sorted(set(split_keys) - set(keys))
         if missing:
             raise UserError(
-                f"--submission {name} {path}: not written, since it needs every clip: {len(missing)} of {len(split_keys)} have no "
-                f"prediction (damaged, or without any of the modalities), the first: {missing[0]}"
+                f"--submission {name} {path}: not written, since it needs every clip: {len(missing)} of "
+                f"{len(split_keys)} have no prediction (damaged, or without the modalities), the first: {missing[0]}"
             )
         if name == SOMETHING_SOMETHING:
             ssv2_submission.write_submission(path, keys, log_probs)

@@ -12,11 +12,9 @@ Legend: B clips, R clips that can be run, V views, C classes.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from karmma_dist.errors import UserError
@@ -59,8 +57,9 @@ def rows_of_views(flags_RM: Tensor, num_views: int) -> Tensor:
 
 
 def mean_over_views(log_probs: Tensor, num_views: int) -> Tensor:
-    """Logarithm of the views' mean probability: (R V, C) -> (R, C). One view is left untouched, to the bit."""
+    """Logarithm of the views' mean probability: (R V, C) -> (R, C). Equal views, or one, give theirs to the bit."""
     if num_views == 1:
         return log_probs
     views_RVC = log_probs.unflatten(0, (-1, num_views))
-    return torch.logsumexp(views_RVC, dim=1) - math.log(num_views)
+    highest_R1C = views_RVC.amax(dim=1, keepdim=True)
+    return (highest_R1C + (views_RVC - highest_R1C).exp().mean(dim=1, keepdim=True).log()).squeeze(1)
