@@ -1,13 +1,14 @@
 """Every subset and drop probability in one encoder pass, against the naive way; same answers, all arms in turn.
 
-    python tests/benchmarks/one_pass_evaluation.py [RECIPE] [--repeats N] [--clips N] [--naive N]
+    python tests/benchmarks/one_pass_evaluation.py [RECIPE] [--repeats N] [--clips N] [--naive N] [--set K=V]
 
-RECIPE is a recipe whose model is built with random weights (`epic_kitchens/distill` at its full clip size,
-`grid_epic/distill`; 97 verbs and 300 nouns where it leaves the classes to its shards); without it, a student with small
-encoders and the published fusion block. Inputs are random: the cost does not depend on what is in them. The naive way
-takes away what a condition drops and runs the model on the rest, once per condition. `--naive N` runs it on the first N
-clips only (0: not at all) and scales by clips. Prints CPU seconds on one thread, medians and ratios, and how often each
-way runs an encoder. Nothing is decoded: where clips are, the one pass costs even less by comparison.
+RECIPE is a recipe whose model is built with random weights (`epic_kitchens/distill` at its full clip size, or
+`grid_epic/distill --set "data.heads={verb: 4, noun: 10}"`; 97 verbs and 300 nouns where it leaves the classes to its
+shards); without it, a student with small encoders and the published fusion block. Inputs are random: the cost does not
+depend on what is in them. The naive way takes away what a condition drops and runs the model on the rest, once per
+condition. `--naive N` runs it on the first N clips only (0: not at all) and scales by clips. Prints CPU seconds on one
+thread, medians and ratios, and how often each way runs an encoder. Nothing is decoded: where clips are, the one pass
+costs even less by comparison.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ INPUTS = InputRecipe.model_validate(
 )
 
 
-def make_model(recipe: str | None) -> KarmmaModel:
+def make_model(recipe: str | None, overrides: list[str]) -> KarmmaModel:
     """The recipe's model, or a student with small encoders and the published fusion block."""
     torch.manual_seed(0)
     if recipe is not None:
-        loaded = load_recipe(recipe)
+        loaded = load_recipe(recipe, overrides)
         return KarmmaModel(loaded.model, loaded.inputs, loaded.data.modalities, loaded.data.heads or HEADS)
     names = {"video": "small_video", "flow": "small_video", "audio": "small_audio"}
     encoders = {modality: EncoderRecipe(name=name) for modality, name in names.items()}
@@ -94,9 +95,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--naive", type=int)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="K=V")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model = make_model(arguments.recipe)
+    model = make_model(arguments.recipe, arguments.overrides)
     names = model.modalities
     batches = make_batches(model, arguments.clips, arguments.batch_size)
     num_naive = arguments.clips if arguments.naive is None else min(arguments.naive, arguments.clips)
