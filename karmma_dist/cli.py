@@ -224,6 +224,13 @@ def train(
 @click.option("--sweep", is_flag=True, help="Drop probabilities 0.0, 0.1, ... 0.9.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Random draws per condition.")
 @click.option("--annotations", type=click.Path(path_type=Path), help="Lists of tail classes and unseen participants.")
+@click.option("--views", help="Average TEMPORALxSPATIAL views of each clip, e.g. 3x1; default: the recipe's.")
+@click.option("--predictions", type=click.Path(path_type=Path), help="Write every prediction: .npz or .parquet.")
+@click.option(
+    "--submission", type=(click.Choice(["epic-kitchens", "something-something"]), click.Path(path_type=Path)),
+    metavar="FORMAT FILE", help="Leaderboard's file: epic-kitchens FILE.zip (or .pkl), something-something FILE.csv.",
+)
+@click.option("--sls", help="Supervision levels of an Epic-Kitchens submission: pretraining,labels,data, e.g. 2,3,3.")
 @click.option(
     "--out", type=click.Path(path_type=Path),
     help="Folder for the report; default: eval/ in the run folder, of several runs runs/comparison.",
@@ -231,7 +238,8 @@ def train(
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def evaluate(
     runs: tuple[Path, ...], shards: str | None, split: str | None, drop_prob: float | None, modalities: str | None,
-    subsets: bool, sweep: bool, seeds: int, annotations: Path | None, out: Path | None, as_json: bool,
+    subsets: bool, sweep: bool, seeds: int, annotations: Path | None, views: str | None, predictions: Path | None,
+    submission: tuple[str, Path] | None, sls: str | None, out: Path | None, as_json: bool,
 ) -> None:
     """Evaluate a run (default: the newest finished) with sensors failing, or compare several on the same clips.
 
@@ -241,8 +249,11 @@ def evaluate(
 
     from karmma_dist.evaluation.compare_runs import evaluate_and_compare, to_dict, write_comparison
     from karmma_dist.evaluation.conditions import Condition, build_conditions
+    from karmma_dist.evaluation.epic_challenge import parse_levels
+    from karmma_dist.evaluation.exports import Exports
     from karmma_dist.evaluation.report import results_table, write_report, write_results
     from karmma_dist.evaluation.run import evaluate_run, newest_finished_run
+    from karmma_dist.evaluation.views import parse_views
     from karmma_dist.modality import parse_modalities
     from karmma_dist.progress import Progress
 
@@ -252,26 +263,38 @@ def evaluate(
             available, modalities=chosen, drop_prob=drop_prob, subsets=subsets, sweep=sweep, num_seeds=seeds
         )
 
+    exports = Exports(predictions, submission, None if sls is None else parse_levels(sls))
+    if len(runs) > 1 and exports.are_wanted:
+        raise UserError("eval: --predictions and --submission are of one run: name only that one")
+    looks = None if views is None else parse_views(views)
     with Progress() as report:
         evaluate_one = partial(
-            evaluate_run, conditions=conditions, shards=shards, split=split, annotations=annotations, report=report
-        )
+            evaluate_run, conditions=conditions, shards=shards, split=split, annotations=annotations, views=looks,
+            exports=exports, report=report,
+        )  # fmt: skip
         if len(runs) > 1:
             done, comparison = evaluate_and_compare(runs, evaluate_one)
         else:
             only = evaluate_one(runs[0] if runs else newest_finished_run(Path("runs")))
             done = {only.name: only}
+    path = None
     if len(runs) > 1:
         path = write_comparison(out or Path("runs/comparison"), done, comparison)
         printed = to_dict(done, comparison)
     else:
-        folder = out or only.folder
-        write_results(only.results, folder)
-        path = write_report(folder, f"{only.name} on {only.data.validation_split}", {only.name: only.results.to_dict()})
         printed = only.results.to_dict()
+        for line in only.exported:
+            click.echo(line, err=as_json)
+        split_name = only.data.validation_split
+        if only.results.rows:
+            folder = out or only.folder
+            write_results(only.results, folder)
+            path = write_report(folder, f"{only.name} on {split_name}", {only.name: only.results.to_dict()})
+        else:
+            click.echo(f"split '{split_name}' has no labels: predictions only, nothing is scored", err=True)
     if as_json:
         _print_json(printed)
-    else:
+    elif path is not None:
         from rich.console import Console
 
         for name, one in done.items():

@@ -328,13 +328,30 @@ class TrainingRecipe(Settings):
         return self
 
 
+class ViewsRecipe(Settings):
+    """How often `karmma-dist eval` looks at a clip: temporal x spatial views, their class probabilities averaged."""
+
+    temporal: Positive = 1
+    """Samplings spread evenly over the clip: offsets within the segments, or places of the dense window."""
+    spatial: Literal[1, 3] = 1
+    """Crops: the centre, or the start, centre and end of the longer side."""
+
+    @property
+    def num(self) -> int:
+        """Views of a clip."""
+        return self.temporal * self.spatial
+
+
 class EvaluationRecipe(Settings):
     """How evaluation batches are formed."""
 
     batch_size: Positive = 16
-    """Clips per batch and rank; the answers do not depend on it."""
+    """Clips per batch and rank; the answers do not depend on it. Where clips have several views, the views per batch
+    (at least one clip's)."""
     annotations: str | None = None
     """Folder with Epic-Kitchens' lists of tail classes and unseen participants: figures over their clips are added."""
+    views: ViewsRecipe = ViewsRecipe()
+    """Views of a clip in `karmma-dist eval`. Validation during training looks once."""
 
 
 class SlurmRecipe(Settings):

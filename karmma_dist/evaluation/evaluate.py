@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +24,17 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.conditions import Condition, keep
 from karmma_dist.evaluation.groups import Groups
-from karmma_dist.evaluation.scores import BatchScores, Results, merge, ranked, score_rows
+from karmma_dist.evaluation.predictions import PredictionCollector
+from karmma_dist.evaluation.scores import (
+    BatchScores,
+    Results,
+    count_unlabelled,
+    is_unlabelled,
+    merge,
+    ranked,
+    score_rows,
+)
+from karmma_dist.evaluation.views import mean_over_views, one_row_per_clip, rows_of_views
 from karmma_dist.streaming.batch import Batch
 
 
@@ -62,6 +73,8 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     gather: Callable[[list[BatchScores]], list[BatchScores]] | None = None,
     groups: Groups | None = None,
+    num_views: int = 1,
+    predictions: PredictionCollector | None = None,
 ) -> Results:
     """Run `model` over `batches` and score it under every condition.
 
@@ -79,6 +92,9 @@ def evaluate(
         gather: Returns the lists of all ranks put together, in any order (see torch's all_gather_object), so that
             every rank returns the same results; None: this process has all clips.
         groups: Rare classes and unseen participants, which get figures of their own.
+        num_views: Rows of `batches` that each clip has, one after another: views whose probabilities are averaged.
+        predictions: Takes this process's predictions, one per clip and different mask. Clips then need no labels:
+            where none has any, there are no rows.
 
     Raises:
         UserError: no clip, no labelled clip, a clip given twice, a label out of range, a prediction that is not a
@@ -91,10 +107,12 @@ def evaluate(
     scores = []
     with _eval_mode(model):
         for batch in batches:
-            scores.append(_score_batch(model, batch, conditions, torch.device(device)))
+            scores.append(_score_batch(model, batch, conditions, torch.device(device), num_views, predictions))
             if progress is not None:
                 progress(len(scores[-1].keys))
     merged = merge(gather(scores) if gather is not None else scores)
+    if predictions is not None and is_unlabelled(merged):
+        return Results([], count_unlabelled(merged, list(model.modalities)))
     return score_rows(merged, conditions, list(model.modalities), dict(model.heads), drop_nouns, groups)
 
 
@@ -110,10 +128,16 @@ def _eval_mode(model: SensorModel) -> Iterator[None]:
 
 
 def _score_batch(
-    model: SensorModel, batch: Batch, conditions: Sequence[Condition], device: torch.device
+    model: SensorModel,
+    batch: Batch,
+    conditions: Sequence[Condition],
+    device: torch.device,
+    num_views: int,
+    predictions: PredictionCollector | None,
 ) -> BatchScores:
     """Encode once, fuse once per different mask, and keep the ranks of the clips that are no padding."""
     _check_labels(model, batch)
+    batch = one_row_per_clip(batch, num_views)
     used = {name for condition in conditions for name in condition.modalities}
     used_M = torch.tensor([name in used for name in model.modalities])
     present_BM = batch.present_BM.cpu()
@@ -124,17 +148,20 @@ def _score_batch(
     losses = {head: np.full(masks_BK.shape, np.nan) for head in model.heads}
     confidence = {name: np.full(masks_BK.shape, np.nan, dtype=np.float32) for name in ranks}
     runnable_B = (present_BM & used_M).any(dim=1)
+    valid_B = batch.valid_B.cpu().numpy()
+    passes = _Passes(np.zeros((0, 0), dtype=np.int64), [])
+    rows = runnable_B.numpy()
     if bool((runnable_B & batch.valid_B.cpu()).any()):
-        rows = runnable_B.numpy()
-        found, lost, sure = _scores_of_masks(model, batch, used_M, runnable_B, masks_BK[rows], device)
+        found, lost, sure, passes = _scores_of_masks(
+            model, batch, used_M, runnable_B, masks_BK[rows], device, num_views, predictions is not None
+        )
         for name, ranks_RK in found.items():
             ranks[name][rows] = np.where(masks_BK[rows] > 0, ranks_RK, -1)
         for head, losses_RK in lost.items():
             losses[head][rows] = losses_RK
         for name, confidence_RK in sure.items():
             confidence[name][rows] = confidence_RK
-    valid_B = batch.valid_B.cpu().numpy()
-    return BatchScores(
+    scores = BatchScores(
         keys=[key for key, valid in zip(batch.keys, valid_B, strict=True) if valid],
         labels={head: batch.labels[head].cpu().numpy()[valid_B] for head in model.heads},
         present_BM=present_BM.numpy()[valid_B],
@@ -144,6 +171,38 @@ def _score_batch(
         confidence={name: confidence_BK[valid_B] for name, confidence_BK in confidence.items()},
         damage=[str(one) for one in batch.damage],
     )
+    if predictions is not None:
+        masks_BP, log_probs = passes.of_clips(rows, dict(model.heads))
+        predictions.add(
+            scores.keys,
+            scores.present_BM,
+            scores.labels,
+            scores.masks_BK,
+            masks_BP[valid_B],
+            {head: values[valid_B] for head, values in log_probs.items()},
+        )
+    return scores
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The predictions of one batch's passes of the fusion block."""
+
+    masks_RP: np.ndarray
+    """The mask of each runnable clip in each pass."""
+    log_probs: list[dict[str, Tensor]]
+    """Per pass and head (R, C)."""
+
+    def of_clips(self, runnable_B: np.ndarray, heads: dict[str, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Masks (B, P), 0 for clips without a pass, and per head log-probabilities (B, P, C), float32."""
+        num_B, num_P = len(runnable_B), len(self.log_probs)
+        masks_BP = np.zeros((num_B, num_P), dtype=np.uint8)
+        log_probs = {head: np.zeros((num_B, num_P, num), dtype=np.float32) for head, num in heads.items()}
+        for number, of_pass in enumerate(self.log_probs):
+            masks_BP[runnable_B, number] = self.masks_RP[:, number]
+            for head, values_RC in of_pass.items():
+                log_probs[head][runnable_B, number] = values_RC.float().cpu().numpy()
+        return masks_BP, log_probs
 
 
 def _scores_of_masks(
@@ -153,8 +212,10 @@ def _scores_of_masks(
     runnable_B: Tensor,
     masks_RK: np.ndarray,
     device: torch.device,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Ranks, losses and confidence (R, K) of the R runnable clips; entries whose mask is 0 are meaningless.
+    num_views: int,
+    keep_log_probs: bool,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray], _Passes]:
+    """Ranks, losses, confidence (R, K) of the R runnable clips; entries whose mask is 0 mean nothing. And the passes.
 
     Clips without any usable modality own no row of any input, so leaving them out of present_BM is all it takes.
     Inputs of modalities that no condition uses are left out, as if nobody had them: their encoders need not run.
@@ -163,17 +224,20 @@ def _scores_of_masks(
     used = [name for name, use in zip(model.modalities, used_M.tolist(), strict=True) if use]
     inputs = {name: batch.inputs[name].to(device) for name in used if name in batch.inputs}
     labels = {head: batch.labels[head].cpu()[runnable_B].to(device) for head in model.heads}
-    tokens = model.encode(inputs, present_RM)
+    present_of_views = rows_of_views(present_RM, num_views)
+    tokens = model.encode(inputs, present_of_views)
     masks_RP, place_RK = _distinct(masks_RK)
     bits_M = 2 ** np.arange(len(model.modalities))
-    passes = []
+    passes, kept = [], []
     for mask_R in masks_RP.T:
         keep_RM = torch.from_numpy((mask_R[:, None] & bits_M) > 0).to(device)
-        logits = model.fuse(tokens, present_RM, keep_RM)
-        log_probs = _log_probs(logits, batch, runnable_B)
+        logits = model.fuse(tokens, present_of_views, rows_of_views(keep_RM, num_views))
+        log_probs = _log_probs(logits, batch, runnable_B, num_views)
         passes.append((_ranks(log_probs, labels), _losses(log_probs, labels), _confidence(log_probs)))
+        if keep_log_probs:
+            kept.append(log_probs)
     ranks, losses, confidence = (_per_condition(list(of), place_RK) for of in zip(*passes, strict=True))
-    return ranks, losses, confidence
+    return ranks, losses, confidence, _Passes(masks_RP, kept)
 
 
 def _per_condition(passes: list[dict[str, Tensor]], place_RK: np.ndarray) -> dict[str, np.ndarray]:
@@ -190,9 +254,13 @@ def _distinct(masks_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return masks_RP, place_RK
 
 
-def _log_probs(logits: Mapping[str, Tensor], batch: Batch, runnable_B: Tensor) -> dict[str, Tensor]:
-    """Log-probabilities (R, C), float64, per head."""
-    log_probs = {head: torch.log_softmax(scores.double(), dim=1) for head, scores in logits.items()}
+def _log_probs(
+    logits: Mapping[str, Tensor], batch: Batch, runnable_B: Tensor, num_views: int
+) -> dict[str, Tensor]:
+    """Log-probabilities (R, C), float64, per head, of the mean over the views."""
+    log_probs = {
+        head: mean_over_views(torch.log_softmax(scores.double(), dim=1), num_views) for head, scores in logits.items()
+    }
     for head, scores in log_probs.items():
         if bool(scores.isnan().any()):
             rows = torch.arange(len(runnable_B))[runnable_B]

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation.bootstrap import add_intervals
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.evaluate import evaluate
-from karmma_dist.evaluation.groups import participants, read_groups
+from karmma_dist.evaluation.exports import Exports
+from karmma_dist.evaluation.groups import Groups, participants, read_groups
+from karmma_dist.evaluation.predictions import PredictionCollector
 from karmma_dist.evaluation.scores import Results
-from karmma_dist.models.pretrained import load_model
+from karmma_dist.models.pretrained import ModelCard, load_model
 from karmma_dist.progress import Report, silent
-from karmma_dist.recipe import DataRecipe, InputRecipe, Recipe, read_run_recipe
+from karmma_dist.recipe import DataRecipe, Recipe, ViewsRecipe, read_run_recipe
+from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.prefetch import on_device
@@ -40,6 +43,8 @@ class Evaluated:
     data: DataRecipe
     """The clips it was evaluated on; `validation_split` is the split."""
     results: Results
+    exported: list[str] = field(default_factory=list)
+    """A line about each file of `exports` that was written."""
 
 
 def newest_finished_run(runs_dir: Path) -> Path:
@@ -83,6 +88,8 @@ def evaluate_run(
     batch_size: int | None = None,
     num_workers: int | None = None,
     annotations: Path | None = None,
+    views: ViewsRecipe | None = None,
+    exports: Exports | None = None,
     report: Report = silent,
 ) -> Evaluated:
     """Evaluate a run folder or a weights file.
@@ -95,10 +102,13 @@ def evaluate_run(
         batch_size: Clips per batch; None: the recipe's. The answers do not depend on it.
         num_workers: Decoding processes; None: the recipe's.
         annotations: Folder with the lists of rare classes and unseen participants; None: the recipe's, if it has one.
+        views: Views of each clip, averaged; None: the recipe's.
+        exports: Predictions and submissions to write. A split without labels yields these alone: no rows.
         report: Progress.
 
     Raises:
-        UserError: no weights, no shards, a split or modality that does not exist.
+        UserError: no weights, no shards, shards of other classes than the model's, a split or modality that does not
+            exist, a split without labels and nothing to export, or something that cannot be exported.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, card = load_model(run, device)
@@ -111,28 +121,64 @@ def evaluate_run(
     data = base.model_copy(update={name: value for name, value in changes.items() if value is not None})
     size = batch_size or (recipe.evaluation.batch_size if recipe else 16)
     name = run_name(run)
+    looks = views or (recipe.evaluation.views if recipe else ViewsRecipe())
+    wanted = exports or Exports()
     chosen = conditions(model.modalities)
-    if annotations is None and recipe is not None and recipe.evaluation.annotations is not None:
-        annotations = Path(recipe.evaluation.annotations)
-    results = _evaluate(model, data, card.inputs, chosen, size, device, name, annotations, report)
-    return Evaluated(name, folder / "eval", data, add_intervals(results))
+    wanted.check(card.heads, chosen)
+    shard_folder = open_shards(data)
+    _check_classes(card, shard_folder)
+    clips = EvaluationClips(shard_folder, data, card.inputs, data.validation_split, looks)
+    _check_labels(clips, card.heads, wanted)
+    collector = PredictionCollector(model.modalities, chosen) if wanted.are_wanted else None
+    lists = annotations or (recipe.evaluation.annotations if recipe else None)
+    groups = read_groups(Path(lists), model.heads, participants(shard_folder, clips.clips)) if lists else None
+    results = _evaluate(model, clips, chosen, size, device, name, groups, collector, report)
+    if results.rows:
+        results = add_intervals(results)
+    keys = [clip.key for clip in shard_folder.clips(data.validation_split)]
+    exported = [] if collector is None else wanted.write(collector.finish(), keys)
+    return Evaluated(name, folder / "eval", data, results, exported)
+
+
+def _check_classes(card: ModelCard, folder: ShardFolder) -> None:
+    """A class is a number to the model: it must mean the same in the shards."""
+    for head, num in card.heads.items():
+        there, known = folder.classes.get(head), card.classes.get(head)
+        if there is None:
+            what = f"the model's head '{head}' is not among the shards' ({', '.join(folder.classes)})"
+        elif len(there) != num:
+            what = f"the shards have {len(there)} classes of '{head}', the model {num}"
+        elif known is not None and known != there:
+            number = next(number for number, (a, b) in enumerate(zip(known, there, strict=True)) if a != b)
+            what = f"class {number} of '{head}' is '{there[number]}' in the shards and '{known[number]}' to the model"
+        else:
+            continue
+        raise UserError(f"{folder.where}: {what}: evaluate on shards of the model's own dataset")
+
+
+def _check_labels(clips: EvaluationClips, heads: Mapping[str, int], exports: Exports) -> None:
+    """Found in the index, before hours of prediction."""
+    labelled = any(all(clip.labels.get(head) is not None for head in heads) for clip in clips.clips)
+    if not labelled and not exports.are_wanted:
+        raise UserError(
+            f"{clips.folder.where}: split '{clips.split}' has no labels, so nothing can be scored: ask for its "
+            "predictions (--predictions FILE.npz or --submission FORMAT FILE), or name another split with --split"
+        )
 
 
 def _evaluate(
     model: Any,
-    data: DataRecipe,
-    inputs: InputRecipe,
+    clips: EvaluationClips,
     conditions: Sequence[Condition],
     batch_size: int,
     device: torch.device,
     name: str,
-    annotations: Path | None,
+    groups: Groups | None,
+    collector: PredictionCollector | None,
     report: Report,
 ) -> Results:
     """One process, every clip."""
-    clips = EvaluationClips(open_shards(data), data, inputs, data.validation_split)
-    of_clip = participants(clips.folder, clips.clips)
-    groups = None if annotations is None else read_groups(annotations, model.heads, of_clip)
+    data, num_views = clips.data, clips.views.num
     total = len(clips.clips)
     done = 0
 
@@ -141,11 +187,21 @@ def _evaluate(
         done += num
         report(f"eval {name}", done, total)
 
-    with on_device(evaluation_batches(clips, batch_size), device) as batches:
-        prepared = (prepare(batch, inputs, device) for batch in batches)
-        return evaluate(
-            model, prepared, conditions, device=device, drop_nouns=data.drop_nouns, progress=progress, groups=groups
+    with on_device(evaluation_batches(clips, max(1, batch_size // num_views)), device) as batches:
+        prepared = (prepare(batch, clips.inputs, device) for batch in batches)
+        results = evaluate(
+            model,
+            prepared,
+            conditions,
+            device=device,
+            drop_nouns=data.drop_nouns,
+            progress=progress,
+            groups=groups,
+            num_views=num_views,
+            predictions=collector,
         )
+    results.summary["views"] = clips.views.model_dump()
+    return results
 
 
 def validate(

@@ -108,6 +108,23 @@ def merge(scores: list[BatchScores]) -> BatchScores:
     )
 
 
+def is_unlabelled(scores: BatchScores) -> bool:
+    """Whether no clip has a label for every head."""
+    return bool(np.any([labels_N < 0 for labels_N in scores.labels.values()], axis=0).all())
+
+
+def count_unlabelled(scores: BatchScores, modalities: list[str]) -> dict[str, Any]:
+    """The summary of clips that cannot be scored."""
+    return {
+        "modalities": modalities,
+        "num_clips": 0,
+        "num_unlabelled": len(scores.keys),
+        "num_damaged": len(scores.damage),
+        "damage": scores.damage[:_DAMAGE_SHOWN],
+        "num_present": _count(scores.present_BM, modalities),
+    }
+
+
 def score_rows(
     scores: BatchScores,
     conditions: Sequence[Condition],

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from karmma_dist.recipe import VideoInput
+from karmma_dist.recipe import VideoInput, ViewsRecipe
+
+_LAST = float(np.nextafter(1.0, 0.0))
+"""The last of a crop's places, which are counted in [0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,32 @@ def training_view(video: VideoInput, num_stored: int, seed: int, epoch: int, key
 
 def evaluation_view(video: VideoInput, num_stored: int) -> View:
     """The one view of evaluation: middle of each segment (or the middle window), centre crop, no jitter."""
-    if video.sampling == "segments" or num_stored == 0:
-        times = (np.arange(video.num_frames) + 0.5) / video.num_frames
-    else:
-        times = _dense_times(video, num_stored, 0.5)
-    return View(times, 0.5, 0.5, False, np.ones(3, dtype=np.float32))
+    return evaluation_views(video, num_stored, ViewsRecipe(), is_wide=True)[0]
+
+
+def evaluation_views(video: VideoInput, num_stored: int, views: ViewsRecipe, *, is_wide: bool) -> list[View]:
+    """Every view of a clip, the crops of one sampling after another, none jittered or mirrored.
+
+    Sampling t of T takes each segment's frame at (t + 1/2) / T of the segment, or the dense window at that fraction of
+    the places there are. Of three crops the first lies at the start of the longer side and the last at its end.
+
+    Args:
+        video: what the recipe asks for.
+        num_stored: frames the clip has in its shard.
+        views: how many.
+        is_wide: the longer side is the width.
+    """
+    found = []
+    for sampling in range(views.temporal):
+        place = (sampling + 0.5) / views.temporal
+        if video.sampling == "segments" or num_stored == 0:
+            times = (np.arange(video.num_frames) + place) / video.num_frames
+        else:
+            times = _dense_times(video, num_stored, place)
+        for edge in (0.5,) if views.spatial == 1 else (0.0, 0.5, _LAST):
+            top, left = (0.5, edge) if is_wide else (edge, 0.5)
+            found.append(View(times, top, left, False, np.ones(3, dtype=np.float32)))
+    return found
 
 
 def _dense_times(video: VideoInput, num_stored: int, place: float) -> np.ndarray:

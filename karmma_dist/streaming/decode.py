@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import av
@@ -34,10 +34,17 @@ def decode_video(
     data: bytes, described: dict[str, Any], moments_s: np.ndarray, video: VideoInput, view: View
 ) -> np.ndarray:
     """Decode, resize and crop the frames shown at `moments_s`. Returns uint8 (F, crop, crop, 3), RGB."""
-    pictures = np.empty((len(moments_s), video.crop, video.crop, 3), np.uint8)
-    for shown_F, frame in _shown_frames(data, described, moments_s):
-        size = _resized(frame.width, frame.height, video.short_side)
-        pictures[shown_F] = _cut(_reformat(frame, size, "rgb24"), video.crop, view)
+    return decode_video_views(data, described, moments_s[None], video, [view])[0]
+
+
+def decode_video_views(
+    data: bytes, described: dict[str, Any], moments_s_VF: np.ndarray, video: VideoInput, views: Sequence[View]
+) -> np.ndarray:
+    """The same for several views, each frame decoded and resized once. Returns uint8 (V, F, crop, crop, 3), RGB."""
+    pictures = np.empty((*moments_s_VF.shape, video.crop, video.crop, 3), np.uint8)
+    for shown_VF, frame in _shown_frames(data, described, moments_s_VF):
+        picture = _reformat(frame, _resized(frame.width, frame.height, video.short_side), "rgb24")
+        _cut_views(picture, video.crop, views, shown_VF, pictures)
     return pictures
 
 
@@ -45,16 +52,24 @@ def decode_flow(
     data: bytes, described: dict[str, Any], moments_s: np.ndarray, video: VideoInput, view: View
 ) -> np.ndarray:
     """Decode flow stored as one gray video, u above v. Returns uint8 (F, crop, crop, 2); 127.5 is no motion."""
-    flow = np.empty((len(moments_s), video.crop, video.crop, 2), np.uint8)
-    for shown_F, frame in _shown_frames(data, described, moments_s):
+    return decode_flow_views(data, described, moments_s[None], video, [view])[0]
+
+
+def decode_flow_views(
+    data: bytes, described: dict[str, Any], moments_s_VF: np.ndarray, video: VideoInput, views: Sequence[View]
+) -> np.ndarray:
+    """The same for several views, each frame decoded and resized once. Returns uint8 (V, F, crop, crop, 2)."""
+    flow = np.empty((*moments_s_VF.shape, video.crop, video.crop, 2), np.uint8)
+    for shown_VF, frame in _shown_frames(data, described, moments_s_VF):
         stacked = _reformat(frame, (frame.width, frame.height), "gray")
         half = frame.height // 2
         size = _resized(frame.width, half, video.short_side)
         # Side by side as channels, not above each other: resizing must not mix the rows between them.
         both = _resize_flow(np.dstack((stacked[:half], stacked[half:])), size)
-        flow[shown_F] = _cut(both, video.crop, view)
-    if view.flip:
-        np.subtract(255, flow[..., 0], out=flow[..., 0])
+        _cut_views(both, video.crop, views, shown_VF, flow)
+    for flow_F, view in zip(flow, views, strict=True):
+        if view.flip:
+            np.subtract(255, flow_F[..., 0], out=flow_F[..., 0])
     return flow
 
 
@@ -63,9 +78,20 @@ def decode_audio(data: bytes, described: dict[str, Any], moments_s: np.ndarray, 
 
     With as many windows as moments each is centred on its moment [paper]; otherwise they are spread evenly.
     """
+    return decode_audio_views(data, described, moments_s[None], audio)[0]
+
+
+def decode_audio_views(
+    data: bytes, described: dict[str, Any], moments_s_VF: np.ndarray, audio: AudioInput
+) -> np.ndarray:
+    """The same for several views, decoded once. Returns int16 (V, windows, samples)."""
     samples = _all_samples(data)
     if len(samples) != described["num_samples"]:
         raise ValueError(f"{len(samples)} samples in it, declared {described['num_samples']}")
+    return np.stack([_windows(samples, moments_s_F, audio) for moments_s_F in moments_s_VF])
+
+
+def _windows(samples: np.ndarray, moments_s: np.ndarray, audio: AudioInput) -> np.ndarray:
     num, size = audio.num_windows, audio.window_samples
     centres = moments_s * SAMPLE_RATE if num == len(moments_s) else (np.arange(num) + 0.5) / num * len(samples)
     starts = np.round(centres).astype(np.int64) - size // 2
@@ -105,11 +131,11 @@ def frame_numbers(moments_s: np.ndarray, described: dict[str, Any]) -> np.ndarra
 def _shown_frames(
     data: bytes, described: dict[str, Any], moments_s: np.ndarray
 ) -> Iterator[tuple[np.ndarray, av.VideoFrame]]:
-    """Yield each frame shown at any of the moments, once, with shown_F (bool): at which of them."""
-    numbers_F = frame_numbers(moments_s, described)
-    chosen = np.unique(numbers_F)
+    """Yield each frame shown at any of the moments, once, with where (bool, of their shape): at which of them."""
+    numbers = frame_numbers(moments_s, described)
+    chosen = np.unique(numbers)
     for number, frame in zip(chosen, chosen_frames(data, chosen, described["num_frames"]), strict=True):
-        yield numbers_F == number, frame
+        yield numbers == number, frame
 
 
 def _floor(places: np.ndarray, num: int) -> np.ndarray:
@@ -150,6 +176,15 @@ def _resize_flow(flow: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return flow
     shrinks = size[0] < flow.shape[1]
     return cv2.resize(flow, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def _cut_views(
+    picture: np.ndarray, size: int, views: Sequence[View], shown_VF: np.ndarray, into: np.ndarray
+) -> None:
+    """Write a frame's crops where the views show it. `into` is (V, F, size, size, channels)."""
+    for view, shown_F, into_F in zip(views, shown_VF, into, strict=True):
+        if shown_F.any():
+            into_F[shown_F] = _cut(picture, size, view)
 
 
 def _cut(picture: np.ndarray, size: int, view: View) -> np.ndarray:

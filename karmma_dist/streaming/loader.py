@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from karmma_dist.errors import UserError
-from karmma_dist.recipe import DataRecipe, InputRecipe
+from karmma_dist.recipe import DataRecipe, InputRecipe, ViewsRecipe
 from karmma_dist.shards import Clip, DamageError, ShardFolder
-from karmma_dist.streaming.augment import View, evaluation_view, training_view
+from karmma_dist.streaming.augment import View, evaluation_views, training_view
 from karmma_dist.streaming.batch import Batch, Damage, Sample, collate
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
 from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, evaluation_slices, random_words
-from karmma_dist.streaming.reader import num_stored_frames, read_sample
+from karmma_dist.streaming.reader import is_wide, num_stored_frames, read_samples
 from karmma_dist.streaming.remote import open_folder
 from karmma_dist.streaming.watch import Activity
 from karmma_dist.streaming.workers import Batches
@@ -64,7 +66,7 @@ class _Clips(ABC):
     """The clips of a split and the frame of every batch: find each place's clip, read it, put all together."""
 
     def __init__(self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str) -> None:
-        self.folder, self.data, self.inputs = folder, data, inputs
+        self.folder, self.data, self.inputs, self.split = folder, data, inputs, split
         self.clips = usable_clips(folder.clips(split), data.modalities)
         self.heads = list(folder.classes)
         if not self.clips:
@@ -79,29 +81,35 @@ class _Clips(ABC):
         activity = activity or Activity()
         activity.begin_batch()
         damage: list[Damage] = []
-        samples = [self._sample(place, part.epoch, damage, activity) for place in range(part.start, part.stop)]
+        samples = [
+            sample
+            for place in range(part.start, part.stop)
+            for sample in self._samples(place, part.epoch, damage, activity)
+        ]
         activity.say("collating")
         batch = collate(samples, self.data.modalities, self.heads, part.epoch, part.step)
         batch.damage, batch.stats = damage, activity.end_batch()
         return batch
 
     @abstractmethod
-    def _sample(self, place: int, epoch: int, damage: list[Damage], activity: Activity) -> Sample | None:
-        """The clip at `place`, or None for padding; what was found damaged is added to `damage`."""
+    def _samples(
+        self, place: int, epoch: int, damage: list[Damage], activity: Activity
+    ) -> Sequence[Sample | None]:
+        """The views of the clip at `place`, or None for padding; what was found damaged is added to `damage`."""
 
     @abstractmethod
-    def _view(self, num_stored: int, epoch: int, key: str) -> View:
+    def _views(self, metadata: dict[str, Any], epoch: int, key: str) -> list[View]:
         """How a clip is looked at."""
 
     def _read(
         self, clip: Clip, wanted: list[str], epoch: int, damage: list[Damage], activity: Activity
-    ) -> Sample | None:
-        """Read the `wanted` modalities of a clip: all of them or, where it is damaged, None."""
+    ) -> list[Sample] | None:
+        """Read the `wanted` modalities of a clip, once per view: all of them or, where it is damaged, None."""
         try:
             with activity.reading(clip, "json"):
                 metadata = self.folder.metadata(clip)
-            view = self._view(num_stored_frames(metadata), epoch, clip.key)
-            return read_sample(self.folder, clip, metadata, wanted, self.inputs, view, activity)
+            views = self._views(metadata, epoch, clip.key)
+            return read_samples(self.folder, clip, metadata, wanted, self.inputs, views, activity)
         except DamageError as error:
             damage.append(Damage(error.shard, error.key, error.member, error.what))
             return None
@@ -126,7 +134,7 @@ class TrainingClips(_Clips):
         self._words = random_words(num, self.seed + 2**63, epoch)
         self._epoch = epoch
 
-    def _sample(self, place: int, epoch: int, damage: list[Damage], activity: Activity) -> Sample:
+    def _samples(self, place: int, epoch: int, damage: list[Damage], activity: Activity) -> list[Sample]:
         """The clip at `place`; when it is damaged, the first whole one of the order's candidates."""
         self._seek(epoch)
         for candidate in itertools.islice(self._order.candidates(place), _MAX_REPLACEMENTS):
@@ -134,30 +142,44 @@ class TrainingClips(_Clips):
             present = np.array([clip.has(m) for m in self.data.modalities])
             kept = keep_present(self._keep[place], present, int(self._words[place]))
             wanted = [m for m, keep in zip(self.data.modalities, kept, strict=True) if keep]
-            sample = self._read(clip, wanted, epoch, damage, activity)
-            if sample is not None:
-                return sample
+            samples = self._read(clip, wanted, epoch, damage, activity)
+            if samples is not None:
+                return samples
         tried = min(_MAX_REPLACEMENTS, len(self.clips))
         raise UserError(f"{self.folder.where}: {tried} clips in a row are damaged, the last: {damage[-1]}")
 
-    def _view(self, num_stored: int, epoch: int, key: str) -> View:
-        return training_view(self.inputs.video, num_stored, self.seed, epoch, key)
+    def _views(self, metadata: dict[str, Any], epoch: int, key: str) -> list[View]:
+        return [training_view(self.inputs.video, num_stored_frames(metadata), self.seed, epoch, key)]
 
 
 class EvaluationClips(_Clips):
     """Turns an evaluation slice into a batch: every clip with all it has, in stored order, padded at the end.
 
-    A damaged clip becomes padding and its event travels with the batch.
+    A damaged clip becomes padding and its event travels with the batch. With several views every clip takes that many
+    rows, one after another, all with its key and labels.
     """
 
-    def _sample(self, place: int, epoch: int, damage: list[Damage], activity: Activity) -> Sample | None:
-        if place >= len(self.clips):
-            return None
-        clip = self.clips[place]
-        return self._read(clip, [m for m in self.data.modalities if clip.has(m)], epoch, damage, activity)
+    def __init__(
+        self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str,
+        views: ViewsRecipe | None = None,
+    ) -> None:
+        super().__init__(folder, data, inputs, split)
+        self.views = views or ViewsRecipe()
 
-    def _view(self, num_stored: int, epoch: int, key: str) -> View:  # noqa: ARG002
-        return evaluation_view(self.inputs.video, num_stored)
+    def _samples(
+        self, place: int, epoch: int, damage: list[Damage], activity: Activity
+    ) -> Sequence[Sample | None]:
+        padding = [None] * self.views.num
+        if place >= len(self.clips):
+            return padding
+        clip = self.clips[place]
+        wanted = [m for m in self.data.modalities if clip.has(m)]
+        return self._read(clip, wanted, epoch, damage, activity) or padding
+
+    def _views(self, metadata: dict[str, Any], epoch: int, key: str) -> list[View]:  # noqa: ARG002
+        return evaluation_views(
+            self.inputs.video, num_stored_frames(metadata), self.views, is_wide=is_wide(metadata)
+        )
 
 
 def usable_clips(clips: list[Clip], modalities: list[str]) -> list[Clip]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import av
@@ -12,7 +12,12 @@ from karmma_dist.recipe import InputRecipe
 from karmma_dist.shards import Clip, DamageError, ShardFolder, member_name
 from karmma_dist.streaming.augment import View
 from karmma_dist.streaming.batch import Sample
-from karmma_dist.streaming.decode import decode_audio, decode_detections, decode_flow, decode_video
+from karmma_dist.streaming.decode import (
+    decode_audio_views,
+    decode_detections,
+    decode_flow_views,
+    decode_video_views,
+)
 from karmma_dist.streaming.watch import Activity
 
 
@@ -22,6 +27,14 @@ def num_stored_frames(metadata: dict[str, Any]) -> int:
         if metadata["modalities"].get(modality):
             return int(metadata["modalities"][modality]["num_frames"])
     return 0
+
+
+def is_wide(metadata: dict[str, Any]) -> bool:
+    """Whether the clip's picture is at least as wide as high: the video's, else the flow's."""
+    for modality in ("video", "flow"):
+        if described := metadata["modalities"].get(modality):
+            return bool(described["width"] >= described["height"])
+    return True
 
 
 def length_s(metadata: dict[str, Any]) -> float:
@@ -48,6 +61,18 @@ def read_sample(
     Raises:
         DamageError: a member is unreadable, not the bytes that were written, or does not decode.
     """
+    return read_samples(folder, clip, metadata, wanted, inputs, [view], activity)[0]
+
+
+def read_samples(
+    folder: ShardFolder, clip: Clip, metadata: dict[str, Any], wanted: Iterable[str], inputs: InputRecipe,
+    views: Sequence[View], activity: Activity | None = None,
+) -> list[Sample]:
+    """The same for several views, one sample each; every member is read and decoded once.
+
+    Raises:
+        DamageError: as `read_sample`.
+    """
     activity = activity or Activity()
     arrays: dict[str, np.ndarray] = {}
     for modality in wanted:
@@ -55,19 +80,25 @@ def read_sample(
             data = folder.read(clip, modality)
         try:
             with activity.decoding(clip, modality):
-                arrays[modality] = _decode(modality, data, metadata, inputs, view)
+                arrays[modality] = _decode(modality, data, metadata, inputs, views)
         except (ValueError, KeyError, IndexError, ArithmeticError, av.error.FFmpegError) as error:
             what = f"does not decode: {error}"
             raise DamageError(clip.shard, clip.key, member_name(clip.key, modality), what) from None
-    return Sample(clip.key, clip.labels, arrays, view.jitter_3)
+    return [
+        Sample(clip.key, clip.labels, {name: of_views[number] for name, of_views in arrays.items()}, view.jitter_3)
+        for number, view in enumerate(views)
+    ]
 
 
-def _decode(modality: str, data: bytes, metadata: dict[str, Any], inputs: InputRecipe, view: View) -> np.ndarray:
+def _decode(
+    modality: str, data: bytes, metadata: dict[str, Any], inputs: InputRecipe, views: Sequence[View]
+) -> np.ndarray:
+    """One array per view, stacked."""
     if modality == "detections":
-        return decode_detections(data, inputs.detections, view)
+        return np.stack([decode_detections(data, inputs.detections, view) for view in views])
     described = metadata["modalities"][modality]
-    moments_s = view.times_F * length_s(metadata)
+    moments_s_VF = np.stack([view.times_F for view in views]) * length_s(metadata)
     if modality == "audio":
-        return decode_audio(data, described, moments_s, inputs.audio)
-    decode = decode_video if modality == "video" else decode_flow
-    return decode(data, described, moments_s, inputs.video, view)
+        return decode_audio_views(data, described, moments_s_VF, inputs.audio)
+    decode = decode_video_views if modality == "video" else decode_flow_views
+    return decode(data, described, moments_s_VF, inputs.video, views)

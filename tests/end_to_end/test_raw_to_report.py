@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -218,6 +220,73 @@ def test_a_weights_file_can_be_evaluated_on_other_shards(
     assert run(workplace, monkeypatch, "eval", weights, "--shards", str(shards), "--modalities", "A") == 0
 
 
+def test_a_weights_file_of_another_dataset_is_refused_by_its_classes(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    card = yaml.safe_load((workplace / "runs/student/model.yaml").read_text())
+    for name in ("weights.safetensors", "recipe.yaml"):
+        (tmp_path / name).write_bytes((workplace / "runs/student" / name).read_bytes())
+    card["classes"]["verb"].reverse()
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(card))
+    assert run(workplace, monkeypatch, "eval", str(tmp_path)) == 2
+    assert "class 0 of 'verb' is" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def unlabelled(kitchen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kitchen's validation split packed without its labels."""
+    out = tmp_path_factory.mktemp("unlabelled") / "shards"
+    options = ["--set", "epic_kitchens.unlabelled_splits=[validation]"]
+    assert main(["shard", "demo", "--raw", str(kitchen), "--out", str(out), *options]) == 0
+    return out
+
+
+def test_a_split_without_labels_is_predicted_and_said_aloud(
+    workplace: Path,
+    unlabelled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    assert run(workplace, monkeypatch, "eval", "runs/student", "--shards", str(unlabelled)) == 2
+    assert "split 'validation' has no labels, so nothing can be scored" in capsys.readouterr().err
+    files = ["--predictions", str(tmp_path / "p.npz"), "--submission", "epic-kitchens", str(tmp_path / "p.pkl")]
+    out = ["--out", str(tmp_path / "report")]
+    assert run(workplace, monkeypatch, "eval", "runs/student", "--shards", str(unlabelled), *files, *out) == 0
+    assert "predictions only, nothing is scored" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+    with np.load(tmp_path / "p.npz", allow_pickle=False) as file:
+        assert len(file["keys"]) == len(file["log_probs_verb"]) == 10
+        assert (file["label_noun"] == -1).all()
+        assert np.exp(file["log_probs_noun"]).sum(axis=1) == pytest.approx(np.ones(10), rel=1e-5)
+        read = pickle.loads((tmp_path / "p.pkl").read_bytes())
+        assert read["narration_id"].tolist() == file["keys"].tolist()
+        assert (read["verb_output"] == file["log_probs_verb"]).all()
+
+
+def test_views_are_averaged_by_choice_of_the_recipe_or_the_command(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def rows(run_dir: str, *options: str) -> tuple[list[dict], dict]:
+        out = tmp_path / f"report{len(list(tmp_path.iterdir()))}"
+        assert run(workplace, monkeypatch, "eval", run_dir, "--subsets", "--out", str(out), *options) == 0
+        results = json.loads((out / "results.json").read_text())
+        return results["rows"], results["summary"]["views"]
+
+    copy = tmp_path / "copy"
+    shutil.copytree(workplace / "runs/student", copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["evaluation"]["views"] = {"temporal": 2, "spatial": 3}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    one = rows("runs/student")
+    assert one[1] == {"temporal": 1, "spatial": 1}
+    six = rows("runs/student", "--views", "2x3")
+    assert six[1] == {"temporal": 2, "spatial": 3}
+    assert six[0] != one[0]
+    assert rows(str(copy)) == six
+    assert rows(str(copy), "--views", "1x1") == one
+
+
 def test_a_damaged_clip_is_not_counted_and_said_aloud(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -258,6 +327,12 @@ def test_inspect_and_recipe_show_print_what_is_there(
         (["eval", "empty"], "empty"),
         (["eval", "nowhere"], "nowhere"),
         (["eval", "--split", "exam"], "no split 'exam'; there are train, validation"),
+        (["eval", "--views", "3x2"], "TEMPORALxSPATIAL"),
+        (["eval", "--sls", "1,1,1"], "--sls has no effect"),
+        (["eval", "--predictions", "p.csv"], "ends in .npz or .parquet"),
+        (["eval", "--submission", "epic-kitchens", "s.zip"], "the challenge has verb 97, noun 300"),
+        (["eval", "--submission", "epic-kitchens", "s.pkl", "--subsets"], "one condition, not of 3"),
+        (["eval", "--submission", "something-something", "s.csv"], "one head"),
         (["eval", "--shards", "nowhere"], "nowhere: no such shards folder"),
         (["eval", "--annotations", "nowhere"], "nowhere: no such annotations folder"),
         (["eval", "runs/student", "runs/student"], "runs/student: named twice"),

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
@@ -301,3 +303,22 @@ def test_bad_input_is_one_line_that_names_the_clip():
     raises("leaves no clip", make_batches(num=8), drop_nouns=range(5))
     raises("no 'action' label", make_batches(num=8), model=Fusion(heads={"action": 3}))
     raises("no head 'noun'", make_batches(num=8), model=Fusion(heads={"action": 3}), drop_nouns=[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    subset=st.sets(st.sampled_from(MODALITIES), min_size=1),
+    drop_prob=st.floats(0, 1),
+    seed=st.integers(0, 2**62),
+    others=st.lists(st.sampled_from(CONDITIONS), max_size=4),
+    data_seed=st.integers(0, 99),
+    batch_size=st.integers(1, 13),
+)
+def test_any_condition_beside_any_others_gives_what_the_naive_way_gives(
+    subset: set[str], drop_prob: float, seed: int, others: list[Condition], data_seed: int, batch_size: int
+):
+    condition = Condition(tuple(m for m in MODALITIES if m in subset), drop_prob, seed)
+    batches = make_batches(12, batch_size, seed=data_seed)
+    rows = evaluate(Fusion(), batches, [*others, condition], device="cpu").rows
+    expected = naive_row(Fusion().eval(), singles(batches), condition) if rows[-1]["num_clips"] else {"num_clips": 0}
+    assert {name: rows[-1][name] for name in expected} == expected

@@ -1,0 +1,151 @@
+"""Predictions are written once per clip and mask, and say what the rows were counted from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_evaluation_evaluate import CONDITIONS, HEADS, MODALITIES, Fusion, make_batches
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.conditions import keep
+from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.predictions import PredictionCollector, Predictions, check_path, write_predictions
+from karmma_dist.evaluation.scores import Results
+
+
+def predict(num: int = 37, batch_size: int = 8) -> tuple[Predictions, Results]:
+    """Predictions of exact models, and the rows that were counted with them."""
+    collector = PredictionCollector(MODALITIES, CONDITIONS)
+    batches = make_batches(num, batch_size)
+    results = evaluate(Fusion(), batches, CONDITIONS, device="cpu", predictions=collector)
+    return collector.finish(), results
+
+
+def written(predictions: Predictions, path: Path) -> dict[str, np.ndarray]:
+    write_predictions(predictions, path)
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_the_file_gives_back_every_rows_top1(tmp_path: Path):
+    predictions, results = predict()
+    file = written(predictions, tmp_path / "predictions.npz")
+    for k, row in enumerate(results.rows):
+        at_N = file["prediction"][:, k]
+        shown_N = at_N >= 0
+        assert shown_N.sum() == row["num_clips"]
+        for head in HEADS:
+            best_N = file[f"log_probs_{head}"][at_N[shown_N]].argmax(axis=1)
+            right = int((best_N == file[f"label_{head}"][shown_N]).sum())
+            assert row[f"{head}_top1"] == 100.0 * right / row["num_clips"]
+        assert [m for m, there in zip(MODALITIES, file["condition_modalities"][k], strict=True) if there] == row[
+            "modalities"
+        ]
+        assert (file["condition_drop_prob"][k], file["condition_seed"][k]) == (row["drop_prob"], row["seed"])
+
+
+def test_each_prediction_is_of_the_mask_that_follows_from_seed_and_key(tmp_path: Path):
+    file = written(predict()[0], tmp_path / "predictions.npz")
+    bits_M = 1 << np.arange(len(MODALITIES))
+    for k, condition in enumerate(CONDITIONS):
+        kept_NM = keep(condition, file["keys"].tolist(), torch.from_numpy(file["present"]), MODALITIES).numpy()
+        mask_N = kept_NM @ bits_M
+        at_N = file["prediction"][:, k]
+        assert ((at_N >= 0) == (mask_N > 0)).all()
+        shown_N = at_N >= 0
+        assert (file["mask"][at_N[shown_N]] == mask_N[shown_N]).all()
+        assert (file["clip"][at_N[shown_N]] == np.flatnonzero(shown_N)).all()
+
+
+def test_only_different_masks_are_stored():
+    predictions, _ = predict(num=60)
+    pairs = list(zip(predictions.clip_R.tolist(), predictions.mask_R.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs) == len(np.unique(predictions.prediction_NK[predictions.prediction_NK >= 0]))
+    subsets_of_each = 2 ** predictions.present_NM.sum(axis=1) - 1
+    assert len(pairs) == subsets_of_each.sum() < 60 * len(CONDITIONS) / 4
+    assert all(values.dtype == np.float32 for values in predictions.log_probs.values())
+
+
+@settings(max_examples=15, deadline=None)
+@given(num=st.integers(1, 40), batch_size=st.integers(1, 41))
+def test_predictions_do_not_depend_on_the_batch_size(num: int, batch_size: int):
+    expected, (found, _) = predict(num, num)[0], predict(num, batch_size)
+    assert found.keys == expected.keys == sorted(expected.keys)
+    for name in ("present_NM", "prediction_NK", "clip_R", "mask_R"):
+        assert (getattr(found, name) == getattr(expected, name)).all()
+    for head in HEADS:
+        assert (found.labels[head] == expected.labels[head]).all()
+        assert (found.log_probs[head] == expected.log_probs[head]).all()
+
+
+def test_collecting_predictions_changes_no_row():
+    assert predict()[1] == evaluate(Fusion(), make_batches(), CONDITIONS, device="cpu")
+
+
+def test_clips_without_labels_are_predicted_and_not_scored():
+    batches = make_batches(num=20)
+    for batch in batches:
+        batch.labels["noun"][:] = -1
+    collector = PredictionCollector(MODALITIES, CONDITIONS)
+    results = evaluate(Fusion(), batches, CONDITIONS, device="cpu", predictions=collector)
+    assert results.rows == []
+    assert (results.summary["num_clips"], results.summary["num_unlabelled"]) == (0, 20)
+    assert len(collector.finish().keys) == 20
+
+
+def test_a_condition_that_nobody_can_show_leaves_no_prediction():
+    batches = make_batches(num=6)
+    for batch in batches:
+        batch.present_BM[:, 2] = False
+        batch.inputs.pop("audio", None)
+        batch.present_BM[:, 0] = batch.valid_B
+        batch.inputs["video"] = torch.ones(int(batch.valid_B.sum()), 6)
+    only_sound = [c for c in CONDITIONS if c.modalities == ("audio",)]
+    collector = PredictionCollector(MODALITIES, only_sound)
+    evaluate(Fusion(), batches, only_sound, device="cpu", predictions=collector)
+    made = collector.finish()
+    assert (made.prediction_NK == -1).all()
+    assert len(made.keys) == 6
+    assert made.of_condition(0)[0] == []
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full_disk(file, **_arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    predictions, _ = predict(num=3)
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_predictions(predictions, tmp_path / "predictions.npz")
+    assert not (tmp_path / "predictions.npz").exists()
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    for path, says in (
+        (tmp_path / "p.csv", "ends in .npz or .parquet"),
+        (tmp_path / "p.parquet", "pip install pyarrow"),
+        (tmp_path / "none" / "p.npz", "no folder"),
+    ):
+        with pytest.raises(UserError, match=says):
+            check_path(path)
+
+
+def test_parquet_holds_the_same_predictions(tmp_path: Path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    predictions, _ = predict(num=5)
+    write_predictions(predictions, tmp_path / "p.parquet")
+    table = parquet.read_table(tmp_path / "p.parquet").to_pydict()
+    assert table["key"] == [predictions.keys[row] for row in predictions.clip_R]
+    for head in HEADS:
+        assert (np.array(table[f"log_probs_{head}"], dtype=np.float32) == predictions.log_probs[head]).all()
