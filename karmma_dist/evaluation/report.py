@@ -13,6 +13,7 @@ from rich.table import Table
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.findings import METRIC, findings, model_ranks, subset_values
+from karmma_dist.evaluation.html_report import write_html_report
 from karmma_dist.evaluation.plots import Curve, drop_curves, subset_bars
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import metric_names
@@ -41,7 +42,7 @@ def write_report(
     notes: Sequence[str] = (),
     timings: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write `folder`/report.md and the plots it shows, and return its path.
+    """Write `folder`/report.md and the plots it shows, and report.html beside it; return the path of report.md.
 
     A section that the rows do not allow (no subsets, no sweep) is left out, and so is its plot.
 
@@ -72,6 +73,7 @@ def write_report(
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text("\n".join(section for section in sections if section), encoding="utf-8")
     os.replace(temporary, path)
+    write_html_report(folder, title, models, notes, timings)
     return path
 
 
