@@ -68,9 +68,9 @@ def _add_figures(row: dict[str, Any]) -> None:
 
 
 def _corrupted(row: dict[str, Any]) -> list[dict[str, Any]]:
-    kinds = [
-        f"{name}:{kind}:{severity}" for name in row["modalities"] for kind in ("blur", "noise") for severity in (1, 5)
-    ]
-    return [
-        row | {"corrupt": kind, "action_top1": row["action_top1"] / (1 + place)} for place, kind in enumerate(kinds)
-    ]
+    kinds = [f"{name}:{kind}:{level}" for name in row["modalities"] for kind in ("blur", "noise") for level in (1, 5)]
+    rows = []
+    for place, kind in enumerate(kinds):
+        value = row["action_top1"] / (1 + place / 10)
+        rows.append(row | {"corrupt": kind, "action_top1": value, "action_top1_ci": [0.9 * value, 1.1 * value]})
+    return rows

@@ -62,11 +62,12 @@ def write_html_report(
     """
     if not models:
         raise UserError("no results to report: evaluate at least one model")
+    text = html_report(title, models, notes, timings, tables)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / HTML_REPORT
     temporary = path.with_name(f".{path.name}.partial")
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(html_report(title, models, notes, timings, tables))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -96,7 +97,9 @@ def html_report(
         _times(timings or {}),
     ]
     sections = [section for section in found if section is not None and section.html]
-    links = "".join(f'<li><a href="#{section.anchor}">{escape(section.heading)}</a></li>' for section in sections)
+    links = "".join(
+        f'<li><a href="#{section.anchor}">{escape(section.short or section.heading)}</a></li>' for section in sections
+    )
     parts = [
         f"<header>\n<h1>{escape(title)}</h1>\n<nav><ul>{links}</ul></nav>\n</header>\n<main>\n",
         *(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from karmma_dist.evaluation.html_tables import Cell, Section, Table, best_cells, note, number
 from karmma_dist.evaluation.readings import (
     Models,
@@ -17,6 +15,9 @@ from karmma_dist.evaluation.readings import (
 )
 from karmma_dist.modality import letters
 
+_FEW = 12
+"""Lines that a table may have to be unfolded from the start."""
+
 
 def everything_present(models: Models) -> Section:
     """All figures of the condition that drops least, one column per model."""
@@ -25,9 +26,11 @@ def everything_present(models: Models) -> Section:
     for name in metric_columns([row for row in rows if row]):
         asides = [interval(row, name) for row in rows]
         body.append([heading(name), *best_cells([row.get(name) for row in rows], asides, lowest="_ece" in name)])
-    columns = ["figure", *(f"{name} ({_condition_name(row)})" for name, row in zip(models, rows, strict=True))]
-    name = f"Every figure with {fullest_name(models)} (%)"
-    return Section("figures", name, Table(name, columns, body).to_html())
+    shown = [_condition_name(row) for row in rows]
+    same = len(set(shown)) == 1
+    columns = ["figure", *(name if same else f"{name} ({of})" for name, of in zip(models, shown, strict=True))]
+    name = f"Every figure with {fullest_name(models)} (%)" + (f": {shown[0]}" if same else "")
+    return Section("figures", name, Table(name, columns, body).to_html(), "Every figure")
 
 
 def every_row(models: Models) -> Section:
@@ -49,7 +52,7 @@ def every_row(models: Models) -> Section:
     ]
     columns = ["model", "modalities", "drop %", "seed", *kinds, "clips", "without", *map(heading, names)]
     table = Table("All rows", columns, body, text_columns=frozenset({1, 4} if corrupted else {1}))
-    return Section("rows", "All rows (%)", _folded(f"{len(body):,} rows", table))
+    return Section("rows", "All rows (%)", _folded(table))
 
 
 def condition_counts(models: Models) -> Section:
@@ -62,7 +65,9 @@ def condition_counts(models: Models) -> Section:
             counts = [count for modality in modalities for count in _used_dropped_lacking(row, modality)]
             line = (*_condition_cells(row, corrupted), f"{row['num_clips']:,}", *counts)
             agreeing.setdefault(line, []).append(name)
-    body = [["all" if len(names) == len(models) else ", ".join(names), *line] for line, names in agreeing.items()]
+    body = [
+        ["all models" if 1 < len(models) == len(names) else ", ".join(names), *line] for line, names in agreeing.items()
+    ]
     kinds = ["corrupted"] if corrupted else []
     per = [f"{modality} {what}" for modality in modalities for what in ("used", "dropped", "lacking")]
     columns = ["models", "modalities", "drop %", "seed", *kinds, "clips", *per]
@@ -71,7 +76,7 @@ def condition_counts(models: Models) -> Section:
         "Dropped: the clip has it and the condition takes it away at random. Lacking: the data has none. A dash: the "
         "condition switches it off for all."
     )
-    return Section("counts", "Clips behind each row", note(caption) + _folded(f"{len(body):,} lines", table))
+    return Section("counts", "Clips behind each row", note(caption) + _folded(table))
 
 
 def _condition_cells(row: Row, corrupted: bool) -> list[str]:
@@ -92,5 +97,9 @@ def _used_dropped_lacking(row: Row, modality: str) -> list[str]:
     return [f"{kept:,}", f"{present - kept:,}", f"{row['num_clips'] - present:,}"]
 
 
-def _folded(summary: str, table: Table) -> str:
-    return f"<details>\n<summary>{escape(summary)}</summary>\n{table.to_html()}</details>\n"
+def _folded(table: Table) -> str:
+    """Closed where it is long."""
+    num = len(table.body)
+    lines = "1 line" if num == 1 else f"{num:,} lines"
+    opened = " open" if num <= _FEW else ""
+    return f"<details{opened}>\n<summary>{lines}</summary>\n{table.to_html()}</details>\n"

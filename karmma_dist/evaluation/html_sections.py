@@ -113,16 +113,16 @@ def subsets_section(models: Models) -> Section | None:
         for name, point in line.items():
             if rows[name]:
                 points[name][letters(subset)] = point
-        body.append([letters(subset), clip_counts(rows), *_best(list(line.values()))])
+        body.append([letters(subset), *_best(list(line.values())), clip_counts(rows)])
     over = [results["summary"]["subsets"] for results in models.values()]
     foot: list[list[Cell | str]] = [
-        ["average over subsets", "", *best_cells([_figure_of(of, "average") for of in over])],
-        ["average relative drop (%)", "", *best_cells([_figure_of(of, "relative_drop") for of in over], lowest=True)],
+        ["average over subsets", *best_cells([_figure_of(of, "average") for of in over])],
+        ["average relative drop (%)", *best_cells([_figure_of(of, "relative_drop") for of in over], lowest=True)],
     ]
     if len(models) > 1:
-        foot.append(["average rank", "", *best_cells(list(model_ranks(clean).values()), lowest=True)])
+        foot.append(["average rank", *best_cells(list(model_ranks(clean).values()), lowest=True)])
     at = f" at drop probability {probability:g}" if probability else ""
-    table = Table(f"Action top-1 per subset{at}", ["present", "clips", *models], body, foot)
+    table = Table(f"Action top-1 per subset{at}", ["present", *models, "clips"], body, [[*line, ""] for line in foot])
     caption = "A clip that has none of a subset's modalities cannot be shown to a model: counted apart, as without."
     figure = _figure(
         f"Action top-1 per subset of the modalities{at}",
@@ -130,7 +130,7 @@ def subsets_section(models: Models) -> Section | None:
         lambda width: bar_plot(points, groups_label="modalities present", x_label="action top-1 (%)", width=width),
     )
     heading = f"Subsets of the modalities{at}: action top-1 (%)"
-    return Section("subsets", heading, table.to_html() + note(caption + _interval_note(clean)) + figure)
+    return Section("subsets", heading, table.to_html() + note(caption + _interval_note(clean)) + figure, "Subsets")
 
 
 def missing_at_random(models: Models) -> Section | None:
@@ -139,8 +139,12 @@ def missing_at_random(models: Models) -> Section | None:
     if not any(curves.values()):
         return None
     clean = uncorrupted(models)
+    swept = {name: letters(curve["modalities"]) for name, curve in curves.items() if curve}
+    same = len(set(swept.values())) == 1
     lines = {
-        _swept(name, curve): _curve_points(name, curve, clean[name]["rows"]) if curve else {}
+        name if same or not curve else f"{name} ({swept[name]})": (
+            _curve_points(name, curve, clean[name]["rows"]) if curve else {}
+        )
         for name, curve in curves.items()
     }
     body: list[list[Cell | str]] = []
@@ -173,9 +177,10 @@ def missing_at_random(models: Models) -> Section | None:
     several = any(curve and curve["num_seeds"] > 1 for curve in curves.values())
     deviation = " ± is the standard deviation over the seeds." if several else ""
     band = "" if has_intervals(clean) or not several else " The band is one such deviation to either side."
-    caption = f"At least one modality of each clip stays.{deviation}{band}{_interval_note(clean)}"
+    of = f" of {next(iter(swept.values()))}" if same else " modality"
+    caption = f"At least one{of} stays in each clip.{deviation}{band}{_interval_note(clean)}"
     heading = "Modalities missing at random: action top-1 (%)"
-    return Section("sweep", heading, table.to_html() + note(caption) + figure)
+    return Section("sweep", heading, table.to_html() + note(caption) + figure, "Missing at random")
 
 
 def corruptions(models: Models) -> Section | None:
@@ -209,7 +214,8 @@ def corruptions(models: Models) -> Section | None:
         lambda width: bar_plot(points, groups_label="corrupted", x_label="action top-1 (%)", width=width),
     )
     caption = "Named as modality, kind, severity. A corrupted sensor is there: its modality is not absent."
-    return Section("corrupted", "Corrupted sensors: action top-1 (%)", table.to_html() + note(caption) + figure)
+    heading = "Corrupted sensors: action top-1 (%)"
+    return Section("corrupted", heading, table.to_html() + note(caption) + figure, "Corrupted sensors")
 
 
 def _figure_of(summary: dict[str, Any] | None, key: str) -> float | None:
@@ -227,10 +233,6 @@ def _interval_note(models: Models) -> str:
     if not has_intervals(models):
         return ""
     return " Brackets, bands and whiskers are 95 % intervals; over several seeds, the mean of their ends."
-
-
-def _swept(name: str, curve: dict[str, Any] | None) -> str:
-    return f"{name} ({letters(curve['modalities'])})" if curve else name
 
 
 def _curve_points(name: str, curve: dict[str, Any], rows: Sequence[Row]) -> dict[float, Point]:

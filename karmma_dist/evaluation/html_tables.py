@@ -16,6 +16,8 @@ class Section:
     heading: str
     html: str
     """Empty: there is nothing to show, and the section is left out."""
+    short: str = ""
+    """Its name in the list of contents, where the heading is too long for it."""
 
 
 @dataclass(frozen=True)

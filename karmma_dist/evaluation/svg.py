@@ -24,8 +24,8 @@ _MARKS = (
     "M-4.5,-2.3L-2.3,-4.5L0,-2.2L2.3,-4.5L4.5,-2.3L2.2,0L4.5,2.3L2.3,4.5L0,2.2L-2.3,4.5L-4.5,2.3L-2.2,0Z",
     "M0,-5.4L1.4,-1.7L5.2,-1.6L2.2,0.8L3.2,4.5L0,2.4L-3.2,4.5L-2.2,0.8L-5.2,-1.6L-1.4,-1.7Z",
 )
-_CHARACTER = 7.0
-"""Width of a character of the axes' text."""
+_CHARACTER = 8.5
+"""Width of a wide character of the axes' text."""
 _BAR = 14
 _LINE_HEIGHT = 18
 
