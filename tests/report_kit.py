@@ -30,8 +30,8 @@ def random_results(
         modalities: Of the model; a tenth of the clips has none of the last one.
         num_clips: Clips of the split.
         skill: How fast ranks fall with what is kept.
-        extras: Add intervals, tail, unseen and calibration figures, and rows of corrupted sensors.
-        choices: Of `build_conditions`; without any: subsets and a sweep with three seeds.
+        extras: Add intervals, losses, tail, unseen and calibration figures, and rows of corrupted sensors.
+        choices: Of `build_conditions`, not with `extras`; without any: subsets and a sweep with three seeds.
     """
     random = np.random.default_rng(seed)
     names = list(modalities)
@@ -53,6 +53,10 @@ def random_results(
     if extras:
         for row in results["rows"]:
             _add_figures(row)
+        subsets, curve = (results["summary"][key] or {} for key in ("subsets", "drop_curve"))
+        for summary, key in ((subsets, "average"), (curve, "area")):
+            summary[f"{key}_ci"] = {name: [0.9 * value, 1.1 * value] for name, value in summary[key].items()}
+        curve["mean_ci"] = {name: [[0.9 * one, 1.1 * one] for one in of] for name, of in curve["mean"].items()}
         results["rows"] += _corrupted(results["rows"][-1] | {"drop_prob": 0.0, "seed": 0, "modalities": names})
     return results
 
@@ -62,6 +66,7 @@ def _add_figures(row: dict[str, Any]) -> None:
     for key, value in top1.items():
         row[f"{key}_ci"] = [max(0.0, value - 2.345678901), min(100.0, value + 2.109876543)]
         row[key.replace("_top1", "_ece")] = value / 7
+        row[key.replace("_top1", "_loss")] = 5 - value / 20
     for key in EXTRA:
         value = top1.get("_".join(key.split("_")[:2]))
         row[key] = None if value is None else value / 3

@@ -9,8 +9,9 @@ from karmma_dist.evaluation.readings import (
     fullest,
     fullest_name,
     heading,
-    interval,
+    lower_is_better,
     metric_columns,
+    row_interval,
     uncorrupted,
 )
 from karmma_dist.modality import letters
@@ -24,8 +25,8 @@ def everything_present(models: Models) -> Section:
     rows = [(fullest(results["rows"]) or [{}])[0] for results in uncorrupted(models).values()]
     body: list[list[Cell | str]] = []
     for name in metric_columns([row for row in rows if row]):
-        asides = [interval(row, name) for row in rows]
-        body.append([heading(name), *best_cells([row.get(name) for row in rows], asides, lowest="_ece" in name)])
+        asides = [row_interval(row, name) for row in rows]
+        body.append([heading(name), *best_cells([row.get(name) for row in rows], asides, lower_is_better(name))])
     shown = [_condition_name(row) for row in rows]
     same = len(set(shown)) == 1
     columns = ["figure", *(name if same else f"{name} ({of})" for name, of in zip(models, shown, strict=True))]
@@ -45,7 +46,7 @@ def every_row(models: Models) -> Section:
             *_condition_cells(row, corrupted),
             f"{row['num_clips']:,}",
             f"{row['num_without']:,}",
-            *(Cell(number(row.get(key)), interval(row, key)) for key in names),
+            *(Cell(number(row.get(key)), row_interval(row, key)) for key in names),
         ]
         for name, results in models.items()
         for row in results["rows"]

@@ -6,7 +6,7 @@ Rows with a corrupted sensor (`corrupt` is set) stand in a section of their own 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -43,16 +43,16 @@ def at_a_glance(models: Models) -> Section:
     columns: list[tuple[str, list[Cell]]] = [(fullest_name(models), _best([mean_point("", of) for of in rows]))]
     if any(over):
         columns += [
-            ("average over subsets", best_cells([_figure_of(of, "average") for of in over])),
-            ("relative drop (%)", best_cells([_figure_of(of, "relative_drop") for of in over], lowest=True)),
+            ("average over subsets", _figure_cells(over, "average")),
+            ("relative drop (%)", _figure_cells(over, "relative_drop", lowest=True)),
         ]
         if ranks:
             columns.append(("average rank", best_cells(list(ranks.values()), lowest=True)))
     if any(curves):
         columns += [
-            ("mean over drop probabilities", best_cells([_figure_of(of, "area") for of in curves])),
-            ("fall (points)", best_cells([_figure_of(of, "fall") for of in curves], lowest=True)),
-            ("fall (% of the start)", best_cells([_figure_of(of, "relative_fall") for of in curves], lowest=True)),
+            ("mean over drop probabilities", _figure_cells(curves, "area")),
+            ("fall (points)", _figure_cells(curves, "fall", lowest=True)),
+            ("fall (% of the start)", _figure_cells(curves, "relative_fall", lowest=True)),
         ]
     body: list[list[Cell | str]] = [
         [name, *(cells[place] for _, cells in columns)] for place, name in enumerate(models)
@@ -116,8 +116,8 @@ def subsets_section(models: Models) -> Section | None:
         body.append([letters(subset), *_best(list(line.values())), clip_counts(rows)])
     over = [results["summary"]["subsets"] for results in models.values()]
     foot: list[list[Cell | str]] = [
-        ["average over subsets", *best_cells([_figure_of(of, "average") for of in over])],
-        ["average relative drop (%)", *best_cells([_figure_of(of, "relative_drop") for of in over], lowest=True)],
+        ["average over subsets", *_figure_cells(over, "average")],
+        ["average relative drop (%)", *_figure_cells(over, "relative_drop", lowest=True)],
     ]
     if len(models) > 1:
         foot.append(["average rank", *best_cells(list(model_ranks(clean).values()), lowest=True)])
@@ -149,17 +149,11 @@ def missing_at_random(models: Models) -> Section | None:
     }
     body: list[list[Cell | str]] = []
     for probability in sorted({p for curve in curves.values() if curve for p in curve["drop_prob"]}):
-        points = [
-            mean_point("", rows_of(clean[name]["rows"], curve["modalities"], probability) if curve else [])
-            for name, curve in curves.items()
-        ]
-        spreads = [_spread(curve, probability) for curve in curves.values()]
-        body.append([f"{100 * probability:g}", *_best(points, spreads)])
+        body.append([f"{100 * probability:g}", *_curve_cells(curves, clean, probability)])
     ends = [("mean height (area)", "area", False), ("fall (points)", "fall", True)]
     ends.append(("fall (% of the start)", "relative_fall", True))
     foot: list[list[Cell | str]] = [
-        [label, *best_cells([_figure_of(curve, key) for curve in curves.values()], lowest=lowest)]
-        for label, key, lowest in ends
+        [label, *_figure_cells(list(curves.values()), key, lowest)] for label, key, lowest in ends
     ]
     table = Table("Action top-1 per drop probability", ["drop probability (%)", *lines], body, foot)
     chance = next(iter(models.values()))["summary"]["chance_top1"]["action"]
@@ -218,8 +212,11 @@ def corruptions(models: Models) -> Section | None:
     return Section("corrupted", heading, table.to_html() + note(caption) + figure, "Corrupted sensors")
 
 
-def _figure_of(summary: dict[str, Any] | None, key: str) -> float | None:
-    return None if summary is None else summary[key][METRIC]
+def _figure_cells(summaries: Sequence[dict[str, Any] | None], key: str, lowest: bool = False) -> list[Cell]:
+    """A figure of the summaries with its interval, where it has one."""
+    values = [None if of is None else of[key][METRIC] for of in summaries]
+    intervals = [None if of is None else of.get(f"{key}_ci", {}).get(METRIC) for of in summaries]
+    return best_cells(values, [interval_text(*(ends or (None, None))) for ends in intervals], lowest)
 
 
 def _best(points: Sequence[Point], asides: Sequence[str] | None = None) -> list[Cell]:
@@ -232,20 +229,35 @@ def _best(points: Sequence[Point], asides: Sequence[str] | None = None) -> list[
 def _interval_note(models: Models) -> str:
     if not has_intervals(models):
         return ""
-    return " Brackets, bands and whiskers are 95 % intervals; over several seeds, the mean of their ends."
+    return " Brackets, bands and whiskers are 95 % intervals."
+
+
+def _curve_point(name: str, curve: dict[str, Any] | None, rows: Sequence[Row], probability: float) -> Point:
+    """Mean over seeds at one drop probability, with the curve's own interval where the summary has it."""
+    if curve is None or probability not in curve["drop_prob"]:
+        return Point(None)
+    ends = curve.get("mean_ci", {}).get(METRIC)
+    own = None if ends is None else ends[curve["drop_prob"].index(probability)]
+    label = f"{name} at drop probability {100 * probability:g} %"
+    return mean_point(label, rows_of(rows, curve["modalities"], probability), own)
 
 
 def _curve_points(name: str, curve: dict[str, Any], rows: Sequence[Row]) -> dict[float, Point]:
     """Per drop probability in percent; bounds are the interval, else one standard deviation over several seeds."""
     points = {}
     for probability, mean, std in zip(curve["drop_prob"], curve["mean"][METRIC], curve["std"][METRIC], strict=True):
-        label = f"{name} at drop probability {100 * probability:g} %"
-        point = mean_point(label, rows_of(rows, curve["modalities"], probability))
+        point = _curve_point(name, curve, rows, probability)
         if point.low is None and mean is not None and std and curve["num_seeds"] > 1:
-            title = f"{label}: {number(mean)} ± {number(std)} %"
+            title = f"{name} at drop probability {100 * probability:g} %: {number(mean)} ± {number(std)} %"
             point = Point(mean, mean - std, mean + std, title)
         points[100 * probability] = point
     return points
+
+
+def _curve_cells(curves: Mapping[str, dict[str, Any] | None], models: Models, probability: float) -> list[Cell]:
+    """One line of the table: mean, deviation over several seeds, interval."""
+    points = [_curve_point(name, curve, models[name]["rows"], probability) for name, curve in curves.items()]
+    return _best(points, [_spread(curve, probability) for curve in curves.values()])
 
 
 def _spread(curve: dict[str, Any] | None, probability: float) -> str:

@@ -20,6 +20,7 @@ _WORDS = (
     ("_top1", " top-1"),
     ("_top5", " top-5"),
     ("_ece", " calibration error"),
+    ("_loss", " loss (nats)"),
     ("_tail", ", tail classes"),
     ("_unseen", ", unseen participants"),
 )
@@ -77,15 +78,21 @@ def rows_of(
     return [row for row in rows if (list(row["modalities"]), row["drop_prob"], row.get("corrupt") or None) == wanted]
 
 
-def mean_point(name: str, rows: Sequence[Row]) -> Point:
-    """Mean over seeds, and the mean of the intervals' ends where the rows have them."""
+def mean_point(name: str, rows: Sequence[Row], interval: Sequence[float] | None = None) -> Point:
+    """Mean over seeds with its interval.
+
+    Args:
+        name: What is measured, for the point's title.
+        rows: One per seed.
+        interval: Of the mean; None: the row's own, where it is the only one (the mean of several has another).
+    """
     value = metrics.average([row[METRIC] for row in rows])
-    ends = [ends for row in rows if (ends := _ends(row, METRIC)) is not None]
     if value is None:
         return Point(None)
-    if not ends or len(ends) < len(rows):
+    ends = interval or (_ends(rows[0], METRIC) if len(rows) == 1 else None)
+    if ends is None:
         return Point(value, title=f"{name}: {number(value)} %")
-    low, high = (sum(end) / len(ends) for end in zip(*ends, strict=True))
+    low, high = ends
     return Point(value, low, high, f"{name}: {number(value)} % (95 % interval {number(low)} to {number(high)})")
 
 
@@ -99,7 +106,12 @@ def interval_text(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"[{low:.1f}, {high:.1f}]"
 
 
-def interval(row: Row, name: str) -> str:
+def lower_is_better(name: str) -> bool:
+    """Whether a figure of a row is an error or a loss."""
+    return "_ece" in name or "_loss" in name
+
+
+def row_interval(row: Row, name: str) -> str:
     """The interval of one figure of a row as text, or nothing."""
     return interval_text(*(_ends(row, name) or (None, None)))
 

@@ -212,6 +212,34 @@ def test_the_embedded_figures_are_those_of_the_results(models, page):
                 assert row[key] == (pytest.approx(value, abs=5.1e-5) if rounded else value)
 
 
+def test_intervals_are_those_of_the_figure_and_none_is_made_up(models, page):
+    summary = models["student"]["summary"]
+    average, area = (
+        summary[part][key]["action_top1"] for part, key in (("subsets", "average"), ("drop_curve", "area"))
+    )
+    foot = {line[0]: line[2] for line in page.tables["Action top-1 per subset"]}
+    assert foot["average over subsets"] == f"{average:.2f} [{0.9 * average:.1f}, {1.1 * average:.1f}]"
+    curve = {line[0]: line[2] for line in page.tables["Action top-1 per drop probability"]}
+    assert curve["mean height (area)"] == f"{area:.2f} [{0.9 * area:.1f}, {1.1 * area:.1f}]"
+    half = summary["drop_curve"]["mean"]["action_top1"][5]
+    assert curve["50"].startswith(f"{half:.2f} ± ")
+    assert curve["50"].endswith(f" [{0.9 * half:.1f}, {1.1 * half:.1f}]")
+    # Of several seeds' mean the rows alone do not know the interval.
+    without = {key: value for key, value in summary["drop_curve"].items() if key != "mean_ci"}
+    rest = {"student": models["student"] | {"summary": summary | {"drop_curve": without}}}
+    lines = {line[0]: line[1] for line in Page(html_report("t", rest)).tables["Action top-1 per drop probability"]}
+    assert "[" in lines["0"]
+    assert "[" not in lines["50"]
+
+
+def test_the_lowest_loss_and_calibration_error_are_the_best(models):
+    text = html_report("t", models)
+    rows = [results["rows"][6] for results in models.values()]
+    for key in ("noun_ece", "noun_loss", "noun_top1"):
+        best = (max if key == "noun_top1" else min)(row[key] for row in rows)
+        assert f"<b>{best:.2f}</b>" in text
+
+
 def test_what_is_not_a_number_is_embedded_as_null():
     assert embeddable_json({"a": float("nan"), "b": [1.23456789, float("inf")]}) == '{"a":null,"b":[1.2346,null]}'
 
