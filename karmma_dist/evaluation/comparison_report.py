@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from karmma_dist.evaluation import markdown
+from karmma_dist.evaluation.html_tables import Cell, Table
 from karmma_dist.modality import letters
 
 LEVEL = 0.05
 """Corrected p-values below it are called significant."""
 
 _FIGURES = {"subset_average": "average over subsets", "drop_curve_area": "mean height of the drop curve"}
+
+_NAMES = frozenset({1, 2})
+"""Columns of the HTML tables that hold names of models."""
 
 
 def comparison_section(comparison: dict[str, Any]) -> str:
@@ -32,6 +36,33 @@ def comparison_section(comparison: dict[str, Any]) -> str:
     tests = [{_condition(test): test for test in pair["conditions"]} for pair in pairs]
     body = [[*condition, *(_cell(of.get(condition)) for of in tests)] for condition in conditions]
     return "\n".join([*lines, markdown.table(header, body), ""])
+
+
+def comparison_tables(comparison: dict[str, Any]) -> list[tuple[str, Table]]:
+    """The same for the HTML report: the paired tests of averages and of single conditions, under their headings."""
+    pairs = comparison["pairs"]
+    averages = [
+        [_FIGURES[figure], second, first, _html_difference(pair[figure]), *_html_interval(pair[figure])]
+        for figure in _FIGURES
+        for pair in pairs
+        for first, second in [pair["models"]]
+        if pair[figure] is not None
+    ]
+    single = [
+        [f"{shown} at {drop} %, seed {seed}", second, first, _html_difference(test), f"{test['p_holm']:.3f}"]
+        for pair in pairs
+        for first, second in [pair["models"]]
+        for test in pair["conditions"]
+        if test["difference"] is not None
+        for shown, drop, seed in [_condition(test)]
+    ]
+    columns = ["model", "against", "difference"]
+    label = "Paired tests of action top-1"
+    found = [
+        ("Paired tests of averages", Table(label, ["figure", *columns, "low", "high", "p"], averages, (), _NAMES)),
+        ("Paired tests of single conditions", Table(label, ["present", *columns, "p"], single, (), _NAMES)),
+    ]
+    return [(heading, table) for heading, table in found if table.body]
 
 
 def sentences(pair: dict[str, Any]) -> list[str]:
@@ -61,6 +92,15 @@ def _figure_line(pair: dict[str, Any], figure: str) -> list[str]:
     return [
         _FIGURES[figure], _names(pair["models"]), _difference(test), markdown.interval(test["ci"]), _p(test["p_holm"])
     ]  # fmt: skip
+
+
+def _html_difference(test: dict[str, Any]) -> Cell:
+    return Cell(f"{test['difference']:+.2f}", best=test["p_holm"] < LEVEL)
+
+
+def _html_interval(test: dict[str, Any]) -> list[str]:
+    low, high = test["ci"]
+    return [f"{low:.2f}", f"{high:.2f}", f"{test['p_holm']:.3f}"]
 
 
 def _names(models: Sequence[str]) -> str:

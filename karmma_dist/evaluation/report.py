@@ -13,8 +13,9 @@ from rich.table import Table
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation import markdown
-from karmma_dist.evaluation.comparison_report import comparison_section
+from karmma_dist.evaluation.comparison_report import comparison_section, comparison_tables
 from karmma_dist.evaluation.findings import METRIC, findings, model_ranks, subset_values
+from karmma_dist.evaluation.html_report import write_html_report
 from karmma_dist.evaluation.plots import Curve, drop_curves, subset_bars
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import error_names, metric_names
@@ -44,7 +45,7 @@ def write_report(
     timings: Mapping[str, float] | None = None,
     comparison: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `folder`/report.md and the plots it shows, and return its path.
+    """Write `folder`/report.md and the plots it shows, and report.html beside it; return the path of report.md.
 
     A section that the rows do not allow (no subsets, no sweep) is left out, and so is its plot.
 
@@ -77,6 +78,8 @@ def write_report(
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text("\n".join(section for section in sections if section), encoding="utf-8")
     os.replace(temporary, path)
+    tables = [] if comparison is None else comparison_tables(comparison)
+    write_html_report(folder, title, models, notes, timings, tables)
     return path
 
 

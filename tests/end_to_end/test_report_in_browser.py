@@ -1,0 +1,156 @@
+"""report.html in a real browser: no complaint, no sideways scrolling, sorting, dark, paper, and no foreign script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser
+from report_kit import random_results
+
+from karmma_dist.evaluation.html_report import write_html_report
+
+HOSTILE = "</script><script>window.smuggled = 1</script><img src=x onerror='window.smuggled = 1'>"
+LONG = "runs/epic_kitchens/a_name_without_any_place_to_break_it_in_two"
+
+ALL_ROWS = "document.querySelector('table[aria-label=\"All rows\"]')"
+SUBSETS = "document.querySelector('#subsets table')"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = ["Baseline", "KARMMA student", LONG, HOSTILE]
+    models = {
+        name: random_results(seed, num_clips=1200, skill=0.3 + 0.1 * seed, extras=True)
+        for seed, name in enumerate(names)
+    }
+    folder = tmp_path_factory.mktemp("report")
+    return write_html_report(folder, "Sensors that fail", models, [HOSTILE], {"evaluate": 12.3})
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_fits_its_window_and_the_browser_has_nothing_to_complain_of(browser, report, width, dark, tmp_path):
+    browser.open(report, width, dark=dark)
+    browser.run("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    assert browser.run("document.documentElement.scrollWidth") == browser.run("window.innerWidth") == width
+    assert browser.complaints == []
+    shown = browser.run(
+        "[...document.querySelectorAll('svg.plot')].filter(e => e.getBoundingClientRect().width).length"
+    )
+    assert shown == 3
+    assert browser.run("document.body.innerText").count("action top-1 (%)") >= 3
+    browser.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_no_text_of_a_plot_is_cut_or_tiny(browser, report, width):
+    browser.open(report, width)
+    texts = browser.run(
+        "[...document.querySelectorAll('svg.plot')].filter(e => e.getBoundingClientRect().width).flatMap(svg => {"
+        " const b = svg.getBoundingClientRect();"
+        " return [...svg.querySelectorAll('text')].map(t => { const c = t.getBoundingClientRect();"
+        " return [t.textContent, c.left - b.left, b.right - c.right, c.top - b.top, b.bottom - c.bottom, c.height];"
+        " }); })"
+    )
+    assert len(texts) > 50
+    assert [one for one in texts if min(one[1:5]) < -0.5 or one[5] < 10] == []
+
+
+def test_a_name_that_holds_markup_is_shown_and_never_run(browser, report):
+    browser.open(report, 1280)
+    assert HOSTILE in browser.run("document.body.innerText")
+    assert browser.run("typeof window.smuggled") == "undefined"
+    assert browser.run("document.images.length") == 0
+    # And where escaping fails, the page's policy still holds.
+    browser.run("document.body.append(Object.assign(document.createElement('script'), {text: 'window.smuggled = 2'}))")
+    assert browser.run("typeof window.smuggled") == "undefined"
+    assert "Content Security Policy" in browser.complaints.pop()
+    assert browser.complaints == []
+
+
+def first_column(browser: Browser, table: str, column: int) -> list[str]:
+    return browser.run(f"[...{table}.tBodies[0].rows].map(row => row.cells[{column}].textContent)")
+
+
+def test_a_click_sorts_by_number_the_next_turns_it_round_and_the_third_restores(browser, report):
+    browser.open(report, 1280)
+    column = browser.run(f"[...{SUBSETS}.tHead.rows[0].cells].findIndex(c => c.textContent === 'KARMMA student')")
+    button = f"{SUBSETS}.tHead.rows[0].cells[{column}].querySelector('button')"
+    state = f"{SUBSETS}.tHead.rows[0].cells[{column}].getAttribute('aria-sort')"
+    original = first_column(browser, SUBSETS, 0)
+    foot = browser.run(f"{SUBSETS}.tFoot.textContent")
+    expected = sorted(first_column(browser, SUBSETS, column), key=lambda text: -float(text.split()[0]))
+    browser.click(button)
+    assert browser.run(state) == "descending"
+    assert first_column(browser, SUBSETS, column) == expected
+    assert first_column(browser, SUBSETS, 0) != original
+    browser.click(button)
+    assert browser.run(state) == "ascending"
+    assert first_column(browser, SUBSETS, column) == expected[::-1]
+    browser.click(button)
+    assert browser.run(state) is None
+    assert first_column(browser, SUBSETS, 0) == original
+    assert browser.run(f"{SUBSETS}.tFoot.textContent") == foot
+
+
+def test_numbers_with_separators_sort_by_value_and_dashes_come_last(browser, report):
+    browser.open(report, 1280)
+    for part in ("rows", "counts"):
+        browser.run(f"document.querySelector('#{part} details').open = true")
+    counts = "document.querySelector('#counts table')"
+    column = browser.run(f"[...{counts}.tHead.rows[0].cells].findIndex(c => c.textContent === 'audio used')")
+    for turn in (-1, 1):
+        browser.click(f"{counts}.tHead.rows[0].cells[{column}].querySelector('button')")
+        shown = first_column(browser, counts, column)
+        known = [int(text.replace(",", "")) for text in shown if text != "–"]
+        assert known == sorted(known, key=lambda value: turn * value)
+        assert min(known) < 1000 < max(known)
+        assert shown[len(known) :] == ["–"] * (len(shown) - len(known)) != []
+    browser.click(f"{ALL_ROWS}.tHead.rows[0].cells[1].querySelector('button')")
+    assert first_column(browser, ALL_ROWS, 1) == sorted(first_column(browser, ALL_ROWS, 1))
+
+
+def test_without_scripts_the_page_shows_the_same(browser, report):
+    browser.open(report, 360, script=False)
+    assert browser.run("document.querySelectorAll('th button').length") == 0
+    assert browser.run("document.getElementById('save').hidden") is True
+    assert browser.run("document.querySelectorAll('tbody tr').length") > 100
+    assert browser.run("document.documentElement.scrollWidth") == 360
+    assert browser.complaints == []
+
+
+def test_dark_and_light_differ_and_paper_is_light_and_unfolded(browser, report):
+    ground = "getComputedStyle(document.body).backgroundColor"
+    browser.open(report, 1280)
+    light = browser.run(ground)
+    browser.open(report, 1280, dark=True)
+    assert browser.run(ground) != light
+    assert not browser.run(f"{ALL_ROWS}.checkVisibility()")
+    browser.emulate("print", dark=True)
+    assert browser.run(ground) == light
+    assert browser.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert browser.run(f"{ALL_ROWS}.checkVisibility()")
+    assert len(browser.call("Page.printToPDF")["data"]) > 10_000
+
+
+def test_the_figures_are_saved_as_json(browser, report):
+    browser.open(report, 1280)
+    browser.run("URL.createObjectURL = blob => { blob.text().then(text => { window.saved = text; }); return '#'; }")
+    browser.click("document.getElementById('save')")
+    saved = json.loads(
+        browser.run(
+            "new Promise(done => { (function wait() { window.saved ? done(window.saved) : "
+            "requestAnimationFrame(wait); })(); })"
+        )
+    )
+    assert HOSTILE in saved["models"]
