@@ -212,7 +212,7 @@ def validate(
     Every rank must call this and takes its share of the clips; all return the same numbers. Damaged clips are left
     out and counted in `num_damaged`. `between` is called after each batch, equally often on every rank, and may raise.
     """
-    from karmma_dist.training.engine import gather
+    from karmma_dist.training.collectives import gather
 
     parameter = next(model.parameters())
     data, size = recipe.data, recipe.evaluation.batch_size

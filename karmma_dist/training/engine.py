@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import logging
 import math
 import os
@@ -26,6 +25,8 @@ from torch import Tensor, nn
 from karmma_dist.errors import Stopped, UserError
 from karmma_dist.recipe import Recipe
 from karmma_dist.training import presence
+from karmma_dist.training.collectives import barrier, store
+from karmma_dist.training.optimizer import build_optimizer
 from karmma_dist.training.pieces import Pieces, SavedPieces
 from karmma_dist.training.presence import Presence
 from karmma_dist.training.rendezvous import World
@@ -130,55 +131,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def gather(items: list[Any]) -> list[Any]:
-    """The lists of all ranks joined in rank order, on every rank."""
-    parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Mean of each value over the ranks."""
-    names = sorted(values)
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
-    dist.all_reduce(packed)
-    return dict(zip(names, (packed / dist.get_world_size()).tolist(), strict=True))
-
-
-def store() -> dist.Store:
-    """The job's key-value store, which reaches every rank also while a collective waits."""
-    return dist.PrefixStore("karmma_dist", dist.distributed_c10d._get_default_store())
-
-
-_barriers = itertools.count()
-
-
-def barrier() -> None:
-    """Wait for every rank, for as long as it lives: unlike a collective it may be long about it.
-
-    Raises:
-        Stopped: a rank died or left.
-    """
-    if dist.get_world_size() == 1:
-        return
-    presence.mark("waiting for the other ranks", presence.START_S)
-    name, meeting = f"barrier/{next(_barriers)}", store()
-    if meeting.add(name, 1) == dist.get_world_size():
-        meeting.set(f"{name}/open", "")
-    presence.wait_for(meeting, f"{name}/open")
-
-
-def highest(number: int) -> int:
-    """The highest of the ranks' numbers, on every rank."""
-    if dist.get_world_size() == 1:
-        return number
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    numbers = torch.tensor([number], dtype=torch.int64, device=device)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return int(numbers)
-
-
 @dataclass(frozen=True)
 class Update:
     """What became of an optimizer step, the same on every rank."""
@@ -200,7 +152,7 @@ class Engine:
         self._frozen_crc32 = _crc32_of_frozen(model)
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(device=self.device, dtype=self.dtype),  # buffers too: DeepSpeed casts parameters alone
-            optimizer=_optimizer(model, recipe),
+            optimizer=build_optimizer(model, recipe),
             config=_config(recipe, world, precision),
             dist_init_required=False,
         )
@@ -339,26 +291,6 @@ class ShardedModule:
     def __call__(self, *arguments: Any) -> Any:
         """The module's forward pass."""
         return self._deepspeed(*arguments)
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trainable parameters, in groups with and without weight decay."""
-    settings = recipe.optimizer
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    plain = [] if settings.decay_norms else [name for name, p in trained.items() if _is_undecayed(name, p)]
-    groups = [
-        {"params": [p for name, p in trained.items() if name not in plain], "weight_decay": settings.weight_decay},
-        {"params": [trained[name] for name in plain], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr)
-    return torch.optim.AdamW(groups, lr=settings.lr)
-
-
-def _is_undecayed(name: str, parameter: nn.Parameter) -> bool:
-    """Norms, biases, learnable tokens and position tables."""
-    return parameter.ndim < 2 or any(word in name for word in ("token", "position", "pos_embed"))
 
 
 def _precision(recipe: Recipe) -> str:

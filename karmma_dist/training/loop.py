@@ -21,12 +21,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from karmma_dist.download import is_url
 from karmma_dist.errors import Stopped
-from karmma_dist.models.encoder import Encoder
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.pretrained import save_model
-from karmma_dist.models.starting_weights import load_encoder_weights
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards import ShardFolder
@@ -36,8 +33,9 @@ from karmma_dist.streaming.order import Position, Schedule, random_words
 from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.training.best import BestWeights
 from karmma_dist.training.checkpoint import data_state, load_checkpoint
+from karmma_dist.training.collectives import barrier, gather, highest, mean_over_ranks, store
 from karmma_dist.training.damage import DamageLog
-from karmma_dist.training.engine import Engine, Update, barrier, gather, highest, mean_over_ranks, store
+from karmma_dist.training.engine import Engine, Update
 from karmma_dist.training.guard import Guard
 from karmma_dist.training.interruption import Interruption, Stop, refuse_stop_file
 from karmma_dist.training.numerics import Skips, Suspect, describe
@@ -48,6 +46,7 @@ from karmma_dist.training.run_log import RunLog, read_state, validation_at, writ
 from karmma_dist.training.saver import Saver
 from karmma_dist.training.schedule import learning_rate
 from karmma_dist.training.stages import build_stage
+from karmma_dist.training.starting_model import build_model
 from karmma_dist.training.telemetry import Averages, loading_metrics, loading_sums
 from karmma_dist.training.throughput import Throughput
 from karmma_dist.training.trace import tracing
@@ -418,26 +417,3 @@ class Trainer:
         scores = " ".join(f"{name} {value:.1f}" for name, value in self.metrics.items() if name.endswith("action_top1"))
         note = f"{seen} loss {loss:.3f} {scores}" if loss is not None else seen
         self.report(f"train {self.recipe.name}", done, self.total_steps, f"{note} {also}".rstrip())
-
-
-def build_model(
-    recipe: Recipe, classes: dict[str, list[str]], report: Report = silent, is_main: bool = True
-) -> KarmmaModel:
-    """The recipe's model with its starting weights: a function of the recipe and the seed.
-
-    `report` shows downloads; only the main rank says which weights did not carry over.
-    """
-    torch.manual_seed(recipe.seed)
-    heads = {head: len(names) for head, names in classes.items()}
-    model = KarmmaModel(recipe.model, recipe.inputs, recipe.data.modalities, heads)
-    for modality in recipe.data.modalities:
-        start = recipe.model.encoders[modality]
-        encoder = model.encoders[modality]
-        assert isinstance(encoder, Encoder)
-        if start.weights is not None:
-            source = start.weights if is_url(start.weights) else str(recipe.find_run(start.weights))
-            load_encoder_weights(
-                encoder, modality, source, ignore=start.weights_ignore, sha256=start.weights_sha256,
-                cache_dir=recipe.data.cache_dir, report=report, say=_logger.warning if is_main else _logger.debug,
-            )  # fmt: skip
-    return model

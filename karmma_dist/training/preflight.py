@@ -90,6 +90,7 @@ def preflight(
         environment: of a launcher.
     """
     outcome = Outcome()
+    had_group = dist.is_initialized()
     try:
         kept_by_torchrun = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         store = connect(world, timeout_s / 2, keep=world.rank == 0 and not kept_by_torchrun)
@@ -105,7 +106,7 @@ def preflight(
         host = node_name()
         outcome.failures.append(f"rank {world.rank} ({host}): rank 0 ({world.address}:{world.port}) stopped answering")
     finally:
-        if dist.is_initialized() and not outcome.must_exit:
+        if dist.is_initialized() and not (had_group or outcome.must_exit):
             dist.destroy_process_group()
     return outcome
 

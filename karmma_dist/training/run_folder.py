@@ -11,7 +11,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe, read_run_recipe, save_recipe
 from karmma_dist.training.checkpoint import checkpoints, find_damage, newest_whole, point_to
-from karmma_dist.training.engine import gather
+from karmma_dist.training.collectives import gather
 from karmma_dist.training.rendezvous import World
 from karmma_dist.training.run_log import BEST, ENSEMBLE, read_state, write_state
 

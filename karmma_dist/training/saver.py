@@ -26,7 +26,8 @@ from karmma_dist.recipe import Recipe
 from karmma_dist.shards import write_json
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.checkpoint import checksum, complete, prune, sync
-from karmma_dist.training.engine import Engine, gather
+from karmma_dist.training.collectives import gather
+from karmma_dist.training.engine import Engine
 from karmma_dist.training.rendezvous import World
 
 _WRITE_LIMIT_S = 1800.0

@@ -9,7 +9,8 @@ from functools import partial
 
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.recipe import Recipe
-from karmma_dist.training.engine import barrier, highest, process_group
+from karmma_dist.training.collectives import barrier, highest
+from karmma_dist.training.engine import process_group
 from karmma_dist.training.interruption import Interruption
 from karmma_dist.training.loop import Validate, train
 from karmma_dist.training.rendezvous import World, find_world

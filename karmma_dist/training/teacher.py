@@ -22,7 +22,8 @@ from karmma_dist.models.layout import input_shape
 from karmma_dist.models.pretrained import load_model
 from karmma_dist.recipe import DistillRecipe, InputRecipe, Recipe, read_run_recipe
 from karmma_dist.shards import write_json
-from karmma_dist.training.engine import Engine, ShardedModule, barrier
+from karmma_dist.training.collectives import barrier
+from karmma_dist.training.engine import Engine, ShardedModule
 from karmma_dist.training.rendezvous import World
 from karmma_dist.training.run_log import ENSEMBLE, read_state
 

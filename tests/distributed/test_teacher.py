@@ -14,7 +14,7 @@ import yaml
 from karmma_dist.models.pretrained import save_model
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards import ShardFolder
-from karmma_dist.training.loop import build_model
+from karmma_dist.training.starting_model import build_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kit import RECIPE, karmma_dist

@@ -24,8 +24,8 @@ from karmma_dist.models.pretrained import ModelCard, save_model
 from karmma_dist.models.starting_weights import load_encoder_weights
 from karmma_dist.recipe import EncoderRecipe, InputRecipe, Recipe, read_run_recipe, save_recipe
 from karmma_dist.shards import sha256_of
-from karmma_dist.training.loop import build_model
 from karmma_dist.training.run_folder import refuse_other_recipe
+from karmma_dist.training.starting_model import build_model
 
 INPUTS = InputRecipe.model_validate(
     {"video": {"num_frames": 4, "crop": 32, "short_side": 32}, "audio": {"num_windows": 4, "window_s": 0.3}}

@@ -8,7 +8,7 @@ from torch import nn
 
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.recipe import load_recipe
-from karmma_dist.training.engine import _optimizer
+from karmma_dist.training.optimizer import build_optimizer
 
 
 @pytest.mark.parametrize("decay_norms", [False, True])
@@ -17,7 +17,7 @@ def test_norms_biases_tokens_and_position_tables_of_the_student_do_not_decay(dec
     with torch.device("meta"):
         model = KarmmaModel(recipe.model, recipe.inputs, recipe.data.modalities, {"verb": 97, "noun": 300})
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups = _optimizer(model, recipe).param_groups
+    groups = build_optimizer(model, recipe).param_groups
     grouped = [names[parameter] for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(names.values())
     decayed = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}

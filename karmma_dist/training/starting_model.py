@@ -1,0 +1,39 @@
+"""The model a run starts from: random weights by its seed, encoders' weights where the recipe names some."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from karmma_dist.download import is_url
+from karmma_dist.models.encoder import Encoder
+from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.starting_weights import load_encoder_weights
+from karmma_dist.progress import Report, silent
+from karmma_dist.recipe import Recipe
+
+_logger = logging.getLogger(__name__)
+
+
+def build_model(
+    recipe: Recipe, classes: dict[str, list[str]], report: Report = silent, is_main: bool = True
+) -> KarmmaModel:
+    """The recipe's model with its starting weights: a function of the recipe and the seed.
+
+    `report` shows downloads; only the main rank says which weights did not carry over.
+    """
+    torch.manual_seed(recipe.seed)
+    heads = {head: len(names) for head, names in classes.items()}
+    model = KarmmaModel(recipe.model, recipe.inputs, recipe.data.modalities, heads)
+    for modality in recipe.data.modalities:
+        start = recipe.model.encoders[modality]
+        encoder = model.encoders[modality]
+        assert isinstance(encoder, Encoder)
+        if start.weights is not None:
+            source = start.weights if is_url(start.weights) else str(recipe.find_run(start.weights))
+            load_encoder_weights(
+                encoder, modality, source, ignore=start.weights_ignore, sha256=start.weights_sha256,
+                cache_dir=recipe.data.cache_dir, report=report, say=_logger.warning if is_main else _logger.debug,
+            )  # fmt: skip
+    return model
