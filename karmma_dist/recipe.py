@@ -424,6 +424,12 @@ class Recipe(Settings):
         missing = [m for m in self.data.modalities if m not in self.model.encoders]
         if missing:
             raise ValueError(f"model.encoders has no entry for modality '{missing[0]}'")
+        compiled = [m for m in self.data.modalities if self.model.encoders[m].compile]
+        if compiled and self.training.zero_stage == 3:
+            raise ValueError(
+                f"model.encoders.{compiled[0]}.compile does not go with training.zero_stage 3, whose parameters come and "
+                "go while an encoder runs: switch one of them off"
+            )
         trained = [m for m in self.data.modalities if not self.model.encoders[m].frozen]
         if self.stage == "teacher" and trained:
             raise ValueError(f"stage teacher keeps its encoders frozen: set model.encoders.{trained[0]}.frozen: true")

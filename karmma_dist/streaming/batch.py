@@ -70,18 +70,19 @@ class Batch:
     """What it cost its worker."""
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor of it."""
+        """Every tensor that `map` changes."""
         jitter = [] if self.jitter_N3 is None else [self.jitter_N3]
-        return [self.present_BM, self.valid_B, *jitter, *self.inputs.values(), *self.labels.values()]
+        return [*jitter, *self.inputs.values(), *self.labels.values()]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with `change` applied to every tensor."""
+        """The batch with `change` applied to every tensor but `present_BM` and `valid_B`.
+
+        These decide what is run: they stay where they are, on the CPU, so that nothing waits for a device to know them.
+        """
         return replace(
             self,
-            present_BM=change(self.present_BM),
             inputs={name: change(tensor) for name, tensor in self.inputs.items()},
             labels={head: change(label) for head, label in self.labels.items()},
-            valid_B=change(self.valid_B),
             jitter_N3=None if self.jitter_N3 is None else change(self.jitter_N3),
         )
 

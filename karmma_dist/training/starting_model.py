@@ -30,6 +30,10 @@ def build_model(
         start = recipe.model.encoders[modality]
         encoder = model.encoders[modality]
         assert isinstance(encoder, Encoder)
+        if start.weights is None and (start.weights_ignore or start.weights_sha256) and is_main:
+            _logger.warning(
+                "model.encoders.%s: weights_ignore and weights_sha256 have no effect without weights", modality
+            )
         if start.weights is not None:
             source = start.weights if is_url(start.weights) else str(recipe.find_run(start.weights))
             load_encoder_weights(

@@ -348,3 +348,15 @@ def test_progress_of_a_download_is_reported_in_megabytes(server: Server, tmp_pat
     assert {(stage, note) for stage, _, _, note in told} == {("download large.pth", "MB")}
     assert [done for _, done, _, _ in told] == sorted(done for _, done, _, _ in told)
     assert told[-1][1:3] == (12, 12)
+
+
+@pytest.mark.parametrize("setting", [{"weights_ignore": ["x.*"]}, {"weights_sha256": "0" * 64}])
+def test_settings_of_weights_that_there_are_none_of_are_said_to_have_no_effect(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, setting: dict[str, Any]
+) -> None:
+    recipe = recipe_with(None, tmp_path)
+    (modality,) = recipe.data.modalities
+    changed = recipe.model.encoders[modality].model_copy(update=setting)
+    model = recipe.model.model_copy(update={"encoders": {modality: changed}})
+    build_model(recipe.model_copy(update={"model": model}), {"verb": ["a", "b"]})
+    assert f"model.encoders.{modality}: weights_ignore and weights_sha256 have no effect without weights" in caplog.text

@@ -110,3 +110,10 @@ def test_teacher_and_student_see_the_same_inputs_in_every_folder() -> None:
     for folder in sorted({path.parent.name for path in RECIPES}):
         runs: dict[str, Recipe] = {r.name: r for r in load_chain(f"{folder}/distill")}
         assert runs[f"{folder}/teacher"].inputs == runs[f"{folder}/distill"].inputs
+
+
+def test_a_compiled_encoder_does_not_go_with_sharded_parameters(minimal: str) -> None:
+    compiled = "model.encoders.audio.compile=true"
+    assert load_recipe(minimal, [compiled, "training.zero_stage=2"]).model.encoders["audio"].compile
+    with pytest.raises(UserError, match=r"model\.encoders\.audio\.compile does not go with training\.zero_stage 3"):
+        load_recipe(minimal, [compiled, "training.zero_stage=3"])

@@ -187,7 +187,8 @@ def test_every_batch_says_what_it_cost(shards: Path, workers: int) -> None:
 
 
 def equal(ours: Batch, theirs: Batch) -> bool:
-    pairs = zip(ours.tensors(), theirs.tensors(), strict=True)
+    flags = [(ours.present_BM, theirs.present_BM), (ours.valid_B, theirs.valid_B)]
+    pairs = [*flags, *zip(ours.tensors(), theirs.tensors(), strict=True)]
     return ours.keys == theirs.keys and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
 
