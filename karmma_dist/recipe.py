@@ -427,8 +427,8 @@ class Recipe(Settings):
         compiled = [m for m in self.data.modalities if self.model.encoders[m].compile]
         if compiled and self.training.zero_stage == 3:
             raise ValueError(
-                f"model.encoders.{compiled[0]}.compile does not go with training.zero_stage 3, whose parameters come and "
-                "go while an encoder runs: switch one of them off"
+                f"model.encoders.{compiled[0]}.compile does not go with training.zero_stage 3, whose parameters come "
+                "and go while an encoder runs: switch one of them off"
             )
         trained = [m for m in self.data.modalities if not self.model.encoders[m].frozen]
         if self.stage == "teacher" and trained:

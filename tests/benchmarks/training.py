@@ -42,7 +42,9 @@ from karmma_dist.streaming.dropout import keep_patterns, keep_present
 from karmma_dist.streaming.loader import TrainingClips
 from karmma_dist.streaming.order import Slice
 from karmma_dist.training import loop
+from karmma_dist.training.collectives import highest
 from karmma_dist.training.engine import Engine, process_group
+from karmma_dist.training.interruption import Interruption
 from karmma_dist.training.rendezvous import World, find_world
 from karmma_dist.training.stages import Distill
 
@@ -228,7 +230,8 @@ def bench_loop(repeats: int, world: World) -> None:
         pack(spec)
         recipe = _loop_recipe(folder, repeats)
         shards = ShardFolder(folder / "shards")
-        trainer = loop.Trainer(recipe, world, shards, lambda *_: {}, lambda *_: None)
+        undisturbed = Interruption(world.rank, None, highest)
+        trainer = loop.Trainer(recipe, world, shards, lambda *_: {}, lambda *_: None, undisturbed)
         clips = TrainingClips(shards, recipe.data, recipe.inputs, recipe.seed, 8)
         in_turn = InTurn(trainer, [clips.batch(Slice(0, step, step * 8, step * 8 + 8)) for step in range(BLOCK)])
         recipe.run_dir.mkdir(parents=True)
