@@ -103,14 +103,21 @@ def test_the_student_computes_at_most_half_of_what_the_teacher_does_wherever_the
             assert student.alone(subset) <= (0.75 if subset == (D,) else 0.5) * teacher.alone(subset), subset
 
 
-@pytest.mark.parametrize("folder", ["epic_kitchens", "something_something"])
-def test_the_student_needs_less_memory_than_the_teacher(folder: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "bounds"),
+    [
+        ("epic_kitchens", {(V,): 0.53, (A,): 0.1, (V, F_, A): 0.4}),
+        # Half of the student's parameters are in STLT, which is as wide as the teacher's and has 9 layers for 12.
+        ("something_something", {(V,): 0.53, (D,): 0.71, (V, F_, D): 0.54}),
+    ],
+)
+def test_the_student_needs_about_half_of_the_teachers_memory_or_less(
+    folder: str, bounds: dict[tuple[str, ...], float]
+) -> None:
     subjects, _ = find_subjects(f"{folder}/distill")
-    third = subjects[0].modalities[-1]
-    for subset in ((third,), (V, F_, third)):
+    for subset, bound in bounds.items():
         teacher, student = (_inference_bytes(s, subset) for s in subjects)
-        assert student <= 0.75 * teacher, subset
-    assert student <= 0.61 * teacher
+        assert student <= bound * teacher, subset
 
 
 def _inference_bytes(of: Subject, subset: tuple[str, ...]) -> int:
