@@ -212,11 +212,15 @@ def train(recipe: str, overrides: tuple[str, ...], resume: str, profile: str | N
 @click.option("--subsets", is_flag=True, help="Every non-empty subset of the modalities.")
 @click.option("--sweep", is_flag=True, help="Drop probabilities 0.0, 0.1, ... 0.9.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Random draws per condition.")
+@click.option(
+    "--corrupt", multiple=True, metavar="SENSOR:KIND:SEVERITY",
+    help="Also with a broken sensor, e.g. video:blur:3 (severity 1 to 5); 'suite': every kind. May be repeated.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report; default: eval/ in the run folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def evaluate(
     run: Path | None, shards: str | None, split: str | None, drop_prob: float | None, modalities: str | None,
-    subsets: bool, sweep: bool, seeds: int, out: Path | None, as_json: bool,
+    subsets: bool, sweep: bool, seeds: int, corrupt: tuple[str, ...], out: Path | None, as_json: bool,
 ) -> None:
     """Evaluate a run (default: the newest finished) with sensors failing. RUN: a run folder or a weights file."""
     from karmma_dist.evaluation.conditions import Condition, build_conditions
@@ -228,7 +232,8 @@ def evaluate(
     def conditions(available: Sequence[str]) -> list[Condition]:
         chosen = None if modalities is None else parse_modalities(modalities, available)
         return build_conditions(
-            available, modalities=chosen, drop_prob=drop_prob, subsets=subsets, sweep=sweep, num_seeds=seeds
+            available, modalities=chosen, drop_prob=drop_prob, subsets=subsets, sweep=sweep, num_seeds=seeds,
+            corrupt=corrupt,
         )
 
     chosen = run or newest_finished_run(Path("runs"))

@@ -4,7 +4,8 @@
     results = evaluate(model, batches, conditions, device="cuda")
 
 Encoders do not see each other, so each runs once per clip and only the fusion block is run again; and since a clip
-has at most 2^M - 1 different masks, it runs that often at most, whatever the number of conditions.
+has at most 2^M - 1 different masks, it runs that often at most, whatever the number of conditions. A broken sensor
+costs one more pass of its own encoder.
 
 Legend: B clips of a batch, N clips of the split, M modalities, K conditions, P different masks, C classes.
 """
@@ -23,6 +24,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.conditions import Condition, keep
 from karmma_dist.evaluation.scores import BatchScores, Results, merge, ranked, score_rows
+from karmma_dist.evaluation.variants import EncodeOnce, Sensors, side_by_side, states_of, variants
 from karmma_dist.streaming.batch import Batch
 
 
@@ -60,6 +62,7 @@ def evaluate(
     drop_nouns: Collection[int] = (),
     progress: Callable[[int], None] | None = None,
     gather: Callable[[list[BatchScores]], list[BatchScores]] | None = None,
+    sensors: Sensors | None = None,
 ) -> Results:
     """Run `model` over `batches` and score it under every condition.
 
@@ -69,26 +72,32 @@ def evaluate(
 
     Args:
         model: What is evaluated.
-        batches: This rank's clips, inputs as the model takes them; each clip on one rank only.
+        batches: This rank's clips, inputs as the model takes them or, with `sensors`, as they leave the loader; each
+            clip on one rank only.
         conditions: What is there (see `build_conditions`).
         device: Where the model is.
         drop_nouns: Clips of these classes of the head "noun" are left out (the paper: nouns never trained on).
         progress: Called with the number of clips of each finished batch.
         gather: Returns the lists of all ranks put together, in any order (see torch's all_gather_object), so that
             every rank returns the same results; None: this process has all clips.
+        sensors: Makes of the batches what the model takes, and breaks the sensors of conditions that say so.
 
     Raises:
         UserError: no clip, no labelled clip, a clip given twice, a label out of range, a prediction that is not a
-            number, or a condition with a modality the model lacks.
+            number, a condition with a modality the model lacks, or one with a broken sensor but no `sensors`.
     """
     if not conditions:
         raise UserError("no condition to evaluate: name at least one")
     if drop_nouns and "noun" not in model.heads:
         raise UserError(f"drop_nouns is set, but the model has no head 'noun' (it has {', '.join(model.heads)})")
     scores = []
+    states = variants(conditions)
     with _eval_mode(model):
         for batch in batches:
-            scores.append(_score_batch(model, batch, conditions, torch.device(device)))
+            whole, made = states_of(batch, states, sensors)
+            once = EncodeOnce(model, whole.inputs)
+            parts = [(state, _score_batch(once, of, state.conditions, torch.device(device))) for state, of in made]
+            scores.append(side_by_side(parts))
             if progress is not None:
                 progress(len(scores[-1].keys))
     merged = merge(gather(scores) if gather is not None else scores)

@@ -71,13 +71,19 @@ def drop_curves(path: Path, curves: Mapping[str, Curve], y_label: str, reference
     save_figure(figure, path)
 
 
-def subset_bars(path: Path, values: Mapping[str, Mapping[str, float | None]], y_label: str) -> None:
+def subset_bars(
+    path: Path,
+    values: Mapping[str, Mapping[str, float | None]],
+    y_label: str,
+    x_label: str = "modalities present at inference",
+) -> None:
     """Accuracy per subset of modalities, one group per subset and one bar per model.
 
     Args:
         path: PNG to write.
         values: Percent per subset name, per model.
         y_label: What is measured, in percent.
+        x_label: What the groups are. Names of several lines are written as such.
     """
     subsets = list(dict.fromkeys(subset for of in values.values() for subset in of))
     figure, axes = _axes(max(5.0, 1.5 + 0.32 * len(subsets) * (len(values) + 1)), 4.2)
@@ -90,7 +96,7 @@ def subset_bars(path: Path, values: Mapping[str, Mapping[str, float | None]], y_
         axes.bar_label(bars, texts, fontsize=7, padding=2, rotation=90 if len(values) > 2 else 0)
     axes.set_xticks(range(len(subsets)), subsets)
     axes.margins(y=0.15)
-    axes.set_xlabel("modalities present at inference")
+    axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if len(values) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=min(len(values), 4), loc="lower left", bbox_to_anchor=(0, 1.0))

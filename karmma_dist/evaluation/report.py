@@ -12,10 +12,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from karmma_dist.errors import UserError
+from karmma_dist.evaluation.corruption_report import corruption_section
 from karmma_dist.evaluation.findings import METRIC, findings, model_ranks, subset_values
 from karmma_dist.evaluation.plots import Curve, drop_curves, subset_bars
 from karmma_dist.evaluation.scores import Results
-from karmma_dist.evaluation.summary import metric_names
+from karmma_dist.evaluation.summary import metric_names, whole_sensors
 from karmma_dist.modality import letters
 from karmma_dist.shards import write_json
 
@@ -64,6 +65,7 @@ def write_report(
         _findings_section(models),
         _subset_section(folder, models),
         _sweep_section(folder, models),
+        corruption_section(folder, models),
         _rows_section(models),
         _list_section("Notes", notes),
         _table_section("Time", ["step", "seconds"], [[_text(n), f"{s:.1f}"] for n, s in (timings or {}).items()]),
@@ -164,7 +166,7 @@ def _clips(models: Models, subset: tuple[str, ...], probability: float) -> str:
     counts = dict.fromkeys(
         f"{row['num_clips']:,}" + (f" ({row['num_without']:,} without)" if row["num_without"] else "")
         for results in models.values()
-        for row in results["rows"]
+        for row in whole_sensors(results["rows"])
         if tuple(row["modalities"]) == subset and row["drop_prob"] == probability
     )
     return " / ".join(counts)
@@ -215,7 +217,8 @@ def _rows_section(models: Models) -> str:
 def _row_cells(row: dict[str, Any]) -> list[str]:
     """Condition and counts of a row, as text."""
     counts = [f"{row['seed']}", f"{row['num_clips']:,}", f"{row['num_without']:,}"]
-    return [letters(row["modalities"]), f"{100 * row['drop_prob']:g}", *counts]
+    broken = f" {row['corrupt']}" if row.get("corrupt") else ""
+    return [letters(row["modalities"]) + broken, f"{100 * row['drop_prob']:g}", *counts]
 
 
 def _heading(name: str) -> str:

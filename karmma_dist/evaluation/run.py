@@ -17,6 +17,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.scores import Results
+from karmma_dist.evaluation.variants import Sensors, breaks_sound
 from karmma_dist.models.pretrained import load_model
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import DataRecipe, InputRecipe, Recipe, read_run_recipe
@@ -106,6 +107,7 @@ def _evaluate(
 ) -> Results:
     """One process, every clip."""
     clips = EvaluationClips(open_shards(data), data, inputs, data.validation_split)
+    clips.keeps_sound = any(breaks_sound(condition) for condition in conditions)
     total = len(clips.clips)
     done = 0
 
@@ -115,8 +117,15 @@ def _evaluate(
         report(f"eval {name}", done, total)
 
     with on_device(evaluation_batches(clips, batch_size), device) as batches:
-        prepared = (prepare(batch, inputs, device) for batch in batches)
-        return evaluate(model, prepared, conditions, device=device, drop_nouns=data.drop_nouns, progress=progress)
+        return evaluate(
+            model,
+            batches,
+            conditions,
+            device=device,
+            drop_nouns=data.drop_nouns,
+            progress=progress,
+            sensors=Sensors(model.modalities, inputs, device),
+        )
 
 
 def validate(model: nn.Module, recipe: Recipe, world: World) -> dict[str, float]:

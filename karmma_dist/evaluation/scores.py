@@ -27,7 +27,8 @@ class Results:
     """What `eval/results.json` holds."""
 
     rows: list[dict[str, Any]]
-    """One per condition: modalities, drop_prob, seed, num_clips, num_without, num_present, num_kept, and in percent
+    """One per condition: modalities, drop_prob, seed, corrupt (`video:blur:3`, None where no sensor is broken),
+    num_clips, num_without, num_present, num_kept, and in percent
     action_top1, action_top5, action_mean_class and the same per head, and HEAD_loss, the mean cross-entropy of each
     head in nats (None where no clip could be evaluated)."""
     summary: dict[str, Any]
@@ -154,6 +155,7 @@ def _row(
         "modalities": list(condition.modalities),
         "drop_prob": condition.drop_prob,
         "seed": condition.seed,
+        "corrupt": condition.corrupt,
         "num_clips": int(shown_N.sum()),
         "num_without": int((~shown_N).sum()),
         "num_present": _count(present_NM[shown_N], modalities),

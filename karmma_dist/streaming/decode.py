@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import av
@@ -28,6 +29,20 @@ _ON_THE_EDGE = 1e-4
 
 _REFORMATTERS = {"rgb24": VideoReformatter(), "gray": VideoReformatter()}
 """Shared by all clips of a process, since one per frame leaks; a process decodes on one thread."""
+
+
+@dataclass(frozen=True)
+class ClipSound:
+    """The whole sound of a clip, and where its windows are looked for."""
+
+    samples: np.ndarray
+    """int16, 16 kHz."""
+    moments_s: np.ndarray
+    """The view's moments."""
+
+    def windows(self, audio: AudioInput) -> np.ndarray:
+        """int16 (windows, samples): see `decode_audio`."""
+        return _windows(self.samples, self.moments_s, audio)
 
 
 def decode_video(
@@ -63,9 +78,18 @@ def decode_audio(data: bytes, described: dict[str, Any], moments_s: np.ndarray, 
 
     With as many windows as moments each is centred on its moment [paper]; otherwise they are spread evenly.
     """
+    return ClipSound(decode_sound(data, described), moments_s).windows(audio)
+
+
+def decode_sound(data: bytes, described: dict[str, Any]) -> np.ndarray:
+    """All samples of a mono 16-kHz FLAC, int16."""
     samples = _all_samples(data)
     if len(samples) != described["num_samples"]:
         raise ValueError(f"{len(samples)} samples in it, declared {described['num_samples']}")
+    return samples
+
+
+def _windows(samples: np.ndarray, moments_s: np.ndarray, audio: AudioInput) -> np.ndarray:
     num, size = audio.num_windows, audio.window_samples
     centres = moments_s * SAMPLE_RATE if num == len(moments_s) else (np.arange(num) + 0.5) / num * len(samples)
     starts = np.round(centres).astype(np.int64) - size // 2

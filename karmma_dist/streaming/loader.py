@@ -63,6 +63,9 @@ def check_heads(data: DataRecipe, folder: ShardFolder) -> dict[str, int]:
 class _Clips(ABC):
     """The clips of a split and the frame of every batch: find each place's clip, read it, put all together."""
 
+    keeps_sound = False
+    """Whether batches bring the whole sound of their clips."""
+
     def __init__(self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str) -> None:
         self.folder, self.data, self.inputs = folder, data, inputs
         self.clips = usable_clips(folder.clips(split), data.modalities)
@@ -101,7 +104,9 @@ class _Clips(ABC):
             with activity.reading(clip, "json"):
                 metadata = self.folder.metadata(clip)
             view = self._view(num_stored_frames(metadata), epoch, clip.key)
-            return read_sample(self.folder, clip, metadata, wanted, self.inputs, view, activity)
+            return read_sample(
+                self.folder, clip, metadata, wanted, self.inputs, view, activity, keeps_sound=self.keeps_sound
+            )
         except DamageError as error:
             damage.append(Damage(error.shard, error.key, error.member, error.what))
             return None

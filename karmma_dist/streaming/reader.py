@@ -12,7 +12,14 @@ from karmma_dist.recipe import InputRecipe
 from karmma_dist.shards import Clip, DamageError, ShardFolder, member_name
 from karmma_dist.streaming.augment import View
 from karmma_dist.streaming.batch import Sample
-from karmma_dist.streaming.decode import decode_audio, decode_detections, decode_flow, decode_video
+from karmma_dist.streaming.decode import (
+    ClipSound,
+    decode_audio,
+    decode_detections,
+    decode_flow,
+    decode_sound,
+    decode_video,
+)
 from karmma_dist.streaming.watch import Activity
 
 
@@ -39,27 +46,33 @@ def length_s(metadata: dict[str, Any]) -> float:
 
 def read_sample(
     folder: ShardFolder, clip: Clip, metadata: dict[str, Any], wanted: Iterable[str], inputs: InputRecipe, view: View,
-    activity: Activity | None = None,
+    activity: Activity | None = None, *, keeps_sound: bool = False,
 ) -> Sample:
     """Read, check and decode the `wanted` modalities of a clip (all of which it must declare).
 
-    What is being done, and for how long, is said to `activity`.
+    What is being done, and for how long, is said to `activity`. `keeps_sound` adds the whole sound to the sample.
 
     Raises:
         DamageError: a member is unreadable, not the bytes that were written, or does not decode.
     """
     activity = activity or Activity()
     arrays: dict[str, np.ndarray] = {}
+    sound = None
     for modality in wanted:
         with activity.reading(clip, modality):
             data = folder.read(clip, modality)
         try:
             with activity.decoding(clip, modality):
-                arrays[modality] = _decode(modality, data, metadata, inputs, view)
+                if modality == "audio" and keeps_sound:
+                    samples = decode_sound(data, metadata["modalities"][modality])
+                    sound = ClipSound(samples, view.times_F * length_s(metadata))
+                    arrays[modality] = sound.windows(inputs.audio)
+                else:
+                    arrays[modality] = _decode(modality, data, metadata, inputs, view)
         except (ValueError, KeyError, IndexError, ArithmeticError, av.error.FFmpegError) as error:
             what = f"does not decode: {error}"
             raise DamageError(clip.shard, clip.key, member_name(clip.key, modality), what) from None
-    return Sample(clip.key, clip.labels, arrays, view.jitter_3)
+    return Sample(clip.key, clip.labels, arrays, view.jitter_3, sound)
 
 
 def _decode(modality: str, data: bytes, metadata: dict[str, Any], inputs: InputRecipe, view: View) -> np.ndarray:
