@@ -257,6 +257,29 @@ def evaluate(
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("clips", metavar="CLIP...", nargs=-1, required=True)
+@click.option("--shards", type=click.Path(), help="Shards folder; default: the one the run was trained on.")
+@click.option("--start", type=click.FloatRange(min=0), help="Where the clip starts in its file, seconds.")
+@click.option("--stop", type=click.FloatRange(min=0), help="Where it stops; default: the end of the file.")
+@click.option("--modalities", help="Only these, e.g. V,A; default: all that the clip has.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def predict(
+    run: Path, clips: tuple[str, ...], shards: str | None, start: float | None, stop: float | None,
+    modalities: str | None, as_json: bool,
+) -> None:
+    """Say what is done in a clip. RUN: a run folder or a weights file. CLIP: a video file, or a key in the shards."""
+    from karmma_dist.evaluation.predict import predict as ask
+    from karmma_dist.evaluation.predict_table import print_predictions
+
+    predictions = ask(run, clips, shards=shards, start_s=start, stop_s=stop, modalities=modalities)
+    if as_json:
+        _print_json({"clips": [prediction.to_dict() for prediction in predictions]})
+    else:
+        print_predictions(predictions)
+
+
+@cli.command()
 @click.argument("recipe")
 @set_option
 @click.option("--modalities", help="Only this subset, e.g. V,F; default: every subset of the recipe's.")

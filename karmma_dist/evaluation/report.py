@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.corruption_report import corruption_section
@@ -86,7 +87,8 @@ def results_table(results: Results, title: str | None = None) -> Table:
     for heading in ("drop %", "seed", "clips", "without", *(_heading(name) for name in names)):
         table.add_column(heading, justify="right")
     for row in results.rows:
-        table.add_row(*_row_cells(row), *(_percent(row[name], digits=1) for name in names))
+        cells = [*_row_cells(row), *(_percent(row[name], digits=1) for name in names)]
+        table.add_row(*map(Text, cells))  # as it is: of audio:mute:3 markup would make an emoji
     return table
 
 
