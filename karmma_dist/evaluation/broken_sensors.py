@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from karmma_dist.evaluation.conditions import uniform
@@ -81,17 +80,24 @@ def _still(clip: Tensor, share: float, text: str, _: str) -> Tensor:
 
 def _blur(clip: Tensor, share: float, _text: str, _: str) -> Tensor:
     """Out of focus: a Gaussian, mirrored at the borders."""
-    sigma = share * min(clip.shape[1:3])
-    radius = min(int(np.ceil(3 * sigma)), min(clip.shape[1:3]) - 1)
-    places = torch.arange(-radius, radius + 1, dtype=torch.float32, device=clip.device)
-    weights = torch.exp(-0.5 * (places / sigma) ** 2)
-    weights /= weights.sum()
-    num_frames, height, width, channels = clip.shape
-    planes = clip.permute(0, 3, 1, 2).reshape(-1, 1, height, width).float()
-    padded = F.pad(planes, (radius, radius, radius, radius), mode="reflect")
-    smooth = F.conv2d(F.conv2d(padded, weights[None, None, None]), weights[None, None, :, None])
-    pictures = smooth.reshape(num_frames, channels, height, width).permute(0, 2, 3, 1)
-    return pictures.round().clamp(0, 255).to(torch.uint8)
+    height, width = clip.shape[1:3]
+    sigma = share * min(height, width)
+    rows_HH, columns_WW = (_gaussian(num, sigma).to(clip.device) for num in (height, width))
+    # Two products of matrices take a fraction of a convolution's time on a CPU.
+    smooth = rows_HH @ clip.permute(0, 3, 1, 2).float() @ columns_WW.T  # (F, channels, H, W)
+    return smooth.permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8)
+
+
+def _gaussian(num: int, sigma: float) -> Tensor:
+    """Weights (num, num), each row's sum 1: row i averages around pixel i. Cut at three sigma."""
+    radius = min(int(np.ceil(3 * sigma)), num - 1)
+    offsets = np.arange(-radius, radius + 1)
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    columns = np.abs(np.arange(num)[:, None] + offsets)
+    columns = np.where(columns >= num, 2 * (num - 1) - columns, columns)
+    matrix = np.zeros((num, num))
+    np.add.at(matrix, (np.arange(num)[:, None], columns), weights / weights.sum())
+    return torch.from_numpy(matrix.astype(np.float32))
 
 
 def _grain(clip: Tensor, share: float, text: str, modality: str) -> Tensor:

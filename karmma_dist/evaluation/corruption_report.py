@@ -9,13 +9,11 @@ from typing import Any
 from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.corruptions import parse_corruption
 from karmma_dist.evaluation.findings import METRIC
-from karmma_dist.evaluation.plots import subset_bars
+from karmma_dist.evaluation.plots import severity_curves
 from karmma_dist.evaluation.summary import Row, mean_over_seeds
 from karmma_dist.modality import letters
 
 CORRUPTION_PLOT = "corruptions.png"
-
-_WHOLE = "none"
 
 
 def corruption_values(results: Mapping[str, Any]) -> tuple[tuple[str, ...], float, dict[str | None, float | None]]:
@@ -44,17 +42,14 @@ def corruption_section(folder: Path, models: Mapping[str, dict[str, Any]]) -> st
     if not found:
         return ""
     names = list(dict.fromkeys(name for *_, values in found.values() for name in values))
-    table = [
-        [name or _WHOLE, _meaning(name), *(_cell(values.get(name), values.get(None)) for *_, values in found.values())]
-        for name in names
-    ]
+    table = []
+    for name in names:
+        cells = [_cell(values.get(name), values.get(None)) for *_, values in found.values()]
+        table.append([name or "none", "" if name is None else parse_corruption(name).meaning, *cells])
     losses = [_average_loss(values) for *_, values in found.values()]
     table.append(["average", "relative drop (%)", *("–" if loss is None else f"{loss:.2f}" for loss in losses)])
-    bars = {
-        model: {(name or _WHOLE).replace(":", "\n"): value for name, value in values.items()}
-        for model, (*_, values) in found.items()
-    }
-    subset_bars(folder / CORRUPTION_PLOT, bars, "action top-1 (%)", "broken sensor, failure, severity")
+    curves = {model: values for model, (*_, values) in found.items()}
+    severity_curves(folder / CORRUPTION_PLOT, _panels(curves), "action top-1 (%)")
     columns = [_column(model, *of[:2]) for model, of in found.items()]
     return "\n".join(
         [
@@ -67,11 +62,16 @@ def corruption_section(folder: Path, models: Mapping[str, dict[str, Any]]) -> st
     )
 
 
-def _meaning(name: str | None) -> str:
-    if name is None:
-        return ""
-    corruption = parse_corruption(name)
-    return f"{corruption.amount:g} {corruption.kind.unit}"
+def _panels(curves: Mapping[str, Mapping[str | None, float | None]]) -> dict[str, dict[str, dict[int, float | None]]]:
+    """Per failure and model, the figure at each severity; 0 is with whole sensors."""
+    panels: dict[str, dict[str, dict[int, float | None]]] = {}
+    for model, values in curves.items():
+        for name, value in values.items():
+            if name is not None:
+                corruption = parse_corruption(name)
+                points = panels.setdefault(corruption.name, {}).setdefault(model, {0: values.get(None)})
+                points[corruption.severity] = value
+    return panels
 
 
 def _cell(value: float | None, whole: float | None) -> str:

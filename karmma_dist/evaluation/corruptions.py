@@ -25,9 +25,9 @@ _SPANS = (0.2, 0.4, 0.6, 0.8, 1.0)
 _BLURS = (0.005, 0.01, 0.02, 0.04, 0.08)
 _GRAINS = (0.05, 0.10, 0.15, 0.25, 0.40)
 
-_HELD = "share of the clip, from a random moment on"
-_SIGMA = "standard deviation of the Gaussian, as a share of the picture's side"
-_GRAIN = "standard deviation of Gaussian noise on every value, as a share of its range"
+_SPAN = "{:.0%} of the clip, from a random moment on"
+_SIGMA = "a Gaussian of {:.1%} of the picture's side (standard deviation)"
+_GRAIN = "Gaussian noise of {:.0%} of the range (standard deviation)"
 
 
 @dataclass(frozen=True)
@@ -38,35 +38,28 @@ class Kind:
     """What happens to each modality that it reaches: a name in `broken_sensors`."""
     amounts: tuple[float, ...]
     """Per severity."""
-    unit: str
-    """What the amounts are."""
+    says: str
+    """What an amount is, as a format of it."""
     is_random: bool
     """Whether the outcome depends on the seed."""
 
 
 KINDS: dict[str, Kind] = {
-    "camera:frozen": Kind({"video": "frozen", "flow": "still"}, _SPANS, _HELD, True),
-    "camera:black": Kind({"video": "black", "flow": "still"}, _SPANS, _HELD, True),
+    "camera:frozen": Kind({"video": "frozen", "flow": "still"}, _SPANS, _SPAN, True),
+    "camera:black": Kind({"video": "black", "flow": "still"}, _SPANS, _SPAN, True),
     "camera:blur": Kind({"video": "blur", "flow": "blur"}, _BLURS, _SIGMA, False),
     "camera:noise": Kind({"video": "noise", "flow": "noise"}, _GRAINS, _GRAIN, True),
-    "video:frozen": Kind({"video": "frozen"}, _SPANS, _HELD, True),
-    "video:black": Kind({"video": "black"}, _SPANS, _HELD, True),
+    "video:frozen": Kind({"video": "frozen"}, _SPANS, _SPAN, True),
+    "video:black": Kind({"video": "black"}, _SPANS, _SPAN, True),
     "video:blur": Kind({"video": "blur"}, _BLURS, _SIGMA, False),
     "video:noise": Kind({"video": "noise"}, _GRAINS, _GRAIN, True),
-    "flow:frozen": Kind({"flow": "still"}, _SPANS, _HELD, True),
+    "flow:frozen": Kind({"flow": "still"}, _SPANS, _SPAN, True),
     "flow:blur": Kind({"flow": "blur"}, _BLURS, _SIGMA, False),
     "flow:noise": Kind({"flow": "noise"}, _GRAINS, _GRAIN, True),
-    "audio:mute": Kind({"audio": "mute"}, _SPANS, _HELD, True),
-    "audio:noise": Kind(
-        {"audio": "noise"}, (20, 10, 5, 0, -5), "signal-to-noise ratio in dB, white noise against the clip's own power",
-        True,
-    ),
-    "audio:desync": Kind(
-        {"audio": "late"}, (0.1, 0.25, 0.5, 1.0, 2.0), "seconds that the sound comes late, silence before it", False
-    ),
-    "detections:dropped": Kind(
-        {"detections": "dropped"}, (0.10, 0.25, 0.50, 0.75, 0.90), "probability that a box is not found", True
-    ),
+    "audio:mute": Kind({"audio": "mute"}, _SPANS, _SPAN, True),
+    "audio:noise": Kind({"audio": "noise"}, (20, 10, 5, 0, -5), "white noise, signal to noise {:g} dB", True),
+    "audio:desync": Kind({"audio": "late"}, (0.1, 0.25, 0.5, 1.0, 2.0), "{:g} s late, silence before it", False),
+    "detections:dropped": Kind({"detections": "dropped"}, (0.10, 0.25, 0.50, 0.75, 0.90), "{:.0%} of the boxes", True),
 }  # fmt: skip
 """`SENSOR:KIND` -> what it does. `camera` is whatever is seen through the lens, video and flow at once."""
 
@@ -91,8 +84,13 @@ class Corruption:
 
     @property
     def amount(self) -> float:
-        """How much of it, in the kind's unit."""
+        """How much of it."""
         return self.kind.amounts[self.severity - 1]
+
+    @property
+    def meaning(self) -> str:
+        """What the severity means: `20% of the clip, from a random moment on`."""
+        return self.kind.says.format(self.amount)
 
     @property
     def modalities(self) -> list[str]:

@@ -19,7 +19,7 @@ def print_predictions(predictions: list[Prediction]) -> None:
 
 def print_prediction(prediction: Prediction, console: Console) -> None:
     """Print one clip's."""
-    console.print(Text(f"{prediction.clip} ({prediction.seconds:g} s): {_found(prediction)}"))
+    console.print(Text(f"{prediction.clip} ({prediction.seconds:g} s): {_found(prediction)}"), soft_wrap=True)
     if prediction.labels and None not in prediction.labels.values():
         console.print(Text(f"labelled: {' '.join(str(name) for name in prediction.labels.values())}"))
     table = Table(box=SIMPLE_HEAD)
