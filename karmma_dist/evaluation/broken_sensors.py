@@ -92,7 +92,9 @@ def _gaussian(num: int, sigma: float) -> Tensor:
     """Weights (num, num), each row's sum 1: row i averages around pixel i. Cut at three sigma."""
     radius = min(int(np.ceil(3 * sigma)), num - 1)
     offsets = np.arange(-radius, radius + 1)
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    # Over the area of each pixel: at its middle alone, a blur of less than half a pixel would be none.
+    edges = torch.from_numpy(np.arange(-radius, radius + 2) - 0.5) / (sigma * 2**0.5)
+    weights = torch.erf(edges).diff().numpy()
     columns = np.abs(np.arange(num)[:, None] + offsets)
     columns = np.where(columns >= num, 2 * (num - 1) - columns, columns)
     matrix = np.zeros((num, num))

@@ -22,7 +22,7 @@ SUITE = "suite"
 SUITE_SEVERITIES = (1, 3, 5)
 
 _SPANS = (0.2, 0.4, 0.6, 0.8, 1.0)
-_BLURS = (0.005, 0.01, 0.02, 0.04, 0.08)
+_BLURS = (0.01, 0.02, 0.04, 0.06, 0.10)
 _GRAINS = (0.05, 0.10, 0.15, 0.25, 0.40)
 
 _SPAN = "{:.0%} of the clip, from a random moment on"
