@@ -223,9 +223,16 @@ def train(
 @click.option("--subsets", is_flag=True, help="Every non-empty subset of the modalities.")
 @click.option("--sweep", is_flag=True, help="Drop probabilities 0.0, 0.1, ... 0.9.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Random draws per condition.")
+@click.option(
+    "--corrupt", multiple=True, metavar="SENSOR:KIND:SEVERITY",
+    help="Also with a broken sensor, e.g. video:blur:3 (severity 1 to 5); 'suite': every kind. May be repeated.",
+)
 @click.option("--annotations", type=click.Path(path_type=Path), help="Lists of tail classes and unseen participants.")
 @click.option("--views", help="Average TEMPORALxSPATIAL views of each clip, e.g. 3x1; default: the recipe's.")
-@click.option("--predictions", type=click.Path(path_type=Path), help="Write every prediction: .npz or .parquet.")
+@click.option(
+    "--predictions", type=click.Path(path_type=Path),
+    help="Write every prediction with whole sensors: .npz or .parquet.",
+)
 @click.option(
     "--submission", type=(click.Choice(["epic-kitchens", "something-something"]), click.Path(path_type=Path)),
     metavar="FORMAT FILE", help="Leaderboard's file: epic-kitchens FILE.zip (or .pkl), something-something FILE.csv.",
@@ -238,8 +245,8 @@ def train(
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def evaluate(
     runs: tuple[Path, ...], shards: str | None, split: str | None, drop_prob: float | None, modalities: str | None,
-    subsets: bool, sweep: bool, seeds: int, annotations: Path | None, views: str | None, predictions: Path | None,
-    submission: tuple[str, Path] | None, sls: str | None, out: Path | None, as_json: bool,
+    subsets: bool, sweep: bool, seeds: int, corrupt: tuple[str, ...], annotations: Path | None, views: str | None,
+    predictions: Path | None, submission: tuple[str, Path] | None, sls: str | None, out: Path | None, as_json: bool,
 ) -> None:
     """Evaluate a run (default: the newest finished) with sensors failing, or compare several on the same clips.
 
@@ -260,7 +267,8 @@ def evaluate(
     def conditions(available: Sequence[str]) -> list[Condition]:
         chosen = None if modalities is None else parse_modalities(modalities, available)
         return build_conditions(
-            available, modalities=chosen, drop_prob=drop_prob, subsets=subsets, sweep=sweep, num_seeds=seeds
+            available, modalities=chosen, drop_prob=drop_prob, subsets=subsets, sweep=sweep, num_seeds=seeds,
+            corrupt=corrupt,
         )
 
     exports = Exports(predictions, submission, None if sls is None else parse_levels(sls))
@@ -307,6 +315,29 @@ def evaluate(
         )
     if summaries:
         sys.exit(1)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("clips", metavar="CLIP...", nargs=-1, required=True)
+@click.option("--shards", type=click.Path(), help="Shards folder; default: the one the run was trained on.")
+@click.option("--start", type=click.FloatRange(min=0), help="Where the clip starts in its file, seconds.")
+@click.option("--stop", type=click.FloatRange(min=0), help="Where it stops; default: the end of the file.")
+@click.option("--modalities", help="Only these, e.g. V,A; default: all that the clip has.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def predict(
+    run: Path, clips: tuple[str, ...], shards: str | None, start: float | None, stop: float | None,
+    modalities: str | None, as_json: bool,
+) -> None:
+    """Say what is done in a clip. RUN: a run folder or a weights file. CLIP: a video file, or a key in the shards."""
+    from karmma_dist.evaluation.predict import predict as ask
+    from karmma_dist.evaluation.predict_table import print_predictions
+
+    predictions = ask(run, clips, shards=shards, start_s=start, stop_s=stop, modalities=modalities)
+    if as_json:
+        _print_json({"clips": [prediction.to_dict() for prediction in predictions]})
+    else:
+        print_predictions(predictions)
 
 
 @cli.command()

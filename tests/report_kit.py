@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from karmma_dist.evaluation.conditions import build_conditions, keep
+from karmma_dist.evaluation.corruptions import KINDS
 from karmma_dist.evaluation.scores import BatchScores, score_rows
 
 HEADS = {"verb": 97, "noun": 300}
@@ -76,7 +77,8 @@ def _add_figures(row: dict[str, Any]) -> None:
 
 
 def _corrupted(row: dict[str, Any]) -> list[dict[str, Any]]:
-    kinds = [f"{name}:{kind}:{level}" for name in row["modalities"] for kind in ("blur", "noise") for level in (1, 5)]
+    kinds = [f"{name}:{kind}:{level}" for name in row["modalities"] for kind in ("blur", "noise") for level in (1, 5)
+             if f"{name}:{kind}" in KINDS]  # fmt: skip
     rows = []
     for place, kind in enumerate(kinds):
         value = row["action_top1"] / (1 + place / 10)

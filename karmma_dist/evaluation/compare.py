@@ -30,10 +30,10 @@ def compare(models: Mapping[str, Results], num_draws: int = bootstrap.NUM_DRAWS,
     Returns:
         `num_clips`; `average_rank` per model over the subsets that all have (None: there are none); and `pairs`, one
         per pair of models in the order of `models`: `models` [first, second]; `conditions`, each with modalities,
-        drop_prob, seed, num_clips (shown to both), `difference` (second minus first, in points), `only_first` and
-        `only_second` (clips that this one alone gets right), `p` and `p_holm` (over all pairs and conditions); and
-        `subset_average` and `drop_curve_area`, each None or with `difference`, its 95 % interval `ci`, `p` and
-        `p_holm` (over all pairs).
+        drop_prob, seed, corrupt, num_clips (shown to both), `difference` (second minus first, in points),
+        `only_first` and `only_second` (clips that this one alone gets right), `p` and `p_holm` (over all pairs and
+        conditions); and `subset_average` and `drop_curve_area`, each None or with `difference`, its 95 % interval
+        `ci`, `p` and `p_holm` (over all pairs). Both averages are of whole sensors.
 
     Raises:
         UserError: fewer than two models, other clips or classes, or a pair without a common condition.
@@ -134,6 +134,7 @@ def _condition(condition: Condition, first_N: np.ndarray, second_N: np.ndarray) 
         "modalities": list(condition.modalities),
         "drop_prob": condition.drop_prob,
         "seed": condition.seed,
+        "corrupt": condition.corrupt,
         "num_clips": num,
         "difference": 100.0 * (only_second - only_first) / num if num else None,
         "only_first": only_first,

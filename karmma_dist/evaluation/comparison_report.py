@@ -109,7 +109,8 @@ def _names(models: Sequence[str]) -> str:
 
 
 def _condition(test: dict[str, Any]) -> tuple[str, str, str]:
-    return letters(test["modalities"]), f"{100 * test['drop_prob']:g}", f"{test['seed']}"
+    broken = f" {test['corrupt']}" if test.get("corrupt") else ""
+    return letters(test["modalities"]) + broken, f"{100 * test['drop_prob']:g}", f"{test['seed']}"
 
 
 def _cell(test: dict[str, Any] | None) -> str:

@@ -1,7 +1,8 @@
 """Which sensors fail: evaluation conditions, and the modalities each clip keeps under one of them.
 
 A condition is a subset of the modalities and a drop probability. Which modalities a clip loses is a function of
-(seed, clip key, modality) alone: the same for every model, batch size and world size.
+(seed, clip key, modality) alone: the same for every model, batch size and world size. Besides being lost, a sensor can
+be there and broken: see `corruptions`.
 
 Legend: B clips, M modalities (columns in the model's order).
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from karmma_dist.errors import UserError
+from karmma_dist.evaluation.corruptions import parse_corruption, parse_corruptions
 from karmma_dist.modality import subsets as all_subsets
 
 DROP_PROBS: tuple[float, ...] = tuple(tenth / 10 for tenth in range(10))
@@ -31,12 +33,14 @@ class Condition:
     """What is there at inference: `modalities`, each lost with probability `drop_prob`, at least one kept.
 
     Raises:
-        UserError: no modality, one named twice, a probability outside [0, 1], or a negative seed.
+        UserError: no modality, one named twice, a probability outside [0, 1], a negative seed, no such corruption.
     """
 
     modalities: tuple[str, ...]
     drop_prob: float = 0.0
     seed: int = 0
+    corrupt: str | None = None
+    """Which sensor is broken, and how: `video:blur:3`; None: none is."""
 
     def __post_init__(self) -> None:
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
@@ -45,6 +49,8 @@ class Condition:
             raise UserError(f"drop probability {self.drop_prob:g}: it must lie between 0 and 1")
         if self.seed < 0:
             raise UserError(f"seed {self.seed}: it must not be negative")
+        if self.corrupt is not None:
+            parse_corruption(self.corrupt)
 
 
 def build_conditions(
@@ -55,6 +61,7 @@ def build_conditions(
     subsets: bool = False,
     sweep: bool = False,
     num_seeds: int = 1,
+    corrupt: Sequence[str] = (),
 ) -> list[Condition]:
     """Turn the choices of one evaluation into its conditions, in the order of the report, none of them twice.
 
@@ -63,8 +70,12 @@ def build_conditions(
     :data:`DROP_PROBS` on the whole (narrowed) set. Only conditions that drop something are repeated per seed
     (0 to `num_seeds` - 1).
 
+    `corrupt` repeats those conditions that have a modality it reaches with that sensor broken, per seed also where
+    nothing but the failure is random.
+
     Raises:
-        UserError: a modality that is not available, or a probability or number of seeds out of range.
+        UserError: a modality that is not available, a probability or number of seeds out of range, or a corruption
+            that does not exist or reaches no modality that is evaluated.
     """
     if num_seeds < 1:
         raise UserError(f"number of seeds {num_seeds}: it must be at least 1")
@@ -75,8 +86,9 @@ def build_conditions(
         wanted += [(subset, drop_prob or 0.0) for subset in chosen]
     if sweep:
         wanted += [(base, probability) for probability in DROP_PROBS]
+    broken = parse_corruptions(corrupt, base)
     if all(_drops_nothing(*pair) for pair in wanted):
-        if num_seeds > 1:
+        if num_seeds > 1 and not any(corruption.kind.is_random for corruption in broken):
             _logger.warning("%d seeds were asked for, but no condition drops anything at random: one is run", num_seeds)
         if any(probability > 0 for _, probability in wanted):
             _logger.warning("a drop probability has no effect on a single modality: one is always kept")
@@ -84,6 +96,13 @@ def build_conditions(
         Condition(subset, probability, seed)
         for subset, probability in dict.fromkeys(wanted)
         for seed in range(1 if _drops_nothing(subset, probability) else num_seeds)
+    ]
+    conditions += [
+        Condition(subset, probability, seed, str(corruption))
+        for corruption in broken
+        for subset, probability in dict.fromkeys(wanted)
+        if set(subset) & set(corruption.modalities)
+        for seed in range(num_seeds if corruption.kind.is_random or not _drops_nothing(subset, probability) else 1)
     ]
     return list(dict.fromkeys(conditions))
 

@@ -4,7 +4,8 @@
     results = evaluate(model, batches, conditions, device="cuda")
 
 Encoders do not see each other, so each runs once per clip and only the fusion block is run again; and since a clip
-has at most 2^M - 1 different masks, it runs that often at most, whatever the number of conditions.
+has at most 2^M - 1 different masks, it runs that often at most, whatever the number of conditions. A broken sensor
+costs one more pass of its own encoder.
 
 Legend: B clips of a batch, N clips of the split, M modalities, K conditions, P different masks, C classes.
 """
@@ -34,6 +35,7 @@ from karmma_dist.evaluation.scores import (
     ranked,
     score_rows,
 )
+from karmma_dist.evaluation.variants import EncodeOnce, Sensors, side_by_side, states_of, variants
 from karmma_dist.evaluation.views import mean_over_views, one_row_per_clip, rows_of_views
 from karmma_dist.streaming.batch import Batch
 
@@ -75,6 +77,7 @@ def evaluate(
     groups: Groups | None = None,
     num_views: int = 1,
     predictions: PredictionCollector | None = None,
+    sensors: Sensors | None = None,
 ) -> Results:
     """Run `model` over `batches` and score it under every condition.
 
@@ -84,7 +87,8 @@ def evaluate(
 
     Args:
         model: What is evaluated.
-        batches: This rank's clips, inputs as the model takes them; each clip on one rank only.
+        batches: This rank's clips, inputs as the model takes them or, with `sensors`, as they leave the loader; each
+            clip on one rank only.
         conditions: What is there (see `build_conditions`).
         device: Where the model is.
         drop_nouns: Clips of these classes of the head "noun" are left out (the paper: nouns never trained on).
@@ -93,21 +97,30 @@ def evaluate(
             every rank returns the same results; None: this process has all clips.
         groups: Rare classes and unseen participants, which get figures of their own.
         num_views: Rows of `batches` that each clip has, one after another: views whose probabilities are averaged.
-        predictions: Takes this process's predictions, one per clip and different mask. Clips then need no labels:
-            where none has any, there are no rows.
+        predictions: Takes this process's predictions with whole sensors, one per clip and different mask; its
+            conditions must be those of `conditions` without a broken sensor. Clips then need no labels: where none
+            has any, there are no rows.
+        sensors: Makes of the batches what the model takes, and breaks the sensors of conditions that say so.
 
     Raises:
         UserError: no clip, no labelled clip, a clip given twice, a label out of range, a prediction that is not a
-            number, or a condition with a modality the model lacks.
+            number, a condition with a modality the model lacks, or one with a broken sensor but no `sensors`.
     """
     if not conditions:
         raise UserError("no condition to evaluate: name at least one")
     if drop_nouns and "noun" not in model.heads:
         raise UserError(f"drop_nouns is set, but the model has no head 'noun' (it has {', '.join(model.heads)})")
     scores = []
+    states = variants(conditions)
     with _eval_mode(model):
         for batch in batches:
-            scores.append(_score_batch(model, batch, conditions, torch.device(device), num_views, predictions))
+            whole, made = states_of(batch, states, sensors)
+            once = EncodeOnce(model, whole.inputs)
+            parts = []
+            for state, of in made:
+                kept = predictions if state.corruption is None else None
+                parts.append((state, _score_batch(once, of, state.conditions, torch.device(device), num_views, kept)))
+            scores.append(side_by_side(parts))
             if progress is not None:
                 progress(len(scores[-1].keys))
     merged = merge(gather(scores) if gather is not None else scores)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from karmma_dist.evaluation import metrics
-from karmma_dist.evaluation.summary import by_subset, mean_over_seeds
+from karmma_dist.evaluation.summary import by_subset, mean_over_seeds, whole_sensors
 from karmma_dist.modality import letters
 
 METRIC = "action_top1"
@@ -34,7 +34,7 @@ def subset_values(models: Mapping[str, dict[str, Any]]) -> tuple[float, dict[str
     values: dict[str, dict[tuple[str, ...], float | None]] = {}
     for name, results in models.items():
         rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for row in results["rows"]:
+        for row in whole_sensors(results["rows"]):
             if row["drop_prob"] == probability:
                 rows.setdefault(tuple(row["modalities"]), []).append(row)
         values[name] = {subset: mean_over_seeds(of, METRIC) for subset, of in rows.items()}

@@ -207,7 +207,10 @@ def corruptions(models: Models) -> Section | None:
         legend(models, marks=False),
         lambda width: bar_plot(points, groups_label="corrupted", x_label="action top-1 (%)", width=width),
     )
-    caption = "Named as modality, kind, severity. A corrupted sensor is there: its modality is not absent."
+    caption = (
+        "Named as sensor, kind, severity; the camera is video and flow. A corrupted sensor is there: its modality is "
+        "not absent."
+    )
     heading = "Corrupted sensors: action top-1 (%)"
     return Section("corrupted", heading, table.to_html() + note(caption) + figure, "Corrupted sensors")
 

@@ -97,6 +97,41 @@ def subset_bars(path: Path, values: Mapping[str, Mapping[str, float | None]], y_
     save_figure(figure, path)
 
 
+def severity_curves(path: Path, panels: Mapping[str, Mapping[str, Mapping[int, float | None]]], y_label: str) -> None:
+    """Accuracy over the severity of a failure, one panel per failure and one line per model.
+
+    Args:
+        path: PNG to write.
+        panels: Percent per severity (0: nothing is broken), per model, per failure.
+        y_label: What is measured, in percent.
+    """
+    models = list(dict.fromkeys(model for of in panels.values() for model in of))
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(2.4 * columns, 4.2), 2.1 * lines + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, (failure, curves) in zip(grid, panels.items(), strict=False):
+        style_axes(axes)
+        axes.set_title(failure, fontsize=9)
+        for model, values in curves.items():
+            place = models.index(model)
+            points = [(severity, value) for severity, value in sorted(values.items()) if value is not None]
+            axes.plot(
+                [severity for severity, _ in points], [value for _, value in points],
+                color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)], markersize=4, label=model,
+            )  # fmt: skip
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    grid[0].set_ylim(bottom=0)
+    grid[0].set_xticks(range(6))
+    figure.supxlabel("severity (0: whole)", fontsize=9)
+    figure.supylabel(y_label, fontsize=9)
+    handles, names = grid[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=8, ncols=min(len(models), 4), loc="outside upper center")
+    save_figure(figure, path)
+
+
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

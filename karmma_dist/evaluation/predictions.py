@@ -4,6 +4,8 @@ A clip has at most 2^M - 1 different masks, whatever the number of conditions, s
 once and every condition points at its own: for 9,644 clips, 3 modalities and 97 + 300 classes 107 MB in memory and on
 disk (twice that in memory while it is put in order), where a copy per condition (34 of them) would take 520 MB.
 
+Predictions are those with whole sensors; of a broken sensor only the rows are kept.
+
 Arrays of the `.npz`, all plain (`numpy.load` with `allow_pickle=False`); N clips in the order of their keys, K
 conditions, M modalities, R pairs of a clip and a mask, C classes:
 

@@ -10,15 +10,17 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation import markdown
 from karmma_dist.evaluation.comparison_report import comparison_section, comparison_tables
+from karmma_dist.evaluation.corruption_report import corruption_section
 from karmma_dist.evaluation.findings import METRIC, findings, model_ranks, subset_values
 from karmma_dist.evaluation.html_report import write_html_report
 from karmma_dist.evaluation.plots import Curve, drop_curves, subset_bars
 from karmma_dist.evaluation.scores import Results
-from karmma_dist.evaluation.summary import error_names, metric_names
+from karmma_dist.evaluation.summary import error_names, metric_names, whole_sensors
 from karmma_dist.modality import letters
 from karmma_dist.shards import write_json
 
@@ -69,6 +71,7 @@ def write_report(
         _findings_section(models),
         _subset_section(folder, models),
         _sweep_section(folder, models),
+        corruption_section(folder, models),
         "" if comparison is None else comparison_section(comparison),
         _rows_section(models),
         markdown.list_section("Notes", notes),
@@ -92,7 +95,8 @@ def results_table(results: Results, title: str | None = None) -> Table:
     for heading in ("drop %", "seed", "clips", "without", *(_heading(name) for name in names)):
         table.add_column(heading, justify="right")
     for row in results.rows:
-        table.add_row(*_row_cells(row), *(markdown.percent(row[name], digits=1) for name in names))
+        cells = [*_row_cells(row), *(markdown.percent(row[name], digits=1) for name in names)]
+        table.add_row(*map(Text, cells))  # as it is: of audio:mute:3 markup would make an emoji
     return table
 
 
@@ -190,7 +194,7 @@ def _clips(models: Models, subset: tuple[str, ...], probability: float) -> str:
     counts = dict.fromkeys(
         f"{row['num_clips']:,}" + (f" ({row['num_without']:,} without)" if row["num_without"] else "")
         for results in models.values()
-        for row in results["rows"]
+        for row in whole_sensors(results["rows"])
         if tuple(row["modalities"]) == subset and row["drop_prob"] == probability
     )
     return " / ".join(counts)
@@ -252,7 +256,8 @@ def _cell(row: dict[str, Any], key: str) -> str:
 def _row_cells(row: dict[str, Any]) -> list[str]:
     """Condition and counts of a row, as text."""
     counts = [f"{row['seed']}", f"{row['num_clips']:,}", f"{row['num_without']:,}"]
-    return [letters(row["modalities"]), f"{100 * row['drop_prob']:g}", *counts]
+    broken = f" {row['corrupt']}" if row.get("corrupt") else ""
+    return [letters(row["modalities"]) + broken, f"{100 * row['drop_prob']:g}", *counts]
 
 
 def _heading(name: str) -> str:

@@ -21,6 +21,7 @@ from karmma_dist.evaluation.exports import Exports
 from karmma_dist.evaluation.groups import Groups, participants, read_groups
 from karmma_dist.evaluation.predictions import PredictionCollector
 from karmma_dist.evaluation.scores import Results
+from karmma_dist.evaluation.variants import Sensors, breaks_sound
 from karmma_dist.models.pretrained import ModelCard, load_model
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import DataRecipe, Recipe, ViewsRecipe, read_run_recipe
@@ -103,12 +104,14 @@ def evaluate_run(
         num_workers: Decoding processes; None: the recipe's.
         annotations: Folder with the lists of rare classes and unseen participants; None: the recipe's, if it has one.
         views: Views of each clip, averaged; None: the recipe's.
-        exports: Predictions and submissions to write. A split without labels yields these alone: no rows.
+        exports: Predictions and submissions to write, with whole sensors. A split without labels yields these alone:
+            no rows.
         report: Progress.
 
     Raises:
         UserError: no weights, no shards, shards of other classes than the model's, a split or modality that does not
-            exist, a split without labels and nothing to export, or something that cannot be exported.
+            exist, a split without labels and nothing to export or a sensor to break, or something that cannot be
+            exported.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, card = load_model(run, device)
@@ -124,12 +127,13 @@ def evaluate_run(
     looks = views or (recipe.evaluation.views if recipe else ViewsRecipe())
     wanted = exports or Exports()
     chosen = conditions(model.modalities)
-    wanted.check(card.heads, chosen)
+    whole = [condition for condition in chosen if condition.corrupt is None]
+    wanted.check(card.heads, whole)
     shard_folder = open_shards(data)
     _check_classes(card, shard_folder)
     clips = EvaluationClips(shard_folder, data, card.inputs, data.validation_split, looks)
-    _check_labels(clips, card.heads, wanted)
-    collector = PredictionCollector(model.modalities, chosen) if wanted.are_wanted else None
+    _check_labels(clips, card.heads, wanted, breaks=len(whole) < len(chosen))
+    collector = PredictionCollector(model.modalities, whole) if wanted.are_wanted else None
     lists = annotations or (recipe.evaluation.annotations if recipe else None)
     groups = read_groups(Path(lists), model.heads, participants(shard_folder, clips.clips)) if lists else None
     results = _evaluate(model, clips, chosen, size, device, name, groups, collector, report)
@@ -156,13 +160,18 @@ def _check_classes(card: ModelCard, folder: ShardFolder) -> None:
         raise UserError(f"{folder.where}: {what}: evaluate on shards of the model's own dataset")
 
 
-def _check_labels(clips: EvaluationClips, heads: Mapping[str, int], exports: Exports) -> None:
+def _check_labels(clips: EvaluationClips, heads: Mapping[str, int], exports: Exports, breaks: bool) -> None:
     """Found in the index, before hours of prediction."""
     labelled = any(all(clip.labels.get(head) is not None for head in heads) for clip in clips.clips)
     if not labelled and not exports.are_wanted:
         raise UserError(
             f"{clips.folder.where}: split '{clips.split}' has no labels, so nothing can be scored: ask for its "
             "predictions (--predictions FILE.npz or --submission FORMAT FILE), or name another split with --split"
+        )
+    if not labelled and breaks:
+        raise UserError(
+            f"{clips.folder.where}: split '{clips.split}' has no labels, and predictions are written with whole "
+            "sensors only: leave out --corrupt"
         )
 
 
@@ -179,6 +188,7 @@ def _evaluate(
 ) -> Results:
     """One process, every clip."""
     data, num_views = clips.data, clips.views.num
+    clips.keeps_sound = any(breaks_sound(condition) for condition in conditions)
     total = len(clips.clips)
     done = 0
 
@@ -188,10 +198,9 @@ def _evaluate(
         report(f"eval {name}", done, total)
 
     with on_device(evaluation_batches(clips, max(1, batch_size // num_views)), device) as batches:
-        prepared = (prepare(batch, clips.inputs, device) for batch in batches)
         results = evaluate(
             model,
-            prepared,
+            batches,
             conditions,
             device=device,
             drop_nouns=data.drop_nouns,
@@ -199,6 +208,7 @@ def _evaluate(
             groups=groups,
             num_views=num_views,
             predictions=collector,
+            sensors=Sensors(model.modalities, clips.inputs, device),
         )
     results.summary["views"] = clips.views.model_dump()
     return results

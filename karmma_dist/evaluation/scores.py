@@ -30,11 +30,12 @@ class Results:
     """What `eval/results.json` holds."""
 
     rows: list[dict[str, Any]]
-    """One per condition: modalities, drop_prob, seed, num_clips, num_without, num_present, num_kept, and in percent
-    action_top1, action_top5, action_mean_class, action_ece (calibration error) and the same per head; HEAD_loss, the
-    mean cross-entropy of each head in nats; where the groups are known, num_tail, num_unseen and action_top1_tail,
-    action_top1_unseen and the same per head. Figures are None where no clip could be evaluated. `add_intervals` adds
-    action_top1_ci and the same per head: [low, high]."""
+    """One per condition: modalities, drop_prob, seed, corrupt (`video:blur:3`, None where no sensor is broken),
+    num_clips, num_without, num_present, num_kept, and in percent action_top1, action_top5, action_mean_class,
+    action_ece (calibration error) and the same per head; HEAD_loss, the mean cross-entropy of each head in nats; where
+    the groups are known, num_tail, num_unseen and action_top1_tail, action_top1_unseen and the same per head. Figures
+    are None where no clip could be evaluated. `add_intervals` adds action_top1_ci and the same per head: [low, high].
+    """
     summary: dict[str, Any]
     """Counts, chance levels, and figures over the rows: see `summary.summarise`."""
     outcomes: Outcomes | None = field(default=None, compare=False, repr=False)
@@ -201,6 +202,7 @@ def _row(condition: Condition, modalities: list[str], clips: _Clips, k: int) -> 
         "modalities": list(condition.modalities),
         "drop_prob": condition.drop_prob,
         "seed": condition.seed,
+        "corrupt": condition.corrupt,
         "num_clips": int(shown_N.sum()),
         "num_without": int((~shown_N).sum()),
         "num_present": _count(clips.present_NM[shown_N], modalities),

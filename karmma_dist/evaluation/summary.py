@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return `seeds`, and where the rows allow them `subsets` and `drop_curve` (else None).
+    """Return `seeds`, and where the rows with whole sensors allow them `subsets` and `drop_curve` (else None).
 
     * `subsets`: over the rows of the lowest drop probability at which there are several subsets, mean over seeds
       first: `average` (all of them, the full set too) and `relative_drop` (percent lost against the full set,
@@ -43,6 +43,11 @@ def error_names(rows: Sequence[Row]) -> list[str]:
     return [key for key in rows[0] if key.endswith("_ece")] if rows else []
 
 
+def whole_sensors(rows: Sequence[Row]) -> list[Row]:
+    """The rows in which no sensor is broken."""
+    return [row for row in rows if row.get("corrupt") is None]
+
+
 def mean_over_seeds(rows: Sequence[Row], name: str) -> float | None:
     """Mean of one percentage over rows that differ in their seed."""
     return metrics.average([row[name] for row in rows])
@@ -50,6 +55,7 @@ def mean_over_seeds(rows: Sequence[Row], name: str) -> float | None:
 
 def by_subset(rows: Sequence[Row]) -> tuple[float, dict[tuple[str, ...], list[Row]]] | None:
     """The lowest drop probability at which several subsets were evaluated, and its rows per subset (one per seed)."""
+    rows = whole_sensors(rows)
     for probability in sorted({row["drop_prob"] for row in rows}):
         groups: dict[tuple[str, ...], list[Row]] = {}
         for row in rows:
@@ -63,7 +69,7 @@ def by_subset(rows: Sequence[Row]) -> tuple[float, dict[tuple[str, ...], list[Ro
 def by_drop_prob(rows: Sequence[Row]) -> tuple[tuple[str, ...], dict[float, list[Row]]] | None:
     """The modalities evaluated at the most drop probabilities (at least two), and their rows per probability."""
     groups: dict[tuple[str, ...], dict[float, list[Row]]] = {}
-    for row in rows:
+    for row in whole_sensors(rows):
         groups.setdefault(tuple(row["modalities"]), {}).setdefault(row["drop_prob"], []).append(row)
     swept = max(groups, key=lambda names: (len(groups[names]), len(names)), default=None)
     if swept is None or len(groups[swept]) < 2:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from karmma_dist.recipe import InputRecipe
+from karmma_dist.streaming.decode import ClipSound
 from karmma_dist.streaming.spectrogram import mel_spectrogram
 from karmma_dist.streaming.watch import LoadStats
 
@@ -44,6 +45,8 @@ class Sample:
     labels: dict[str, int | None]
     arrays: dict[str, np.ndarray]
     jitter_3: np.ndarray
+    sound: ClipSound | None = None
+    """The whole sound that its windows are cut from, where it is asked for."""
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Batch:
     """What was found unreadable while this batch was put together."""
     stats: LoadStats = field(default_factory=LoadStats)
     """What it cost its worker."""
+    sounds: list[ClipSound] = field(default_factory=list)
+    """The whole sounds of the clips of inputs["audio"], where they are asked for."""
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that `map` changes."""
@@ -111,6 +116,7 @@ def collate(
         jitter_N3=torch.from_numpy(np.stack(jitter)) if is_jittered else None,
         epoch=epoch,
         step=step,
+        sounds=[sample.sound for sample in samples if sample is not None and sample.sound is not None],
     )
 
 

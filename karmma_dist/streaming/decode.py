@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import av
@@ -28,6 +29,20 @@ _ON_THE_EDGE = 1e-4
 
 _REFORMATTERS = {"rgb24": VideoReformatter(), "gray": VideoReformatter()}
 """Shared by all clips of a process, since one per frame leaks; a process decodes on one thread."""
+
+
+@dataclass(frozen=True)
+class ClipSound:
+    """The whole sound of a clip, and where its windows are looked for."""
+
+    samples: np.ndarray
+    """int16, 16 kHz."""
+    moments_s: np.ndarray
+    """The view's moments."""
+
+    def windows(self, audio: AudioInput) -> np.ndarray:
+        """int16 (windows, samples): see `decode_audio`."""
+        return _windows(self.samples, self.moments_s, audio)
 
 
 def decode_video(
@@ -78,17 +93,15 @@ def decode_audio(data: bytes, described: dict[str, Any], moments_s: np.ndarray, 
 
     With as many windows as moments each is centred on its moment [paper]; otherwise they are spread evenly.
     """
-    return decode_audio_views(data, described, moments_s[None], audio)[0]
+    return ClipSound(decode_sound(data, described), moments_s).windows(audio)
 
 
-def decode_audio_views(
-    data: bytes, described: dict[str, Any], moments_s_VF: np.ndarray, audio: AudioInput
-) -> np.ndarray:
-    """The same for several views, decoded once. Returns int16 (V, windows, samples)."""
+def decode_sound(data: bytes, described: dict[str, Any]) -> np.ndarray:
+    """All samples of a mono 16-kHz FLAC, int16."""
     samples = _all_samples(data)
     if len(samples) != described["num_samples"]:
         raise ValueError(f"{len(samples)} samples in it, declared {described['num_samples']}")
-    return np.stack([_windows(samples, moments_s_F, audio) for moments_s_F in moments_s_VF])
+    return samples
 
 
 def _windows(samples: np.ndarray, moments_s: np.ndarray, audio: AudioInput) -> np.ndarray:

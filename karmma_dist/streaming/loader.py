@@ -65,6 +65,9 @@ def check_heads(data: DataRecipe, folder: ShardFolder) -> dict[str, int]:
 class _Clips(ABC):
     """The clips of a split and the frame of every batch: find each place's clip, read it, put all together."""
 
+    keeps_sound = False
+    """Whether batches bring the whole sound of their clips."""
+
     def __init__(self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str) -> None:
         self.folder, self.data, self.inputs, self.split = folder, data, inputs, split
         self.clips = usable_clips(folder.clips(split), data.modalities)
@@ -109,7 +112,9 @@ class _Clips(ABC):
             with activity.reading(clip, "json"):
                 metadata = self.folder.metadata(clip)
             views = self._views(metadata, epoch, clip.key)
-            return read_samples(self.folder, clip, metadata, wanted, self.inputs, views, activity)
+            return read_samples(
+                self.folder, clip, metadata, wanted, self.inputs, views, activity, keeps_sound=self.keeps_sound
+            )
         except DamageError as error:
             damage.append(Damage(error.shard, error.key, error.member, error.what))
             return None

@@ -13,9 +13,10 @@ from karmma_dist.shards import Clip, DamageError, ShardFolder, member_name
 from karmma_dist.streaming.augment import View
 from karmma_dist.streaming.batch import Sample
 from karmma_dist.streaming.decode import (
-    decode_audio_views,
+    ClipSound,
     decode_detections,
     decode_flow_views,
+    decode_sound,
     decode_video_views,
 )
 from karmma_dist.streaming.watch import Activity
@@ -52,21 +53,21 @@ def length_s(metadata: dict[str, Any]) -> float:
 
 def read_sample(
     folder: ShardFolder, clip: Clip, metadata: dict[str, Any], wanted: Iterable[str], inputs: InputRecipe, view: View,
-    activity: Activity | None = None,
+    activity: Activity | None = None, *, keeps_sound: bool = False,
 ) -> Sample:
     """Read, check and decode the `wanted` modalities of a clip (all of which it must declare).
 
-    What is being done, and for how long, is said to `activity`.
+    What is being done, and for how long, is said to `activity`. `keeps_sound` adds the whole sound to the sample.
 
     Raises:
         DamageError: a member is unreadable, not the bytes that were written, or does not decode.
     """
-    return read_samples(folder, clip, metadata, wanted, inputs, [view], activity)[0]
+    return read_samples(folder, clip, metadata, wanted, inputs, [view], activity, keeps_sound=keeps_sound)[0]
 
 
 def read_samples(
     folder: ShardFolder, clip: Clip, metadata: dict[str, Any], wanted: Iterable[str], inputs: InputRecipe,
-    views: Sequence[View], activity: Activity | None = None,
+    views: Sequence[View], activity: Activity | None = None, *, keeps_sound: bool = False,
 ) -> list[Sample]:
     """The same for several views, one sample each; every member is read and decoded once.
 
@@ -75,30 +76,45 @@ def read_samples(
     """
     activity = activity or Activity()
     arrays: dict[str, np.ndarray] = {}
+    sounds: list[ClipSound] = []
     for modality in wanted:
         with activity.reading(clip, modality):
             data = folder.read(clip, modality)
         try:
             with activity.decoding(clip, modality):
-                arrays[modality] = _decode(modality, data, metadata, inputs, views)
+                if modality == "audio":
+                    sounds = _sounds(data, metadata, views)
+                    arrays[modality] = np.stack([sound.windows(inputs.audio) for sound in sounds])
+                else:
+                    arrays[modality] = _decode(modality, data, metadata, inputs, views)
         except (ValueError, KeyError, IndexError, ArithmeticError, av.error.FFmpegError) as error:
             what = f"does not decode: {error}"
             raise DamageError(clip.shard, clip.key, member_name(clip.key, modality), what) from None
     return [
-        Sample(clip.key, clip.labels, {name: of_views[number] for name, of_views in arrays.items()}, view.jitter_3)
+        Sample(
+            clip.key,
+            clip.labels,
+            {name: of_views[number] for name, of_views in arrays.items()},
+            view.jitter_3,
+            sounds[number] if keeps_sound and sounds else None,
+        )
         for number, view in enumerate(views)
     ]
+
+
+def _sounds(data: bytes, metadata: dict[str, Any], views: Sequence[View]) -> list[ClipSound]:
+    """One per view, all of the same samples."""
+    samples, seconds = decode_sound(data, metadata["modalities"]["audio"]), length_s(metadata)
+    return [ClipSound(samples, view.times_F * seconds) for view in views]
 
 
 def _decode(
     modality: str, data: bytes, metadata: dict[str, Any], inputs: InputRecipe, views: Sequence[View]
 ) -> np.ndarray:
-    """One array per view, stacked."""
+    """Pictures or boxes, one array per view, stacked."""
     if modality == "detections":
         return np.stack([decode_detections(data, inputs.detections, view) for view in views])
     described = metadata["modalities"][modality]
     moments_s_VF = np.stack([view.times_F for view in views]) * length_s(metadata)
-    if modality == "audio":
-        return decode_audio_views(data, described, moments_s_VF, inputs.audio)
     decode = decode_video_views if modality == "video" else decode_flow_views
     return decode(data, described, moments_s_VF, inputs.video, views)

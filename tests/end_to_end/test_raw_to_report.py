@@ -119,7 +119,8 @@ def test_several_runs_make_one_report_and_keep_their_own(
 ) -> None:
     out = tmp_path / "comparison"
     runs = ["runs/teacher", "runs/student"]
-    assert run(workplace, monkeypatch, "eval", *runs, "--subsets", "--sweep", "--json", "--out", str(out)) == 0
+    choices = ["--subsets", "--sweep", "--corrupt", "video:blur:3", "--json", "--out", str(out)]
+    assert run(workplace, monkeypatch, "eval", *runs, *choices) == 0
     printed = json.loads(capsys.readouterr().out)
     assert list(printed["models"]) == ["teacher", "student"]
     for name, results in printed["models"].items():
@@ -128,12 +129,15 @@ def test_several_runs_make_one_report_and_keep_their_own(
         assert 0 <= low <= results["rows"][0]["action_top1"] <= high <= 100
     (pair,) = printed["comparison"]["pairs"]
     assert pair["models"] == ["teacher", "student"]
-    assert len(pair["conditions"]) == len(printed["models"]["student"]["rows"]) == 3 + 9
+    assert len(pair["conditions"]) == len(printed["models"]["student"]["rows"]) == (3 + 9) + (2 + 9)
+    assert [test["corrupt"] for test in pair["conditions"]] == [None] * 12 + ["video:blur:3"] * 11
     assert json.loads((out / "comparison.json").read_text()) == printed
     report = (out / "report.md").read_text()
     assert "| present | clips | teacher | student |" in report
     assert "average rank" in report
     assert "Which differences would hold" in report
+    assert "| video:blur:3 | a Gaussian of 4.0% of the picture's side" in report
+    assert "Action top-1 per corrupted sensor" in (out / "report.html").read_text()
     assert (out / "drop_curve.png").is_file()
 
 
@@ -252,6 +256,9 @@ def test_a_split_without_labels_is_predicted_and_said_aloud(
     assert "split 'validation' has no labels, so nothing can be scored" in capsys.readouterr().err
     files = ["--predictions", str(tmp_path / "p.npz"), "--submission", "epic-kitchens", str(tmp_path / "p.pkl")]
     out = ["--out", str(tmp_path / "report")]
+    broken = ["--corrupt", "audio:mute:3"]
+    assert run(workplace, monkeypatch, "eval", "runs/student", "--shards", str(unlabelled), *files, *broken) == 2
+    assert "leave out --corrupt" in capsys.readouterr().err
     assert run(workplace, monkeypatch, "eval", "runs/student", "--shards", str(unlabelled), *files, *out) == 0
     assert "predictions only, nothing is scored" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()

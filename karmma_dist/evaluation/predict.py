@@ -1,0 +1,242 @@
+"""What a trained model says of one clip: a media file, or a key in the shards it was trained on.
+
+    predictions = predict(Path("runs/epic_kitchens/distill"), ["kitchen.mp4", "P01_11_3"])
+
+A file is packed as the shards were and streamed like any clip, so that the model is shown the very pixels and samples
+that it would be shown in an evaluation. Legend: B = 1 clip, M modalities, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from karmma_dist.errors import UserError, nearest
+from karmma_dist.evaluation.predict_media import KEY, packed_media
+from karmma_dist.evaluation.scores import ranked
+from karmma_dist.modality import parse_modalities
+from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.pretrained import ModelCard, load_model
+from karmma_dist.packing.inspect import label_names
+from karmma_dist.recipe import DataRecipe, read_run_recipe
+from karmma_dist.shards import Clip, ShardFolder
+from karmma_dist.streaming.batch import Batch, prepare
+from karmma_dist.streaming.loader import EvaluationClips, open_shards
+from karmma_dist.streaming.order import Slice
+from karmma_dist.streaming.reader import length_s
+from karmma_dist.training.run_log import BEST
+
+NUM_ACTIONS = 5
+"""Actions shown."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """One of the likeliest actions."""
+
+    names: dict[str, str]
+    """Class name per head, e.g. {"verb": "take", "noun": "cup"}."""
+    classes: dict[str, int]
+    """Class per head."""
+    probability: float
+    """Of the whole action: of several heads the product of their probabilities."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What the model says when it is given some modalities."""
+
+    modalities: list[str]
+    actions: list[Action]
+    """Likeliest first."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one clip."""
+
+    clip: str
+    """The file or key as it was named."""
+    seconds: float
+    """The clip's length."""
+    found: list[str]
+    """Modalities of the model that the clip has and that are not switched off."""
+    absent: list[str]
+    """Modalities of the model that the clip lacks."""
+    switched_off: list[str]
+    """Modalities of the model that were not asked for."""
+    labels: dict[str, str | None]
+    """Class name per head that the shards say it is; empty for a file."""
+    guesses: list[Guess]
+    """One per modality found and, where there are several, all of them together, which comes last."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return asdict(self)
+
+
+def predict(
+    run: Path,
+    clips: Sequence[str],
+    *,
+    shards: str | None = None,
+    start_s: float | None = None,
+    stop_s: float | None = None,
+    modalities: str | None = None,
+) -> list[Prediction]:
+    """Ask a trained model what is done in each clip.
+
+    Args:
+        run: Run folder, its best/, or weights file with its model.yaml beside it.
+        clips: Media files, or keys of clips in the shards.
+        shards: Shards folder, of the keys and of the settings that files are packed with; None: the run's own.
+        start_s: Where the clip starts in its file; files only.
+        stop_s: Where it ends.
+        modalities: Only these, e.g. "V,A"; None: all of the model's.
+
+    Raises:
+        UserError: no such clip, a file that cannot be read, or that has nothing the model takes.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, card = load_model(run, device)
+    model.eval()
+    chosen = card.modalities if modalities is None else list(parse_modalities(modalities, card.modalities))
+    data = _data(run, shards, card)
+    predictor = _Predictor(model, card, data, chosen, device)
+    return [predictor.predict(clip, start_s, stop_s) for clip in clips]
+
+
+class _Predictor:
+    """A loaded model and where its clips come from."""
+
+    def __init__(
+        self, model: KarmmaModel, card: ModelCard, data: DataRecipe | None, chosen: list[str], device: torch.device
+    ) -> None:
+        self._model, self._card, self._data, self._chosen, self._device = model, card, data, chosen, device
+        self._folder: ShardFolder | None = None
+
+    def predict(self, clip: str, start_s: float | None, stop_s: float | None) -> Prediction:
+        """One clip."""
+        is_file = _is_file(clip)
+        if not is_file and (start_s is not None or stop_s is not None):
+            raise UserError(f"clip {clip}: --start and --stop cut files; a clip of the shards is cut already")
+        with self._opened(clip, is_file, start_s or 0.0, stop_s) as folder:
+            stored, batch = self._read(folder, KEY if is_file else clip, clip)
+            seconds = length_s(folder.metadata(stored))
+            labels = {} if is_file else label_names(folder, stored)
+        found = [modality for modality in self._chosen if modality in batch.inputs]
+        has = set(found) if is_file else {modality for modality in self._card.modalities if stored.has(modality)}
+        return Prediction(
+            clip=clip,
+            seconds=round(seconds, 3),
+            found=found,
+            absent=[m for m in self._chosen if m not in has],
+            switched_off=[m for m in self._card.modalities if m not in self._chosen],
+            labels=labels,
+            guesses=self._guesses(batch, found),
+        )
+
+    def _opened(
+        self, clip: str, is_file: bool, start_s: float, stop_s: float | None
+    ) -> AbstractContextManager[ShardFolder]:
+        if is_file:
+            return packed_media(Path(clip), self._settings(), self._chosen, start_s, stop_s)
+        return nullcontext(self._shards())
+
+    def _shards(self) -> ShardFolder:
+        if self._data is None:
+            raise UserError("no recipe.yaml beside the weights, so name the shards of the clips with --shards DIR")
+        self._folder = self._folder or open_shards(self._data)
+        return self._folder
+
+    def _settings(self) -> dict[str, Any]:
+        """How the clips were packed that the model was trained on."""
+        try:
+            settings: dict[str, Any] = self._shards().manifest["settings"]
+        except UserError as error:
+            raise UserError(
+                f"{error}: they say how a file is to be cut and stored so that the model knows it: name them with "
+                "--shards DIR (its manifest.json is enough)"
+            ) from None
+        return settings
+
+    def _read(self, folder: ShardFolder, key: str, named: str) -> tuple[Clip, Batch]:
+        """The clip and its batch of one, with the chosen modalities that it has."""
+        every = {clip.key: (split, clip) for split in folder.splits for clip in folder.clips(split)}
+        if key not in every:
+            raise UserError(f"{folder.where}: no clip '{key}', nor a file of this name{nearest(key, list(every))}")
+        split, clip = every[key]
+        there = [modality for modality in self._chosen if clip.has(modality)]
+        if not there:
+            has = " and ".join(modality for modality in folder.modalities if clip.has(modality))
+            raise UserError(f"{named}: it has {has}, but the model is to be given {', '.join(self._chosen)}")
+        data = DataRecipe(shards=str(folder.root), modalities=there)
+        clips = EvaluationClips(folder, data, self._card.inputs, split)
+        place = next(place for place, of in enumerate(clips.clips) if of.key == key)
+        batch = clips.batch(Slice(0, 0, place, place + 1))
+        if batch.damage:
+            raise UserError(f"{folder.where}: {batch.damage[0]}: pack it again")
+        return clip, batch
+
+    @torch.no_grad()
+    def _guesses(self, batch: Batch, found: list[str]) -> list[Guess]:
+        """Each encoder runs once, the fusion block once per guess."""
+        inputs = prepare(batch, self._card.inputs, self._device).inputs
+        tokens = self._model.encode(inputs, self._flags(found))
+        shown = [[modality] for modality in found] + ([found] if len(found) > 1 else [])
+        guesses = []
+        for modalities in shown:
+            logits = self._model.fuse(tokens, self._flags(found), self._flags(modalities))
+            log_probs = {head: torch.log_softmax(of[0].double(), dim=0).cpu() for head, of in logits.items()}
+            guesses.append(Guess(modalities, likeliest(log_probs, self._card.classes)))
+        return guesses
+
+    def _flags(self, modalities: list[str]) -> Tensor:
+        return torch.tensor([[name in modalities for name in self._model.modalities]])
+
+
+def likeliest(
+    log_probs: dict[str, Tensor], classes: dict[str, list[str]], num: int = NUM_ACTIONS
+) -> list[Action]:
+    """The `num` likeliest actions, given log-probabilities (C,) per head and class names, which may be missing.
+
+    Raises:
+        UserError: a prediction is not a number.
+    """
+    heads = ranked(list(log_probs))["action"]
+    sizes = [len(log_probs[head]) for head in heads]
+    joint = torch.zeros(())
+    for head in heads:
+        joint = joint[..., None] + log_probs[head]
+    if bool(joint.isnan().any()):
+        raise UserError("the model predicts nan: the weights diverged; use an earlier checkpoint")
+    # Stable: of equals the lower class comes first, as in the evaluation's ranks.
+    values, places = joint.flatten().sort(descending=True, stable=True)
+    actions = []
+    for value, place in zip(values[:num].tolist(), places[:num].tolist(), strict=True):
+        numbers = [int(n) for n in torch.unravel_index(torch.tensor(place), sizes)]
+        chosen = dict(zip(heads, numbers, strict=True))
+        names = {head: classes[head][n] if classes.get(head) else str(n) for head, n in chosen.items()}
+        actions.append(Action(names, chosen, float(torch.tensor(value).exp())))
+    return actions
+
+
+def _data(run: Path, shards: str | None, card: ModelCard) -> DataRecipe | None:
+    """Where the run's clips are, or None where nothing says so."""
+    folder = run if run.is_dir() else run.parent
+    home = folder.resolve().parent if folder.resolve().name == BEST else folder
+    if (home / "recipe.yaml").is_file():
+        data = read_run_recipe(home).data
+        return data if shards is None else data.model_copy(update={"shards": shards})
+    return None if shards is None else DataRecipe(shards=shards, modalities=card.modalities)
+
+
+def _is_file(clip: str) -> bool:
+    """Keys have neither dots nor slashes, so that what has one is meant as a file even where there is none."""
+    return Path(clip).exists() or "/" in clip or "." in clip

@@ -1,0 +1,379 @@
+"""A broken sensor is still there, is worse with every severity, the same for every model, and costs one encoder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.broken_sensors import span, spoil_boxes, spoil_pixels, spoil_sound
+from karmma_dist.evaluation.conditions import Condition, build_conditions
+from karmma_dist.evaluation.corruptions import KINDS, Corruption, parse_corruption, parse_corruptions
+from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.report import results_table, write_report
+from karmma_dist.evaluation.summary import summarise
+from karmma_dist.evaluation.variants import Sensors
+from karmma_dist.packing.flow import quantise_flow
+from karmma_dist.recipe import InputRecipe
+from karmma_dist.streaming.batch import Batch, Sample, collate
+from karmma_dist.streaming.decode import SAMPLE_RATE, ClipSound
+
+MODALITIES = ["video", "flow", "audio", "detections"]
+HEADS = {"verb": 3, "noun": 4}
+INPUTS = InputRecipe.model_validate(
+    {
+        "video": {"num_frames": 6, "short_side": 24, "crop": 24},
+        "audio": {"num_windows": 3, "window_s": 0.2, "num_mels": 8},
+        "detections": {"num_frames": 6, "max_boxes": 4},
+    }
+)
+PIXELS = [(name, modality, effect) for name, kind in KINDS.items() for modality, effect in kind.effects.items()
+          if modality in ("video", "flow")]  # fmt: skip
+
+seeds = st.integers(0, 1000)
+keys = st.text("abc_0123", min_size=1, max_size=8)
+shares = st.floats(0.01, 1)
+
+
+def pixels(modality: str, num: int = 3, seed: int = 0, num_frames: int = 6) -> Tensor:
+    """Moving pictures of which no two are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (num, num_frames, 24, 24, 3 if modality == "video" else 2), generator=generator).byte()
+
+
+def sound(num: int = SAMPLE_RATE, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-3000, 3000, num).astype(np.int16)
+
+
+def boxes(num: int = 3, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num, 6, 4, 6, generator=generator) + 0.5
+
+
+def sample(number: int, has: list[str]) -> Sample:
+    arrays = {
+        "video": pixels("video", 1, number)[0].numpy(),
+        "flow": pixels("flow", 1, number)[0].numpy(),
+        "detections": boxes(1, number)[0].numpy(),
+    }
+    heard = ClipSound(sound(seed=number), np.array([0.2, 0.5, 0.8]))
+    arrays["audio"] = heard.windows(INPUTS.audio)
+    labels: dict[str, int | None] = {"verb": number % 3, "noun": number % 4}
+    kept = {name: arrays[name] for name in has}
+    return Sample(f"clip_{number}", labels, kept, np.ones(3, np.float32), heard if "audio" in has else None)
+
+
+def make_batches(num: int = 10, batch_size: int = 4) -> list[Batch]:
+    """Every clip lacks another modality or none; the last batch is padded."""
+    clips: list[Sample | None] = []
+    for number in range(num):
+        lacking = MODALITIES[number % 5] if number % 5 < 4 else None
+        clips.append(sample(number, [name for name in MODALITIES if name != lacking]))
+    clips += [None] * (-num % batch_size)
+    return [collate(clips[first : first + batch_size], MODALITIES, list(HEADS)) for first in range(0, num, batch_size)]
+
+
+class Average(nn.Module):
+    """Tokens are a few random projections of a whole input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modalities, self.heads = list(MODALITIES), dict(HEADS)
+        self.num_encoded = dict.fromkeys(MODALITIES, 0)
+
+    def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
+        tokens = {}
+        for column, name in enumerate(self.modalities):
+            assert len(inputs.get(name, ())) == int(present_BM[:, column].sum())
+            if name in inputs:
+                self.num_encoded[name] += len(inputs[name])
+                generator = torch.Generator().manual_seed(column)
+                flat = inputs[name].flatten(1)
+                tokens[name] = flat @ torch.randn(flat.shape[1], 7, generator=generator)
+        return tokens
+
+    def fuse(self, tokens: dict[str, Tensor], present_BM: Tensor, keep_BM: Tensor) -> dict[str, Tensor]:
+        total = torch.zeros(len(present_BM), 7)
+        for column, name in enumerate(self.modalities):
+            if name in tokens:
+                part = torch.zeros(len(present_BM), 7)
+                part[present_BM[:, column]] = tokens[name]
+                total = total + part * keep_BM[:, column : column + 1]
+        return {"verb": total[:, :3], "noun": total[:, 3:]}
+
+
+SENSORS = Sensors(MODALITIES, INPUTS, "cpu")
+
+
+@given(shares, shares, st.integers(1, 50), seeds, keys)
+def test_a_longer_failure_holds_a_shorter_one_and_lasts_its_share(one, other, num, seed, key):
+    short, long = (span(num, share, f"{seed}/{key}") for share in sorted((one, other)))
+    assert 0 <= long.start <= short.start
+    assert short.stop <= long.stop <= num
+    assert short.stop - short.start == max(round(min(one, other) * num), 1)
+
+
+def test_failures_start_at_any_moment():
+    starts = [span(10, 0.4, f"0/clip_{number}").start for number in range(300)]
+    assert set(starts) == set(range(7))
+
+
+@pytest.mark.parametrize(("name", "modality", "effect"), PIXELS)
+def test_pictures_are_broken_clip_by_clip_and_more_so_with_every_severity(name, modality, effect):
+    clips, names = pixels(modality, num_frames=10), ["a", "b", "c"]
+    before, last = clips.clone(), 0.0
+    for amount in KINDS[name].amounts:
+        broken = spoil_pixels(modality, effect, amount, clips, names, 5)
+        assert (broken.dtype, broken.shape) == (clips.dtype, clips.shape)
+        alone = [spoil_pixels(modality, effect, amount, clips[n : n + 1], names[n : n + 1], 5)[0] for n in (2, 0, 1)]
+        assert torch.equal(broken, torch.stack([alone[1], alone[2], alone[0]]))
+        distance = float((broken.float() - clips.float()).abs().mean())
+        assert distance > last
+        last = distance
+    assert torch.equal(clips, before)
+
+
+@given(shares, seeds, keys)
+@settings(max_examples=30)
+def test_a_frozen_camera_holds_the_frame_it_hung_on_and_nothing_else_changes(share, seed, key):
+    clip, held = pixels("video", 1), span(6, share, f"{seed}/{key}")
+    frozen = spoil_pixels("video", "frozen", share, clip, [key], seed)[0]
+    black = spoil_pixels("video", "black", share, clip, [key], seed)[0]
+    still = spoil_pixels("flow", "still", share, pixels("flow", 1), [key], seed)[0]
+    for number in range(6):
+        hit = held.start <= number < held.stop
+        assert torch.equal(frozen[number], clip[0, held.start if hit else number])
+        assert torch.equal(black[number], clip[0, number] * (not hit))
+        assert torch.equal(still[number], torch.full_like(still[number], 128) if hit else pixels("flow", 1)[0, number])
+
+
+def test_no_motion_is_what_packing_stores_for_it():
+    still = spoil_pixels("flow", "still", 1.0, pixels("flow", 1), ["k"], 0)
+    assert set(quantise_flow(np.zeros((4, 4, 2), np.float32), 8.0).flatten().tolist()) == set(still.flatten().tolist())
+
+
+def test_blur_keeps_a_flat_picture_and_the_mean_of_any_within_rounding():
+    flat = torch.full((1, 2, 20, 30, 3), 77, dtype=torch.uint8)
+    assert torch.equal(spoil_pixels("video", "blur", 0.08, flat, ["k"], 0), flat)
+    dot = torch.zeros(1, 1, 41, 41, 3, dtype=torch.uint8)
+    dot[:, :, 20, 20] = 255
+    spread = spoil_pixels("video", "blur", 0.02, dot, ["k"], 0)[0, 0, :, :, 0].double()
+    assert torch.equal(spread, spread.T)
+    assert torch.equal(spread, spread.flip(0))
+    assert float(spread.sum()) == pytest.approx(255, rel=0.05)
+    of_line = math.erf(0.5 / (0.02 * 41 * math.sqrt(2)))
+    assert float(spread[20, 20] / 255) == pytest.approx(of_line**2, rel=0.02)
+
+
+@pytest.mark.parametrize("ratio_db", KINDS["audio:noise"].amounts)
+def test_noise_in_the_sound_has_the_ratio_it_says(ratio_db):
+    clean = sound(5 * SAMPLE_RATE)
+    noise = spoil_sound("noise", ratio_db, clean, "k", 0).astype(float) - clean
+    measured = 10 * np.log10(np.mean(clean.astype(float) ** 2) / np.mean(noise**2))
+    assert measured == pytest.approx(ratio_db, abs=0.1)
+
+
+def test_silence_stays_silence_and_loud_sound_is_clipped_not_wrapped():
+    silence = np.zeros(1000, np.int16)
+    assert not spoil_sound("noise", -5, silence, "k", 0).any()
+    loud = np.full(20_000, 32_767, np.int16)
+    assert spoil_sound("noise", 20, loud, "k", 0).min() > 0
+
+
+@given(st.integers(1, 5), seeds, keys)
+@settings(max_examples=20)
+def test_a_muted_microphone_is_silent_for_its_share_of_the_clip(severity, seed, key):
+    clean = np.full(4000, 9, np.int16)
+    share = Corruption("audio:mute", severity).amount
+    assert int((spoil_sound("mute", share, clean, key, seed) == 0).sum()) == round(4000 * share)
+
+
+@given(st.floats(0, 1.5))
+@settings(max_examples=20)
+def test_desynchronised_windows_are_those_of_an_earlier_moment(seconds):
+    clean, moments_s = sound(2 * SAMPLE_RATE), np.array([0.9, 1.2, 1.7])
+    seconds = round(seconds * SAMPLE_RATE) / SAMPLE_RATE
+    late = spoil_sound("late", seconds, clean, "k", 0)
+    heard = ClipSound(late, moments_s).windows(INPUTS.audio)
+    assert np.array_equal(heard, ClipSound(clean, moments_s - seconds).windows(INPUTS.audio))
+
+
+def test_sound_later_than_the_clip_is_long_is_silence():
+    assert not spoil_sound("late", 2.0, sound(SAMPLE_RATE), "k", 0).any()
+
+
+def test_lost_boxes_read_as_none_and_are_lost_at_every_higher_severity_too():
+    clean, lost = boxes(40), torch.zeros(40, 6, 4, dtype=torch.bool)
+    for amount in KINDS["detections:dropped"].amounts:
+        kept = spoil_boxes(amount, clean, [f"clip_{number}" for number in range(40)], 3)
+        gone = (kept == 0).all(dim=-1)
+        assert torch.equal(kept[~gone], clean[~gone])
+        assert (gone | ~lost).all()
+        assert float(gone.double().mean()) == pytest.approx(amount, abs=0.06)
+        lost = gone
+
+
+def test_another_seed_breaks_otherwise_only_what_is_random():
+    for name, modality, effect in PIXELS:
+        amount = KINDS[name].amounts[1]
+        first, second = (spoil_pixels(modality, effect, amount, pixels(modality), ["a", "b", "c"], n) for n in (0, 1))
+        assert torch.equal(first, second) != KINDS[name].is_random
+
+
+def conditions_for(*corrupt: str, **choices: object) -> list[Condition]:
+    return build_conditions(MODALITIES, corrupt=corrupt, **choices)  # type: ignore[arg-type]
+
+
+EVERY = [f"{name}:3" for name in KINDS]
+
+
+def test_rows_of_a_broken_sensor_are_those_of_a_dataset_recorded_with_it():
+    conditions = conditions_for(*EVERY, subsets=True, drop_prob=0.3, num_seeds=2)
+    rows = evaluate(Average(), make_batches(), conditions, device="cpu", sensors=SENSORS).rows
+    assert [row["corrupt"] for row in rows] == [condition.corrupt for condition in conditions]
+    for condition, row in zip(conditions, rows, strict=True):
+        recorded = [recorded_with(batch, condition) for batch in make_batches()]
+        alone = evaluate(Average(), recorded, [replace(condition, corrupt=None)], device="cpu").rows[0]
+        assert row == alone | {"corrupt": condition.corrupt}
+    differing = {row["corrupt"] for row in rows if row["verb_loss"] not in [r["verb_loss"] for r in rows[:30]]}
+    assert differing == set(EVERY)
+
+
+def recorded_with(batch: Batch, condition: Condition) -> Batch:
+    """A prepared batch whose sensors were broken clip by clip, by hand."""
+    spoiled = dict(batch.inputs)
+    corruption = None if condition.corrupt is None else parse_corruption(condition.corrupt)
+    for modality, effect in {} if corruption is None else corruption.kind.effects.items():
+        assert corruption is not None
+        there = batch.present_BM[:, MODALITIES.index(modality)]
+        names = [key for key, has in zip(batch.keys, there.tolist(), strict=True) if has]
+        seed, amount, clips = condition.seed, corruption.amount, batch.inputs[modality]
+        if modality == "audio":
+            numbers = [int(name.removeprefix("clip_")) for name in names]
+            heard = [ClipSound(sound(seed=number), np.array([0.2, 0.5, 0.8])) for number in numbers]
+            changed = [
+                replace(of, samples=spoil_sound(effect, amount, of.samples, name, seed)).windows(INPUTS.audio)
+                for of, name in zip(heard, names, strict=True)
+            ]
+            spoiled[modality] = torch.from_numpy(np.stack(changed))
+        elif modality == "detections":
+            spoiled[modality] = spoil_boxes(amount, clips, names, seed)
+        else:
+            spoiled[modality] = spoil_pixels(modality, effect, amount, clips, names, seed)
+    return SENSORS.whole(replace(batch, inputs=spoiled))
+
+
+def test_a_broken_sensor_is_still_counted_as_there():
+    rows = evaluate(Average(), make_batches(), conditions_for(*EVERY), device="cpu", sensors=SENSORS).rows
+    counts = [{name: row[name] for name in ("num_clips", "num_without", "num_present", "num_kept")} for row in rows]
+    assert all(count == counts[0] for count in counts)
+
+
+def test_only_the_encoder_of_the_broken_sensor_runs_again():
+    model, batches = Average(), make_batches()
+    conditions = conditions_for("video:blur:1", "video:frozen:5", "audio:mute:2", subsets=True, sweep=True)
+    evaluate(model, batches, conditions, device="cpu", sensors=SENSORS)
+    there = {m: sum(int(batch.present_BM[:, c].sum()) for batch in batches) for c, m in enumerate(MODALITIES)}
+    times = {"video": 3, "flow": 1, "audio": 2, "detections": 1}
+    assert model.num_encoded == {name: times[name] * num for name, num in there.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_failures_do_not_depend_on_the_batch_size(batch_size):
+    conditions = conditions_for(*EVERY)
+    rows = evaluate(Average(), make_batches(batch_size=batch_size), conditions, device="cpu", sensors=SENSORS).rows
+    expected = evaluate(Average(), make_batches(), conditions, device="cpu", sensors=SENSORS).rows
+    for row, other in zip(rows, expected, strict=True):
+        inexact = {name: value for name, value in other.items() if name.endswith(("_loss", "_ece"))}
+        assert row == other | {name: pytest.approx(value, rel=1e-5) for name, value in inexact.items()}
+
+
+def test_conditions_are_repeated_only_where_the_failure_reaches_them():
+    conditions = conditions_for("audio:desync:3", subsets=True)
+    assert len(conditions) == 15 + 8
+    assert all("audio" in condition.modalities for condition in conditions[15:])
+    assert [condition.corrupt for condition in conditions[:15]] == [None] * 15
+
+
+def test_a_random_failure_is_drawn_anew_for_every_seed_and_another_is_not():
+    conditions = conditions_for("video:frozen:2", "video:blur:4", num_seeds=3)
+    assert [(condition.corrupt, condition.seed) for condition in conditions] == [
+        (None, 0), ("video:frozen:2", 0), ("video:frozen:2", 1), ("video:frozen:2", 2), ("video:blur:4", 0),
+    ]  # fmt: skip
+    rows = evaluate(Average(), make_batches(), conditions, device="cpu", sensors=SENSORS).rows
+    assert len({row["verb_loss"] for row in rows}) == 5
+
+
+def test_the_suite_is_every_kind_of_the_models_sensors():
+    names = {corruption.name for corruption in parse_corruptions(["suite"], ["video", "audio"])}
+    assert names == {name for name in KINDS if name.startswith(("video:", "audio:"))}
+    assert len(parse_corruptions(["suite", "video:blur:3"], MODALITIES)) == 3 * len(KINDS)
+
+
+@given(st.sampled_from(sorted(KINDS)), st.integers(1, 5))
+def test_a_corruption_is_what_it_is_written_as(name, severity):
+    corruption = parse_corruption(f"{name}:{severity}")
+    assert (corruption.name, corruption.severity) == (name, severity)
+    assert parse_corruption(str(corruption)) == corruption
+    assert corruption.meaning
+
+
+def test_letters_name_sensors_too():
+    assert parse_corruption("V:blur:3") == parse_corruption("video:blur:3")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("video", "there are video:frozen, video:black, video:blur, video:noise"),
+        ("video:blurr:3", "no 'video:blurr' (did you mean 'video:blur'"),
+        ("lidar:blur:3", "there are camera:frozen"),
+        ("video:blur", "severity ''"),
+        ("video:blur:0", "severity '0' is not 1"),
+        ("video:blur:6", "severity '6' is not 1"),
+        ("video:blur:3:4", "severity '3:4'"),
+        ("video:blur:²", "severity '²'"),
+        ("detections:dropped:3", "breaks detections, which is not evaluated here: video, audio"),
+    ],
+)
+def test_a_wrong_corruption_is_one_line_that_says_what_there_is(text, says):
+    with pytest.raises(UserError, match="corruption") as caught:
+        build_conditions(["video", "audio"], corrupt=[text])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_prepared_batches_have_no_sensor_to_break():
+    prepared = [SENSORS.whole(batch) for batch in make_batches()]
+    with pytest.raises(UserError, match="video:blur:3"):
+        evaluate(Average(), prepared, conditions_for("video:blur:3"), device="cpu")
+
+
+def test_averages_and_curves_are_of_whole_sensors_only(tmp_path: Path):
+    choices: dict[str, object] = {"subsets": True, "sweep": True, "num_seeds": 2}
+    whole = evaluate(Average(), make_batches(), conditions_for(**choices), device="cpu", sensors=SENSORS)
+    broken = evaluate(Average(), make_batches(), conditions_for(*EVERY, **choices), device="cpu", sensors=SENSORS)
+    assert broken.rows[: len(whole.rows)] == whole.rows
+    assert summarise(broken.rows) == summarise(whole.rows)
+    text = write_report(tmp_path, "t", {"m": broken.to_dict()}).read_text()
+    assert "corruptions.png" in text
+    assert (tmp_path / "corruptions.png").is_file()
+    assert "Sensors that are there but broken" not in write_report(tmp_path, "t", {"m": whole.to_dict()}).read_text()
+
+
+def test_the_report_names_every_failure_and_what_it_costs(tmp_path: Path):
+    results = evaluate(Average(), make_batches(), conditions_for(*EVERY), device="cpu", sensors=SENSORS)
+    rows = [row | {"action_top1": 50.0 - 5 * (row["corrupt"] is not None)} for row in results.rows]
+    text = write_report(tmp_path, "t", {"m": {"rows": rows, "summary": results.summary}}).read_text()
+    for name in EVERY:
+        assert f"| {name} | {parse_corruption(name).meaning} | 45.00 (-5.00) |" in text
+    assert "| average | relative drop (%) | 10.00 |" in text
+    assert results_table(results).columns[0]._cells[-1].plain.endswith("detections:dropped:3")  # type: ignore[union-attr]
