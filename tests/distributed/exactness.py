@@ -349,7 +349,7 @@ def run_rank(job: dict[str, Any]) -> None:
                     # The guard, which would stop the ranks at the first step, looks away.
                     with (
                         mock.patch.object(KarmmaModel, "encode", encode_only_what_is_there),
-                        mock.patch.object(loop.Guard, "is_due", lambda *_: False),
+                        mock.patch.object(loop.Guard, "is_due", return_value=False),
                     ):
                         loop.train(recipe, world, lambda *_: {})
                 else:
