@@ -46,8 +46,8 @@ from karmma_dist.training.run_log import RunLog, read_state, validation_at, writ
 from karmma_dist.training.saver import Saver
 from karmma_dist.training.schedule import learning_rate
 from karmma_dist.training.stages import build_stage
-from karmma_dist.training.starting_model import build_model
-from karmma_dist.training.telemetry import Averages, loading_metrics, loading_sums
+from karmma_dist.training.starting_model import build_model, whole_model
+from karmma_dist.training.telemetry import Averages, loading_sums, pace
 from karmma_dist.training.throughput import Throughput
 from karmma_dist.training.trace import tracing
 
@@ -362,11 +362,10 @@ class Trainer:
             self.saver.finish()
         if values.pop("damage_noted"):
             self.damage.share(gather(self.damage.take()))
-        values["clips_per_s"] = self.recipe.training.batch_size / values["step_s"]
-        values |= self.throughput.metrics(values.pop("flops"), values["step_s"])
+        seconds, flops = values.pop("step_s"), values.pop("flops")
+        values |= self.throughput.metrics(flops, seconds)
         values["peak_memory_gb"] = max(gather([self.throughput.peak_memory_gb()]))
-        values["data_wait_share"] = values.pop("wait_s") / values.pop("step_s")
-        values |= loading_metrics(values, self.recipe.data.modalities)
+        values |= pace(values, seconds, self.recipe)
         values["damaged_clips"] = float(self.damage.num_damaged)
         self.latest = values
         if self.log:
@@ -378,7 +377,7 @@ class Trainer:
         Raises:
             Stopped: interrupted; the validation is done when the run is resumed.
         """
-        model = self._whole_model()
+        model = whole_model(self.engine, self.recipe, self.classes)
         try:
             self.metrics = self.validate(model, self.recipe, self.world, self._between_batches)
         except _StopAsked as asked:
@@ -394,20 +393,6 @@ class Trainer:
         mark("validating", START_S)
         if stop := self.interruption.agree(self.recipe.run_dir):
             raise _StopAsked(stop)
-
-    def _whole_model(self) -> KarmmaModel:
-        """The model in training, or under ZeRO-3 a whole copy of it.
-
-        Its forward hooks would gather parameters layer by layer, which needs every rank to make the same calls; in
-        validation a rank whose last batch is all padding makes none.
-        """
-        model = self.engine.model
-        if self.recipe.training.zero_stage == 3:
-            heads = {head: len(names) for head, names in self.classes.items()}
-            model = KarmmaModel(self.recipe.model, self.recipe.inputs, self.recipe.data.modalities, heads)
-            model.to(device=self.engine.device, dtype=self.engine.dtype).load_state_dict(self.engine.whole_state())
-        assert isinstance(model, KarmmaModel)
-        return model
 
     def _say(self, done: int, also: str = "") -> None:
         if not self.world.is_main:

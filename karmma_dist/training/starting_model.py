@@ -1,4 +1,4 @@
-"""The model a run starts from: random weights by its seed, encoders' weights where the recipe names some."""
+"""The model a run starts from, by its seed and the weights its recipe names; and one in training, made whole."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.starting_weights import load_encoder_weights
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe
+from karmma_dist.training.engine import Engine
 
 _logger = logging.getLogger(__name__)
 
@@ -40,4 +41,19 @@ def build_model(
                 encoder, modality, source, ignore=start.weights_ignore, sha256=start.weights_sha256,
                 cache_dir=recipe.data.cache_dir, report=report, say=_logger.warning if is_main else _logger.debug,
             )  # fmt: skip
+    return model
+
+
+def whole_model(engine: Engine, recipe: Recipe, classes: dict[str, list[str]]) -> KarmmaModel:
+    """The model in training, or under ZeRO-3 a whole copy of it. Every rank must call this.
+
+    Its forward hooks would gather parameters layer by layer, which needs every rank to make the same calls; in
+    validation a rank whose last batch is all padding makes none.
+    """
+    model = engine.model
+    if recipe.training.zero_stage == 3:
+        heads = {head: len(names) for head, names in classes.items()}
+        model = KarmmaModel(recipe.model, recipe.inputs, recipe.data.modalities, heads)
+        model.to(device=engine.device, dtype=engine.dtype).load_state_dict(engine.whole_state())
+    assert isinstance(model, KarmmaModel)
     return model

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from karmma_dist.recipe import Recipe
 from karmma_dist.streaming.batch import Batch
 
 
@@ -19,6 +20,15 @@ def loading_sums(batch: Batch, modalities: Sequence[str]) -> dict[str, float]:
         sums[f"decode_s/{modality}"] = stats.decode_s.get(modality, 0.0)
         sums[f"decoded/{modality}"] = float(stats.clips_decoded.get(modality, 0))
     return sums
+
+
+def pace(means: dict[str, float], step_s: float, recipe: Recipe) -> dict[str, float]:
+    """Take the means of loading out of `means`; returns what they say, and what a step of `step_s` seconds does.
+
+    `clips_per_s` is of all ranks together, `data_wait_share` the part of a step that waits for its batch.
+    """
+    rates = {"clips_per_s": recipe.training.batch_size / step_s, "data_wait_share": means.pop("wait_s") / step_s}
+    return rates | loading_metrics(means, recipe.data.modalities)
 
 
 def loading_metrics(means: dict[str, float], modalities: Sequence[str]) -> dict[str, float]:
