@@ -146,6 +146,15 @@ def _finish_index_entry(shard: str, key: str, clip: dict[str, Any], modalities: 
         clip["members"][modality] = stored
 
 
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is whole or not there: temporary name, fsync, rename."""
     temporary = path.with_name(f".{path.name}.partial")

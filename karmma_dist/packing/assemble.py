@@ -19,9 +19,9 @@ from karmma_dist import __version__
 from karmma_dist.packing.manifest import copied_facts, count_labels, facts_of, shard_index, with_facts
 from karmma_dist.packing.records import Plan
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.packing.writer import Sample, indexed_clips, shard_entry, sync_folder, write_shard
+from karmma_dist.packing.writer import Sample, indexed_clips, shard_entry, write_shard
 from karmma_dist.progress import Report
-from karmma_dist.shards import Clip, DamageError, index_path, shard_name, write_json
+from karmma_dist.shards import Clip, DamageError, index_path, shard_name, sync, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def assemble(
         counts[split] = count_labels(plan.classes, (source.clip.labels for source in written))
         splits[split] = {"clips": sum(entry["clips"] for entry in entries), "shards": entries}
         _remove_others(out, split, {entry["name"] for entry in entries})
-    sync_folder(out)
+    sync(out)
     return splits, counts
 
 

@@ -28,9 +28,9 @@ from karmma_dist.packing.manifest import (
     whole_manifest,
 )
 from karmma_dist.packing.pack import STAGING
-from karmma_dist.packing.writer import indexed_clips, shard_entry, sync_folder
+from karmma_dist.packing.writer import indexed_clips, shard_entry
 from karmma_dist.progress import Report, silent
-from karmma_dist.shards import MANIFEST, Clip, DamageError, index_path, sha256_of, write_json
+from karmma_dist.shards import MANIFEST, Clip, DamageError, index_path, sha256_of, sync, write_json
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ def repair(root: Path, *, progress: Report | None = None) -> Repair:
                 _rebuild_manifest(root, done, progress or silent)
             else:
                 _mend(root, manifest, done, progress or silent)
-            sync_folder(root)
+            sync(root)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{root}: disk full: free some space and repair again, no tar was touched") from None

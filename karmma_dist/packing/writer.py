@@ -87,15 +87,6 @@ def indexed_clips(index: dict[str, Any]) -> list[Clip]:
     ]  # fmt: skip
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _header(name: str, size: int) -> tarfile.TarInfo:
     """A member's header. Fixed owner, time and mode: nothing of the machine or the moment gets into the bytes."""
     header = tarfile.TarInfo(name)

@@ -33,7 +33,7 @@ import torch
 import karmma_dist
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe, save_recipe
-from karmma_dist.shards import ShardFolder, write_json
+from karmma_dist.shards import ShardFolder, sync, write_json
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.engine import Engine
 from karmma_dist.training.pieces import SavedPieces
@@ -229,15 +229,6 @@ def checksum(path: Path) -> dict[str, int]:
         while block := file.read(1 << 20):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return {"bytes": size, "crc32": crc}
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checked(folder: Path, about: Any) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe
-from karmma_dist.shards import write_json
+from karmma_dist.shards import sync, write_json
 from karmma_dist.streaming.order import Position
-from karmma_dist.training.checkpoint import checksum, complete, prune, sync
+from karmma_dist.training.checkpoint import checksum, complete, prune
 from karmma_dist.training.collectives import gather
 from karmma_dist.training.engine import Engine
 from karmma_dist.training.rendezvous import World
