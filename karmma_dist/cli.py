@@ -242,78 +242,42 @@ def train(
     "--out", type=click.Path(path_type=Path),
     help="Folder for the report; default: eval/ in the run folder, of several runs runs/comparison.",
 )
+@click.option("--local", type=click.IntRange(min=1), help="Share the clips among N ranks on this machine, one a GPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@click.pass_context
 def evaluate(
-    runs: tuple[Path, ...], shards: str | None, split: str | None, drop_prob: float | None, modalities: str | None,
+    context: click.Context, runs: tuple[Path, ...], shards: str | None, split: str | None, drop_prob: float | None,
+    modalities: str | None,
     subsets: bool, sweep: bool, seeds: int, corrupt: tuple[str, ...], annotations: Path | None, views: str | None,
-    predictions: Path | None, submission: tuple[str, Path] | None, sls: str | None, out: Path | None, as_json: bool,
+    predictions: Path | None, submission: tuple[str, Path] | None, sls: str | None, out: Path | None, local: int | None,
+    as_json: bool,
 ) -> None:
     """Evaluate a run (default: the newest finished) with sensors failing, or compare several on the same clips.
 
-    RUN: a run folder or a weights file.
+    RUN: a run folder or a weights file. Under srun or torchrun the ranks share the clips.
     """
-    from functools import partial
+    if local is not None:
+        from karmma_dist.launching.local import launch_local, rank_command
 
-    from karmma_dist.evaluation.compare_runs import evaluate_and_compare, to_dict, write_comparison
-    from karmma_dist.evaluation.conditions import Condition, build_conditions
+        sys.exit(launch_local(local, rank_command(_without_option(context.obj, "--local"))))
+    from karmma_dist.evaluation.command import Request, answer, print_answer
     from karmma_dist.evaluation.epic_challenge import parse_levels
     from karmma_dist.evaluation.exports import Exports
-    from karmma_dist.evaluation.report import results_table, write_report, write_results
-    from karmma_dist.evaluation.run import evaluate_run, newest_finished_run
-    from karmma_dist.evaluation.views import parse_views
-    from karmma_dist.modality import parse_modalities
-    from karmma_dist.progress import Progress
-
-    def conditions(available: Sequence[str]) -> list[Condition]:
-        chosen = None if modalities is None else parse_modalities(modalities, available)
-        return build_conditions(
-            available, modalities=chosen, drop_prob=drop_prob, subsets=subsets, sweep=sweep, num_seeds=seeds,
-            corrupt=corrupt,
-        )
 
     exports = Exports(predictions, submission, None if sls is None else parse_levels(sls))
-    if len(runs) > 1 and exports.are_wanted:
-        raise UserError("eval: --predictions and --submission are of one run: name only that one")
-    looks = None if views is None else parse_views(views)
-    with Progress() as report:
-        evaluate_one = partial(
-            evaluate_run, conditions=conditions, shards=shards, split=split, annotations=annotations, views=looks,
-            exports=exports, report=report,
-        )  # fmt: skip
-        if len(runs) > 1:
-            done, comparison = evaluate_and_compare(runs, evaluate_one)
-        else:
-            only = evaluate_one(runs[0] if runs else newest_finished_run(Path("runs")))
-            done = {only.name: only}
-    path = None
-    if len(runs) > 1:
-        path = write_comparison(out or Path("runs/comparison"), done, comparison)
-        printed = to_dict(done, comparison)
-    else:
-        printed = only.results.to_dict()
-        for line in only.exported:
-            click.echo(line, err=as_json)
-        split_name = only.data.validation_split
-        if only.results.rows:
-            folder = out or only.folder
-            write_results(only.results, folder)
-            path = write_report(folder, f"{only.name} on {split_name}", {only.name: only.results.to_dict()})
-        else:
-            click.echo(f"split '{split_name}' has no labels: predictions only, nothing is scored", err=True)
-    if as_json:
-        _print_json(printed)
-    elif path is not None:
-        from rich.console import Console
-
-        for name, one in done.items():
-            Console().print(results_table(one.results, name if len(runs) > 1 else None))
-        click.echo(f"report: {path}")
-    summaries = [one.results.summary for one in done.values() if one.results.summary["num_damaged"]]
-    for summary in summaries:
-        click.echo(
-            f"{summary['num_damaged']} clips are damaged and not counted, the first: {summary['damage'][0]}", err=True
+    found = answer(
+        Request(
+            runs=runs, shards=shards, split=split, drop_prob=drop_prob, modalities=modalities, subsets=subsets,
+            sweep=sweep, num_seeds=seeds, corrupt=corrupt, annotations=annotations, views=views, exports=exports,
+            out=out,
         )
-    if summaries:
+    )
+    if found is None:
+        return  # rank 0 speaks
+    print_answer(found, as_text=not as_json)
+    if as_json:
+        _print_json(found.content)
+    if found.is_damaged:
         sys.exit(1)
 
 
@@ -468,6 +432,18 @@ def recipe_show(recipe: str, overrides: tuple[str, ...]) -> None:
     click.echo(dump(load_recipe(recipe, overrides)), nl=False)
 
 
+def _without_option(arguments: Sequence[str], name: str) -> list[str]:
+    """The command line without `name VALUE` and `name=VALUE`."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == name:
+            next(rest)
+        elif not argument.startswith(f"{name}="):
+            kept.append(argument)
+    return kept
+
+
 def _print_json(value: Any) -> None:
     import json
 
@@ -476,8 +452,9 @@ def _print_json(value: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        cli(args=None if arguments is None else list(arguments), prog_name="karmma-dist", standalone_mode=False)
+        cli(args=given, prog_name="karmma-dist", standalone_mode=False, obj=given)
     except UserError as error:
         return _fail(str(error))
     except Stopped as stop:

@@ -1,14 +1,15 @@
 #!/bin/bash
-# Evaluate a run under missing modalities on one GPU.
+# Evaluate a run under missing modalities; ranks share the clips and come to the same figures as one alone.
 #
 #   sbatch slurm/eval.sh                                           newest finished run, every subset, drop 0.0 to 0.9
 #   sbatch slurm/eval.sh runs/epic_kitchens/distill --drop-prob 0.5
+#   sbatch --ntasks-per-node=8 --gpus-per-node=8 slurm/eval.sh     on eight GPUs; --nodes=4 as well
 #   sbatch --gpus-per-node=0 slurm/eval.sh                         without a GPU
 #
 # Submit from the checkout. The report lands in the run's eval/ folder.
 #SBATCH --job-name=karmma-eval
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=12
 #SBATCH --time=04:00:00
@@ -28,10 +29,17 @@ say() { echo "$(date -Is) job $SLURM_JOB_ID $*"; }
 cd "${SLURM_SUBMIT_DIR:-.}"
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 if [ $# -eq 0 ]; then set -- --subsets --sweep --seeds 3; fi
+
+# One address for all ranks: the first node's, as Slurm knows it (its name need not resolve).
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*}
+MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR=${MASTER_ADDR:-$first}
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from sbatch
 
 say "on $SLURM_JOB_NODELIST: eval $*"
 status=0
-srun "${container[@]}" "${program[@]}" eval "$@" || status=$?
+srun --kill-on-bad-exit=0 --wait=60 "${container[@]}" "${program[@]}" eval "$@" || status=$?
 say "ended with status $status"
 exit "$status"

@@ -23,13 +23,14 @@ COMPARISON = "comparison.json"
 
 
 def evaluate_and_compare(
-    runs: Sequence[Path], evaluate: Callable[[Path], Evaluated]
+    runs: Sequence[Path], evaluate: Callable[[Path], Evaluated], writes: bool = True
 ) -> tuple[dict[str, Evaluated], dict[str, Any]]:
     """Evaluate every run, leave its results and report in its own folder, and compare them.
 
     Args:
         runs: Run folders or weights files, in the order of the report's columns.
         evaluate: Evaluates one of them.
+        writes: False on every rank but one.
 
     Returns:
         What was evaluated, per name, and what `compare` says.
@@ -43,8 +44,9 @@ def evaluate_and_compare(
         one = evaluate(run)
         done[one.name] = one
         check_same_clips({name: of.results for name, of in done.items()})
-        write_results(one.results, one.folder)
-        write_report(one.folder, title([one]), {one.name: one.results.to_dict()})
+        if writes:
+            write_results(one.results, one.folder)
+            write_report(one.folder, title([one]), {one.name: one.results.to_dict()})
     return done, compare({name: one.results for name, one in done.items()})
 
 

@@ -31,9 +31,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class _Part:
 
 
 class PredictionCollector:
-    """Takes the batches of one evaluation, in any order; all clips must pass through this one process."""
+    """Takes the batches of one evaluation, in any order; `gather` brings together those of several ranks."""
 
     def __init__(self, modalities: Sequence[str], conditions: Sequence[Condition]) -> None:
         self.modalities, self.conditions = list(modalities), list(conditions)
@@ -110,6 +111,14 @@ class PredictionCollector:
         kept = {head: values[clip_R, pass_R].astype(np.float32) for head, values in log_probs.items()}
         mask_R = masks_BP[clip_R, pass_R]
         self._parts.append(_Part(list(keys), present_BM, dict(labels), masks_BK, clip_R, mask_R, kept))
+
+    def gather(self, gather: Callable[[list[Any]], list[Any]]) -> None:
+        """Take over what every rank has collected, its clips being its alone. Every rank must call this.
+
+        Args:
+            gather: returns the lists of all ranks put together.
+        """
+        self._parts = gather(self._parts)
 
     def finish(self) -> Predictions:
         """Everything added, clips in the order of their keys, of a clip the smaller mask first.

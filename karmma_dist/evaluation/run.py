@@ -20,6 +20,7 @@ from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports import Exports
 from karmma_dist.evaluation.groups import Groups, participants, read_groups
 from karmma_dist.evaluation.predictions import PredictionCollector
+from karmma_dist.evaluation.ranks import check_same, gather_when_done, note_progress
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.variants import Sensors, breaks_sound
 from karmma_dist.models.pretrained import ModelCard, load_model
@@ -29,7 +30,7 @@ from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.prefetch import on_device
-from karmma_dist.training.rendezvous import World
+from karmma_dist.training.rendezvous import ALONE, World
 from karmma_dist.training.run_log import BEST, STATE, read_state
 
 
@@ -92,8 +93,9 @@ def evaluate_run(
     views: ViewsRecipe | None = None,
     exports: Exports | None = None,
     report: Report = silent,
+    world: World = ALONE,
 ) -> Evaluated:
-    """Evaluate a run folder or a weights file.
+    """Evaluate a run folder or a weights file. Every rank of `world` must call this; all return the same results.
 
     Args:
         run: Run folder, its best/, or weights file with its model.yaml beside it.
@@ -105,15 +107,16 @@ def evaluate_run(
         annotations: Folder with the lists of rare classes and unseen participants; None: the recipe's, if it has one.
         views: Views of each clip, averaged; None: the recipe's.
         exports: Predictions and submissions to write, with whole sensors. A split without labels yields these alone:
-            no rows.
+            no rows. Rank 0 writes them.
         report: Progress.
+        world: This rank among those that share the clips; see `ranks.joined_ranks`.
 
     Raises:
         UserError: no weights, no shards, shards of other classes than the model's, a split or modality that does not
             exist, a split without labels and nothing to export or a sensor to break, or something that cannot be
             exported.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     model, card = load_model(run, device)
     folder, home = _places(run)
     recipe = read_run_recipe(home) if (home / "recipe.yaml").is_file() else None
@@ -136,11 +139,12 @@ def evaluate_run(
     collector = PredictionCollector(model.modalities, whole) if wanted.are_wanted else None
     lists = annotations or (recipe.evaluation.annotations if recipe else None)
     groups = read_groups(Path(lists), model.heads, participants(shard_folder, clips.clips)) if lists else None
-    results = _evaluate(model, clips, chosen, size, device, name, groups, collector, report)
+    check_same(f"{run} on split '{data.validation_split}' of {shard_folder.where}: {chosen}", world)
+    results = _evaluate(model, clips, chosen, size, device, name, groups, collector, report, world)
     if results.rows:
         results = add_intervals(results)
     keys = [clip.key for clip in shard_folder.clips(data.validation_split)]
-    exported = [] if collector is None else wanted.write(collector.finish(), keys)
+    exported = [] if collector is None or not world.is_main else wanted.write(collector.finish(), keys)
     return Evaluated(name, folder / "eval", data, results, exported)
 
 
@@ -185,8 +189,9 @@ def _evaluate(
     groups: Groups | None,
     collector: PredictionCollector | None,
     report: Report,
+    world: World,
 ) -> Results:
-    """One process, every clip."""
+    """Every rank its share of the clips."""
     data, num_views = clips.data, clips.views.num
     clips.keeps_sound = any(breaks_sound(condition) for condition in conditions)
     total = len(clips.clips)
@@ -194,10 +199,12 @@ def _evaluate(
 
     def progress(num: int) -> None:
         nonlocal done
-        done += num
+        done = min(total, done + num * world.size)  # rank 0 speaks for all
+        note_progress(f"evaluating {name}")
         report(f"eval {name}", done, total)
 
-    with on_device(evaluation_batches(clips, max(1, batch_size // num_views)), device) as batches:
+    size = max(1, batch_size // num_views)
+    with on_device(evaluation_batches(clips, size, world.rank, world.size), device) as batches:
         results = evaluate(
             model,
             batches,
@@ -205,11 +212,14 @@ def _evaluate(
             device=device,
             drop_nouns=data.drop_nouns,
             progress=progress,
+            gather=gather_when_done if world.size > 1 else None,
             groups=groups,
             num_views=num_views,
             predictions=collector,
             sensors=Sensors(model.modalities, clips.inputs, device),
         )
+    if collector is not None and world.size > 1:
+        collector.gather(gather_when_done)
     results.summary["views"] = clips.views.model_dump()
     return results
 

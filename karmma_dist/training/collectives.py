@@ -35,15 +35,18 @@ def store() -> dist.Store:
 _barriers = itertools.count()
 
 
-def barrier() -> None:
+def barrier(limit_s: float = presence.START_S) -> None:
     """Wait for every rank, for as long as it lives: unlike a collective it may be long about it.
+
+    Args:
+        limit_s: how much later than this one the last may come.
 
     Raises:
         Stopped: a rank died or left.
     """
     if dist.get_world_size() == 1:
         return
-    presence.mark("waiting for the other ranks", presence.START_S)
+    presence.mark("waiting for the other ranks", limit_s)
     name, meeting = f"barrier/{next(_barriers)}", store()
     if meeting.add(name, 1) == dist.get_world_size():
         meeting.set(f"{name}/open", "")

@@ -159,7 +159,7 @@ def test_an_array_of_jobs_packs_what_one_process_packs(
 def test_a_run_is_evaluated(cluster: Cluster, home: Path) -> None:
     log = home / "eval.log"
     job = cluster.sbatch(
-        "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}", str(SCRIPTS / "eval.sh"), "runs/student",
+        *CPU, f"--output={log}", str(SCRIPTS / "eval.sh"), "runs/student",
         "--modalities", "V,A", cwd=home,
     )  # fmt: skip
     assert cluster.wait_until_ended(job, log) == "COMPLETED", log.read_text()
