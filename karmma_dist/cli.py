@@ -259,6 +259,7 @@ def evaluate(
     from karmma_dist.evaluation.epic_challenge import parse_levels
     from karmma_dist.evaluation.exports import Exports
     from karmma_dist.evaluation.report import results_table, write_report, write_results
+    from karmma_dist.evaluation.report_content import ReportContent
     from karmma_dist.evaluation.run import evaluate_run, newest_finished_run
     from karmma_dist.evaluation.views import parse_views
     from karmma_dist.modality import parse_modalities
@@ -297,7 +298,8 @@ def evaluate(
         if only.results.rows:
             folder = out or only.folder
             write_results(only.results, folder)
-            path = write_report(folder, f"{only.name} on {split_name}", {only.name: only.results.to_dict()})
+            content = ReportContent(f"{only.name} on {split_name}", {only.name: only.results.to_dict()})
+            path = write_report(folder, content)
         else:
             click.echo(f"split '{split_name}' has no labels: predictions only, nothing is scored", err=True)
     if as_json:
