@@ -1,9 +1,10 @@
 """The whole way in one command: synthetic raw clips -> shards -> encoders -> teacher -> students -> report.
 
-    OUT/raw/       untrimmed recordings with sound and official-style CSVs, in Epic-Kitchens' layout
-    OUT/shards/    packed
-    OUT/runs/      one folder per run
-    OUT/report.md  what was measured, with plots
+    OUT/raw/             untrimmed recordings with sound and official-style CSVs, in Epic-Kitchens' layout
+    OUT/shards/          packed
+    OUT/runs/            one folder per run
+    OUT/comparison.json  results of the students, and paired tests between them
+    OUT/report.md        what was measured, with plots; report.html: the same in one file
 
 Running it again does only what is not done yet.
 """
@@ -13,13 +14,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.compare_runs import COMPARISON, evaluate_and_compare, to_dict
 from karmma_dist.evaluation.conditions import Condition, build_conditions
-from karmma_dist.evaluation.report import write_report, write_results
-from karmma_dist.evaluation.run import evaluate_run, validate
+from karmma_dist.evaluation.report import RESULTS, write_report
+from karmma_dist.evaluation.report_content import ReportContent
+from karmma_dist.evaluation.run import Evaluated, evaluate_run, validate
+from karmma_dist.models.weight_files import own_weights
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
 from karmma_dist.packing.synthetic import write_kitchen
@@ -31,6 +38,8 @@ from karmma_dist.training.session import train_chain
 STUDENTS = {"Baseline": "baseline", "Baseline + dropout": "baseline_dropout", "KARMMA student": "distill"}
 """Models of the report and their recipes under recipes/demo/."""
 
+Done = TypeVar("Done")
+
 _SEED = 0
 _NUM_SEEDS = 3
 
@@ -41,7 +50,7 @@ def run_demo(out: Path, report: Report) -> Path:
     Raises:
         UserError: `out` holds another demo's files.
     """
-    timings = _Timings(out / "timings.json")
+    timings = Timings(out / "timings.json")
     raw, shards = out / "raw", out / "shards"
     if not raw.exists():
         timings.measure("make raw recordings", partial(_make_raw, raw, report))
@@ -50,19 +59,67 @@ def run_demo(out: Path, report: Report) -> Path:
     recipes = _recipes(out)
     for recipe in recipes.values():
         timings.measure(f"train {recipe.name}", partial(train_chain, [recipe], validate, report=report))
-    models = {}
-    for title, name in STUDENTS.items():
-        run = recipes[f"demo/{name}"].run_dir
-        results_path = run / "eval" / "results.json"
-        timings.measure(f"evaluate {title}", partial(_evaluate, run, report))
-        models[title] = json.loads(results_path.read_text())
+    runs = {title: recipes[f"demo/{name}"].run_dir for title, name in STUDENTS.items()}
+    found = compare_students(out, runs, timings, report)
     notes = [
         "The clips are synthetic: the figures show how the three ways of training compare, not what a model "
         "reaches on real recordings.",
         f"Everything lies in {out}: raw recordings, shards, and one folder per run.",
     ]
     title = "karmma-dist demo: a synthetic kitchen with failing sensors"
-    return write_report(out, title, models, notes, timings.seconds)
+    return write_report(out, ReportContent(title, found["models"], notes, timings.seconds, found["comparison"]))
+
+
+def compare_students(out: Path, runs: Mapping[str, Path], timings: Timings, report: Report) -> dict[str, Any]:
+    """Evaluate runs and compare them, unless `out`/comparison.json holds that already.
+
+    Args:
+        out: Where comparison.json is kept.
+        runs: Run folder per model name.
+        timings: Told how long each evaluation took.
+        report: Progress.
+
+    Returns:
+        The object of comparison.json: results per model, and what `compare` says of them.
+
+    Raises:
+        UserError: a run has no weights, or a file of results cannot be read.
+    """
+    found = _stored_comparison(out / COMPARISON, runs)
+    if found is None:
+        titles = {run: title for title, run in runs.items()}
+
+        def evaluate(run: Path) -> Evaluated:
+            work = partial(evaluate_run, run, _conditions, report=report)
+            return replace(timings.measure(f"evaluate {titles[run]}", work), name=titles[run])
+
+        found = to_dict(*evaluate_and_compare(list(runs.values()), evaluate))
+        write_json(out / COMPARISON, found)
+    return found
+
+
+def _stored_comparison(path: Path, runs: Mapping[str, Path]) -> dict[str, Any] | None:
+    """The object of comparison.json if it compares the runs' present results, and these are of their present weights.
+
+    Without each clip's outcomes, which only an evaluation knows, results cannot be compared anew.
+    """
+    stored = {title: run / "eval" / RESULTS for title, run in runs.items()}
+    if not all(file.is_file() for file in (path, *stored.values())):
+        return None
+    if any(own_weights(run).stat().st_mtime_ns > stored[title].stat().st_mtime_ns for title, run in runs.items()):
+        return None
+    found = _read_object(path)
+    return found if found.get("models") == {title: _read_object(file) for title, file in stored.items()} else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}): remove it, and it is made again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object: remove it, and it is made again")
+    return found
 
 
 def _make_raw(raw: Path, report: Report) -> None:
@@ -84,22 +141,19 @@ def _conditions(modalities: Sequence[str]) -> list[Condition]:
     return build_conditions(modalities, subsets=True, sweep=True, num_seeds=_NUM_SEEDS)
 
 
-def _evaluate(run: Path, report: Report) -> None:
-    write_results(evaluate_run(run, _conditions, report=report).results, run / "eval")
-
-
-class _Timings:
+class Timings:
     """Seconds each step took, kept on disk so that a demo that was cut off still reports its first half."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
 
-    def measure(self, step: str, work: Callable[[], object]) -> None:
-        """Do `work`; a repeat that finds everything done does not replace the time of the first."""
+    def measure(self, step: str, work: Callable[[], Done]) -> Done:
+        """Do `work` and return what it does; a repeat that finds it done does not replace the time of the first."""
         started = time.perf_counter()
-        work()
+        done = work()
         seconds = time.perf_counter() - started
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self.seconds[step] = max(seconds, self.seconds.get(step, 0.0))
         write_json(self._path, self.seconds)
+        return done

@@ -18,7 +18,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,15 +155,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is whole or not there: temporary name, fsync, rename."""
+def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write a file so that it is whole or not there, and what was there before stays until then.
+
+    Temporary name, fsync, rename.
+
+    Args:
+        path: The file.
+        content: What to write, or what writes it under the path it is given.
+    """
     temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w") as file:
-        json.dump(value, file, separators=(",", ":"), ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    if isinstance(content, bytes):
+        with open(temporary, "wb") as file:
+            file.write(content)
+    else:
+        content(temporary)
+    sync(temporary)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write compact JSON, whole or not at all."""
+    write_whole(path, (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode())
 
 
 def sha256_of(path: Path) -> str:

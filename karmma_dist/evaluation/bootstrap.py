@@ -42,14 +42,14 @@ def add_intervals(results: Results, num_draws: int = NUM_DRAWS, seed: int = 0) -
     ends = {f"{name}_top1": [interval(of_D) for of_D in top1_DK.T] for name, top1_DK in found.items()}
     if subsets is not None:
         subsets["average_ci"] = {
-            f"{name}_top1": interval(weighted(top1_DK, average_weights(rows))) for name, top1_DK in found.items()
+            f"{name}_top1": interval(subset_average(top1_DK, rows)) for name, top1_DK in found.items()
         }
     if curve is not None:
         curve["area_ci"] = {
-            f"{name}_top1": interval(weighted(top1_DK, area_weights(rows))) for name, top1_DK in found.items()
+            f"{name}_top1": interval(drop_curve_area(top1_DK, rows)) for name, top1_DK in found.items()
         }
         curve["mean_ci"] = {
-            f"{name}_top1": [interval(weighted(top1_DK, of_K)) for of_K in _probability_weights(rows)]
+            f"{name}_top1": [interval(weighted(top1_DK, of_K)) for of_K in probability_weights(rows)]
             for name, top1_DK in found.items()
         }
     rows = [_with_intervals(row, {name: of[k] for name, of in ends.items()}) for k, row in enumerate(rows)]
@@ -103,6 +103,24 @@ def weighted(draws_DK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
     return result
 
 
+def subset_average(draws_DK: np.ndarray, rows: Sequence[Row]) -> np.ndarray:
+    """The summary's average over subsets in each draw, (D,); nan where it has none."""
+    return weighted(draws_DK, average_weights(rows))
+
+
+def drop_curve_area(draws_DK: np.ndarray, rows: Sequence[Row]) -> np.ndarray:
+    """The area under the summary's drop curve in each draw, (D,); nan where it has none."""
+    return weighted(draws_DK, area_weights(rows))
+
+
+def drop_curve_fall(draws_DK: np.ndarray, rows: Sequence[Row]) -> np.ndarray:
+    """The fall of the summary's drop curve in each draw, in points, (D,); nan where it has none."""
+    weights = probability_weights(rows)
+    if not weights:
+        return np.full(len(draws_DK), np.nan)
+    return weighted(draws_DK, weights[0]) - weighted(draws_DK, weights[-1])
+
+
 def average_weights(rows: Sequence[Row]) -> np.ndarray:
     """Weight of each row (K,) in the summary's average over subsets; all 0 where there is none."""
     found = by_subset(rows)
@@ -121,8 +139,8 @@ def area_weights(rows: Sequence[Row]) -> np.ndarray:
     return _weights(rows, list(zip(found[1].values(), heights.tolist(), strict=True)))
 
 
-def _probability_weights(rows: Sequence[Row]) -> list[np.ndarray]:
-    """Per drop probability of the curve, the weights of its mean over seeds."""
+def probability_weights(rows: Sequence[Row]) -> list[np.ndarray]:
+    """Per drop probability of the summary's curve, the weights (K,) of its mean over seeds; empty: there is none."""
     found = by_drop_prob(rows)
     return [] if found is None else [_weights(rows, [(of, 1.0)]) for of in found[1].values()]
 

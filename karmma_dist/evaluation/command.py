@@ -13,11 +13,12 @@ import click
 from rich.console import Console
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.compare_runs import evaluate_and_compare, to_dict, write_comparison
+from karmma_dist.evaluation.compare_runs import evaluate_and_compare, title, to_dict, write_comparison
 from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.exports import Exports
 from karmma_dist.evaluation.ranks import joined_ranks
 from karmma_dist.evaluation.report import results_table, write_report, write_results
+from karmma_dist.evaluation.report_content import ReportContent
 from karmma_dist.evaluation.run import Evaluated, evaluate_run, newest_finished_run
 from karmma_dist.evaluation.views import parse_views
 from karmma_dist.modality import parse_modalities
@@ -107,7 +108,7 @@ def _written(one: Evaluated, folder: Path) -> Answer:
     path, content = None, one.results.to_dict()
     if one.results.rows:
         write_results(one.results, folder)
-        path = write_report(folder, f"{one.name} on {one.data.validation_split}", {one.name: content})
+        path = write_report(folder, ReportContent(title([one]), {one.name: content}))
     return Answer({one.name: one}, content, path)
 
 

@@ -1,7 +1,8 @@
 """Several models on the same clips: is one better than another, or would other clips say otherwise?
 
 Per condition an exact McNemar test on the clips that exactly one of two models gets right; for averages over subsets
-and areas under the drop curve a paired bootstrap of the difference. p-values are corrected for their number by Holm.
+and for area and fall of the drop curve a paired bootstrap of the difference: every draw takes the same clips for both
+models. p-values are corrected for their number by Holm.
 
 Legend: N clips, K conditions, D draws.
 """
@@ -21,6 +22,13 @@ from karmma_dist.evaluation.findings import METRIC, model_ranks
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import Row
 
+FIGURES = {
+    "subset_average": bootstrap.subset_average,
+    "drop_curve_area": bootstrap.drop_curve_area,
+    "drop_curve_fall": bootstrap.drop_curve_fall,
+}
+"""Over several conditions: given top-1 per draw and condition (D, K) and the K rows, the figure of each draw (D,)."""
+
 _NAME = METRIC.removesuffix("_top1")
 
 
@@ -32,8 +40,9 @@ def compare(models: Mapping[str, Results], num_draws: int = bootstrap.NUM_DRAWS,
         per pair of models in the order of `models`: `models` [first, second]; `conditions`, each with modalities,
         drop_prob, seed, corrupt, num_clips (shown to both), `difference` (second minus first, in points),
         `only_first` and `only_second` (clips that this one alone gets right), `p` and `p_holm` (over all pairs and
-        conditions); and `subset_average` and `drop_curve_area`, each None or with `difference`, its 95 % interval
-        `ci`, `p` and `p_holm` (over all pairs). Both averages are of whole sensors.
+        conditions); and `subset_average`, `drop_curve_area` and `drop_curve_fall` (the more, the worse), each None or
+        with `difference`, its 95 % interval `ci`, `p` and `p_holm` (over all pairs). These are of whole sensors, and of
+        the conditions that both models were evaluated under.
 
     Raises:
         UserError: fewer than two models, other clips or classes, or a pair without a common condition.
@@ -46,7 +55,7 @@ def compare(models: Mapping[str, Results], num_draws: int = bootstrap.NUM_DRAWS,
     }
     pairs = [_pair(names, models, draws) for names in itertools.combinations(models, 2)]
     _correct([test for pair in pairs for test in pair["conditions"]])
-    for figure in ("subset_average", "drop_curve_area"):
+    for figure in FIGURES:
         _correct([pair[figure] for pair in pairs if pair[figure] is not None])
     return {
         "num_clips": next(iter(models.values())).summary["num_clips"],
@@ -120,8 +129,7 @@ def _pair(names: Sequence[str], models: Mapping[str, Results], draws: Mapping[st
     return {
         "models": list(names),
         "conditions": [_condition(condition, ranks[0][:, k], ranks[1][:, k]) for k, condition in enumerate(shared)],
-        "subset_average": _figure(bootstrap.average_weights, rows, draws_DK),
-        "drop_curve_area": _figure(bootstrap.area_weights, rows, draws_DK),
+        **{name: _test(figure, rows, draws_DK) for name, figure in FIGURES.items()},
     }
 
 
@@ -143,18 +151,15 @@ def _condition(condition: Condition, first_N: np.ndarray, second_N: np.ndarray) 
     }
 
 
-def _figure(
-    weights: Callable[[Sequence[Row]], np.ndarray], rows: list[list[Row]], draws: list[np.ndarray]
+def _test(
+    figure: Callable[[np.ndarray, Sequence[Row]], np.ndarray], rows: list[list[Row]], draws: list[np.ndarray]
 ) -> dict[str, Any] | None:
-    """The paired bootstrap of a weighted mean over the conditions both models have."""
-    weights_K = weights(rows[0])
-    if not weights_K.any():
-        return None
+    """The paired bootstrap of a figure over the conditions both models have; None: they do not make one."""
     values = []
     for of in rows:
-        top1_K = np.array([np.nan if row[METRIC] is None else row[METRIC] for row in of])
-        values.append(float(bootstrap.weighted(top1_K[None], weights_K)[0]))
-    differences_D = bootstrap.weighted(draws[1], weights_K) - bootstrap.weighted(draws[0], weights_K)
+        top1_1K = np.array([[np.nan if row[METRIC] is None else row[METRIC] for row in of]])
+        values.append(float(figure(top1_1K, of)[0]))
+    differences_D = figure(draws[1], rows[1]) - figure(draws[0], rows[0])
     ends = bootstrap.interval(differences_D)
     if ends is None or np.isnan(values).any():
         return None

@@ -13,6 +13,7 @@ from typing import Any
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.compare import check_same_clips, compare
 from karmma_dist.evaluation.report import write_report, write_results
+from karmma_dist.evaluation.report_content import ReportContent
 from karmma_dist.evaluation.run import Evaluated, run_name
 from karmma_dist.models.pretrained import CARD, ModelCard
 from karmma_dist.models.weight_files import own_weights
@@ -46,7 +47,7 @@ def evaluate_and_compare(
         check_same_clips({name: of.results for name, of in done.items()})
         if writes:
             write_results(one.results, one.folder)
-            write_report(one.folder, title([one]), {one.name: one.results.to_dict()})
+            write_report(one.folder, ReportContent(title([one]), {one.name: one.results.to_dict()}))
     return done, compare({name: one.results for name, one in done.items()})
 
 
@@ -55,7 +56,7 @@ def write_comparison(folder: Path, done: dict[str, Evaluated], comparison: dict[
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / COMPARISON, to_dict(done, comparison))
     models = {name: one.results.to_dict() for name, one in done.items()}
-    return write_report(folder, title(list(done.values())), models, comparison=comparison)
+    return write_report(folder, ReportContent(title(list(done.values())), models, comparison=comparison))
 
 
 def to_dict(done: dict[str, Evaluated], comparison: dict[str, Any]) -> dict[str, Any]:

@@ -6,26 +6,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from karmma_dist.evaluation import markdown
+from karmma_dist.evaluation.findings import LEVEL
 from karmma_dist.evaluation.html_tables import Cell, Table
 from karmma_dist.modality import letters
 
-LEVEL = 0.05
-"""Corrected p-values below it are called significant."""
-
-_FIGURES = {"subset_average": "average over subsets", "drop_curve_area": "mean height of the drop curve"}
+_FALL = "drop_curve_fall"
+_FIGURES = {
+    "subset_average": "average over subsets",
+    "drop_curve_area": "mean height of the drop curve",
+    _FALL: "fall of the drop curve",
+}
 
 _NAMES = frozenset({1, 2})
 """Columns of the HTML tables that hold names of models."""
 
 
 def comparison_section(comparison: dict[str, Any]) -> str:
-    """What `compare` found, as Markdown: a sentence and a line per pair and average, a table of all conditions."""
+    """What `compare` found, as Markdown: a sentence and a line per pair and figure, a table of all conditions."""
     pairs = comparison["pairs"]
     lines = [
         "## Which differences would hold on other clips: action top-1\n",
-        f"Paired tests on the same {comparison['num_clips']:,} clips; second model minus first, in points. Averages: "
-        "paired bootstrap, 95 % interval. Single conditions: exact McNemar test. p-values are corrected by Holm for "
-        "the number of pairs, and of conditions where there are several.\n",
+        f"Paired tests on the same {comparison['num_clips']:,} clips; second model minus first, in points. Averages "
+        "and falls: paired bootstrap, 95 % interval. Single conditions: exact McNemar test. p-values are corrected by "
+        "Holm for the number of pairs, and of conditions where there are several.\n",
     ]
     figures = [_figure_line(pair, figure) for figure in _FIGURES for pair in pairs if pair[figure] is not None]
     if figures:
@@ -39,10 +42,10 @@ def comparison_section(comparison: dict[str, Any]) -> str:
 
 
 def comparison_tables(comparison: dict[str, Any]) -> list[tuple[str, Table]]:
-    """The same for the HTML report: the paired tests of averages and of single conditions, under their headings."""
+    """The same for the HTML report: paired tests of averages and falls, and of single conditions."""
     pairs = comparison["pairs"]
-    averages = [
-        [_FIGURES[figure], second, first, _html_difference(pair[figure]), *_html_interval(pair[figure])]
+    several = [
+        [_label(figure), second, first, _html_difference(pair[figure]), *_html_interval(pair[figure])]
         for figure in _FIGURES
         for pair in pairs
         for first, second in [pair["models"]]
@@ -57,40 +60,46 @@ def comparison_tables(comparison: dict[str, Any]) -> list[tuple[str, Table]]:
         for shown, drop, seed in [_condition(test)]
     ]
     columns = ["model", "against", "difference"]
-    label = "Paired tests of action top-1"
-    found = [
-        ("Paired tests of averages", Table(label, ["figure", *columns, "low", "high", "p"], averages, (), _NAMES)),
-        ("Paired tests of single conditions", Table(label, ["present", *columns, "p"], single, (), _NAMES)),
+    found: list[tuple[str, list[str], list[list[Cell | str]]]] = [
+        ("Paired tests of averages and falls", ["figure", *columns, "low", "high", "p"], several),
+        ("Paired tests of single conditions", ["present", *columns, "p"], single),
     ]
-    return [(heading, table) for heading, table in found if table.body]
+    return [
+        (heading, Table(f"{heading}: action top-1", header, body, text_columns=_NAMES))
+        for heading, header, body in found
+        if body
+    ]
 
 
 def sentences(pair: dict[str, Any]) -> list[str]:
-    """What the averages of a pair say, in words."""
+    """What the figures over several conditions say of a pair, in words."""
+    return [_sentence(pair, figure) for figure in _FIGURES if pair[figure] is not None]
+
+
+def _sentence(pair: dict[str, Any], figure: str) -> str:
     first, second = map(markdown.text, pair["models"])
-    said = []
-    for figure, name in _FIGURES.items():
-        test = pair[figure]
-        if test is None:
-            continue
-        if test["p_holm"] < LEVEL:
-            verdict = "better" if test["difference"] > 0 else "worse"
-            said.append(
-                f"{second} is {verdict} than {first} in the {name} by {abs(test['difference']):.2f} points "
-                f"{markdown.interval(test['ci'])}, {_p(test['p_holm'])}."
-            )
-        else:
-            said.append(
-                f"{second} and {first} cannot be told apart by the {name}: {test['difference']:+.2f} points "
-                f"{markdown.interval(test['ci'])}, {_p(test['p_holm'])}."
-            )
-    return said
+    test = pair[figure]
+    difference, (low, high) = test["difference"], test["ci"]
+    if test["p_holm"] >= LEVEL:
+        certainty = f"{difference:+.2f} points {markdown.interval([low, high])}, {_p(test)}"
+        return f"{second} and {first} cannot be told apart by the {_FIGURES[figure]}: {certainty}."
+    size = f"{abs(difference):.2f}"
+    certainty = f"{markdown.interval([low, high] if difference > 0 else [-high, -low])}, {_p(test)}"
+    if figure == _FALL:
+        return f"{second} falls by {size} {'more' if difference > 0 else 'fewer'} points than {first} {certainty}."
+    verdict = "better" if difference > 0 else "worse"
+    return f"{second} is {verdict} than {first} in the {_FIGURES[figure]} by {size} points {certainty}."
+
+
+def _label(figure: str) -> str:
+    """What a line of a table is of; the reader of a table expects more to be better."""
+    return f"{_FIGURES[figure]} (less is better)" if figure == _FALL else _FIGURES[figure]
 
 
 def _figure_line(pair: dict[str, Any], figure: str) -> list[str]:
     test = pair[figure]
     return [
-        _FIGURES[figure], _names(pair["models"]), _difference(test), markdown.interval(test["ci"]), _p(test["p_holm"])
+        _label(figure), _names(pair["models"]), _difference(test), markdown.interval(test["ci"]), _p(test)
     ]  # fmt: skip
 
 
@@ -114,7 +123,7 @@ def _condition(test: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _cell(test: dict[str, Any] | None) -> str:
-    return "–" if test is None or test["difference"] is None else f"{_difference(test)} ({_p(test['p_holm'])})"
+    return "–" if test is None or test["difference"] is None else f"{_difference(test)} ({_p(test)})"
 
 
 def _difference(test: dict[str, Any]) -> str:
@@ -123,5 +132,5 @@ def _difference(test: dict[str, Any]) -> str:
     return f"**{text}**" if test["p_holm"] < LEVEL else text
 
 
-def _p(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+def _p(test: dict[str, Any]) -> str:
+    return markdown.p_value(test["p_holm"])

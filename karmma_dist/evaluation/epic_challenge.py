@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from karmma_dist.errors import UserError
-from karmma_dist.models.weight_files import write_whole
+from karmma_dist.shards import write_whole
 
 NUM_CLASSES = {"verb": 97, "noun": 300}
 """Classes of Epic-Kitchens-100."""
@@ -97,8 +97,7 @@ def write_submission(
         write_whole(path, lambda temporary: _write_zip(temporary, narration_ids, log_probs, levels))
     else:
         outputs = {f"{head}_output": log_probs[head] for head in NUM_CLASSES}
-        content = portable_pickle({**outputs, "narration_id": np.array(narration_ids)})
-        write_whole(path, lambda temporary: temporary.write_bytes(content))
+        write_whole(path, portable_pickle({**outputs, "narration_id": np.array(narration_ids)}))
 
 
 def _write_zip(

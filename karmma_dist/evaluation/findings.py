@@ -7,24 +7,29 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from karmma_dist.evaluation import metrics
+from karmma_dist.evaluation import markdown, metrics
 from karmma_dist.evaluation.summary import by_subset, mean_over_seeds, whole_sensors
 from karmma_dist.modality import letters
 
 METRIC = "action_top1"
 """The percentage the report compares models by."""
 
+LEVEL = 0.05
+"""Corrected p-values below it are called significant."""
+
 _TIE = 0.005
 """Points below which two figures are the same to the report's two digits."""
 
 
-def findings(models: Mapping[str, dict[str, Any]]) -> list[str]:
+def findings(models: Mapping[str, dict[str, Any]], comparison: dict[str, Any] | None = None) -> list[str]:
     """Sentences on each model's curve and average, and on every pair of models.
 
     Args:
         models: Results (the object of results.json) per model name.
+        comparison: What `compare` says of them: figures per model do not tell how far a difference is down to the
+            clips, since all models saw the same ones.
     """
-    return [*_against_majority(models), *_curves(models), *_subsets(models)]
+    return [*_against_majority(models), *_curves(models, comparison), *_subsets(models)]
 
 
 def subset_values(models: Mapping[str, dict[str, Any]]) -> tuple[float, dict[str, dict[tuple[str, ...], float | None]]]:
@@ -61,7 +66,7 @@ def _against_majority(models: Mapping[str, dict[str, Any]]) -> list[str]:
     return sentences
 
 
-def _curves(models: Mapping[str, dict[str, Any]]) -> list[str]:
+def _curves(models: Mapping[str, dict[str, Any]], comparison: dict[str, Any] | None) -> list[str]:
     curves = {n: r["summary"]["drop_curve"] for n, r in models.items() if r["summary"]["drop_curve"] is not None}
     curves = {name: curve for name, curve in curves.items() if None not in curve["mean"][METRIC]}
     sentences = []
@@ -75,8 +80,13 @@ def _curves(models: Mapping[str, dict[str, Any]]) -> list[str]:
             f"{'fall' if fall >= 0 else 'rise'} of {abs(fall):.2f} points{of_start}; the mean height of its curve is "
             f"{curve['area'][METRIC]:.2f} %."
         )
-    for first, second in itertools.combinations(curves, 2):
-        sentences.append(_pair(first, second, curves, models))
+    tests = {} if comparison is None else {frozenset(of["models"]): of["drop_curve_fall"] for of in comparison["pairs"]}
+    pairs = list(itertools.combinations(curves, 2))
+    sentences += [_pair(first, second, curves, tests.get(frozenset((first, second)))) for first, second in pairs]
+    if comparison is None and any(_comparable([curves[name] for name in pair]) for pair in pairs):
+        sentences.append(
+            "Whether these differences would hold on other clips is not tested here: karmma-dist eval RUN RUN tests it."
+        )
     if len(curves) > 2 and _comparable(list(curves.values())):
         slowest = min(curves, key=lambda name: curves[name]["fall"][METRIC])
         highest = max(curves, key=lambda name: curves[name]["area"][METRIC])
@@ -85,7 +95,7 @@ def _curves(models: Mapping[str, dict[str, Any]]) -> list[str]:
     return sentences
 
 
-def _pair(first: str, second: str, curves: Mapping[str, dict[str, Any]], models: Mapping[str, dict[str, Any]]) -> str:
+def _pair(first: str, second: str, curves: Mapping[str, dict[str, Any]], test: dict[str, Any] | None) -> str:
     one, two = curves[first], curves[second]
     if not _comparable([one, two]):
         return f"{second} and {first} were swept over other modalities or probabilities: not compared."
@@ -93,9 +103,9 @@ def _pair(first: str, second: str, curves: Mapping[str, dict[str, Any]], models:
     share = [curve["relative_fall"][METRIC] for curve in (one, two)]
     above = sum(b > a for a, b in zip(one["mean"][METRIC], two["mean"][METRIC], strict=True))
     shares = "" if None in share else f", {share[1]:.1f} % of its start against {share[0]:.1f} %"
-    noise = _sampling_error(first, second, curves, models)
-    certain = abs(fall[1] - fall[0]) > noise
-    doubt = "" if certain else f"; the difference is within the sampling error of {noise:.2f} points"
+    doubt = ""
+    if test is not None and test["p_holm"] >= LEVEL:
+        doubt = f"; the difference is within the sampling error ({markdown.p_value(test['p_holm'])})"
     return (
         f"{second} {_verdict(fall, share)} {first}: {fall[1]:.2f} points against {fall[0]:.2f}{shares}{doubt}. "
         f"It is above {first} at {above} of {len(one['drop_prob'])} drop probabilities."
@@ -123,18 +133,6 @@ def _sign(difference: float) -> int:
 
 def _comparable(curves: Sequence[dict[str, Any]]) -> bool:
     return all(c["modalities"] == curves[0]["modalities"] and c["drop_prob"] == curves[0]["drop_prob"] for c in curves)
-
-
-def _sampling_error(
-    first: str, second: str, curves: Mapping[str, dict[str, Any]], models: Mapping[str, dict[str, Any]]
-) -> float:
-    """Half width in points of the 95 % interval of the difference of two falls, its four ends taken as independent."""
-    variance = 0.0
-    for name in (first, second):
-        for end in (0, -1):
-            percent = curves[name]["mean"][METRIC][end]
-            variance += percent * (100 - percent) / models[name]["summary"]["num_clips"]
-    return 1.96 * math.sqrt(variance)
 
 
 def _subsets(models: Mapping[str, dict[str, Any]]) -> list[str]:

@@ -11,14 +11,13 @@ import base64
 import hashlib
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.errors import UserError
+from karmma_dist.evaluation.comparison_report import comparison_tables
 from karmma_dist.evaluation.findings import findings
 from karmma_dist.evaluation.html_rows import condition_counts, every_row, everything_present
 from karmma_dist.evaluation.html_sections import (
@@ -29,7 +28,8 @@ from karmma_dist.evaluation.html_sections import (
     what_was_measured,
 )
 from karmma_dist.evaluation.html_tables import Section, Table, bullets
-from karmma_dist.evaluation.readings import Models
+from karmma_dist.evaluation.report_content import ReportContent
+from karmma_dist.shards import write_whole
 
 HTML_REPORT = "report.html"
 
@@ -39,52 +39,21 @@ _DIGITS = 4
 _SAVE = '<p><button type="button" id="save" hidden>Save the figures as JSON</button></p>'
 
 
-def write_html_report(
-    folder: Path,
-    title: str,
-    models: Models,
-    notes: Sequence[str] = (),
-    timings: Mapping[str, float] | None = None,
-    tables: Sequence[tuple[str, Table]] = (),
-) -> Path:
-    """Write `folder`/report.html, whole or not at all, and return its path.
-
-    Args:
-        folder: Made if missing.
-        title: First line.
-        models: Results (the object of results.json) per model name, in the order of the columns.
-        notes: Sentences of the caller, for what the numbers cannot tell.
-        timings: Seconds per step.
-        tables: Further tables under their headings, for what is not in the results of one model alone.
-
-    Raises:
-        UserError: `models` is empty.
-    """
-    if not models:
-        raise UserError("no results to report: evaluate at least one model")
-    text = html_report(title, models, notes, timings, tables)
+def write_html_report(folder: Path, content: ReportContent) -> Path:
+    """Write `folder`/report.html, whole or not at all, and return its path. The folder is made if missing."""
+    text = html_report(content)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / HTML_REPORT
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return path
+    write_whole(folder / HTML_REPORT, text.encode())
+    return folder / HTML_REPORT
 
 
-def html_report(
-    title: str,
-    models: Models,
-    notes: Sequence[str] = (),
-    timings: Mapping[str, float] | None = None,
-    tables: Sequence[tuple[str, Table]] = (),
-) -> str:
-    """The page as text; see :func:`write_html_report`. A section that the rows do not allow is left out."""
+def html_report(content: ReportContent) -> str:
+    """The page as text. A section that the rows do not allow is left out."""
+    title, models, comparison = content.title, content.models, content.comparison
+    tables = [] if comparison is None else comparison_tables(comparison)
     found = [
         at_a_glance(models),
-        Section("findings", "What the figures say", bullets(findings(models))),
+        Section("findings", "What the figures say", bullets(findings(models, comparison))),
         what_was_measured(models),
         subsets_section(models),
         missing_at_random(models),
@@ -93,8 +62,8 @@ def html_report(
         everything_present(models),
         every_row(models),
         condition_counts(models),
-        Section("notes", "Notes", bullets(notes)),
-        _times(timings or {}),
+        Section("notes", "Notes", bullets(content.notes)),
+        _times(content.timings),
     ]
     sections = [section for section in found if section is not None and section.html]
     links = "".join(
@@ -108,7 +77,7 @@ def html_report(
         ),
         f"</main>\n<footer>\n{_SAVE}\n</footer>\n",
     ]
-    data = {"title": title, "models": models, "notes": list(notes), "timings": dict(timings or {})}
+    data = {"title": title, "models": models, "notes": list(content.notes), "timings": dict(content.timings)}
     return _page(title, "".join(parts), data)
 
 

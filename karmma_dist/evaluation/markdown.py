@@ -15,6 +15,11 @@ def interval(ends: Sequence[float] | None) -> str:
     return "–" if ends is None else f"[{ends[0]:.2f}, {ends[1]:.2f}]"
 
 
+def p_value(value: float) -> str:
+    """`p = 0.012`."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
 def text(name: str) -> str:
     """A name as a table cell: a bar would end it."""
     return name.replace("|", "\\|")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from karmma_dist.shards import write_whole
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -167,6 +168,4 @@ def _top(group: Sequence[float], gap: float) -> float:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH)
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH))

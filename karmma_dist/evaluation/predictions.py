@@ -40,7 +40,7 @@ import numpy as np
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.models.weight_files import write_whole
+from karmma_dist.shards import write_whole
 
 
 @dataclass(frozen=True)

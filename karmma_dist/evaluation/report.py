@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,23 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from karmma_dist.errors import UserError
 from karmma_dist.evaluation import markdown
-from karmma_dist.evaluation.comparison_report import comparison_section, comparison_tables
+from karmma_dist.evaluation.comparison_report import comparison_section
 from karmma_dist.evaluation.corruption_report import corruption_section
 from karmma_dist.evaluation.findings import METRIC, findings, model_ranks, subset_values
 from karmma_dist.evaluation.html_report import write_html_report
 from karmma_dist.evaluation.plots import Curve, drop_curves, subset_bars
+from karmma_dist.evaluation.readings import Models
+from karmma_dist.evaluation.report_content import ReportContent
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import error_names, metric_names, whole_sensors
 from karmma_dist.modality import letters
-from karmma_dist.shards import write_json
+from karmma_dist.shards import write_json, write_whole
 
 RESULTS = "results.json"
 REPORT = "report.md"
 CURVE_PLOT = "drop_curve.png"
 SUBSET_PLOT = "subsets.png"
-
-Models = Mapping[str, dict[str, Any]]
 
 
 def write_results(results: Results, folder: Path) -> Path:
@@ -39,50 +37,29 @@ def write_results(results: Results, folder: Path) -> Path:
     return folder / RESULTS
 
 
-def write_report(
-    folder: Path,
-    title: str,
-    models: Models,
-    notes: Sequence[str] = (),
-    timings: Mapping[str, float] | None = None,
-    comparison: dict[str, Any] | None = None,
-) -> Path:
+def write_report(folder: Path, content: ReportContent) -> Path:
     """Write `folder`/report.md and the plots it shows, and report.html beside it; return the path of report.md.
 
-    A section that the rows do not allow (no subsets, no sweep) is left out, and so is its plot.
-
-    Args:
-        folder: Made if missing.
-        title: First line.
-        models: Results (the object of results.json) per model name, in the order of the columns.
-        notes: Sentences of the caller, for what the numbers cannot tell.
-        timings: Seconds per step.
-        comparison: What `compare` says of these models.
-
-    Raises:
-        UserError: `models` is empty.
+    A section that the rows do not allow (no subsets, no sweep) is left out, and so is its plot. The folder is made if
+    missing.
     """
-    if not models:
-        raise UserError("no results to report: evaluate at least one model")
     folder.mkdir(parents=True, exist_ok=True)
+    models, comparison = content.models, content.comparison
     sections = [
-        f"# {title}\n",
+        f"# {content.title}\n",
         _measured(models),
-        _findings_section(models),
+        markdown.list_section("What the figures say", findings(models, comparison)),
         _subset_section(folder, models),
         _sweep_section(folder, models),
         corruption_section(folder, models),
         "" if comparison is None else comparison_section(comparison),
         _rows_section(models),
-        markdown.list_section("Notes", notes),
-        markdown.table_section("Time", ["step", "seconds"], _times(timings or {})),
+        markdown.list_section("Notes", content.notes),
+        markdown.table_section("Time", ["step", "seconds"], _times(content.timings)),
     ]
     path = folder / REPORT
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("\n".join(section for section in sections if section), encoding="utf-8")
-    os.replace(temporary, path)
-    tables = [] if comparison is None else comparison_tables(comparison)
-    write_html_report(folder, title, models, notes, timings, tables)
+    write_whole(path, "\n".join(section for section in sections if section).encode())
+    write_html_report(folder, content)
     return path
 
 
@@ -138,10 +115,6 @@ def _lacking(summary: dict[str, Any], modality: str) -> str:
     if modality not in summary["num_present"]:
         return "not used"
     return f"{summary['num_clips'] - summary['num_present'][modality]:,}"
-
-
-def _findings_section(models: Models) -> str:
-    return markdown.list_section("What the figures say", findings(models))
 
 
 def _subset_section(folder: Path, models: Models) -> str:

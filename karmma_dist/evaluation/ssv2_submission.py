@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from karmma_dist.errors import UserError
-from karmma_dist.models.weight_files import write_whole
+from karmma_dist.shards import write_whole
 
 NUM_LABELS = 5
 """Classes per clip."""
@@ -47,4 +47,4 @@ def write_submission(path: Path, ids: list[str], log_probs: dict[str, np.ndarray
     (values_NC,) = log_probs.values()
     best_N5 = np.argsort(-values_NC, axis=1, kind="stable")[:, :NUM_LABELS]
     lines = [";".join([key, *map(str, best)]) for key, best in zip(ids, best_N5.tolist(), strict=True)]
-    write_whole(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines)))
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())

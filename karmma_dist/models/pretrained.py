@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from karmma_dist.download import masked
 from karmma_dist.errors import UserError
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.weight_files import WEIGHTS, load_exactly, own_weights, read_weights, write_whole
+from karmma_dist.models.weight_files import WEIGHTS, load_exactly, own_weights, read_weights
 from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe, Recipe
 from karmma_dist.settings import Settings, dump, read_tree, validate
+from karmma_dist.shards import write_whole
 
 CARD = "model.yaml"
 """File name of the weights' description."""
@@ -75,7 +76,7 @@ def save_model(
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(run_dir / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    write_whole(run_dir / CARD, lambda path: path.write_text(dump(card)))
+    write_whole(run_dir / CARD, dump(card).encode())
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[KarmmaModel, ModelCard]:

@@ -1,8 +1,7 @@
-"""Files of weights: read without running any code in them, loaded key by key or not at all, written whole."""
+"""Files of weights: read without running any code in them, loaded key by key or not at all."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -160,15 +159,6 @@ def _say_left_out(
     idle = [pattern for pattern in ignore if not any(fnmatchcase(key, pattern) for key in tolerated)]
     if idle:
         say(f"{where}: nothing to leave out matches {', '.join(repr(pattern) for pattern in idle)}")
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from karmma_dist.cli import main
+from karmma_dist.demo import Timings, compare_students
+from karmma_dist.errors import UserError
 from karmma_dist.shards import ShardFolder
 
 BASE = {
@@ -139,6 +143,49 @@ def test_several_runs_make_one_report_and_keep_their_own(
     assert "| video:blur:3 | a Gaussian of 4.0% of the picture's side" in report
     assert "Action top-1 per corrupted sensor" in (out / "report.html").read_text()
     assert (out / "drop_curve.png").is_file()
+
+
+def test_the_demo_compares_its_students_and_evaluates_again_only_what_has_changed(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(workplace)
+    runs = {"The teacher": tmp_path / "teacher", "The student": tmp_path / "student"}
+    for folder in runs.values():
+        folder.mkdir()
+        for name in ("weights.safetensors", "model.yaml", "recipe.yaml"):
+            shutil.copy(workplace / "runs" / folder.name / name, folder)
+    evaluated: list[str] = []
+
+    def note(stage: str, *_: object) -> None:
+        evaluated.append(stage)
+
+    def compare_again() -> dict[str, Any]:
+        evaluated.clear()
+        return compare_students(tmp_path, runs, Timings(tmp_path / "timings.json"), note)
+
+    found = compare_again()
+    assert set(evaluated) == {"eval teacher", "eval student"}
+    assert list(json.loads((tmp_path / "timings.json").read_text())) == [f"evaluate {title}" for title in runs]
+    assert list(found["models"]) == found["comparison"]["pairs"][0]["models"] == list(runs)
+    assert found["comparison"]["pairs"][0]["drop_curve_fall"] is not None
+    stored = json.loads((tmp_path / "comparison.json").read_text())
+    assert found == stored
+    assert compare_again() == stored
+    assert evaluated == []
+
+    weights, results = (tmp_path / "student" / name for name in ("weights.safetensors", "eval/results.json"))
+    after = results.stat().st_mtime_ns + 10**9
+    os.utime(weights, ns=(after, after))
+    assert compare_again() == stored
+    assert evaluated
+    os.utime(weights, ns=(0, 0))
+    content = json.loads(results.read_text())
+    results.write_text(json.dumps(content | {"rows": content["rows"][:1]}))
+    assert compare_again() == stored
+    assert evaluated
+    (tmp_path / "comparison.json").write_text("{")
+    with pytest.raises(UserError, match=r"comparison.json: not valid JSON .*: remove it, and it is made again"):
+        compare_again()
 
 
 def test_runs_that_cannot_be_compared_are_one_line(

@@ -11,6 +11,7 @@ from browser import Browser
 from report_kit import random_results
 
 from karmma_dist.evaluation.html_report import write_html_report
+from karmma_dist.evaluation.report_content import ReportContent
 
 HOSTILE = "</script><script>window.smuggled = 1</script><img src=x onerror='window.smuggled = 1'>"
 LONG = "runs/epic_kitchens/a_name_without_any_place_to_break_it_in_two"
@@ -33,7 +34,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, name in enumerate(names)
     }
     folder = tmp_path_factory.mktemp("report")
-    return write_html_report(folder, "Sensors that fail", models, [HOSTILE], {"evaluate": 12.3})
+    return write_html_report(folder, ReportContent("Sensors that fail", models, [HOSTILE], {"evaluate": 12.3}))
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])

@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import torch
 from test_evaluation_evaluate import HEADS, MODALITIES, Fusion, make_batches, singles
+from test_evaluation_html import Page
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.bootstrap import add_intervals
 from karmma_dist.evaluation.compare import compare, holm, mcnemar
-from karmma_dist.evaluation.comparison_report import comparison_section
+from karmma_dist.evaluation.comparison_report import comparison_section, sentences
 from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
 from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.findings import findings
+from karmma_dist.evaluation.html_report import html_report
 from karmma_dist.evaluation.report import write_report
+from karmma_dist.evaluation.report_content import ReportContent
 from karmma_dist.evaluation.scores import BatchScores, Results, score_rows
 
 CONDITIONS = build_conditions(MODALITIES, subsets=True, sweep=True, num_seeds=2)
@@ -127,7 +131,11 @@ def test_averages_differ_by_the_summaries_difference_and_only_real_differences_a
     found = compare(MODELS, num_draws=500)
     for pair in found["pairs"]:
         first, second = (MODELS[name].summary for name in pair["models"])
-        for figure, key, of in (("subset_average", "subsets", "average"), ("drop_curve_area", "drop_curve", "area")):
+        for figure, key, of in (
+            ("subset_average", "subsets", "average"),
+            ("drop_curve_area", "drop_curve", "area"),
+            ("drop_curve_fall", "drop_curve", "fall"),
+        ):
             test = pair[figure]
             expected = second[key][of]["action_top1"] - first[key][of]["action_top1"]
             assert test["difference"] == pytest.approx(expected)
@@ -143,7 +151,8 @@ def test_a_model_against_its_like_differs_in_nothing():
     found = compare({"a": MODELS["strong"], "b": MODELS["strong"]}, num_draws=100)
     (pair,) = found["pairs"]
     assert {test["p"] for test in pair["conditions"]} == {1.0}
-    assert pair["subset_average"] == {"difference": 0.0, "ci": [0.0, 0.0], "p": 1.0, "p_holm": 1.0}
+    for figure in ("subset_average", "drop_curve_area", "drop_curve_fall"):
+        assert pair[figure] == {"difference": 0.0, "ci": [0.0, 0.0], "p": 1.0, "p_holm": 1.0}
 
 
 def test_models_with_other_modalities_are_compared_where_both_were_evaluated():
@@ -152,18 +161,131 @@ def test_models_with_other_modalities_are_compared_where_both_were_evaluated():
     assert [test["modalities"] for test in pair["conditions"]] == [["video"], ["flow"], ["video", "flow"]]
     assert pair["subset_average"] is not None
     assert pair["drop_curve_area"] is None
+    assert pair["drop_curve_fall"] is None
+
+
+def swept(right_at_start_N: np.ndarray, right_at_end_N: np.ndarray) -> Results:
+    """A model that is right on these clips with everything there, and on those where half is dropped."""
+    conditions = [Condition(("video",), drop_prob=probability) for probability in (0.0, 0.5)]
+    right_NK = np.stack([right_at_start_N, right_at_end_N], axis=1)
+    names = ("action", *HEADS)
+    scores = BatchScores(
+        keys=[f"clip_{number:04d}" for number in range(len(right_NK))],
+        labels={head: np.arange(len(right_NK)) % num for head, num in HEADS.items()},
+        present_BM=np.ones((len(right_NK), 1), dtype=bool),
+        masks_BK=np.ones(right_NK.shape, dtype=np.uint8),
+        ranks=dict.fromkeys(names, np.where(right_NK, 0, 4).astype(np.int32)),
+        losses={head: np.ones(right_NK.shape) for head in HEADS},
+        confidence=dict.fromkeys(names, np.full(right_NK.shape, 0.5, dtype=np.float32)),
+        damage=[],
+    )
+    return score_rows(scores, conditions, ["video"], HEADS, ())
+
+
+def test_falls_are_compared_on_the_same_clips():
+    """8 clips less at the start and 8 more at the end, of 400: certain in pairs, nothing if drawn independently."""
+    random = np.random.default_rng(0)
+    start_N, end_N = random.random(400) < 0.6, random.random(400) < 0.3
+    lower_N, higher_N = start_N.copy(), end_N.copy()
+    lower_N[np.flatnonzero(start_N)[:8]] = False
+    higher_N[np.flatnonzero(~end_N)[:8]] = True
+    models = {"soft": swept(start_N, end_N), "firm": swept(lower_N, higher_N)}
+    found = compare(models)
+    test = found["pairs"][0]["drop_curve_fall"]
+    assert test["difference"] == pytest.approx(-4.0)
+    assert -7 < test["ci"][0] < -4 < test["ci"][1] < -1
+    assert test["p"] < 0.01
+    assert found["pairs"][0]["drop_curve_area"]["p"] > 0.5
+    text = " ".join(findings({name: results.to_dict() for name, results in models.items()}, found))
+    assert "firm falls more slowly than soft" in text
+    assert "sampling error" not in text
+    independent = 1.96 * np.sqrt(sum(row["action_top1"] * (100 - row["action_top1"]) / 400
+                                     for results in models.values() for row in results.rows))  # fmt: skip
+    assert independent > 2 * abs(test["difference"])
+
+
+def test_models_that_fall_alike_are_told_apart_no_more_often_than_the_level_says():
+    """150 pairs on clips that are easy or hard for both; within 4 standard deviations of 5 %."""
+    num_samples, rejected = 150, 0
+    for sample in range(num_samples):
+        random = np.random.default_rng(sample)
+        easy_N1 = np.sort(random.random((300, 1)))
+        start_N2, end_N2 = random.random((300, 2)) < easy_N1, random.random((300, 2)) < easy_N1**2
+        models = {name: swept(start_N2[:, k], end_N2[:, k]) for k, name in enumerate("ab")}
+        rejected += compare(models, num_draws=200, seed=sample)["pairs"][0]["drop_curve_fall"]["p"] < 0.05
+    spread = 4 * np.sqrt(0.05 * 0.95 / num_samples)
+    assert rejected / num_samples <= 0.05 + spread
+
+
+def test_of_a_fall_less_is_better_and_the_order_of_a_pair_turns_the_sentence_round():
+    names = ["weak", "strong"]  # the stronger has more to lose
+    said, sizes = {}, {}
+    for first, second in (names, names[::-1]):
+        found = compare({name: MODELS[name] for name in (first, second)}, num_draws=200)
+        (sentence,) = [one for one in sentences(found["pairs"][0]) if " falls by " in one]
+        said[second] = sentence
+        sizes[second] = found["pairs"][0]["drop_curve_fall"]["difference"]
+        assert f"| fall of the drop curve (less is better) | {second} – {first} | **{sizes[second]:+.2f}** |" in (
+            comparison_section(found)
+        )
+    size = f"{sizes['strong']:.2f}"
+    assert sizes["weak"] == -sizes["strong"] < 0
+    assert said["strong"].startswith(f"strong falls by {size} more points than weak [")
+    assert said["weak"].startswith(f"weak falls by {size} fewer points than strong [")
+    assert said["strong"].split("[")[1] == said["weak"].split("[")[1]  # interval of the size, and p
+
+
+def test_a_worse_model_is_worse_by_the_same_points_as_the_other_is_better():
+    pair = {"models": ["a", "b"], "subset_average": None, "drop_curve_fall": None}
+    test = {"difference": -3.0, "ci": [-5.0, -1.0], "p": 0.004, "p_holm": 0.012}
+    assert sentences(pair | {"drop_curve_area": test}) == [
+        "b is worse than a in the mean height of the drop curve by 3.00 points [1.00, 5.00], p = 0.012."
+    ]
+
+
+def test_the_findings_doubt_what_the_paired_test_cannot_tell_apart():
+    found = compare(MODELS, num_draws=200)
+    everything = findings({name: results.to_dict() for name, results in MODELS.items()}, found)
+    assert "is not tested here" not in " ".join(everything)
+    of_pairs = {
+        tuple(pair["models"]): [
+            sentence
+            for sentence in everything
+            if sentence.startswith(f"{pair['models'][1]} falls ") and f" {pair['models'][0]}: " in sentence
+        ]
+        for pair in found["pairs"]
+    }
+    for (first, second), said in of_pairs.items():
+        assert len(said) == 1
+        assert ("within the sampling error (p = " in said[0]) == ("weak" not in (first, second))
 
 
 def test_the_report_holds_intervals_ranks_and_every_test(tmp_path):
     models = {name: results.to_dict() for name, results in MODELS.items()}
     found = compare(MODELS, num_draws=200)
-    text = write_report(tmp_path, "t", models, comparison=found).read_text()
+    text = write_report(tmp_path, ReportContent("t", models, comparison=found)).read_text()
     low, high = MODELS["weak"].summary["subsets"]["average_ci"]["action_top1"]
     assert f"| 95 % interval |  | [{low:.2f}, {high:.2f}] |" in text
     assert "| average rank |" in text
     assert "| action top-1 | 95 % | action top-5 | action per class | action ECE |" in text
     for test in found["pairs"][0]["conditions"]:
         assert f"{test['difference']:+.2f}" in text
+
+
+def test_the_html_report_holds_every_test_too():
+    models = {name: results.to_dict() for name, results in MODELS.items()}
+    found = compare(MODELS, num_draws=200)
+    page = Page(html_report(ReportContent("t", models, comparison=found)))
+    assert "within the sampling error" in page.text
+    header, *lines = page.tables["Paired tests of averages and falls: action top-1"]
+    assert header == ["figure", "model", "against", "difference", "low", "high", "p"]
+    assert len(lines) == 3 * len(found["pairs"])
+    for pair, line in zip(found["pairs"], lines[-3:], strict=True):
+        first, second = pair["models"]
+        test = pair["drop_curve_fall"]
+        figures = [f"{test['difference']:+.2f}", *(f"{end:.2f}" for end in test["ci"]), f"{test['p_holm']:.3f}"]
+        assert line == ["fall of the drop curve (less is better)", second, first, *figures]
+    assert len(page.tables["Paired tests of single conditions: action top-1"]) == 1 + 3 * len(CONDITIONS)
 
 
 def test_what_cannot_be_compared_is_one_line():

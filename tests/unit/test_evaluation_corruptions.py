@@ -19,6 +19,7 @@ from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.corruptions import KINDS, Corruption, parse_corruption, parse_corruptions
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.report import results_table, write_report
+from karmma_dist.evaluation.report_content import ReportContent
 from karmma_dist.evaluation.summary import summarise
 from karmma_dist.evaluation.variants import Sensors
 from karmma_dist.packing.flow import quantise_flow
@@ -363,16 +364,17 @@ def test_averages_and_curves_are_of_whole_sensors_only(tmp_path: Path):
     broken = evaluate(Average(), make_batches(), conditions_for(*EVERY, **choices), device="cpu", sensors=SENSORS)
     assert broken.rows[: len(whole.rows)] == whole.rows
     assert summarise(broken.rows) == summarise(whole.rows)
-    text = write_report(tmp_path, "t", {"m": broken.to_dict()}).read_text()
+    text = write_report(tmp_path, ReportContent("t", {"m": broken.to_dict()})).read_text()
     assert "corruptions.png" in text
     assert (tmp_path / "corruptions.png").is_file()
-    assert "Sensors that are there but broken" not in write_report(tmp_path, "t", {"m": whole.to_dict()}).read_text()
+    text = write_report(tmp_path, ReportContent("t", {"m": whole.to_dict()})).read_text()
+    assert "Sensors that are there but broken" not in text
 
 
 def test_the_report_names_every_failure_and_what_it_costs(tmp_path: Path):
     results = evaluate(Average(), make_batches(), conditions_for(*EVERY), device="cpu", sensors=SENSORS)
     rows = [row | {"action_top1": 50.0 - 5 * (row["corrupt"] is not None)} for row in results.rows]
-    text = write_report(tmp_path, "t", {"m": {"rows": rows, "summary": results.summary}}).read_text()
+    text = write_report(tmp_path, ReportContent("t", {"m": {"rows": rows, "summary": results.summary}})).read_text()
     for name in EVERY:
         assert f"| {name} | {parse_corruption(name).meaning} | 45.00 (-5.00) |" in text
     assert "| average | relative drop (%) | 10.00 |" in text

@@ -18,9 +18,9 @@ from report_kit import EXTRA, random_results
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.html_report import embeddable_json, html_report, write_html_report
-from karmma_dist.evaluation.html_tables import Table
 from karmma_dist.evaluation.plots import COLOURS
 from karmma_dist.evaluation.report import write_report
+from karmma_dist.evaluation.report_content import ReportContent
 from karmma_dist.evaluation.svg import Point, _ticks, bar_plot, line_plot
 from karmma_dist.modality import letters
 
@@ -81,6 +81,10 @@ class Page(HTMLParser):
         self.text += data
 
 
+def html_of(*content, **more) -> str:
+    return html_report(ReportContent(*content, **more))
+
+
 @pytest.fixture(scope="module")
 def models():
     return {name: random_results(seed, extras=True) for seed, name in enumerate(["baseline", "student"])}
@@ -88,7 +92,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def page(models):
-    return Page(html_report("Sensors that fail", models, ["One hour."], {"evaluate": 12.34}))
+    return Page(html_of("Sensors that fail", models, ["One hour."], {"evaluate": 12.34}))
 
 
 def test_every_figure_of_every_row_stands_in_the_page(models, page):
@@ -107,7 +111,7 @@ def test_every_figure_of_every_row_stands_in_the_page(models, page):
 
 
 def test_figures_that_the_rows_lack_have_no_column():
-    plain = Page(html_report("t", {"run": random_results(0)}))
+    plain = Page(html_of("t", {"run": random_results(0)}))
     assert [name for name in plain.tables["All rows"][0] if "tail" in name or "unseen" in name] == []
     assert "Action top-1 per corrupted sensor" not in plain.tables
     assert "95 % intervals" not in plain.text
@@ -115,7 +119,7 @@ def test_figures_that_the_rows_lack_have_no_column():
 
 
 def _columns_with_extras():
-    return Page(html_report("t", {"run": random_results(0, extras=True)})).tables["All rows"][0]
+    return Page(html_of("t", {"run": random_results(0, extras=True)})).tables["All rows"][0]
 
 
 def test_clips_dropped_on_purpose_are_told_from_those_the_data_lacks(models, page):
@@ -135,7 +139,7 @@ def test_clips_dropped_on_purpose_are_told_from_those_the_data_lacks(models, pag
 
 def test_a_corrupted_row_is_no_subset_and_no_point_of_the_curve(models, page):
     clean = {name: random_results(seed) for seed, name in enumerate(models)}
-    others = Page(html_report("t", clean)).tables
+    others = Page(html_of("t", clean)).tables
     for label in ("Action top-1 per subset", "Action top-1 per drop probability"):
         without = [[cell.split(" [")[0] for cell in line] for line in page.tables[label]]
         assert without == [[cell.split(" [")[0] for cell in line] for line in others[label]]
@@ -144,12 +148,12 @@ def test_a_corrupted_row_is_no_subset_and_no_point_of_the_curve(models, page):
 
 
 def test_the_best_of_each_line_is_bold_and_a_single_model_has_no_best(models):
-    assert "<b>" in html_report("t", models)
-    assert "<b>" not in html_report("t", {"run": models["student"]})
+    assert "<b>" in html_of("t", models)
+    assert "<b>" not in html_of("t", {"run": models["student"]})
 
 
 def test_sections_that_the_rows_do_not_allow_are_left_out():
-    page = Page(html_report("t", {"run": random_results(0, modalities=["video"], drop_prob=0.0)}))
+    page = Page(html_of("t", {"run": random_results(0, modalities=["video"], drop_prob=0.0)}))
     assert page.titles == []  # nothing is plotted
     assert set(page.anchors) == {"glance", "measured", "figures", "rows", "counts", "save", "results"}
     assert page.links == [f"#{name}" for name in page.anchors if name not in ("save", "results")]
@@ -157,7 +161,7 @@ def test_sections_that_the_rows_do_not_allow_are_left_out():
 
 def test_models_with_other_modalities_stand_side_by_side():
     mixed = {"both": random_results(0), "one": random_results(1, modalities=["video"], drop_prob=0.0)}
-    page = Page(html_report("t", mixed))
+    page = Page(html_of("t", mixed))
     assert page.tables["Clips per model"][2][-2:] == ["not used", "not used"]
     line = next(line for line in page.tables["Action top-1 per subset"] if line[0] == "F")
     assert line[2] == "–"
@@ -179,7 +183,7 @@ def test_names_are_text_whatever_they_hold(name, title, note):
     hostile = name + "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;"
     results = random_results(0, modalities=["video", "audio"], num_clips=20, subsets=True)
     results["summary"]["damage"] = [hostile]
-    page = Page(html_report(title + hostile, {hostile: results}, [note + hostile], {hostile: 1.0}))
+    page = Page(html_of(title + hostile, {hostile: results}, [note + hostile], {hostile: 1.0}))
     assert len(page.scripts) == 2
     assert json.loads(page.scripts[0])["title"] == title + hostile
     assert list(json.loads(page.scripts[0])["models"]) == [hostile]
@@ -187,7 +191,7 @@ def test_names_are_text_whatever_they_hold(name, title, note):
 
 
 def test_the_page_loads_nothing_and_allows_its_own_script_only(page, models):
-    text = html_report("t", models)
+    text = html_of("t", models)
     assert page.loads == []
     assert all(link.startswith("#") and link[1:] in page.anchors for link in page.links)
     assert "http://" not in text
@@ -227,13 +231,13 @@ def test_intervals_are_those_of_the_figure_and_none_is_made_up(models, page):
     # Of several seeds' mean the rows alone do not know the interval.
     without = {key: value for key, value in summary["drop_curve"].items() if key != "mean_ci"}
     rest = {"student": models["student"] | {"summary": summary | {"drop_curve": without}}}
-    lines = {line[0]: line[1] for line in Page(html_report("t", rest)).tables["Action top-1 per drop probability"]}
+    lines = {line[0]: line[1] for line in Page(html_of("t", rest)).tables["Action top-1 per drop probability"]}
     assert "[" in lines["0"]
     assert "[" not in lines["50"]
 
 
 def test_the_lowest_loss_and_calibration_error_are_the_best(models):
-    text = html_report("t", models)
+    text = html_of("t", models)
     rows = [results["rows"][6] for results in models.values()]
     for key in ("noun_ece", "noun_loss", "noun_top1"):
         best = (max if key == "noun_top1" else min)(row[key] for row in rows)
@@ -249,27 +253,20 @@ def test_four_models_with_34_conditions_stay_below_300_kb():
     for results in four.values():
         results["rows"] = [row for row in results["rows"] if row["corrupt"] is None]
         assert len(results["rows"]) == 34
-    assert len(html_report("t", four).encode()) < 300_000
+    assert len(html_of("t", four).encode()) < 300_000
 
 
 def test_the_page_is_written_beside_report_md_whole_or_not_at_all(tmp_path, models):
-    write_report(tmp_path, "First", models)
+    write_report(tmp_path, ReportContent("First", models))
     first = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<h1>First</h1>" in first
     broken = {"run": models["student"] | {"rows": [{"modalities": ["video"]}]}}
     with pytest.raises(KeyError):
-        write_html_report(tmp_path, "Second", broken)
+        write_html_report(tmp_path, ReportContent("Second", broken))
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == first
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(UserError, match="no results"):
-        write_html_report(tmp_path, "t", {})
-
-
-def test_a_table_of_the_caller_stands_under_its_heading(models):
-    table = Table("McNemar's test", ["pair", "p"], [["student, baseline", "0.01"]])
-    page = Page(html_report("t", models, tables=[("Are they different?", table)]))
-    assert page.tables["McNemar's test"] == [["pair", "p"], ["student, baseline", "0.01"]]
-    assert "Are they different?" in page.text
+        write_html_report(tmp_path, ReportContent("t", {}))
 
 
 def palette(dark: bool) -> dict[str, str]:

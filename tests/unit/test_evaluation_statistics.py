@@ -87,7 +87,7 @@ def test_a_draw_counts_only_clips_that_can_be_shown():
 
 
 @given(st.integers(1, 3), st.lists(st.floats(0, 100), min_size=60, max_size=60), st.booleans())
-def test_weighted_rows_are_the_summarys_average_and_area(num_seeds, values, sweep):
+def test_figures_of_a_draw_are_the_summarys_average_area_and_fall(num_seeds, values, sweep):
     conditions = build_conditions(MODALITIES, subsets=True, sweep=sweep, num_seeds=num_seeds)
     rows = [
         {"modalities": list(c.modalities), "drop_prob": c.drop_prob, "seed": c.seed, "action_top1": value}
@@ -95,14 +95,16 @@ def test_weighted_rows_are_the_summarys_average_and_area(num_seeds, values, swee
     ]
     summary = summarise(rows)
     draws = np.array([[row["action_top1"] for row in rows]])
-    average = bootstrap.weighted(draws, bootstrap.average_weights(rows))[0]
+    average = bootstrap.subset_average(draws, rows)[0]
     assert average == pytest.approx(summary["subsets"]["average"]["action_top1"])
     if sweep:
-        area = bootstrap.weighted(draws, bootstrap.area_weights(rows))[0]
+        area, fall = (of(draws, rows)[0] for of in (bootstrap.drop_curve_area, bootstrap.drop_curve_fall))
         assert area == pytest.approx(summary["drop_curve"]["area"]["action_top1"])
+        assert fall == pytest.approx(summary["drop_curve"]["fall"]["action_top1"], abs=1e-9)
     else:
         assert summary["drop_curve"] is None
-        assert not bootstrap.area_weights(rows).any()
+        assert np.isnan(bootstrap.drop_curve_area(draws, rows)).all()
+        assert np.isnan(bootstrap.drop_curve_fall(draws, rows)).all()
 
 
 @given(st.integers(0, 60), st.integers(0, 60))

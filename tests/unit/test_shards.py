@@ -1,0 +1,73 @@
+"""A file is written whole or not at all, whatever happens in mid-write."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from karmma_dist.shards import write_json, write_whole
+
+BEFORE, AFTER = b"what was there before", b"what comes after it"
+
+
+def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    for content in (BEFORE, AFTER, lambda temporary: temporary.write_bytes(BEFORE)):
+        write_whole(path, content)
+        assert path.read_bytes() == (content if isinstance(content, bytes) else BEFORE)
+
+    def cut(temporary: Path) -> None:
+        temporary.write_bytes(AFTER[:5])
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(path, cut)
+    assert path.read_bytes() == BEFORE
+
+
+@pytest.mark.parametrize("content", [AFTER, lambda temporary: temporary.write_bytes(AFTER)], ids=["bytes", "writer"])
+def test_a_file_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | Callable[[Path], object]
+) -> None:
+    path = tmp_path / "file.bin"
+    flushed = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        flushed.append((os.pread(descriptor, 100, 0), path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_whole(path, content)
+    assert flushed == [(AFTER, False)]
+    assert [item.name for item in tmp_path.iterdir()] == ["file.bin"]
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),
+    max_leaves=10,
+)
+
+
+@given(values)
+def test_json_is_one_line_of_utf8_that_reads_back(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    content = path.read_bytes()
+    assert json.loads(content) == value
+    assert content.endswith(b"\n")
+    assert content.count(b"\n") == 1
+
+
+def test_reading_and_writing_shards_needs_no_torch() -> None:
+    code = "import sys, karmma_dist.shards; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
