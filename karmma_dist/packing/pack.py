@@ -32,7 +32,7 @@ from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.staging import Unit, forget, load_staged, stage, units
 from karmma_dist.packing.workers import submit_all, worker_pool
 from karmma_dist.progress import Report, silent
-from karmma_dist.shards import MANIFEST, DamageError, ShardFolder, write_json
+from karmma_dist.shards import MANIFEST, DamageError, ShardFolder, write_json, write_whole
 
 FAILURES = "failures.jsonl"
 """One line per clip left out: key, split, modality, stage, error."""
@@ -264,9 +264,5 @@ def _write_failures(path: Path, failures: list[Failure]) -> None:
     if not failures:
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w") as file:
-        file.writelines(json.dumps(asdict(failure), ensure_ascii=False) + "\n" for failure in failures)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    lines = [json.dumps(asdict(failure), ensure_ascii=False) + "\n" for failure in failures]
+    write_whole(path, "".join(lines).encode())

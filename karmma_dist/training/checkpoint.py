@@ -33,7 +33,7 @@ import torch
 import karmma_dist
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe, save_recipe
-from karmma_dist.shards import ShardFolder, sync, write_json
+from karmma_dist.shards import ShardFolder, sync, write_json, write_whole
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.engine import Engine
 from karmma_dist.training.pieces import SavedPieces
@@ -121,10 +121,7 @@ def complete(
 
 def point_to(checkpoint: Path) -> None:
     """Let `latest` name this checkpoint."""
-    temporary = checkpoint.parent / f".{LATEST}.partial"
-    temporary.write_text(checkpoint.name + "\n")
-    sync(temporary)
-    os.replace(temporary, checkpoint.parent / LATEST)
+    write_whole(checkpoint.parent / LATEST, f"{checkpoint.name}\n".encode())
     sync(checkpoint.parent)
 
 
