@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +22,8 @@ from karmma_dist.evaluation.conditions import keep
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.predictions import PredictionCollector, Predictions, check_path, write_predictions
 from karmma_dist.evaluation.scores import Results
+
+needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 
 
 def predict(num: int = 37, batch_size: int = 8) -> tuple[Predictions, Results]:
@@ -134,18 +141,75 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_runs(
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     for path, says in (
         (tmp_path / "p.csv", "ends in .npz or .parquet"),
-        (tmp_path / "p.parquet", "pip install pyarrow"),
+        (tmp_path / "p.parquet", r"pip install 'karmma-dist\[parquet\]'"),
         (tmp_path / "none" / "p.npz", "no folder"),
     ):
         with pytest.raises(UserError, match=says):
             check_path(path)
 
 
+def read_parquet(path: Path) -> dict[str, list]:
+    columns: dict[str, list] = importlib.import_module("pyarrow.parquet").read_table(path).to_pydict()
+    return columns
+
+
+@needs_pyarrow
 def test_parquet_holds_the_same_predictions(tmp_path: Path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    predictions, _ = predict(num=5)
+    predictions, _ = predict(num=9)
     write_predictions(predictions, tmp_path / "p.parquet")
-    table = parquet.read_table(tmp_path / "p.parquet").to_pydict()
+    table = read_parquet(tmp_path / "p.parquet")
     assert table["key"] == [predictions.keys[row] for row in predictions.clip_R]
+    for column, flags_RM in (
+        ("present", predictions.present_NM[predictions.clip_R]),
+        ("modalities", predictions.mask_R[:, None] & 2 ** np.arange(len(MODALITIES)) > 0),
+    ):
+        assert [[m in names for m in MODALITIES] for names in table[column]] == flags_RM.tolist()
     for head in HEADS:
+        assert table[f"label_{head}"] == predictions.labels[head][predictions.clip_R].tolist()
         assert (np.array(table[f"log_probs_{head}"], dtype=np.float32) == predictions.log_probs[head]).all()
+
+
+@needs_pyarrow
+def test_parquet_alone_gives_back_every_rows_top1(tmp_path: Path):
+    predictions, results = predict()
+    write_predictions(predictions, tmp_path / "p.parquet")
+    table = read_parquet(tmp_path / "p.parquet")
+    for row in results.rows:
+        condition = {name: row[name] for name in ("modalities", "drop_prob", "seed")}
+        places = [place for place, found in enumerate(table["conditions"]) if condition in found]
+        assert len(places) == len({table["key"][place] for place in places}) == row["num_clips"]
+        for head in HEADS:
+            right = sum(
+                np.argmax(table[f"log_probs_{head}"][place]) == table[f"label_{head}"][place] for place in places
+            )
+            assert row[f"{head}_top1"] == 100.0 * right / row["num_clips"]
+
+
+@pytest.mark.parametrize("name", ["p.npz", pytest.param("p.parquet", marks=needs_pyarrow)])
+def test_a_kill_while_writing_leaves_the_earlier_file_as_it_was(tmp_path: Path, name: str):
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from test_evaluation_predictions import predict\n"
+        "from karmma_dist.evaluation.predictions import write_predictions\n"
+        "path = Path(sys.argv[1])\n"
+        "write_predictions(predict(num=3)[0], path)\n"
+        "print(path.stat().st_size, flush=True)\n"
+        "later, _ = predict(num=40)\n"
+        "os.fsync = lambda _file: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_predictions(later, path)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / name)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    path = tmp_path / name
+    assert path.stat().st_size == int(ran.stdout)
+    if name.endswith(".npz"):
+        with np.load(path, allow_pickle=False) as file:
+            assert len(file["keys"]) == 3
+    else:
+        assert len(set(read_parquet(path)["key"])) == 3
