@@ -10,6 +10,7 @@ import torch
 from test_evaluation_evaluate import HEADS, MODALITIES, Fusion, make_batches, singles
 
 from karmma_dist.errors import UserError
+from karmma_dist.evaluation import bootstrap
 from karmma_dist.evaluation.bootstrap import add_intervals
 from karmma_dist.evaluation.compare import compare, holm, mcnemar
 from karmma_dist.evaluation.comparison_report import comparison_section
@@ -137,6 +138,18 @@ def test_averages_differ_by_the_summaries_difference_and_only_real_differences_a
     text = comparison_section(found)
     assert "strong is better than weak in the average over subsets by" in text
     assert "as strong and strong cannot be told apart by the mean height of the drop curve" in text
+
+
+def test_a_bootstrap_p_is_twice_the_share_of_draws_on_the_smaller_side_of_nothing():
+    names = ["strong", "as strong"]
+    found = compare({name: MODELS[name] for name in names}, num_draws=300, seed=5)["pairs"][0]["subset_average"]
+    alone = [k for k, condition in enumerate(CONDITIONS) if condition.drop_prob == 0]
+    draws = [bootstrap.resampled_top1(MODELS[name].per_clip, "action", 300, 5)[:, alone].mean(axis=1) for name in names]
+    differences = draws[1] - draws[0]
+    beyond = min((differences <= 0).sum(), (differences >= 0).sum())
+    assert 10 < beyond < 140
+    assert found["p"] == pytest.approx(2 * (beyond + 1) / 301)
+    assert found["ci"] == pytest.approx(np.percentile(differences, [2.5, 97.5]))
 
 
 def test_a_model_against_its_like_differs_in_nothing():

@@ -15,13 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluation_evaluate import CONDITIONS, HEADS, MODALITIES, Fusion, make_batches
+from test_evaluation_evaluate import CONDITIONS, HEADS, MODALITIES, Fusion, make_batches, singles
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.conditions import keep
+from karmma_dist.evaluation.conditions import build_conditions, keep
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.predictions import PredictionCollector, Predictions, check_path, write_predictions
 from karmma_dist.evaluation.scores import Results
+from karmma_dist.streaming.batch import Batch
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 
@@ -55,6 +56,76 @@ def test_the_file_gives_back_every_rows_top1(tmp_path: Path):
             "modalities"
         ]
         assert (file["condition_drop_prob"][k], file["condition_seed"][k]) == (row["drop_prob"], row["seed"])
+
+
+def soft_batches(num: int) -> list[Batch]:
+    """Clips of which an exact model is not sure, and whose scores never tie."""
+    batches, generator = make_batches(num), torch.Generator().manual_seed(0)
+    for batch in batches:
+        batch.inputs = {m: x * 0.02 + 0.02 * torch.rand(x.shape, generator=generator) for m, x in batch.inputs.items()}
+    return batches
+
+
+def test_every_figure_of_every_row_follows_from_the_file(tmp_path: Path):
+    collector = PredictionCollector(MODALITIES, CONDITIONS)
+    results = evaluate(Fusion(), soft_batches(60), CONDITIONS, device="cpu", predictions=collector)
+    file = written(collector.finish(), tmp_path / "predictions.npz")
+    num_nouns = HEADS["noun"]
+    for k, row in enumerate(results.rows):
+        shown_N = file["prediction"][:, k] >= 0
+        at_S = file["prediction"][shown_N, k]
+        verb_SC, noun_SC = (file[f"log_probs_{head}"][at_S].astype(np.float64) for head in ("verb", "noun"))
+        verb_S, noun_S = (file[f"label_{head}"][shown_N] for head in ("verb", "noun"))
+        action_SC = (verb_SC[:, :, None] + noun_SC[:, None, :]).reshape(len(at_S), -1)
+        for name, scores_SC, label_S in (
+            ("verb", verb_SC, verb_S),
+            ("noun", noun_SC, noun_S),
+            ("action", action_SC, verb_S * num_nouns + noun_S),
+        ):
+            order_SC = np.argsort(-scores_SC, axis=1)
+            right_S = order_SC[:, 0] == label_S
+            sure_S = np.exp(scores_SC.max(axis=1))
+            inside = [(sure_S > b / 15) & (sure_S <= (b + 1) / 15) for b in range(15)]
+            gaps = [abs((right_S[of] - sure_S[of]).sum()) for of in inside]
+            per_class = [right_S[label_S == label].mean() for label in set(label_S.tolist())]
+            expected = {
+                "top1": 100 * right_S.mean(),
+                "top5": 100 * (order_SC[:, :5] == label_S[:, None]).any(axis=1).mean(),
+                "mean_class": 100 * np.mean(per_class),
+                "ece": 100 * sum(gaps) / len(at_S),
+            }
+            assert {of: row[f"{name}_{of}"] for of in expected} == pytest.approx(expected, abs=1e-4)
+            ranks_N = results.per_clip.ranks[name][:, k]
+            assert (ranks_N[~shown_N] == -1).all()
+            assert ((ranks_N[shown_N] == 0) == right_S).all()
+    assert any(row["num_without"] for row in results.rows)
+    for head in HEADS:
+        most = max(np.bincount(file[f"label_{head}"]))
+        assert results.summary["majority_top1"][head] == 100.0 * most / len(file["keys"])
+
+
+def test_log_probabilities_are_those_of_the_models_own_scores():
+    everything = build_conditions(MODALITIES)
+    collector, batches, model = PredictionCollector(MODALITIES, everything), soft_batches(20), Fusion().eval()
+    evaluate(model, batches, everything, device="cpu", predictions=collector)
+    keys, log_probs = collector.finish().of_condition(0)
+    assert len(keys) == 20
+    for clip in singles(batches):
+        with torch.no_grad():
+            logits = model.fuse(model.encode(clip.inputs, clip.present_BM), clip.present_BM, clip.present_BM)
+        for head, scores in logits.items():
+            found_C = log_probs[head][keys.index(clip.keys[0])]
+            assert found_C == pytest.approx(scores[0].log_softmax(0).numpy(), abs=1e-5)
+
+
+def test_each_condition_gets_what_it_gets_alone():
+    predictions, _ = predict()
+    for k, condition in enumerate(CONDITIONS):
+        collector = PredictionCollector(MODALITIES, [condition])
+        evaluate(Fusion(), make_batches(), [condition], device="cpu", predictions=collector)
+        (keys, found), (expected_keys, expected) = predictions.of_condition(k), collector.finish().of_condition(0)
+        assert keys == expected_keys
+        assert all((found[head] == expected[head]).all() for head in HEADS)
 
 
 def test_each_prediction_is_of_the_mask_that_follows_from_seed_and_key(tmp_path: Path):
