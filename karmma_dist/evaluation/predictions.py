@@ -40,11 +40,12 @@ to be read; clips without a prediction are in the `.npz` alone:
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -161,13 +162,16 @@ def check_path(path: Path) -> None:
     """Check, before anything is computed, that predictions can be written to `path`.
 
     Raises:
-        UserError: neither `.npz` nor `.parquet`, `.parquet` without pyarrow, or no such folder.
+        UserError: neither `.npz` nor `.parquet`, `.parquet` where pyarrow cannot be imported, or no such folder.
     """
     if path.suffix not in (".npz", ".parquet"):
         raise UserError(f"--predictions {path}: name a file that ends in .npz or .parquet")
-    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        how = "pip install 'karmma-dist[parquet]', or name a .npz"
-        raise UserError(f"--predictions {path}: Parquet needs pyarrow, which is not installed: {how}")
+    if path.suffix == ".parquet":
+        try:
+            importlib.import_module("pyarrow.parquet")
+        except ImportError:
+            how = "pip install 'karmma-dist[parquet]', or name a .npz"
+            raise UserError(f"--predictions {path}: Parquet needs pyarrow, which cannot be imported: {how}") from None
     if not path.absolute().parent.is_dir():
         raise UserError(f"--predictions {path}: no folder {path.parent}: make it first")
 
@@ -185,7 +189,7 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
 
 def _write_npz(predictions: Predictions, path: Path) -> None:
     conditions = predictions.conditions
-    arrays = {
+    arrays: dict[str, Any] = {
         "keys": np.array(predictions.keys),
         "modalities": np.array(predictions.modalities),
         "present": predictions.present_NM,
@@ -221,13 +225,13 @@ def _write_parquet(predictions: Predictions, path: Path) -> None:
     parquet.write_table(pyarrow.table(columns), path)
 
 
-def _conditions_of_rows(predictions: Predictions) -> list[list[dict[str, object]]]:
+def _conditions_of_rows(predictions: Predictions) -> list[list[dict[str, Any]]]:
     """For each of the R predictions, the conditions that point at it."""
     made = [
         {"modalities": list(of.modalities), "drop_prob": of.drop_prob, "seed": of.seed}
         for of in predictions.conditions
     ]
-    found: list[list[dict[str, object]]] = [[] for _ in predictions.clip_R]
+    found: list[list[dict[str, Any]]] = [[] for _ in predictions.clip_R]
     for rows_K in predictions.prediction_NK.tolist():
         for condition, row in zip(made, rows_K, strict=True):
             if row >= 0:

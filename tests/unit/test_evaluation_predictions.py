@@ -209,7 +209,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     for path, says in (
         (tmp_path / "p.csv", "ends in .npz or .parquet"),
         (tmp_path / "p.parquet", r"pip install 'karmma-dist\[parquet\]'"),
