@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,6 +123,20 @@ def test_pairs_are_tested_on_the_clips_that_one_model_alone_gets_right():
             assert test["p"] == mcnemar(test["only_first"], test["only_second"])
             tests.append(test)
     assert [test["p_holm"] for test in tests] == holm([test["p"] for test in tests])
+
+
+def test_a_pair_is_tested_on_the_clips_that_both_were_shown():
+    first, second = MODELS["weak"], MODELS["strong"]
+    ranks_NK = second.per_clip.ranks["action"].copy()
+    ranks_NK[:150] = -1
+    fewer = replace(second, outcomes=replace(second.per_clip, ranks={**second.per_clip.ranks, "action": ranks_NK}))
+    for models in ({"a": first, "b": fewer}, {"b": fewer, "a": first}):
+        for k, test in enumerate(compare(models, num_draws=20)["pairs"][0]["conditions"]):
+            ranks_N = first.per_clip.ranks["action"][150:, k]
+            right_N = {"a": ranks_N == 0, "b": ranks_NK[150:, k] == 0}
+            assert test["num_clips"] == int((ranks_N >= 0).sum())
+            one, other = (right_N[name] for name in models)
+            assert (test["only_first"], test["only_second"]) == (int((one & ~other).sum()), int((other & ~one).sum()))
 
 
 def test_averages_differ_by_the_summaries_difference_and_only_real_differences_are_significant():
