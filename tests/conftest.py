@@ -8,6 +8,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing about the code
+settings.load_profile("any machine")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -1,8 +1,11 @@
 """The figures: from scores to ranks of the true class, from ranks to percentages, from percentages to averages.
 
-A rank is the number of classes placed before the true one, 0 = right. Equal scores are ordered by class id, so a
-model that scores all classes alike earns nothing by it. Counting is in integers, percentages are float64; a figure
-over no clips is None.
+A rank is the number of classes placed before the true one, 0 = right. Equal scores are ordered by class id, as argmax
+does: a model that scores all classes alike says class 0 of every clip, and is right where that is true. (Epic-Kitchens
+numbers its classes by frequency, so there it is as good as naming the most frequent one; the official evaluation sorts
+in an order that leaves equal scores to the sorting algorithm, and equals this one where no scores do.) What is no
+number comes before the true class, so it never helps. Counting is in integers, percentages are float64; a figure over
+no clips is None.
 
 Legend: B clips, C classes, N clips of a whole split.
 """
@@ -20,13 +23,13 @@ _JOINT_ELEMENTS = 2**23
 
 
 def class_ranks(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """Rank of each clip's true class, int64 (B,); -1 where the label is -1."""
+    """Rank of each clip's true class, int64 (B,); -1 where the label is -1, C where its score is NaN."""
     known_B = labels_B >= 0
     truth_B1 = labels_B.clamp(min=0).unsqueeze(1)
     true_score_B1 = scores_BC.gather(1, truth_B1)
     earlier_BC = torch.arange(scores_BC.shape[1], device=scores_BC.device) < truth_B1
-    ahead_BC = (scores_BC > true_score_B1) | ((scores_BC == true_score_B1) & earlier_BC)
-    return ahead_BC.sum(dim=1).masked_fill(~known_B, -1)
+    behind_BC = (scores_BC < true_score_B1) | ((scores_BC == true_score_B1) & ~earlier_BC)  # the true class too
+    return (~behind_BC).sum(dim=1).masked_fill(~known_B, -1)
 
 
 def joint_ranks(log_probs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
@@ -62,7 +65,7 @@ def joint_labels(labels: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 
 def top_k(ranks_N: np.ndarray, k: int) -> float | None:
-    """Percentage of clips whose true class is among the first `k`."""
+    """Percentage of clips whose true class is among the first `k`; of no more than `k` classes 100."""
     return 100.0 * int((ranks_N < k).sum()) / len(ranks_N) if len(ranks_N) else None
 
 
@@ -106,7 +109,10 @@ def curve_area(drop_probs: Sequence[float], values: Sequence[float | None]) -> f
 
 
 def average_ranks(values: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
-    """Average place of each model over the columns that all of them have, 1 = best; equal figures share places."""
+    """Average place of each model over the columns that all of them have, 1 = best.
+
+    Equal figures share the mean of their places: two best are both 1.5.
+    """
     columns = [column for column in zip(*values.values(), strict=True) if None not in column]
     if not columns:
         return dict.fromkeys(values)

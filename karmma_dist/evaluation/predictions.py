@@ -23,13 +23,24 @@ conditions, M modalities, R pairs of a clip and a mask, C classes:
 
     log_probs_BC = file["log_probs_verb"][file["prediction"][:, k]]    # condition k, where prediction >= 0
 
-Parquet (`pip install pyarrow`) has one row per clip and mask: key, modalities used, label_HEAD, log_probs_HEAD; which
-mask a condition leaves a clip with is in the `.npz` alone.
+Parquet (`pip install 'karmma-dist[parquet]'`) has one row per clip and mask, in the same order, and needs nothing else
+to be read; clips without a prediction are in the `.npz` alone:
+
+    key             string
+    present         list<string>    modalities that the dataset has of the clip
+    modalities      list<string>    modalities that were used: the mask
+    conditions      list<struct<modalities: list<string>, drop_prob: double, seed: int64>>
+                                    all conditions that leave the clip with this mask
+    label_HEAD      int64           class, -1 = unlabelled
+    log_probs_HEAD  fixed_size_list<float>[C]
+
+    frame = pandas.read_parquet(path).explode("conditions")            # one row per clip and condition
+    half = frame[frame.conditions.map(lambda c: c["drop_prob"] == 0.5 and c["seed"] == 0)]
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,12 +170,16 @@ def check_path(path: Path) -> None:
     """Check, before anything is computed, that predictions can be written to `path`.
 
     Raises:
-        UserError: neither `.npz` nor `.parquet`, `.parquet` without pyarrow, or no such folder.
+        UserError: neither `.npz` nor `.parquet`, `.parquet` where pyarrow cannot be imported, or no such folder.
     """
     if path.suffix not in (".npz", ".parquet"):
         raise UserError(f"--predictions {path}: name a file that ends in .npz or .parquet")
-    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"--predictions {path}: Parquet needs pyarrow: pip install pyarrow, or name a .npz")
+    if path.suffix == ".parquet":
+        try:
+            importlib.import_module("pyarrow.parquet")
+        except ImportError:
+            how = "pip install 'karmma-dist[parquet]', or name a .npz"
+            raise UserError(f"--predictions {path}: Parquet needs pyarrow, which cannot be imported: {how}") from None
     if not path.absolute().parent.is_dir():
         raise UserError(f"--predictions {path}: no folder {path.parent}: make it first")
 
@@ -182,7 +197,7 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
 
 def _write_npz(predictions: Predictions, path: Path) -> None:
     conditions = predictions.conditions
-    arrays = {
+    arrays: dict[str, Any] = {
         "keys": np.array(predictions.keys),
         "modalities": np.array(predictions.modalities),
         "present": predictions.present_NM,
@@ -196,18 +211,37 @@ def _write_npz(predictions: Predictions, path: Path) -> None:
     arrays |= {f"label_{head}": labels_N for head, labels_N in predictions.labels.items()}
     arrays |= {f"log_probs_{head}": values_RC for head, values_RC in predictions.log_probs.items()}
     with open(path, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
 
 
 def _write_parquet(predictions: Predictions, path: Path) -> None:
     pyarrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
-    names = predictions.modalities
+    names, texts = predictions.modalities, pyarrow.list_(pyarrow.string())
+    condition = pyarrow.struct([("modalities", texts), ("drop_prob", pyarrow.float64()), ("seed", pyarrow.int64())])
+    used = [[m for bit, m in enumerate(names) if mask >> bit & 1] for mask in predictions.mask_R.tolist()]
+    present = [list(itertools.compress(names, there_M)) for there_M in predictions.present_NM]
     columns = {
-        "key": [predictions.keys[row] for row in predictions.clip_R],
-        "modalities": [[m for bit, m in enumerate(names) if mask >> bit & 1] for mask in predictions.mask_R.tolist()],
+        "key": [predictions.keys[clip] for clip in predictions.clip_R],
+        "present": pyarrow.array([present[clip] for clip in predictions.clip_R], texts),
+        "modalities": pyarrow.array(used, texts),
+        "conditions": pyarrow.array(_conditions_of_rows(predictions), pyarrow.list_(condition)),
     }
     columns |= {f"label_{head}": labels_N[predictions.clip_R] for head, labels_N in predictions.labels.items()}
     for head, values_RC in predictions.log_probs.items():
         flat = pyarrow.array(values_RC.reshape(-1))
         columns[f"log_probs_{head}"] = pyarrow.FixedSizeListArray.from_arrays(flat, values_RC.shape[1])
     parquet.write_table(pyarrow.table(columns), path)
+
+
+def _conditions_of_rows(predictions: Predictions) -> list[list[dict[str, Any]]]:
+    """For each of the R predictions, the conditions that point at it."""
+    made = [
+        {"modalities": list(of.modalities), "drop_prob": of.drop_prob, "seed": of.seed}
+        for of in predictions.conditions
+    ]
+    found: list[list[dict[str, Any]]] = [[] for _ in predictions.clip_R]
+    for rows_K in predictions.prediction_NK.tolist():
+        for condition, row in zip(made, rows_K, strict=True):
+            if row >= 0:
+                found[row].append(condition)
+    return found

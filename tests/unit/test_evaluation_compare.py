@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from test_evaluation_evaluate import HEADS, MODALITIES, Fusion, make_batches, si
 from test_evaluation_html import Page
 
 from karmma_dist.errors import UserError
+from karmma_dist.evaluation import bootstrap
 from karmma_dist.evaluation.bootstrap import add_intervals
 from karmma_dist.evaluation.compare import compare, holm, mcnemar
 from karmma_dist.evaluation.comparison_report import comparison_section, sentences
@@ -127,6 +129,20 @@ def test_pairs_are_tested_on_the_clips_that_one_model_alone_gets_right():
     assert [test["p_holm"] for test in tests] == holm([test["p"] for test in tests])
 
 
+def test_a_pair_is_tested_on_the_clips_that_both_were_shown():
+    first, second = MODELS["weak"], MODELS["strong"]
+    ranks_NK = second.per_clip.ranks["action"].copy()
+    ranks_NK[:150] = -1
+    fewer = replace(second, outcomes=replace(second.per_clip, ranks={**second.per_clip.ranks, "action": ranks_NK}))
+    for models in ({"a": first, "b": fewer}, {"b": fewer, "a": first}):
+        for k, test in enumerate(compare(models, num_draws=20)["pairs"][0]["conditions"]):
+            ranks_N = first.per_clip.ranks["action"][150:, k]
+            right_N = {"a": ranks_N == 0, "b": ranks_NK[150:, k] == 0}
+            assert test["num_clips"] == int((ranks_N >= 0).sum())
+            one, other = (right_N[name] for name in models)
+            assert (test["only_first"], test["only_second"]) == (int((one & ~other).sum()), int((other & ~one).sum()))
+
+
 def test_averages_differ_by_the_summaries_difference_and_only_real_differences_are_significant():
     found = compare(MODELS, num_draws=500)
     for pair in found["pairs"]:
@@ -145,6 +161,18 @@ def test_averages_differ_by_the_summaries_difference_and_only_real_differences_a
     text = comparison_section(found)
     assert "strong is better than weak in the average over subsets by" in text
     assert "as strong and strong cannot be told apart by the mean height of the drop curve" in text
+
+
+def test_a_bootstrap_p_is_twice_the_share_of_draws_on_the_smaller_side_of_nothing():
+    names = ["strong", "as strong"]
+    found = compare({name: MODELS[name] for name in names}, num_draws=300, seed=5)["pairs"][0]["subset_average"]
+    alone = [k for k, condition in enumerate(CONDITIONS) if condition.drop_prob == 0]
+    draws = [bootstrap.resampled_top1(MODELS[name].per_clip, "action", 300, 5)[:, alone].mean(axis=1) for name in names]
+    differences = draws[1] - draws[0]
+    beyond = min((differences <= 0).sum(), (differences >= 0).sum())
+    assert 10 < beyond < 140
+    assert found["p"] == pytest.approx(2 * (beyond + 1) / 301)
+    assert found["ci"] == pytest.approx(np.percentile(differences, [2.5, 97.5]))
 
 
 def test_a_model_against_its_like_differs_in_nothing():

@@ -167,16 +167,22 @@ def test_results_do_not_depend_on_the_batch_size(batch_size):
     assert evaluate(Fusion(), make_batches(batch_size=batch_size), CONDITIONS, device="cpu") == expected
 
 
-def test_two_ranks_gathered_give_the_rows_of_one():
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_every_rank_gathers_the_rows_of_one(num_ranks):
+    """37 clips in batches of 8, dealt in turn: with 2 and 3 ranks some get a batch of nothing but padding."""
     batches = make_batches()
     whole = evaluate(Fusion(), batches, CONDITIONS, device="cpu")
+    assert whole.summary["num_clips"] == 37
+    dealt = [*batches, *(make_batch([], 8, HEADS) for _ in range(-len(batches) % num_ranks))]
     sent: list = []
-    evaluate(Fusion(), batches[::2], CONDITIONS, device="cpu", gather=lambda own: sent.extend(own) or own)
+    for rank in range(num_ranks):
+        mine = dealt[rank::num_ranks]
+        evaluate(Fusion(), mine, CONDITIONS, device="cpu", gather=lambda own: sent.extend(own) or own)
     for order in (1, -1):
-        halves = evaluate(
-            Fusion(), batches[1::2], CONDITIONS, device="cpu", gather=lambda own, order=order: [*own, *sent][::order]
+        found = evaluate(
+            Fusion(), dealt[:1], CONDITIONS, device="cpu", gather=lambda _own, order=order: sent[::order]
         )
-        assert halves == whole
+        assert found == whole
 
 
 def test_a_rank_whose_batch_is_all_padding_adds_nothing():

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_evaluation_evaluate import HEADS, MODALITIES, Fusion, make_batches, naive_row, singles
+from test_evaluation_evaluate import CONDITIONS, HEADS, MODALITIES, Fusion, make_batches, naive_row, singles
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import build_conditions
@@ -69,6 +70,24 @@ def test_figures_of_a_group_are_those_of_its_clips_alone(tmp_path):
             assert row[f"num_{group}"][figure] == expected["num_clips"]
     without = evaluate(Fusion(), batches, conditions, device="cpu")
     assert not [key for key in without.rows[0] if key.endswith(("_tail", "_unseen"))]
+
+
+def test_clips_that_are_left_out_or_unlabelled_are_in_no_figure():
+    batches = make_batches(num=50)
+    batches[0].labels["verb"][:2] = -1
+    batches[0].labels["noun"][0] = 3
+    found = evaluate(Fusion(), batches, CONDITIONS, device="cpu", drop_nouns=[3])
+    labels = {head: torch.cat([batch.labels[head][batch.valid_B] for batch in batches]) for head in HEADS}
+    unlabelled_N = labels["verb"] < 0
+    pruned_N = (labels["noun"] == 3) & ~unlabelled_N
+    assert found.summary["num_unlabelled"] == 2
+    assert found.summary["num_pruned"] == int(pruned_N.sum()) > 0
+    counted = [clip for clip, out in zip(singles(batches), (unlabelled_N | pruned_N).tolist(), strict=True) if not out]
+    assert found.summary["num_clips"] == len(counted) == 50 - 2 - int(pruned_N.sum())
+    alone = evaluate(Fusion(), counted, CONDITIONS, device="cpu")
+    assert found.rows == alone.rows
+    for name in ("num_clips", "num_present", "majority_top1", "subsets", "drop_curve"):
+        assert found.summary[name] == alone.summary[name]
 
 
 def test_a_group_that_no_clip_is_in_has_an_empty_figure(tmp_path):

@@ -35,6 +35,26 @@ def test_rank_is_the_place_of_the_true_class_in_a_stable_sort(case):
     assert metrics.class_ranks(scores_BC, labels_B).tolist() == expected
 
 
+@given(scored(1))
+def test_a_clip_is_right_exactly_when_argmax_names_its_class(case):
+    (scores_BC,), (labels_B,) = case
+    right = (scores_BC.numpy().argmax(axis=1) == labels_B.numpy()).tolist()
+    assert (metrics.class_ranks(scores_BC, labels_B) == 0).tolist() == right
+
+
+@given(scored(1), st.data())
+def test_what_is_no_number_never_helps(case, data):
+    (scores_BC,), (labels_B,) = case
+    whole_B = metrics.class_ranks(scores_BC, labels_B)
+    spoilt_BC = torch.tensor(data.draw(arrays(np.bool_, tuple(scores_BC.shape))))
+    ranks_B = metrics.class_ranks(scores_BC.masked_fill(spoilt_BC, float("nan")), labels_B)
+    assert (ranks_B >= whole_B).all()
+    known_B = labels_B >= 0
+    lost_B = known_B & spoilt_BC.gather(1, labels_B.clamp(min=0)[:, None])[:, 0]
+    assert (ranks_B[lost_B] == scores_BC.shape[1]).all()
+    assert ((ranks_B < 0) == ~known_B).all()
+
+
 @given(scored(2), st.sampled_from([1, 2**23]))
 def test_action_rank_is_that_of_the_full_joint_of_all_pairs(case, elements):
     (verb_BV, noun_BN), (verb_B, noun_B) = case
@@ -71,6 +91,8 @@ def test_a_model_that_scores_all_classes_alike_is_right_at_chance_only():
     ranks = metrics.class_ranks(torch.zeros(10, 10), labels_B).numpy()
     assert metrics.top_k(ranks, 1) == 10.0
     assert metrics.top_k(ranks, 5) == 50.0
+    frequent = metrics.class_ranks(torch.zeros(10, 10), torch.tensor([0] * 7 + [9] * 3)).numpy()
+    assert metrics.top_k(frequent, 1) == 70.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=40))

@@ -47,11 +47,59 @@ def test_calibration_error_is_the_weighted_gap_of_fifteen_bins(clips):
     assert found == pytest.approx(naive_calibration_error(confidence, right), abs=1e-9)
 
 
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
+    confidence, right = np.array([0.125, 0.25, 0.5, 1.0]), np.array([True, False, True, False])
+    gaps = [abs(1 - 0.375), abs(1 - 0.5), 0, abs(0 - 1.0)]  # (0, 1/4] holds the first two, (1/4, 1/2] the third
+    assert calibration_error(confidence, right, num_bins=4) == pytest.approx(100 * sum(gaps) / 4)
+
+
 def test_a_model_as_sure_as_it_is_right_has_no_calibration_error_and_a_boaster_all_of_it():
     confidence = np.full(10, 0.7)
     assert calibration_error(confidence, np.arange(10) < 7) == pytest.approx(0, abs=1e-9)
     assert calibration_error(np.ones(10), np.zeros(10, dtype=bool)) == 100.0
     assert calibration_error(np.zeros(0), np.zeros(0, dtype=bool)) is None
+
+
+def curve_rows(values: dict[tuple[str, float], list[float]]) -> list[dict[str, object]]:
+    """Rows of (letters of modalities, drop probability), one per seed."""
+    names = {name[0].upper(): name for name in MODALITIES}
+    return [
+        {"modalities": [names[m] for m in letters], "drop_prob": p, "seed": seed, "action_top1": value}
+        for (letters, p), of in values.items()
+        for seed, value in enumerate(of)
+    ]
+
+
+def test_a_curves_figures_are_those_of_its_definition():
+    rows = curve_rows({("VFA", 0.0): [80.0], ("VFA", 0.5): [60.0, 40.0], ("VFA", 0.9): [30.0, 20.0]})
+    curve = summarise(rows)["drop_curve"]
+    assert curve["drop_prob"] == [0.0, 0.5, 0.9]
+    assert curve["num_seeds"] == 2
+    found = {name: curve[name]["action_top1"] for name in ("mean", "std", "area", "fall", "relative_fall")}
+    assert found == {
+        "mean": [80.0, 50.0, 25.0],
+        "std": [0.0, 10.0, 5.0],  # of the seeds there are, not an estimate for others
+        "area": pytest.approx((0.5 * 65 + 0.4 * 37.5) / 0.9),
+        "fall": 55.0,
+        "relative_fall": 68.75,
+    }
+
+
+def test_subsets_are_averaged_at_the_lowest_probability_that_has_several():
+    rows = curve_rows({
+        ("VFA", 0.0): [90.0], ("V", 0.3): [20.0], ("VF", 0.3): [40.0, 60.0], ("V", 0.6): [1.0], ("VF", 0.6): [2.0],
+    })  # fmt: skip
+    subsets = summarise(rows)["subsets"]
+    assert (subsets["drop_prob"], subsets["num_subsets"], subsets["full"]) == (0.3, 2, ["video", "flow"])
+    assert subsets["average"]["action_top1"] == 35.0
+    assert subsets["relative_drop"]["action_top1"] == 60.0
+    apart = summarise(curve_rows({("V", 0.0): [20.0], ("FA", 0.0): [40.0]}))["subsets"]
+    assert (apart["full"], apart["relative_drop"]["action_top1"]) == (None, None)
+
+
+def test_an_interval_leaves_out_a_fortieth_of_the_draws_on_each_side():
+    draws = np.random.default_rng(0).permutation(np.arange(1001) / 10)
+    assert bootstrap.interval(np.append(draws, np.nan)) == pytest.approx([2.5, 97.5])
 
 
 def test_intervals_hold_the_truth_in_95_of_100_samples():

@@ -134,7 +134,7 @@ def test_prepared_inputs_have_the_shapes_and_scale_models_expect(shards: Path) -
     assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in (video, flow, audio))
 
 
-@pytest.mark.parametrize(("world", "batch_size"), [(1, 4), (2, 4), (3, 4), (4, 1), (2, 16)])
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 4), (2, 4), (3, 3), (3, 4), (4, 1), (2, 16)])
 def test_evaluation_sees_every_clip_once_with_all_it_has_and_pads_the_end(
     shards: Path, world: int, batch_size: int
 ) -> None:
