@@ -165,13 +165,17 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
         content: What to write, or what writes it under the path it is given.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    if isinstance(content, bytes):
-        with open(temporary, "wb") as file:
-            file.write(content)
-    else:
-        content(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        if isinstance(content, bytes):
+            with open(temporary, "wb") as file:
+                file.write(content)
+        else:
+            content(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
