@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 found something wrong, 2 usage or bad input, 85 stopped af
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 import time
 from collections.abc import Sequence
@@ -254,13 +256,14 @@ def evaluate(
     """
     from functools import partial
 
-    from karmma_dist.evaluation.compare_runs import evaluate_and_compare, to_dict, write_comparison
+    from karmma_dist.evaluation.compare_runs import evaluate_and_compare, plan_runs, to_dict, write_comparison
     from karmma_dist.evaluation.conditions import Condition, build_conditions
     from karmma_dist.evaluation.epic_challenge import parse_levels
     from karmma_dist.evaluation.exports import Exports
+    from karmma_dist.evaluation.plan import check_folder, plan_evaluation
     from karmma_dist.evaluation.report import results_table, write_report, write_results
     from karmma_dist.evaluation.report_content import ReportContent
-    from karmma_dist.evaluation.run import evaluate_run, newest_finished_run
+    from karmma_dist.evaluation.run import carry_out, newest_finished_run
     from karmma_dist.evaluation.views import parse_views
     from karmma_dist.modality import parse_modalities
     from karmma_dist.progress import Progress
@@ -276,30 +279,30 @@ def evaluate(
     if len(runs) > 1 and exports.are_wanted:
         raise UserError("eval: --predictions and --submission are of one run: name only that one")
     looks = None if views is None else parse_views(views)
-    with Progress() as report:
-        evaluate_one = partial(
-            evaluate_run, conditions=conditions, shards=shards, split=split, annotations=annotations, views=looks,
-            exports=exports, report=report,
-        )  # fmt: skip
-        if len(runs) > 1:
-            done, comparison = evaluate_and_compare(runs, evaluate_one)
-        else:
-            only = evaluate_one(runs[0] if runs else newest_finished_run(Path("runs")))
-            done = {only.name: only}
+    plan = partial(
+        plan_evaluation, conditions=conditions, shards=shards, split=split, annotations=annotations, views=looks,
+        exports=exports, out=out if len(runs) < 2 else None,
+    )  # fmt: skip
     path = None
     if len(runs) > 1:
-        path = write_comparison(out or Path("runs/comparison"), done, comparison)
+        together = out or Path("runs/comparison")
+        check_folder(together, "name another folder with --out")
+        plans = plan_runs(runs, plan)
+        with Progress() as report:
+            done, comparison = evaluate_and_compare(runs, lambda run: carry_out(plans.pop(run), report))
+        path = write_comparison(together, done, comparison)
         printed = to_dict(done, comparison)
     else:
+        planned = plan(runs[0] if runs else newest_finished_run(Path("runs")))
+        with Progress() as report:
+            only = carry_out(planned, report)
+        done = {only.name: only}
         printed = only.results.to_dict()
-        for line in only.exported:
-            click.echo(line, err=as_json)
         split_name = only.data.validation_split
         if only.results.rows:
-            folder = out or only.folder
-            write_results(only.results, folder)
+            write_results(only.results, only.folder)
             content = ReportContent(f"{only.name} on {split_name}", {only.name: only.results.to_dict()})
-            path = write_report(folder, content)
+            path = write_report(only.folder, content)
         else:
             click.echo(f"split '{split_name}' has no labels: predictions only, nothing is scored", err=True)
     if as_json:
@@ -308,14 +311,17 @@ def evaluate(
         from rich.console import Console
 
         for name, one in done.items():
-            Console().print(results_table(one.results, name if len(runs) > 1 else None))
+            Console().print(results_table(one.results, name), "")
         click.echo(f"report: {path}")
-    summaries = [one.results.summary for one in done.values() if one.results.summary["num_damaged"]]
-    for summary in summaries:
+    for line in [line for one in done.values() for line in one.to_export()]:
+        click.echo(line, err=as_json)
+    damaged = {name: one.results.summary for name, one in done.items() if one.results.summary["num_damaged"]}
+    for name, summary in damaged.items():
         click.echo(
-            f"{summary['num_damaged']} clips are damaged and not counted, the first: {summary['damage'][0]}", err=True
-        )
-    if summaries:
+            f"{name}: {summary['num_damaged']} clips are damaged and not counted, the first: {summary['damage'][0]} "
+            "(karmma-dist verify names them all)", err=True,
+        )  # fmt: skip
+    if damaged:
         sys.exit(1)
 
 
@@ -334,8 +340,13 @@ def predict(
     """Say what is done in a clip. RUN: a run folder or a weights file. CLIP: a video file, or a key in the shards."""
     from karmma_dist.evaluation.predict import predict as ask
     from karmma_dist.evaluation.predict_table import print_predictions
+    from karmma_dist.progress import Progress, silent
 
-    predictions = ask(run, clips, shards=shards, start_s=start, stop_s=stop, modalities=modalities)
+    with Progress() as report:
+        predictions = ask(
+            run, clips, shards=shards, start_s=start, stop_s=stop, modalities=modalities,
+            report=report if len(clips) > 1 else silent,
+        )  # fmt: skip
     if as_json:
         _print_json({"clips": [prediction.to_dict() for prediction in predictions]})
     else:
@@ -496,11 +507,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         say("interrupted: run the same command again to go on")
         return 130
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 1
+        if hasattr(error, "__notes__"):  # they say in which clip, and are more than a line
+            raise
+        return _fail(f"{error.filename or 'output'}: {error.strerror or error}", exit_code=1)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, exit_code: int = 2) -> int:
     say(f"error: {' '.join(message.split())}")
-    return 2
+    return exit_code
+
+
+def _reader_is_gone() -> bool:
+    """Whether what read the output (`| head`) has seen enough; then nothing is left for the interpreter to flush."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    is_gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_gone
