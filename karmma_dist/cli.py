@@ -337,7 +337,7 @@ def predict(
     run: Path, clips: tuple[str, ...], shards: str | None, start: float | None, stop: float | None,
     modalities: str | None, as_json: bool,
 ) -> None:
-    """Say what is done in a clip. RUN: a run folder or a weights file. CLIP: a video file, or a key in the shards."""
+    """Say what is done in a clip. RUN: a run folder or a weights file. CLIP: a media file, or a key in the shards."""
     from karmma_dist.evaluation.predict import predict as ask
     from karmma_dist.evaluation.predict_table import print_predictions
     from karmma_dist.progress import Progress, silent
