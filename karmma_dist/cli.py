@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 found something wrong, 2 usage or bad input, 85 stopped af
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 import time
 from collections.abc import Sequence
@@ -277,6 +279,8 @@ def evaluate(
     print_answer(found, as_text=not as_json)
     if as_json:
         _print_json(found.content)
+    for line in found.export():
+        click.echo(line, err=as_json)
     if found.is_damaged:
         sys.exit(1)
 
@@ -293,11 +297,16 @@ def predict(
     run: Path, clips: tuple[str, ...], shards: str | None, start: float | None, stop: float | None,
     modalities: str | None, as_json: bool,
 ) -> None:
-    """Say what is done in a clip. RUN: a run folder or a weights file. CLIP: a video file, or a key in the shards."""
+    """Say what is done in a clip. RUN: a run folder or a weights file. CLIP: a media file, or a key in the shards."""
     from karmma_dist.evaluation.predict import predict as ask
     from karmma_dist.evaluation.predict_table import print_predictions
+    from karmma_dist.progress import Progress, silent
 
-    predictions = ask(run, clips, shards=shards, start_s=start, stop_s=stop, modalities=modalities)
+    with Progress() as report:
+        predictions = ask(
+            run, clips, shards=shards, start_s=start, stop_s=stop, modalities=modalities,
+            report=report if len(clips) > 1 else silent,
+        )  # fmt: skip
     if as_json:
         _print_json({"clips": [prediction.to_dict() for prediction in predictions]})
     else:
@@ -471,11 +480,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         say("interrupted: run the same command again to go on")
         return 130
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 1
+        if hasattr(error, "__notes__"):  # they say in which clip, and are more than a line
+            raise
+        return _fail(f"{error.filename or 'output'}: {error.strerror or error}", exit_code=1)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, exit_code: int = 2) -> int:
     say(f"error: {' '.join(message.split())}")
-    return 2
+    return exit_code
+
+
+def _reader_is_gone() -> bool:
+    """Whether what read the output (`| head`) has seen enough; then nothing is left for the interpreter to flush."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    is_gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_gone

@@ -13,13 +13,14 @@ import click
 from rich.console import Console
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.compare_runs import evaluate_and_compare, title, to_dict, write_comparison
+from karmma_dist.evaluation.compare_runs import evaluate_and_compare, plan_runs, title, to_dict, write_comparison
 from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.exports import Exports
+from karmma_dist.evaluation.plan import Plan, check_folder, plan_evaluation
 from karmma_dist.evaluation.ranks import joined_ranks
 from karmma_dist.evaluation.report import results_table, write_report, write_results
 from karmma_dist.evaluation.report_content import ReportContent
-from karmma_dist.evaluation.run import Evaluated, evaluate_run, newest_finished_run
+from karmma_dist.evaluation.run import Evaluated, carry_out, newest_finished_run
 from karmma_dist.evaluation.views import parse_views
 from karmma_dist.modality import parse_modalities
 from karmma_dist.progress import Progress, Report, silent
@@ -55,6 +56,16 @@ class Request:
             num_seeds=self.num_seeds, corrupt=self.corrupt,
         )  # fmt: skip
 
+    def plans(self) -> dict[Path, Plan]:
+        """What is going to be evaluated, per run, checked before the first clip of the first is read."""
+        runs = self.runs or (newest_finished_run(RUNS),)
+        plan = partial(
+            plan_evaluation, conditions=self.conditions, shards=self.shards, split=self.split,
+            annotations=self.annotations, views=None if self.views is None else parse_views(self.views),
+            exports=self.exports, out=self.out if len(runs) == 1 else None,
+        )  # fmt: skip
+        return plan_runs(runs, plan) if len(runs) > 1 else {runs[0]: plan(runs[0])}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -72,6 +83,14 @@ class Answer:
         """Whether a clip could not be read."""
         return any(one.results.summary["num_damaged"] for one in self.done.values())
 
+    def export(self) -> list[str]:
+        """Write the predictions and submissions asked for, and return a line about each file.
+
+        Raises:
+            UserError: a clip is missing from a submission; results and report are there already.
+        """
+        return [line for one in self.done.values() for line in one.to_export()]
+
 
 def answer(request: Request) -> Answer | None:
     """Evaluate as asked, on all ranks of the job, and write reports. Every rank must call this.
@@ -80,52 +99,53 @@ def answer(request: Request) -> Answer | None:
         On rank 0 what came out, on the others None.
 
     Raises:
-        UserError: see `run.evaluate_run` and `compare_runs.evaluate_and_compare`.
+        UserError: see `run.evaluate_run` and `compare_runs.plan_runs`.
         Stopped: another rank is gone.
     """
     if len(request.runs) > 1 and request.exports.are_wanted:
         raise UserError("eval: --predictions and --submission are of one run: name only that one")
-    views = None if request.views is None else parse_views(request.views)
+    together = request.out or RUNS / "comparison"
+    if len(request.runs) > 1:
+        check_folder(together, "name another folder with --out")
     with ExitStack() as stack:
         world = stack.enter_context(joined_ranks())
+        plans = request.plans()
         report: Report = stack.enter_context(Progress()) if world.is_main else silent
-        evaluate = partial(
-            evaluate_run, conditions=request.conditions, shards=request.shards, split=request.split,
-            annotations=request.annotations, views=views, exports=request.exports, report=report, world=world,
-        )  # fmt: skip
-        if len(request.runs) > 1:
-            done, comparison = evaluate_and_compare(request.runs, evaluate, writes=world.is_main)
+        if len(plans) > 1:
+            done, comparison = evaluate_and_compare(
+                list(plans), lambda run: carry_out(plans.pop(run), report, world), writes=world.is_main
+            )
             if world.is_main:
-                path = write_comparison(request.out or RUNS / "comparison", done, comparison)
-                return Answer(done, to_dict(done, comparison), path)
+                return Answer(done, to_dict(done, comparison), write_comparison(together, done, comparison))
             return None
-        one = evaluate(request.runs[0] if request.runs else newest_finished_run(RUNS))
-        return _written(one, request.out or one.folder) if world.is_main else None
+        (plan,) = plans.values()
+        one = carry_out(plan, report, world)
+        return _written(one) if world.is_main else None
 
 
-def _written(one: Evaluated, folder: Path) -> Answer:
-    """Its results and report in `folder`, where there is something to report."""
+def _written(one: Evaluated) -> Answer:
+    """Its results and report in their folder, where there is something to report."""
     path, content = None, one.results.to_dict()
     if one.results.rows:
-        write_results(one.results, folder)
-        path = write_report(folder, ReportContent(title([one]), {one.name: content}))
+        write_results(one.results, one.folder)
+        path = write_report(one.folder, ReportContent(title([one]), {one.name: content}))
     return Answer({one.name: one}, content, path)
 
 
 def print_answer(found: Answer, as_text: bool) -> None:
-    """Say what came out: on stdout tables and files where it is to be text, on stderr what a person should know."""
+    """Say what came out: on stdout the tables where it is to be text, on stderr what a person should know."""
     for one in found.done.values():
-        for line in one.exported:
-            click.echo(line, err=not as_text)
         if not one.results.rows:
             split = one.data.validation_split
             click.echo(f"split '{split}' has no labels: predictions only, nothing is scored", err=True)
     if as_text and found.report is not None:
         for name, one in found.done.items():
-            Console().print(results_table(one.results, name if len(found.done) > 1 else None))
+            Console().print(results_table(one.results, name), "")
         click.echo(f"report: {found.report}")
-    for one in found.done.values():
+    for name, one in found.done.items():
         summary = one.results.summary
         if summary["num_damaged"]:
-            first = summary["damage"][0]
-            click.echo(f"{summary['num_damaged']} clips are damaged and not counted, the first: {first}", err=True)
+            click.echo(
+                f"{name}: {summary['num_damaged']} clips are damaged and not counted, the first: "
+                f"{summary['damage'][0]} (karmma-dist verify names them all)", err=True,
+            )  # fmt: skip

@@ -10,7 +10,7 @@ Legend: N clips, K conditions, D draws.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,14 +77,34 @@ def check_same_clips(models: Mapping[str, Results]) -> None:
                 f"{name} and {first} know other classes ({results.summary['num_classes']} and "
                 f"{expected.summary['num_classes']}): only models of one dataset can be compared"
             )
-        keys, known = results.per_clip.keys, expected.per_clip.keys
-        if keys != known:
-            odd = min(set(keys) ^ set(known))
-            owner = name if odd in set(keys) else first
-            raise UserError(
-                f"{name} was evaluated on {len(keys)} clips, {first} on {len(known)}: clip {odd} is only {owner}'s. "
-                "Give all runs the same --shards and --split, the same drop_nouns, and clips that all of them can read"
-            )
+        check_same_keys((name, results.per_clip.keys), (first, expected.per_clip.keys))
+
+
+def check_shared(names: Sequence[str], shared: Collection[Condition]) -> None:
+    """Check that two models have conditions in common, those in `shared`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not shared:
+        raise UserError(f"{' and '.join(names)} have no condition in common: choose --modalities that both have")
+
+
+def check_same_keys(one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]]) -> None:
+    """Of two models, each its name and the keys of its clips in their order.
+
+    Raises:
+        UserError: they are not the same.
+    """
+    (name, keys), (first, known) = one, other
+    if keys == known:
+        return
+    odd = min(set(keys) ^ set(known))
+    owner = name if odd in set(keys) else first
+    raise UserError(
+        f"{name} is evaluated on {len(keys)} clips, {first} on {len(known)}: clip {odd} is only {owner}'s. "
+        "Give all runs the same --shards and --split, the same drop_nouns, and clips that all of them can read"
+    )
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -120,8 +140,7 @@ def _pair(names: Sequence[str], models: Mapping[str, Results], draws: Mapping[st
     """All tests of the second against the first."""
     outcomes = [models[name].per_clip for name in names]
     shared = [condition for condition in outcomes[0].conditions if condition in outcomes[1].conditions]
-    if not shared:
-        raise UserError(f"{' and '.join(names)} have no condition in common: choose --modalities that both have")
+    check_shared(names, shared)
     places = [[of.conditions.index(condition) for condition in shared] for of in outcomes]
     ranks = [of.ranks[_NAME][:, at] for of, at in zip(outcomes, places, strict=True)]
     rows = [[models[name].rows[k] for k in at] for name, at in zip(names, places, strict=True)]

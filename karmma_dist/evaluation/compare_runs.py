@@ -6,21 +6,43 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.compare import check_same_clips, compare
+from karmma_dist.evaluation.compare import check_same_clips, check_same_keys, check_shared, compare
+from karmma_dist.evaluation.plan import Plan, run_name
 from karmma_dist.evaluation.report import write_report, write_results
 from karmma_dist.evaluation.report_content import ReportContent
-from karmma_dist.evaluation.run import Evaluated, run_name
+from karmma_dist.evaluation.run import Evaluated
 from karmma_dist.models.pretrained import CARD, ModelCard
 from karmma_dist.models.weight_files import own_weights
 from karmma_dist.settings import read_tree, validate
 from karmma_dist.shards import write_json
 
 COMPARISON = "comparison.json"
+
+
+def plan_runs(runs: Sequence[Path], plan: Callable[[Path], Plan]) -> dict[Path, Plan]:
+    """Plan the evaluation of every run, so that what is wrong with the last is not found hours later.
+
+    Args:
+        runs: Run folders or weights files.
+        plan: Plans the evaluation of one of them.
+
+    Raises:
+        UserError: as `plan`, or runs that cannot be compared: see `evaluate_and_compare`.
+    """
+    _check_runs(runs)
+    plans = {run: plan(run) for run in runs}
+    (first, *_), keys = plans.values(), {run: one.scored_keys for run, one in plans.items()}
+    for run, one in plans.items():
+        check_same_keys((one.name, keys[run]), (first.name, keys[runs[0]]))
+    for one, other in itertools.combinations(plans.values(), 2):
+        check_shared([one.name, other.name], set(one.conditions) & set(other.conditions))
+    return plans
 
 
 def evaluate_and_compare(

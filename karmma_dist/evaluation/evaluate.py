@@ -92,7 +92,7 @@ def evaluate(
         conditions: What is there (see `build_conditions`).
         device: Where the model is.
         drop_nouns: Clips of these classes of the head "noun" are left out (the paper: nouns never trained on).
-        progress: Called with the number of clips of each finished batch.
+        progress: Called with the number of clips of each finished batch, damaged ones among them.
         gather: Returns the lists of all ranks put together, in any order (see torch's all_gather_object), so that
             every rank returns the same results; None: this process has all clips.
         groups: Rare classes and unseen participants, which get figures of their own.
@@ -122,7 +122,7 @@ def evaluate(
                 parts.append((state, _score_batch(once, of, state.conditions, torch.device(device), num_views, kept)))
             scores.append(side_by_side(parts))
             if progress is not None:
-                progress(len(scores[-1].keys))
+                progress(len(scores[-1].keys) + len(scores[-1].damage))
     merged = merge(gather(scores) if gather is not None else scores)
     if predictions is not None and is_unlabelled(merged):
         return Results([], count_unlabelled(merged, list(model.modalities)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ from karmma_dist.evaluation import epic_challenge, predictions, ssv2_submission
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.epic_challenge import SupervisionLevels
 from karmma_dist.evaluation.predictions import Predictions
+from karmma_dist.shards import Clip
 
 EPIC_KITCHENS = "epic-kitchens"
 SOMETHING_SOMETHING = "something-something"
@@ -38,11 +42,12 @@ class Exports:
         """Refuse what cannot be written.
 
         Raises:
-            UserError: a wrong suffix, no folder, heads that a format does not take, a submission of several conditions,
-                or supervision levels without a zip to put them into.
+            UserError: a wrong suffix, no folder, one that cannot be written, heads that a format does not take, a
+                submission of several conditions, or supervision levels without a zip to put them into.
         """
         if self.predictions is not None:
             predictions.check_path(self.predictions)
+            check_file(self.predictions, "--predictions")
         if self.levels is not None and (
             self.submission is None or self.submission[0] != EPIC_KITCHENS or self.submission[1].suffix != ".zip"
         ):
@@ -54,10 +59,31 @@ class Exports:
             raise UserError(f"--submission {name} {path}: no folder {path.parent}: make it first")
         checks = {EPIC_KITCHENS: epic_challenge.check_heads, SOMETHING_SOMETHING: ssv2_submission.check_heads}
         checks[name](heads, path)
+        check_file(path, f"--submission {name}")
         if len(conditions) != 1:
             raise UserError(
                 f"--submission {name}: it holds the predictions of one condition, not of {len(conditions)}: leave out "
                 "--subsets and --sweep, and give one seed"
+            )
+
+    def check_clips(self, clips: Sequence[Clip], modalities: Sequence[str]) -> None:
+        """Refuse a submission of a split with clips that the model cannot be shown.
+
+        Args:
+            clips: Every clip of the split.
+            modalities: What its one condition names.
+
+        Raises:
+            UserError: a clip has none of them.
+        """
+        if self.submission is None:
+            return
+        lacking = sorted(clip.key for clip in clips if not any(clip.has(modality) for modality in modalities))
+        if lacking:
+            name, path = self.submission
+            raise UserError(
+                f"--submission {name} {path}: it needs every clip, and {len(lacking)} of {len(clips)} have none of "
+                f"{', '.join(modalities)}, the first: {lacking[0]}: evaluate with further modalities"
             )
 
     def write(self, made: Predictions, split_keys: Sequence[str]) -> list[str]:
@@ -95,3 +121,18 @@ class Exports:
             return f"predictions of {len(keys)} segments for the official evaluate.py: {path}"
         said = f"{levels.pretraining},{levels.training_labels},{levels.training_data}"
         return f"submission of {len(keys)} segments at supervision levels {said} (--sls changes them): {path}"
+
+
+def check_file(path: Path, option: str) -> None:
+    """Check, before hours of work, that a file can be put beside others of its folder; none is made.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.absolute().parent):  # tried, since permissions alone do not tell
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror}): name another file") from None

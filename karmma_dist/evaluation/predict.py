@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.evaluation.predict_media import KEY, packed_media
+from karmma_dist.evaluation.plan import check_classes
+from karmma_dist.evaluation.predict_media import KEY, check_file, packed_media
 from karmma_dist.evaluation.scores import ranked
 from karmma_dist.modality import parse_modalities
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.pretrained import ModelCard, load_model
 from karmma_dist.packing.inspect import label_names
+from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import DataRecipe, read_run_recipe
 from karmma_dist.shards import Clip, ShardFolder
 from karmma_dist.streaming.batch import Batch, prepare
@@ -89,6 +91,7 @@ def predict(
     start_s: float | None = None,
     stop_s: float | None = None,
     modalities: str | None = None,
+    report: Report = silent,
 ) -> list[Prediction]:
     """Ask a trained model what is done in each clip.
 
@@ -99,9 +102,11 @@ def predict(
         start_s: Where the clip starts in its file; files only.
         stop_s: Where it ends.
         modalities: Only these, e.g. "V,A"; None: all of the model's.
+        report: Progress.
 
     Raises:
-        UserError: no such clip, a file that cannot be read, or that has nothing the model takes.
+        UserError: no such clip, a file that cannot be read or has nothing the model takes, or shards of other classes
+            than the model's.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, card = load_model(run, device)
@@ -109,7 +114,13 @@ def predict(
     chosen = card.modalities if modalities is None else list(parse_modalities(modalities, card.modalities))
     data = _data(run, shards, card)
     predictor = _Predictor(model, card, data, chosen, device)
-    return [predictor.predict(clip, start_s, stop_s) for clip in clips]
+    predictor.check(clips)
+    predictions: list[Prediction] = []
+    for clip in clips:
+        report("predict", len(predictions), len(clips))
+        predictions.append(predictor.predict(clip, start_s, stop_s))
+    report("predict", len(clips), len(clips))
+    return predictions
 
 
 class _Predictor:
@@ -120,6 +131,20 @@ class _Predictor:
     ) -> None:
         self._model, self._card, self._data, self._chosen, self._device = model, card, data, chosen, device
         self._folder: ShardFolder | None = None
+
+    def check(self, clips: Sequence[str]) -> None:
+        """See that every clip is there, before minutes are spent on the first.
+
+        Raises:
+            UserError: one is not.
+        """
+        for clip in clips:
+            if not clip:
+                raise UserError("a clip without a name: name a media file, or a clip's key in the shards")
+            if _is_file(clip):
+                check_file(Path(clip))
+            else:
+                self._stored(self._shards(), clip)
 
     def predict(self, clip: str, start_s: float | None, stop_s: float | None) -> Prediction:
         """One clip."""
@@ -152,7 +177,9 @@ class _Predictor:
     def _shards(self) -> ShardFolder:
         if self._data is None:
             raise UserError("no recipe.yaml beside the weights, so name the shards of the clips with --shards DIR")
-        self._folder = self._folder or open_shards(self._data)
+        if self._folder is None:
+            self._folder = open_shards(self._data)
+        check_classes(self._card, self._folder)
         return self._folder
 
     def _settings(self) -> dict[str, Any]:
@@ -160,18 +187,24 @@ class _Predictor:
         try:
             settings: dict[str, Any] = self._shards().manifest["settings"]
         except UserError as error:
+            if self._folder is not None:
+                raise
             raise UserError(
                 f"{error}: they say how a file is to be cut and stored so that the model knows it: name them with "
                 "--shards DIR (its manifest.json is enough)"
             ) from None
         return settings
 
-    def _read(self, folder: ShardFolder, key: str, named: str) -> tuple[Clip, Batch]:
-        """The clip and its batch of one, with the chosen modalities that it has."""
+    def _stored(self, folder: ShardFolder, key: str) -> tuple[str, Clip]:
+        """The clip of this key and its split."""
         every = {clip.key: (split, clip) for split in folder.splits for clip in folder.clips(split)}
         if key not in every:
             raise UserError(f"{folder.where}: no clip '{key}', nor a file of this name{nearest(key, list(every))}")
-        split, clip = every[key]
+        return every[key]
+
+    def _read(self, folder: ShardFolder, key: str, named: str) -> tuple[Clip, Batch]:
+        """The clip and its batch of one, with the chosen modalities that it has."""
+        split, clip = self._stored(folder, key)
         there = [modality for modality in self._chosen if clip.has(modality)]
         if not there:
             has = " and ".join(modality for modality in folder.modalities if clip.has(modality))

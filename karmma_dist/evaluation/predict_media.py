@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
+import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +50,9 @@ def packed_media(
     Raises:
         UserError: no such file, not a media file, nothing in it for the model, damage, or an empty span.
     """
+    for option, at_s in (("start", start_s), ("stop", stop_s)):
+        if at_s is not None and not math.isfinite(at_s):
+            raise UserError(f"{path}: {option} {at_s:g} is not a number of seconds")
     if stop_s is not None and stop_s <= start_s:
         raise UserError(f"{path}: stop {stop_s:g} s is not after start {start_s:g} s")
     _check_media(path, modalities, start_s, stop_s)
@@ -84,11 +89,22 @@ def _spec(settings: Mapping[str, Any], modalities: Sequence[str], raw: Path, out
     )
 
 
-def _check_media(path: Path, modalities: Sequence[str], start_s: float, stop_s: float | None) -> None:
+def check_file(path: Path) -> None:
+    """See that there is such a file, and that it is none that FFmpeg only takes for a video.
+
+    Raises:
+        UserError: there is not, or it is an archive: of the pictures in one FFmpeg would make a video of its own.
+    """
     if path.is_dir():
         raise UserError(f"{path}: is a folder: name a video file in it, or a clip's key")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if tarfile.is_tarfile(path):
+        raise UserError(f"{path}: is a tar archive: name a video file, or a clip's key in the shards")
+
+
+def _check_media(path: Path, modalities: Sequence[str], start_s: float, stop_s: float | None) -> None:
+    check_file(path)
     level = av.logging.get_level()
     av.logging.set_level(av.logging.PANIC)
     try:

@@ -22,7 +22,7 @@ def print_prediction(prediction: Prediction, console: Console) -> None:
     console.print(Text(f"{prediction.clip} ({prediction.seconds:g} s): {_found(prediction)}"), soft_wrap=True)
     if prediction.labels and None not in prediction.labels.values():
         console.print(Text(f"labelled: {' '.join(str(name) for name in prediction.labels.values())}"))
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for guess in prediction.guesses:
         table.add_column("%", justify="right")
         table.add_column(f"{letters(guess.modalities)} says", overflow="fold")
@@ -33,6 +33,7 @@ def print_prediction(prediction: Prediction, console: Console) -> None:
             cells += _cells(guess.actions[place]) if there else ["", ""]
         table.add_row(*map(Text, cells))
     console.print(table)
+    console.print()
 
 
 def _found(prediction: Prediction) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,14 +66,27 @@ def write_report(folder: Path, content: ReportContent) -> Path:
 
 def results_table(results: Results, title: str | None = None) -> Table:
     """The rows as a table that fits a terminal of 80 columns: percentages, one line per condition."""
-    names = [name for name in metric_names(results.rows) if name.endswith("_top1") or name == "action_top5"]
-    caption = f"percent of {results.summary['num_clips']:,} clips; without: has none of these"
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    rows, summary = results.rows, results.summary
+    names = [name for name in metric_names(rows) if name.endswith("_top1") or name == "action_top5"]
+    left_out = {"unlabelled": summary["num_unlabelled"], "left out by noun": summary["num_pruned"]}
+    caption = [f"percent of {summary['num_clips']:,} clips", *(f"{n:,} {why}" for why, n in left_out.items() if n)]
+    # What is the same throughout is left out, so that the rest has room.
+    says = [any(row["drop_prob"] for row in rows), any(row["seed"] for row in rows), True,
+            any(row["num_without"] for row in rows)]  # fmt: skip
+    if says[-1]:
+        caption.append("without: has none of these")
+    table = Table(
+        title=title, caption="; ".join(caption), box=SIMPLE_HEAD, show_edge=False, pad_edge=False,
+        collapse_padding=True,
+    )  # fmt: skip
     table.add_column("modalities", no_wrap=True)
-    for heading in ("drop %", "seed", "clips", "without", *(_heading(name) for name in names)):
+    conditions = list(itertools.compress(("drop %", "seed", "clips", "without"), says))
+    for heading in (*conditions, *(_heading(name) for name in names)):
         table.add_column(heading, justify="right")
-    for row in results.rows:
-        cells = [*_row_cells(row), *(markdown.percent(row[name], digits=1) for name in names)]
+    for row in rows:
+        name, *counts = _row_cells(row)
+        figures = [markdown.percent(row[of], digits=1) for of in names]
+        cells = [name, *itertools.compress(counts, says), *figures]
         table.add_row(*map(Text, cells))  # as it is: of audio:mute:3 markup would make an emoji
     return table
 

@@ -1,14 +1,14 @@
-"""From a run folder to its results: find the run, load the model, stream the split, evaluate.
+"""From a run folder to its results: find the run, plan its evaluation, stream the split, evaluate.
 
 `validate` is the same for a model that is being trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,20 +18,19 @@ from karmma_dist.evaluation.bootstrap import add_intervals
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports import Exports
-from karmma_dist.evaluation.groups import Groups, participants, read_groups
+from karmma_dist.evaluation.plan import Choose, Plan, plan_evaluation
 from karmma_dist.evaluation.predictions import PredictionCollector
 from karmma_dist.evaluation.ranks import check_same, gather_when_done, note_progress
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.variants import Sensors, breaks_sound
-from karmma_dist.models.pretrained import ModelCard, load_model
+from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.progress import Report, silent
-from karmma_dist.recipe import DataRecipe, Recipe, ViewsRecipe, read_run_recipe
-from karmma_dist.shards import ShardFolder
+from karmma_dist.recipe import DataRecipe, Recipe, ViewsRecipe
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.training.rendezvous import ALONE, World
-from karmma_dist.training.run_log import BEST, STATE, read_state
+from karmma_dist.training.run_log import STATE, read_state
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,12 @@ class Evaluated:
     name: str
     """The run's name, or the weights file's."""
     folder: Path
-    """Where its report goes unless told otherwise."""
+    """Where its results and report go."""
     data: DataRecipe
     """The clips it was evaluated on; `validation_split` is the split."""
     results: Results
-    exported: list[str] = field(default_factory=list)
-    """A line about each file of `exports` that was written."""
+    to_export: Callable[[], list[str]] = list
+    """Writes the predictions and submissions that were asked for, and returns a line about each file."""
 
 
 def newest_finished_run(runs_dir: Path) -> Path:
@@ -62,28 +61,9 @@ def newest_finished_run(runs_dir: Path) -> Path:
     return max(finished, key=lambda run: finished[run])
 
 
-def run_name(run: Path) -> str:
-    """What a run is called in a report: as in its recipe, with /best for its best weights, or as its weights file.
-
-    Raises:
-        UserError: its recipe cannot be read.
-    """
-    folder, home = _places(run)
-    if not (home / "recipe.yaml").is_file():
-        return run.stem
-    name = read_run_recipe(home).name
-    return name if home == folder else f"{name}/{BEST}"
-
-
-def _places(run: Path) -> tuple[Path, Path]:
-    """The folder of the weights, and that of the run: the one above where these are its best."""
-    folder = run if run.is_dir() else run.parent
-    return folder, folder.resolve().parent if folder.resolve().name == BEST else folder
-
-
 def evaluate_run(
     run: Path,
-    conditions: Callable[[Sequence[str]], list[Condition]],
+    conditions: Choose,
     *,
     shards: str | None = None,
     split: str | None = None,
@@ -92,10 +72,10 @@ def evaluate_run(
     annotations: Path | None = None,
     views: ViewsRecipe | None = None,
     exports: Exports | None = None,
+    out: Path | None = None,
     report: Report = silent,
-    world: World = ALONE,
 ) -> Evaluated:
-    """Evaluate a run folder or a weights file. Every rank of `world` must call this; all return the same results.
+    """Evaluate a run folder or a weights file in this process.
 
     Args:
         run: Run folder, its best/, or weights file with its model.yaml beside it.
@@ -106,114 +86,85 @@ def evaluate_run(
         num_workers: Decoding processes; None: the recipe's.
         annotations: Folder with the lists of rare classes and unseen participants; None: the recipe's, if it has one.
         views: Views of each clip, averaged; None: the recipe's.
-        exports: Predictions and submissions to write, with whole sensors. A split without labels yields these alone:
-            no rows. Rank 0 writes them.
+        exports: Predictions and submissions to make, with whole sensors. A split without labels yields these alone:
+            no rows.
+        out: Folder that results and report are for; None: eval/ beside the weights.
+        report: Progress.
+
+    Raises:
+        UserError: no weights, no shards, shards of other classes than the model's, a split or modality that does not
+            exist, a split without labels and nothing to export or a sensor to break, something that cannot be
+            exported, or a folder that cannot be written.
+    """
+    plan = plan_evaluation(
+        run, conditions, shards=shards, split=split, batch_size=batch_size, num_workers=num_workers,
+        annotations=annotations, views=views, exports=exports, out=out,
+    )  # fmt: skip
+    return carry_out(plan, report)
+
+
+def carry_out(plan: Plan, report: Report = silent, world: World = ALONE) -> Evaluated:
+    """Evaluate what was planned; the plan's model is left on the device that it ran on.
+
+    Every rank of `world` must call this; all return the same results.
+
+    Args:
+        plan: What of.
         report: Progress.
         world: This rank among those that share the clips; see `ranks.joined_ranks`.
 
     Raises:
-        UserError: no weights, no shards, shards of other classes than the model's, a split or modality that does not
-            exist, a split without labels and nothing to export or a sensor to break, or something that cannot be
-            exported.
+        UserError: no clip can be read, or a prediction is not a number.
     """
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    model, card = load_model(run, device)
-    folder, home = _places(run)
-    recipe = read_run_recipe(home) if (home / "recipe.yaml").is_file() else None
-    if recipe is None and shards is None:
-        raise UserError(f"{folder}: no recipe.yaml beside the weights, so name the shards with --shards DIR")
-    base = recipe.data if recipe else DataRecipe(shards=str(shards), modalities=list(card.modalities))
-    changes = {"shards": shards, "validation_split": split, "num_workers": num_workers}
-    data = base.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    size = batch_size or (recipe.evaluation.batch_size if recipe else 16)
-    name = run_name(run)
-    looks = views or (recipe.evaluation.views if recipe else ViewsRecipe())
-    wanted = exports or Exports()
-    chosen = conditions(model.modalities)
-    whole = [condition for condition in chosen if condition.corrupt is None]
-    wanted.check(card.heads, whole)
-    shard_folder = open_shards(data)
-    _check_classes(card, shard_folder)
-    clips = EvaluationClips(shard_folder, data, card.inputs, data.validation_split, looks)
-    _check_labels(clips, card.heads, wanted, breaks=len(whole) < len(chosen))
-    collector = PredictionCollector(model.modalities, whole) if wanted.are_wanted else None
-    lists = annotations or (recipe.evaluation.annotations if recipe else None)
-    groups = read_groups(Path(lists), model.heads, participants(shard_folder, clips.clips)) if lists else None
-    check_same(f"{run} on split '{data.validation_split}' of {shard_folder.where}: {chosen}", world)
-    results = _evaluate(model, clips, chosen, size, device, name, groups, collector, report, world)
+    model = plan.model.to(device)
+    whole = [condition for condition in plan.conditions if condition.corrupt is None]
+    collector = PredictionCollector(model.modalities, whole) if plan.exports.are_wanted else None
+    where = f"split '{plan.clips.split}' of {plan.clips.folder.where}"
+    check_same(f"{plan.name} on {where}: {plan.conditions}", world)
+    results = _evaluate(plan, model, device, collector, report, world)
     if results.rows:
         results = add_intervals(results)
-    keys = [clip.key for clip in shard_folder.clips(data.validation_split)]
-    exported = [] if collector is None or not world.is_main else wanted.write(collector.finish(), keys)
-    return Evaluated(name, folder / "eval", data, results, exported)
-
-
-def _check_classes(card: ModelCard, folder: ShardFolder) -> None:
-    """A class is a number to the model: it must mean the same in the shards."""
-    for head, num in card.heads.items():
-        there, known = folder.classes.get(head), card.classes.get(head)
-        if there is None:
-            what = f"the model's head '{head}' is not among the shards' ({', '.join(folder.classes)})"
-        elif len(there) != num:
-            what = f"the shards have {len(there)} classes of '{head}', the model {num}"
-        elif known is not None and known != there:
-            number = next(number for number, (a, b) in enumerate(zip(known, there, strict=True)) if a != b)
-            what = f"class {number} of '{head}' is '{there[number]}' in the shards and '{known[number]}' to the model"
-        else:
-            continue
-        raise UserError(f"{folder.where}: {what}: evaluate on shards of the model's own dataset")
-
-
-def _check_labels(clips: EvaluationClips, heads: Mapping[str, int], exports: Exports, breaks: bool) -> None:
-    """Found in the index, before hours of prediction."""
-    labelled = any(all(clip.labels.get(head) is not None for head in heads) for clip in clips.clips)
-    if not labelled and not exports.are_wanted:
-        raise UserError(
-            f"{clips.folder.where}: split '{clips.split}' has no labels, so nothing can be scored: ask for its "
-            "predictions (--predictions FILE.npz or --submission FORMAT FILE), or name another split with --split"
-        )
-    if not labelled and breaks:
-        raise UserError(
-            f"{clips.folder.where}: split '{clips.split}' has no labels, and predictions are written with whole "
-            "sensors only: leave out --corrupt"
-        )
+    data = plan.clips.data
+    done = Evaluated(plan.name, plan.folder, data, results)
+    if collector is None:
+        return done
+    keys = [clip.key for clip in plan.clips.folder.clips(data.validation_split)]
+    return replace(done, to_export=partial(plan.exports.write, collector.finish(), keys))
 
 
 def _evaluate(
-    model: Any,
-    clips: EvaluationClips,
-    conditions: Sequence[Condition],
-    batch_size: int,
+    plan: Plan,
+    model: KarmmaModel,
     device: torch.device,
-    name: str,
-    groups: Groups | None,
     collector: PredictionCollector | None,
     report: Report,
     world: World,
 ) -> Results:
     """Every rank its share of the clips."""
-    data, num_views = clips.data, clips.views.num
-    clips.keeps_sound = any(breaks_sound(condition) for condition in conditions)
+    clips, num_views = plan.clips, plan.clips.views.num
+    clips.keeps_sound = any(breaks_sound(condition) for condition in plan.conditions)
     total = len(clips.clips)
     done = 0
 
     def progress(num: int) -> None:
         nonlocal done
         done = min(total, done + num * world.size)  # rank 0 speaks for all
-        note_progress(f"evaluating {name}")
-        report(f"eval {name}", done, total)
+        note_progress(f"evaluating {plan.name}")
+        report(f"eval {plan.name}", done, total)
 
-    size = max(1, batch_size // num_views)
+    report(f"eval {plan.name}", 0, total)
+    size = max(1, plan.batch_size // num_views)
     with on_device(evaluation_batches(clips, size, world.rank, world.size), device) as batches:
         results = evaluate(
             model,
             batches,
-            conditions,
+            plan.conditions,
             device=device,
-            drop_nouns=data.drop_nouns,
+            drop_nouns=clips.data.drop_nouns,
             progress=progress,
             gather=gather_when_done if world.size > 1 else None,
-            groups=groups,
+            groups=plan.groups,
             num_views=num_views,
             predictions=collector,
             sensors=Sensors(model.modalities, clips.inputs, device),

@@ -89,7 +89,9 @@ def merge(scores: list[BatchScores]) -> BatchScores:
     """One record of all clips, in the order of their keys."""
     keys = [key for one in scores for key in one.keys]
     if not keys:
-        raise UserError("there is no clip to evaluate: the split is empty or none of its clips could be read")
+        damage = sorted(line for one in scores for line in one.damage)
+        why = f"none of its {len(damage)} clips can be read, the first: {damage[0]}" if damage else "the split is empty"
+        raise UserError(f"there is no clip to evaluate: {why}")
     order = np.argsort(keys, kind="stable")
     ordered = [keys[place] for place in order]
     twice = next((a for a, b in itertools.pairwise(ordered) if a == b), None)

@@ -94,8 +94,11 @@ class Sensors:
             return spoil_boxes(amount, batch.inputs[modality], keys, seed)
         if modality != "audio":
             return spoil_pixels(modality, effect, amount, batch.inputs[modality], keys, seed)
+        # Views of a clip share its sound, which is spoiled once.
+        sounds = {key: sound.samples for key, sound in zip(keys, batch.sounds, strict=True)}
+        spoiled = {key: spoil_sound(effect, amount, samples, key, seed) for key, samples in sounds.items()}
         windows = [
-            replace(sound, samples=spoil_sound(effect, amount, sound.samples, key, seed)).windows(self.inputs.audio)
+            replace(sound, samples=spoiled[key]).windows(self.inputs.audio)
             for sound, key in zip(batch.sounds, keys, strict=True)
         ]
         return torch.from_numpy(np.stack(windows))

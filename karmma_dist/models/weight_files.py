@@ -186,6 +186,9 @@ def _reason(error: Exception) -> str:
             f"it holds a Python object ({found[1]}), and reading those can run code: "
             "save its tensors as .safetensors where you trust it"
         )
+    # Of what is no pickle at all torch says how to load it in a way that could run code, or how its parser stumbled.
+    if text.startswith("Weights only load failed") or isinstance(error, LookupError | TypeError | AttributeError):
+        return "neither .safetensors nor tensors that torch.save wrote"
     return text.splitlines()[0] if text else type(error).__name__
 
 

@@ -85,7 +85,7 @@ class Batches(Iterator[Batch]):
             num_workers=num_workers,
             prefetch_factor=2 if num_workers else None,
             timeout=min(stall_s or _POLL_S, _POLL_S) if num_workers else 0,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_start_worker,
         )
         before = set(multiprocessing.active_children())
         self._iterator: Iterator[Batch | Exception] | None = iter(loader.stage(0))  # torch's: its workers start here
@@ -202,13 +202,22 @@ class Batches(Iterator[Batch]):
                 process.join(max(until - time.monotonic(), 0))
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:  # noqa: ARG001
+def _start_worker(worker: int) -> None:  # noqa: ARG001
     """A signal to the whole job, or Ctrl-C, must not take batches from a trainer that has yet to save.
 
-    A worker ends when it is told to, is killed, or sees that the trainer is gone.
+    A worker ends when it is told to, is killed, or sees that the trainer is gone. Torch's own look at the trainer is
+    not enough: a batch that is larger than a pipe and that nobody takes any more would hold the worker for ever.
     """
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 class _Source:

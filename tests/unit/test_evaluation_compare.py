@@ -326,7 +326,7 @@ def test_what_cannot_be_compared_is_one_line():
     raises("at least two runs", alone=strong)
     keys = [f"clip_{number:04d}" for number in range(399)] + ["clip_other"]
     other = make_results(0.5, 1, keys=keys)
-    raises("b was evaluated on 400 clips, a on 400: clip clip_0399 is only a's", a=strong, b=other)
+    raises("b is evaluated on 400 clips, a on 400: clip clip_0399 is only a's", a=strong, b=other)
     raises("other classes", a=strong, b=make_results(0.5, 1, heads={"verb": 4, "noun": 6}))
     video, audio = (make_results(0.5, 1, conditions=[Condition((name,))]) for name in ("video", "audio"))
     raises("a and b have no condition in common", a=video, b=audio)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation_kit import NOUNS, SPANS, VERBS, make_place
 from hypothesis import given
 from hypothesis import strategies as st
 from packing_kit import write_movie
@@ -23,63 +23,11 @@ from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.predict import Prediction, likeliest, predict
 from karmma_dist.evaluation.run import evaluate_run
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.pretrained import save_model
-from karmma_dist.packing.pack import pack
-from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.recipe import InputRecipe, ModelRecipe
-
-VERBS, NOUNS = ["close", "open"], ["cup", "door", "tap"]
-SPANS = [("0.2", "1.2"), ("0.5", "2"), ("1", "")]
-INPUTS = InputRecipe.model_validate(
-    {
-        "video": {"num_frames": 4, "short_side": 32, "crop": 32},
-        "audio": {"num_windows": 4, "window_s": 0.3, "num_mels": 16},
-    }
-)
-
-
-def save_run(folder: Path, modalities: list[str], missing: str = "stand_in") -> Path:
-    """An untrained model of a run folder without a recipe."""
-    names = {m: "small_audio" if m == "audio" else "small_video" for m in modalities}
-    encoders = {m: {"name": name, "options": {"width": 4}} for m, name in names.items()}
-    sizes = {"width": 16, "num_heads": 2, "feedforward": 16, "fc_width": 16, "missing": missing}
-    recipe = ModelRecipe.model_validate({"encoders": encoders, **sizes})
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = KarmmaModel(recipe, INPUTS, modalities, {"verb": len(VERBS), "noun": len(NOUNS)})
-        for parameter in model.parameters():  # far from zero, so that every input has a say
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    save_model(model, folder, classes={"verb": VERBS, "noun": NOUNS})
-    return folder
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Movies with and without sound, shards of their clips in settings of their own, and untrained runs."""
-    root = tmp_path_factory.mktemp("predict")
-    write_movie(root / "raw/one.mp4", frames=60, bursts=[0.4, 1.3])
-    write_movie(root / "raw/silent.mp4", frames=40)
-    write_movie(root / "raw/sound.m4a", bursts=[0.1, 0.6], seconds=1.5)
-    rows = [(f"one_{n}", "one.mp4", *span, "open", "tap") for n, span in enumerate(SPANS)]
-    rows += [("silent_0", "silent.mp4", "0.3", "1.1", "close", "cup"), ("sound_0", "sound.m4a", "", "", "close", "cup")]
-    for split, of in (("train", rows[1:]), ("validation", rows[:1])):
-        with open(root / f"raw/{split}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["key", "media", "start", "stop", "verb", "noun"])
-            writer.writerows(of)
-    for head, names in (("verb", VERBS), ("noun", NOUNS)):
-        (root / f"raw/{head}.csv").write_text("id,key\n" + "".join(f"{n},{name}\n" for n, name in enumerate(names)))
-    settings = {
-        "video": {"region": [0.0, 0.1, 0.9, 1.0], "short_side": 40, "max_fps": 12.5},
-        "flow": {"source": "compute", "bound": 3.0},
-        "plain": {"heads": {"verb": "verb.csv", "noun": "noun.csv"}},
-    }
-    raw_and_out = {"raw": str(root / "raw"), "out": str(root / "shards")}
-    pack(PackingSpec.model_validate({"reader": "plain", "dataset": "test", **raw_and_out, **settings}))
-    save_run(root / "student", ["video", "flow", "audio"])
-    save_run(root / "teacher", ["video", "flow", "audio"], "leave_out")
-    save_run(root / "listener", ["audio"])
-    return root
+    return make_place(tmp_path_factory.mktemp("predict"))
 
 
 def ask(place: Path, *clips: str, run: str = "student", **options: object) -> list[Prediction]:
@@ -224,6 +172,10 @@ def test_the_command_prints_names_and_json(place: Path, capsys):
         (["listener", "silent_0"], "it has video and flow, but the model is to be given audio"),
         (["student", "RAW/sound.m4a", "--modalities", "V,F"], "it has audio, but the model is to be given video, flow"),
         (["nothing", "one_0"], "no such run folder"),
+        (["student", ""], "a clip without a name"),
+        (["student", "RAW/one.mp4", "--start", "nan"], "one.mp4: start nan is not a number of seconds"),
+        (["student", "RAW/one.mp4", "--stop", "inf"], "one.mp4: stop inf is not a number of seconds"),
+        (["student", "RAW/../shards/train-000000.tar"], "is a tar archive"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys, arguments: list[str], says: str):
@@ -233,6 +185,40 @@ def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys, arguments: l
     assert error.startswith("error: ")
     assert says in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("missing", ["two", "RAW/two.mp4"])
+def test_every_clip_is_looked_for_before_the_first_is_predicted(place: Path, monkeypatch, missing: str):
+    def encode(*_: object) -> None:
+        raise AssertionError("a clip was predicted")
+
+    monkeypatch.setattr(KarmmaModel, "encode", encode)
+    with pytest.raises(UserError, match="two"):
+        ask(place, "one_0", missing.replace("RAW", str(place / "raw")))
+
+
+@pytest.mark.parametrize("clip", ["one_0", "raw/one.mp4"])
+def test_clips_of_another_datasets_shards_are_refused(place: Path, tmp_path: Path, clip: str):
+    """Their labels would be read in the wrong words, and files cut in the wrong way."""
+    manifest = json.loads((place / "shards/manifest.json").read_text())
+    for path in (place / "shards").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"heads": {"verb": VERBS[::-1], "noun": NOUNS}}))
+    named = str(place / clip) if "/" in clip else clip
+    says = rf"class 0 of 'verb' is '{VERBS[-1]}' in the shards and '{VERBS[0]}' to the model: name shards of the.*set$"
+    with pytest.raises(UserError, match=says):
+        predict(place / "student", [named], shards=str(tmp_path))
+
+
+def test_a_table_of_four_guesses_fits_a_terminal(place: Path, capsys):
+    assert main(["predict", str(place / "student"), "one_0", "one_1", "--shards", str(place / "shards")]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("V+F+A says" in line for line in lines) == 2
+    assert any(f"{verb} {noun}" in shown.out for verb, noun in product(VERBS, NOUNS))
+    assert "predict: 2/2" in shown.err
 
 
 def test_eval_breaks_the_sensors_of_packed_clips(place: Path, tmp_path: Path, capsys):

@@ -172,6 +172,27 @@ def test_terminal_table_has_a_line_per_row():
     assert "action top-1" in text
 
 
+@pytest.mark.parametrize("corrupt", [None, "detections:dropped:3"])
+def test_the_terminal_table_of_conditions_fits_80_columns_and_says_what_was_left_out(corrupt):
+    results = make_results(STUDENT)
+    rows = [row | {"corrupt": corrupt, "num_without": 3, "drop_prob": 0.1 * (place % 2)}
+            for place, row in enumerate(results.rows)]  # fmt: skip
+    summary = results.summary | {"num_unlabelled": 66, "num_pruned": 0}
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(results_table(Results(rows, summary), "student"))
+    text = console.export_text()
+    assert "…" not in text
+    assert "66 unlabelled; without: has none of these" in " ".join(text.split())
+    assert "by noun" not in text
+
+
+def test_what_is_the_same_in_every_row_takes_no_column():
+    results = make_results(STUDENT)
+    rows = [row | {"drop_prob": 0.0, "seed": 0, "num_without": 0} for row in results.rows[:2]]
+    headings = [str(column.header) for column in results_table(Results(rows, results.summary)).columns]
+    assert headings[:3] == ["modalities", "clips", "action top-1"]
+
+
 def test_a_report_on_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no results"):
         write_report(tmp_path, ReportContent("t", {}))

@@ -165,6 +165,6 @@ def test_weights_of_another_encoder_are_refused_and_change_nothing(tmp_path: Pat
     with pytest.raises(UserError, match="no such run folder or weights file"):
         load_encoder_weights(encoder, "audio", str(tmp_path / "missing.pth"))
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(UserError, match=r"text.pth: cannot be read as weights"):
+    with pytest.raises(UserError, match=r"text.pth: cannot be read as weights: neither .safetensors nor"):
         load_encoder_weights(encoder, "audio", str(tmp_path / "text.pth"))
     assert same(before, encoder)

@@ -31,6 +31,7 @@ def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path: Path) -> Non
     with pytest.raises(OSError, match="no space left"):
         write_whole(path, cut)
     assert path.read_bytes() == BEFORE
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("content", [AFTER, lambda temporary: temporary.write_bytes(AFTER)], ids=["bytes", "writer"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.sharedctypes import Synchronized
@@ -251,3 +253,26 @@ def test_a_signal_to_the_whole_job_leaves_the_workers_at_their_work(shards: Path
         keys += [batch.keys for batch in batches]
     assert keys == [batch.keys for batch in make(shards, workers=0, epochs=3)]
     assert not any(is_running(pid) for pid in pids)
+
+
+ABANDONED = """
+import os, signal, torch
+from karmma_dist.streaming.batch import Batch
+from karmma_dist.streaming.order import Slice
+from karmma_dist.streaming.workers import Batches
+
+class Large:
+    def batch(self, part, activity):
+        there = torch.ones(1, dtype=torch.bool)
+        return Batch(["x" * 10_000_000], there[None], {}, {}, there, None)
+
+batches = Batches(Large(), lambda: (Slice(0, step, step, step + 1) for step in range(9)), 2)
+next(batches)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_of_a_killed_trainer_end_although_nobody_takes_their_batches() -> None:
+    """They hold the pipe of its output: it closes when the last of them is gone."""
+    done = subprocess.run([sys.executable, "-c", ABANDONED], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
