@@ -120,8 +120,8 @@ def carry_out(plan: Plan, report: Report = silent, world: World = ALONE) -> Eval
     model = plan.model.to(device)
     whole = [condition for condition in plan.conditions if condition.corrupt is None]
     collector = PredictionCollector(model.modalities, whole) if plan.exports.are_wanted else None
-    where = f"split '{plan.clips.split}' of {plan.clips.folder.where}"
-    check_same(f"{plan.name} on {where}: {plan.conditions}", world)
+    clips = f"split '{plan.clips.split}' of {plan.clips.folder.where}"
+    check_same(f"{plan.name} on {clips} ({plan.folder}): {plan.conditions}", world)
     results = _evaluate(plan, model, device, collector, report, world)
     if results.rows:
         results = add_intervals(results)
