@@ -29,10 +29,13 @@ FIGURES = {
 }
 """Over several conditions: given top-1 per draw and condition (D, K) and the K rows, the figure of each draw (D,)."""
 
+NUM_DRAWS = 10_000
+"""Draws of a paired bootstrap: its p-values are multiples of 2 / 10,001, small enough to stand a correction."""
+
 _NAME = METRIC.removesuffix("_top1")
 
 
-def compare(models: Mapping[str, Results], num_draws: int = bootstrap.NUM_DRAWS, seed: int = 0) -> dict[str, Any]:
+def compare(models: Mapping[str, Results], num_draws: int = NUM_DRAWS, seed: int = 0) -> dict[str, Any]:
     """Compare every pair of models on action top-1 under the conditions both were evaluated under.
 
     Returns:
@@ -40,9 +43,10 @@ def compare(models: Mapping[str, Results], num_draws: int = bootstrap.NUM_DRAWS,
         per pair of models in the order of `models`: `models` [first, second]; `conditions`, each with modalities,
         drop_prob, seed, corrupt, num_clips (shown to both), `difference` (second minus first, in points),
         `only_first` and `only_second` (clips that this one alone gets right), `p` and `p_holm` (over all pairs and
-        conditions); and `subset_average`, `drop_curve_area` and `drop_curve_fall` (the more, the worse), each None or
-        with `difference`, its 95 % interval `ci`, `p` and `p_holm` (over all pairs). These are of whole sensors, and of
-        the conditions that both models were evaluated under.
+        conditions with whole sensors, or all with a broken one); and `subset_average`, `drop_curve_area` and
+        `drop_curve_fall` (the more, the worse), each None or with `difference`, its 95 % interval `ci`, `p` and
+        `p_holm` (over all pairs). These are of whole sensors, and of the conditions that both models were evaluated
+        under.
 
     Raises:
         UserError: fewer than two models, other clips or classes, or a pair without a common condition.
@@ -54,7 +58,9 @@ def compare(models: Mapping[str, Results], num_draws: int = bootstrap.NUM_DRAWS,
         name: bootstrap.resampled_top1(results.per_clip, _NAME, num_draws, seed) for name, results in models.items()
     }
     pairs = [_pair(names, models, draws) for names in itertools.combinations(models, 2)]
-    _correct([test for pair in pairs for test in pair["conditions"]])
+    tests = [test for pair in pairs for test in pair["conditions"]]
+    for is_broken in (False, True):
+        _correct([test for test in tests if (test["corrupt"] is not None) == is_broken])
     for figure in FIGURES:
         _correct([pair[figure] for pair in pairs if pair[figure] is not None])
     return {

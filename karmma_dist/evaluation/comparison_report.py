@@ -28,7 +28,7 @@ def comparison_section(comparison: dict[str, Any]) -> str:
         "## Which differences would hold on other clips: action top-1\n",
         f"Paired tests on the same {comparison['num_clips']:,} clips; second model minus first, in points. Averages "
         "and falls: paired bootstrap, 95 % interval. Single conditions: exact McNemar test. p-values are corrected by "
-        "Holm for the number of pairs, and of conditions where there are several.\n",
+        "Holm for the number of pairs, and of conditions where there are several (those with broken sensors apart).\n",
     ]
     figures = [_figure_line(pair, figure) for figure in _FIGURES for pair in pairs if pair[figure] is not None]
     if figures:

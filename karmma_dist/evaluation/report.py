@@ -19,7 +19,7 @@ from karmma_dist.evaluation.findings import METRIC, findings, model_ranks, subse
 from karmma_dist.evaluation.html_report import write_html_report
 from karmma_dist.evaluation.plots import Curve, drop_curves, subset_bars
 from karmma_dist.evaluation.readings import Models
-from karmma_dist.evaluation.report_content import ReportContent
+from karmma_dist.evaluation.report_content import ReportContent, condense, kept_rows
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import error_names, metric_names, whole_sensors
 from karmma_dist.modality import letters
@@ -44,6 +44,7 @@ def write_report(folder: Path, content: ReportContent) -> Path:
     A section that the rows do not allow (no subsets, no sweep) is left out, and so is its plot. The folder is made if
     missing.
     """
+    content = condense(content)
     folder.mkdir(parents=True, exist_ok=True)
     models, comparison = content.models, content.comparison
     sections = [
@@ -66,13 +67,15 @@ def write_report(folder: Path, content: ReportContent) -> Path:
 
 def results_table(results: Results, title: str | None = None) -> Table:
     """The rows as a table that fits a terminal of 80 columns: percentages, one line per condition."""
-    rows, summary = results.rows, results.summary
+    rows, summary = kept_rows(results.to_dict()), results.summary
     names = [name for name in metric_names(rows) if name.endswith("_top1") or name == "action_top5"]
     left_out = {"unlabelled": summary["num_unlabelled"], "left out by noun": summary["num_pruned"]}
     caption = [f"percent of {summary['num_clips']:,} clips", *(f"{n:,} {why}" for why, n in left_out.items() if n)]
     # What is the same throughout is left out, so that the rest has room.
     says = [any(row["drop_prob"] for row in rows), any(row["seed"] for row in rows), True,
             any(row["num_without"] for row in rows)]  # fmt: skip
+    if len(rows) < len(results.rows):
+        caption.append(f"{len(results.rows) - len(rows):,} more rows with broken sensors: results.json")
     if says[-1]:
         caption.append("without: has none of these")
     table = Table(

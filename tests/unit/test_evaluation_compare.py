@@ -129,6 +129,19 @@ def test_pairs_are_tested_on_the_clips_that_one_model_alone_gets_right():
     assert [test["p_holm"] for test in tests] == holm([test["p"] for test in tests])
 
 
+def test_failures_of_sensors_that_are_tested_too_leave_the_tests_with_whole_sensors_as_they_are():
+    """The more tests a correction counts, the less it finds: a suite of failures would drown the rest."""
+    conditions = [*CONDITIONS, *build_conditions(MODALITIES, num_seeds=3, corrupt=["suite"])[1:]]
+    assert len(conditions) > 2 * len(CONDITIONS)
+    chosen = {"weak": (0.5, 1), "strong": (0.8, 2)}
+    models = {name: make_results(skill, seed, conditions=conditions) for name, (skill, seed) in chosen.items()}
+    alone = {"weak": MODELS["weak"], "strong": MODELS["strong"]}
+    (pair,), (expected,) = (compare(of, num_draws=20)["pairs"] for of in (models, alone))
+    assert pair["conditions"][: len(CONDITIONS)] == expected["conditions"]
+    broken = pair["conditions"][len(CONDITIONS) :]
+    assert [test["p_holm"] for test in broken] == holm([test["p"] for test in broken])
+
+
 def test_a_pair_is_tested_on_the_clips_that_both_were_shown():
     first, second = MODELS["weak"], MODELS["strong"]
     ranks_NK = second.per_clip.ranks["action"].copy()

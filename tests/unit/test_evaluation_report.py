@@ -39,6 +39,7 @@ def make_results(curve, modalities=MODALITIES, majority=1.0, **choices) -> Resul
                 "modalities": list(condition.modalities),
                 "drop_prob": condition.drop_prob,
                 "seed": condition.seed,
+                "corrupt": condition.corrupt,
                 "num_clips": NUM_CLIPS - 12 * (condition.modalities == ("audio",)),
                 "num_without": 12 * (condition.modalities == ("audio",)),
                 "num_present": dict.fromkeys(modalities, NUM_CLIPS),
