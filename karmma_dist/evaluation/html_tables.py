@@ -47,7 +47,7 @@ class Table:
     def to_html(self) -> str:
         """Markup, in a container of its own that scrolls sideways where the table is wider than the page."""
         head = "".join(
-            f'<th scope="col"{self._class(place)}>{escape(name)}</th>' for place, name in enumerate(self.columns)
+            f'<th scope="col"{self._class(place)}>{_breakable(name)}</th>' for place, name in enumerate(self.columns)
         )
         body = "\n".join(self._line(line) for line in self.body)
         foot = "\n".join(self._line(line) for line in self.foot)
@@ -61,7 +61,7 @@ class Table:
 
     def _line(self, line: Sequence[Cell | str]) -> str:
         first, *others = line
-        cells = [f'<th scope="row">{_inner(first)}</th>']
+        cells = [f'<th scope="row">{_breakable(first) if isinstance(first, str) else _inner(first)}</th>']
         cells += [f"<td{self._class(place)}>{_inner(cell)}</td>" for place, cell in enumerate(others, 1)]
         return f"<tr>{''.join(cells)}</tr>"
 
@@ -93,6 +93,11 @@ def bullets(lines: Sequence[str]) -> str:
 def note(text: str) -> str:
     """A paragraph under a table, or nothing."""
     return f'<p class="caption">{escape(text.strip())}</p>\n' if text else ""
+
+
+def _breakable(name: str) -> str:
+    """A name that a narrow column breaks where a reader would: runs/epic_kitchens/distill."""
+    return escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
 def _inner(cell: Cell | str) -> str:

@@ -67,6 +67,19 @@ def test_no_text_of_a_plot_is_cut_or_tiny(browser, report, width):
     assert [one for one in texts if min(one[1:5]) < -0.5 or one[5] < 10] == []
 
 
+@pytest.mark.parametrize("width", [360, 1280])
+def test_no_name_in_a_table_runs_into_the_next(browser, report, width):
+    browser.open(report, width)
+    browser.run("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    names = browser.run(
+        "[...document.querySelectorAll('th')].map(th => { const r = document.createRange(); r.selectNodeContents(th);"
+        " const c = r.getBoundingClientRect(), b = th.getBoundingClientRect();"
+        " return [th.textContent, c.left - b.left, b.right - c.right]; })"
+    )
+    assert sum(LONG in name for name, *_ in names) > 5
+    assert [one for one in names if min(one[1:]) < -0.5] == []
+
+
 def test_a_name_that_holds_markup_is_shown_and_never_run(browser, report):
     browser.open(report, 1280)
     assert HOSTILE in browser.run("document.body.innerText")

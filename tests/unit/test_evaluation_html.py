@@ -24,7 +24,7 @@ from karmma_dist.evaluation.report_content import ReportContent
 from karmma_dist.evaluation.svg import Point, _ticks, bar_plot, line_plot
 from karmma_dist.modality import letters
 
-VOID = {"meta", "br", "img", "link", "input", "hr"}
+VOID = {"meta", "br", "img", "link", "input", "hr", "wbr"}
 CSS = files("karmma_dist.evaluation").joinpath("report.css").read_text(encoding="utf-8")
 
 
