@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.compare_runs import COMPARISON, evaluate_and_compare, to_dict
 from karmma_dist.evaluation.conditions import Condition, build_conditions
+from karmma_dist.evaluation.plan import plan_evaluation
 from karmma_dist.evaluation.report import RESULTS, write_report
 from karmma_dist.evaluation.report_content import ReportContent
-from karmma_dist.evaluation.run import Evaluated, evaluate_run, validate
+from karmma_dist.evaluation.run import Evaluated, carry_out, validate
 from karmma_dist.models.weight_files import own_weights
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
@@ -90,7 +91,7 @@ def compare_students(out: Path, runs: Mapping[str, Path], timings: Timings, repo
         titles = {run: title for title, run in runs.items()}
 
         def evaluate(run: Path) -> Evaluated:
-            work = partial(evaluate_run, run, _conditions, report=report)
+            work = partial(carry_out, plan_evaluation(run, _conditions), report)
             return replace(timings.measure(f"evaluate {titles[run]}", work), name=titles[run])
 
         found = to_dict(*evaluate_and_compare(list(runs.values()), evaluate))

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,33 +34,10 @@ from karmma_dist.evaluation.scores import (
     ranked,
     score_rows,
 )
+from karmma_dist.evaluation.sensor_model import SensorModel
 from karmma_dist.evaluation.variants import EncodeOnce, Sensors, side_by_side, states_of, variants
 from karmma_dist.evaluation.views import mean_over_views, one_row_per_clip, rows_of_views
 from karmma_dist.streaming.batch import Batch
-
-
-class SensorModel(Protocol):
-    """What evaluation needs of a model: `karmma_dist.models.karmma.KarmmaModel` has it."""
-
-    @property
-    def modalities(self) -> Sequence[str]:
-        """Columns of present_BM."""
-
-    @property
-    def heads(self) -> Mapping[str, int]:
-        """Number of classes per head."""
-
-    def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
-        """Tokens of the present clips, per modality."""
-
-    def fuse(self, tokens: dict[str, Tensor], present_BM: Tensor, keep_BM: Tensor) -> dict[str, Tensor]:
-        """Logits (B, C) per head from the tokens of the kept modalities; every clip keeps at least one."""
-
-    def modules(self) -> Iterator[torch.nn.Module]:
-        """All modules, the model itself among them."""
-
-    def eval(self) -> Any:
-        """Switch to evaluation mode."""
 
 
 @torch.no_grad()

@@ -67,7 +67,23 @@ def plan_evaluation(
 ) -> Plan:
     """Load the model, open the shards, and check everything that can be checked before an evaluation.
 
-    Args and errors are those of `run.evaluate_run`.
+    Args:
+        run: Run folder, its best/, or weights file with its model.yaml beside it.
+        conditions: Given the model's modalities, what is there at inference.
+        shards: Shards folder; None: the run's own.
+        split: Split; None: the run's validation split.
+        batch_size: Clips per batch; None: the recipe's. The answers do not depend on it.
+        num_workers: Decoding processes; None: the recipe's.
+        annotations: Folder with the lists of rare classes and unseen participants; None: the recipe's, if it has one.
+        views: Views of each clip, averaged; None: the recipe's.
+        exports: Predictions and submissions to make, with whole sensors. A split without labels yields these alone:
+            no rows.
+        out: Folder that results and report are for; None: eval/ beside the weights.
+
+    Raises:
+        UserError: no weights, no shards, shards of other classes than the model's, a split or modality that does not
+            exist, a split without labels and nothing to export or a sensor to break, something that cannot be
+            exported, or a folder that cannot be written.
     """
     model, card = load_model(run)
     places, home = run_places(run)

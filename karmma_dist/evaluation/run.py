@@ -17,15 +17,14 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation.bootstrap import add_intervals
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.evaluate import evaluate
-from karmma_dist.evaluation.exports import Exports
-from karmma_dist.evaluation.plan import Choose, Plan, plan_evaluation
+from karmma_dist.evaluation.plan import Plan
 from karmma_dist.evaluation.predictions import PredictionCollector
 from karmma_dist.evaluation.ranks import check_same, gather_when_done, note_progress
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.variants import Sensors, breaks_sound
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.progress import Report, silent
-from karmma_dist.recipe import DataRecipe, Recipe, ViewsRecipe
+from karmma_dist.recipe import DataRecipe, Recipe
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.prefetch import on_device
@@ -59,48 +58,6 @@ def newest_finished_run(runs_dir: Path) -> Path:
     if not finished:
         raise UserError(f"{runs_dir}: no finished run in it: name a run folder, or train one: karmma-dist train RECIPE")
     return max(finished, key=lambda run: finished[run])
-
-
-def evaluate_run(
-    run: Path,
-    conditions: Choose,
-    *,
-    shards: str | None = None,
-    split: str | None = None,
-    batch_size: int | None = None,
-    num_workers: int | None = None,
-    annotations: Path | None = None,
-    views: ViewsRecipe | None = None,
-    exports: Exports | None = None,
-    out: Path | None = None,
-    report: Report = silent,
-) -> Evaluated:
-    """Evaluate a run folder or a weights file in this process.
-
-    Args:
-        run: Run folder, its best/, or weights file with its model.yaml beside it.
-        conditions: Given the model's modalities, what is there at inference.
-        shards: Shards folder; None: the run's own.
-        split: Split; None: the run's validation split.
-        batch_size: Clips per batch; None: the recipe's. The answers do not depend on it.
-        num_workers: Decoding processes; None: the recipe's.
-        annotations: Folder with the lists of rare classes and unseen participants; None: the recipe's, if it has one.
-        views: Views of each clip, averaged; None: the recipe's.
-        exports: Predictions and submissions to make, with whole sensors. A split without labels yields these alone:
-            no rows.
-        out: Folder that results and report are for; None: eval/ beside the weights.
-        report: Progress.
-
-    Raises:
-        UserError: no weights, no shards, shards of other classes than the model's, a split or modality that does not
-            exist, a split without labels and nothing to export or a sensor to break, something that cannot be
-            exported, or a folder that cannot be written.
-    """
-    plan = plan_evaluation(
-        run, conditions, shards=shards, split=split, batch_size=batch_size, num_workers=num_workers,
-        annotations=annotations, views=views, exports=exports, out=out,
-    )  # fmt: skip
-    return carry_out(plan, report)
 
 
 def carry_out(plan: Plan, report: Report = silent, world: World = ALONE) -> Evaluated:

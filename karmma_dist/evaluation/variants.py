@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,9 @@ from karmma_dist.evaluation.broken_sensors import spoil_boxes, spoil_pixels, spo
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.corruptions import Corruption, parse_corruption
 from karmma_dist.evaluation.scores import BatchScores
+from karmma_dist.evaluation.sensor_model import SensorModel
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.batch import Batch, prepare
-
-if TYPE_CHECKING:
-    from karmma_dist.evaluation.evaluate import SensorModel
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation import predict_media
 from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.predict import Prediction, likeliest, predict
-from karmma_dist.evaluation.run import evaluate_run
+from karmma_dist.evaluation.plan import plan_evaluation
+from karmma_dist.evaluation.run import carry_out
 from karmma_dist.models.karmma import KarmmaModel
 
 
@@ -61,10 +62,11 @@ def test_other_spans_and_other_packing_settings_give_other_predictions(place: Pa
 @pytest.mark.parametrize("run", ["student", "teacher"])
 def test_a_key_is_predicted_as_the_evaluation_predicts_it(place: Path, run: str):
     """The one clip of the validation split is "open tap": its loss and its ranks are in the evaluation's rows."""
-    done = evaluate_run(
+    plan = plan_evaluation(
         place / run, lambda available: build_conditions(available, subsets=True), shards=str(place / "shards"),
         num_workers=0,
     )  # fmt: skip
+    done = carry_out(plan)
     (prediction,) = ask(place, "one_0", run=run)
     rows = {tuple(row["modalities"]): row for row in done.results.rows}
     assert [guess.modalities for guess in prediction.guesses] == [

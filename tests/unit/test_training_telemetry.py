@@ -20,7 +20,8 @@ from torch import nn
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.evaluation.run import evaluate_run
+from karmma_dist.evaluation.plan import plan_evaluation
+from karmma_dist.evaluation.run import carry_out
 from karmma_dist.evaluation.run import validate as measure
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.profiling.flops import flops_per_clip
@@ -201,7 +202,7 @@ def test_the_best_weights_are_recorded_and_evaluated_like_a_run(run: tuple[Recip
     step = min(losses, key=lambda step: losses[step])
     best = read_state(recipe.run_dir)["best"]
     assert best == {"metric": "noun_loss", "value": losses[step], "step": step, "epoch": step // 2 - 1}
-    done = evaluate_run(recipe.run_dir / "best", lambda modalities: [Condition(tuple(modalities))])
+    done = carry_out(plan_evaluation(recipe.run_dir / "best", lambda modalities: [Condition(tuple(modalities))]))
     assert done.results.rows[0]["noun_loss"] == pytest.approx(losses[step], abs=1e-5)
     assert (done.name, done.folder) == ("run/best", recipe.run_dir / "best" / "eval")
 
