@@ -24,8 +24,8 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation.compare_runs import COMPARISON, evaluate_and_compare, to_dict
 from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.plan import plan_evaluation
-from karmma_dist.evaluation.report import RESULTS, write_report
-from karmma_dist.evaluation.report_content import ReportContent
+from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.write import RESULTS, write_report
 from karmma_dist.evaluation.run import Evaluated, carry_out, validate
 from karmma_dist.models.weight_files import own_weights
 from karmma_dist.packing.pack import pack

@@ -18,8 +18,8 @@ from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.exports import Exports
 from karmma_dist.evaluation.plan import Plan, check_folder, plan_evaluation
 from karmma_dist.evaluation.ranks import joined_ranks
-from karmma_dist.evaluation.report import results_table, write_report, write_results
-from karmma_dist.evaluation.report_content import ReportContent
+from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.write import results_table, write_report, write_results
 from karmma_dist.evaluation.run import Evaluated, carry_out, newest_finished_run
 from karmma_dist.evaluation.views import parse_views
 from karmma_dist.modality import parse_modalities

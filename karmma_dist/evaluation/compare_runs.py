@@ -14,8 +14,8 @@ from typing import Any
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.compare import check_same_clips, check_same_keys, check_shared, compare
 from karmma_dist.evaluation.plan import Plan, run_name
-from karmma_dist.evaluation.report import write_report, write_results
-from karmma_dist.evaluation.report_content import ReportContent
+from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.write import write_report, write_results
 from karmma_dist.evaluation.run import Evaluated
 from karmma_dist.models.pretrained import CARD, ModelCard
 from karmma_dist.models.weight_files import own_weights

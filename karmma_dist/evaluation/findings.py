@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from karmma_dist.evaluation import markdown, metrics
+from karmma_dist.evaluation import metrics
+from karmma_dist.evaluation.report import markdown
 from karmma_dist.evaluation.summary import by_subset, mean_over_seeds, whole_sensors
 from karmma_dist.modality import letters
 

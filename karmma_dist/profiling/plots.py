@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from karmma_dist.evaluation.plots import COLOURS, save_figure, style_axes
+from karmma_dist.evaluation.report.plots import COLOURS, save_figure, style_axes
 from karmma_dist.modality import letters
 from karmma_dist.profiling.costs import Cost, Profile
 

@@ -18,8 +18,8 @@ from karmma_dist.evaluation.broken_sensors import span, spoil_boxes, spoil_pixel
 from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.corruptions import KINDS, Corruption, parse_corruption, parse_corruptions
 from karmma_dist.evaluation.evaluate import evaluate
-from karmma_dist.evaluation.report import results_table, write_report
-from karmma_dist.evaluation.report_content import ReportContent
+from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.write import results_table, write_report
 from karmma_dist.evaluation.summary import summarise
 from karmma_dist.evaluation.variants import Sensors
 from karmma_dist.packing.flow import quantise_flow

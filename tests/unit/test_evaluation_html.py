@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from report_kit import EXTRA, random_results
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.html_report import embeddable_json, html_report, write_html_report
-from karmma_dist.evaluation.plots import COLOURS
-from karmma_dist.evaluation.report import write_report
-from karmma_dist.evaluation.report_content import ReportContent
-from karmma_dist.evaluation.svg import Point, _ticks, bar_plot, line_plot
+from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.html_report import embeddable_json, html_report, write_html_report
+from karmma_dist.evaluation.report.plots import COLOURS
+from karmma_dist.evaluation.report.svg import Point, _ticks, bar_plot, line_plot
+from karmma_dist.evaluation.report.write import write_report
 from karmma_dist.modality import letters
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "wbr"}
-CSS = files("karmma_dist.evaluation").joinpath("report.css").read_text(encoding="utf-8")
+CSS = files("karmma_dist.evaluation.report").joinpath("report.css").read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):

@@ -13,9 +13,9 @@ from rich.console import Console
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.findings import findings
-from karmma_dist.evaluation.plots import _spread
-from karmma_dist.evaluation.report import results_table, write_report, write_results
-from karmma_dist.evaluation.report_content import ReportContent
+from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.plots import _spread
+from karmma_dist.evaluation.report.write import results_table, write_report, write_results
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import summarise
 from karmma_dist.modality import letters

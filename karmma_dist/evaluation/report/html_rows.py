@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from karmma_dist.evaluation.html_tables import Cell, Section, Table, best_cells, note, number
-from karmma_dist.evaluation.readings import (
+from karmma_dist.evaluation.report.html_tables import Cell, Section, Table, best_cells, note, number
+from karmma_dist.evaluation.report.readings import (
     Models,
     Row,
     fullest,

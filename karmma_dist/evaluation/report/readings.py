@@ -7,8 +7,8 @@ from typing import Any
 
 from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.findings import METRIC
-from karmma_dist.evaluation.html_tables import number
-from karmma_dist.evaluation.svg import Point
+from karmma_dist.evaluation.report.html_tables import number
+from karmma_dist.evaluation.report.svg import Point
 
 Models = Mapping[str, dict[str, Any]]
 Row = dict[str, Any]

@@ -17,18 +17,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.evaluation.comparison_report import comparison_tables
 from karmma_dist.evaluation.findings import findings
-from karmma_dist.evaluation.html_rows import condition_counts, every_row, everything_present
-from karmma_dist.evaluation.html_sections import (
+from karmma_dist.evaluation.report.comparison_section import comparison_tables
+from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.html_rows import condition_counts, every_row, everything_present
+from karmma_dist.evaluation.report.html_sections import (
     at_a_glance,
     corruptions,
     missing_at_random,
     subsets_section,
     what_was_measured,
 )
-from karmma_dist.evaluation.html_tables import Section, Table, bullets
-from karmma_dist.evaluation.report_content import ReportContent
+from karmma_dist.evaluation.report.html_tables import Section, Table, bullets
 from karmma_dist.shards import write_whole
 
 HTML_REPORT = "report.html"
@@ -107,7 +107,7 @@ def _times(timings: Mapping[str, float]) -> Section:
 
 
 def _resource(name: str) -> str:
-    return files("karmma_dist.evaluation").joinpath(name).read_text(encoding="utf-8")
+    return files("karmma_dist.evaluation.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

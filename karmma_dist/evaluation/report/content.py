@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.corruption_report import corruption_values
-from karmma_dist.evaluation.readings import Models, Row
+from karmma_dist.evaluation.report.corruption_section import corruption_values
+from karmma_dist.evaluation.report.readings import Models, Row
 from karmma_dist.modality import letters
 
 MOST_BROKEN = 200

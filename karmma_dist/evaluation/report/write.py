@@ -12,14 +12,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from karmma_dist.evaluation import markdown
-from karmma_dist.evaluation.comparison_report import comparison_section
-from karmma_dist.evaluation.corruption_report import corruption_section
 from karmma_dist.evaluation.findings import METRIC, findings, model_ranks, subset_values
-from karmma_dist.evaluation.html_report import write_html_report
-from karmma_dist.evaluation.plots import Curve, drop_curves, subset_bars
-from karmma_dist.evaluation.readings import Models
-from karmma_dist.evaluation.report_content import ReportContent, condense, kept_rows
+from karmma_dist.evaluation.report import markdown
+from karmma_dist.evaluation.report.comparison_section import comparison_section
+from karmma_dist.evaluation.report.content import ReportContent, condense, kept_rows
+from karmma_dist.evaluation.report.corruption_section import corruption_section
+from karmma_dist.evaluation.report.html_report import write_html_report
+from karmma_dist.evaluation.report.plots import Curve, drop_curves, subset_bars
+from karmma_dist.evaluation.report.readings import Models
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import error_names, metric_names, whole_sensors
 from karmma_dist.modality import letters

@@ -11,8 +11,8 @@ from html import escape
 from typing import Any
 
 from karmma_dist.evaluation.findings import METRIC, model_ranks, subset_values
-from karmma_dist.evaluation.html_tables import Cell, Section, Table, best_cells, bullets, note, number
-from karmma_dist.evaluation.readings import (
+from karmma_dist.evaluation.report.html_tables import Cell, Section, Table, best_cells, bullets, note, number
+from karmma_dist.evaluation.report.readings import (
     Models,
     Row,
     clip_counts,
@@ -24,7 +24,7 @@ from karmma_dist.evaluation.readings import (
     rows_of,
     uncorrupted,
 )
-from karmma_dist.evaluation.svg import Point, bar_plot, legend, line_plot
+from karmma_dist.evaluation.report.svg import Point, bar_plot, legend, line_plot
 from karmma_dist.modality import letters
 
 WIDE, NARROW = 720, 326
