@@ -31,7 +31,11 @@ SCHEMA = 1
 
 MANIFEST = "manifest.json"
 
+TAR_NAME = re.compile(r"([A-Za-z0-9_-]+)-\d{6}\.tar")
+"""Of a shard; its group is the split."""
+
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MEMBERS = {m.member: m.name for m in MODALITIES.values()} | {"json": "json"}
 
 
@@ -158,7 +162,8 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
     """Write a file so that it is whole or not there, and what was there before stays until then.
 
-    Temporary name, fsync, rename.
+    Temporary name, fsync, rename. Who may read it is what the umask says, whatever its writer thinks of that:
+    safetensors' files are their owner's alone.
 
     Args:
         path: The file.
@@ -166,10 +171,11 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        if isinstance(content, bytes):
-            temporary.write_bytes(content)
-        else:
+        temporary.write_bytes(content if isinstance(content, bytes) else b"")
+        if not isinstance(content, bytes):
+            mode = temporary.stat().st_mode
             content(temporary)
+            temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -192,15 +198,58 @@ def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
     """Read the text of a manifest; `where` is what messages call it.
 
     Raises:
-        UserError: it is no JSON, or of another schema.
+        UserError: it is no manifest, or of another schema.
+    """
+    try:
+        return check_manifest(text, where)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{where}: not a manifest of packed shards: {error}: write it again with karmma-dist verify --repair"
+        ) from None
+
+
+def check_manifest(text: bytes, where: str) -> dict[str, Any]:
+    """Read the text of a manifest and check its shape, so that what follows can rely on it.
+
+    Names and hashes of shards become paths, so nothing but the expected form passes.
+
+    Raises:
+        ValueError: it is no manifest.
+        UserError: it is of a newer schema.
     """
     try:
         manifest = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise UserError(f"{where}: not a manifest of schema {SCHEMA}: pack the shards again")
-    return manifest
+        schema = manifest["schema"]
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise UserError(f"{where}: of schema {schema}, newer than {SCHEMA}: update karmma-dist")
+        if schema != SCHEMA:
+            raise ValueError(f"schema {schema!r}")
+        _check_shape(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(repr(error)) from None
+    return dict(manifest)
+
+
+def _check_shape(manifest: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError, AttributeError or ValueError where a part is missing or of another kind."""
+    for modality in manifest["modalities"]:
+        if modality not in MODALITIES:
+            raise ValueError(f"modality {modality!r}")
+    for head, names in manifest["heads"].items():
+        if not isinstance(names, list):
+            raise ValueError(f"classes of {head!r}")
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            if not TAR_NAME.fullmatch(shard["name"]):
+                raise ValueError(f"shard {shard['name']!r}: not the name of a shard")
+            for name in ("sha256", "index_sha256"):
+                if not _SHA256.fullmatch(shard[name]):
+                    raise ValueError(f"shard {shard['name']!r}: {name} {shard[name]!r}")
+            for name in ("clips", "bytes"):
+                if type(shard[name]) is not int:
+                    raise ValueError(f"shard {shard['name']!r}: {name} {shard[name]!r}")
 
 
 class ShardFolder:
@@ -260,7 +309,9 @@ class ShardFolder:
         try:
             content = self.read_index(shard)
         except OSError as error:
-            raise UserError(f"{path}: index cannot be read ({error})") from None
+            raise UserError(
+                f"{path}: index cannot be read ({error}): write it again with karmma-dist verify --repair {self.where}"
+            ) from None
         if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
             raise UserError(
                 f"{path}: not the index that the manifest names, but one of another packing, older or cut: "

@@ -7,17 +7,12 @@ byte, from any index and the tars; with a manifest, any index.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.errors import UserError
 from karmma_dist.modality import MODALITIES
-from karmma_dist.shards import MANIFEST, SCHEMA, Clip, Member, build_index, check_key, index_path
-
-TAR_NAME = re.compile(r"([A-Za-z0-9_-]+)-\d{6}\.tar")
-"""Of a shard; its group is the split."""
+from karmma_dist.shards import MANIFEST, SCHEMA, Clip, Member, build_index, check_key, check_manifest, index_path
 
 _FACTS = ("dataset", "modalities", "heads", "settings", "plan", "made_with")
 _COPY = "manifest"
@@ -86,29 +81,20 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """Read a folder's manifest and check its shape, so that what follows can rely on it.
 
     Raises:
-        UserError: it is of another schema.
+        UserError: it is of a newer schema.
         OSError: it cannot be read.
         ValueError: it is no manifest.
     """
     path = root / MANIFEST
-    manifest = json.loads(path.read_bytes())
+    manifest = check_manifest(path.read_bytes(), str(path))
     try:
-        if isinstance(manifest["schema"], int) and manifest["schema"] > SCHEMA:
-            raise UserError(f"{path}: of schema {manifest['schema']}, newer than {SCHEMA}: update karmma-dist")
-        if manifest["schema"] != SCHEMA:
-            raise ValueError(f"schema {manifest['schema']!r}")
         _check_facts(facts_of(manifest))
         for split, entry in manifest["splits"].items():
             _expect(entry["clips"], int)
             _expect(manifest["label_counts"][split], dict)
-            for shard in entry["shards"]:
-                if not TAR_NAME.fullmatch(shard["name"]):
-                    raise ValueError(f"shard {shard['name']!r}")
-                for name, kind in (("clips", int), ("bytes", int), ("sha256", str), ("index_sha256", str)):
-                    _expect(shard[name], kind)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a manifest of packed shards: {error!r}") from None
-    return dict(manifest)
+    return manifest
 
 
 def read_index(tar: Path) -> tuple[dict[str, Any], list[Clip]]:

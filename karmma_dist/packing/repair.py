@@ -17,7 +17,6 @@ from karmma_dist.packing.check_tar import check_headers
 from karmma_dist.packing.findings import Finding
 from karmma_dist.packing.lock import folder_lock
 from karmma_dist.packing.manifest import (
-    TAR_NAME,
     copied_facts,
     count_labels,
     facts_of,
@@ -30,7 +29,7 @@ from karmma_dist.packing.manifest import (
 from karmma_dist.packing.pack import STAGING
 from karmma_dist.packing.writer import indexed_clips, shard_entry
 from karmma_dist.progress import Report, silent
-from karmma_dist.shards import MANIFEST, Clip, DamageError, index_path, sha256_of, sync, write_json
+from karmma_dist.shards import MANIFEST, TAR_NAME, Clip, DamageError, index_path, sha256_of, sync, write_json
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe
-from karmma_dist.shards import sync, write_json
+from karmma_dist.shards import write_json, write_whole
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.checkpoint import checksum, complete, prune
 from karmma_dist.training.collectives import gather
@@ -143,8 +143,7 @@ class Saver:
         path = partial / f"rank-{self._world.rank:05d}.safetensors"
         note = path.with_suffix(".json")
         try:
-            save_file(tensors, path)
-            sync(path)
+            write_whole(path, lambda place: save_file(tensors, place))
             write_json(note, {**checksum(path), "averages": averages})
         except Exception as error:  # whatever it is, it must reach the main thread, and the others must not wait for it
             self._error = f"{path.name}: {_reason(error)}"

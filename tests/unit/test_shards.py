@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karmma_dist.shards import write_json, write_whole
+from karmma_dist.errors import UserError
+from karmma_dist.shards import MANIFEST, ShardFolder, write_json, write_whole
 
 BEFORE, AFTER = b"what was there before", b"what comes after it"
 
@@ -50,6 +51,52 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(
     write_whole(path, content)
     assert flushed == [(AFTER, False)]
     assert [item.name for item in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_everybody_may_read_a_file_whom_the_umask_lets(tmp_path: Path) -> None:
+    """Colleagues evaluate each other's runs; safetensors writes files that are their owner's alone."""
+
+    def secretive(temporary: Path) -> None:
+        temporary.unlink()
+        os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    before = os.umask(0o027)
+    try:
+        for content in (AFTER, secretive):
+            write_whole(tmp_path / "file.bin", content)
+            assert (tmp_path / "file.bin").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda manifest: manifest.pop("splits"), "KeyError('splits')"),
+        (lambda manifest: manifest.update(modalities=["smell"]), "modality 'smell'"),
+        (lambda manifest: manifest["heads"].update(verb="open"), "classes of 'verb'"),
+        (lambda manifest: shard_of(manifest).pop("index_sha256"), "KeyError('index_sha256')"),
+        (lambda manifest: shard_of(manifest).update(sha256="../x"), "sha256 '../x'"),
+        (lambda manifest: shard_of(manifest).update(name="../../x-000000.tar"), "shard '../../x-000000.tar'"),
+        (lambda manifest: shard_of(manifest).update(bytes="many"), "bytes 'many'"),
+        (lambda manifest: manifest.update(schema=0), "schema 0"),
+    ],
+)
+def test_a_manifest_that_somebody_changed_is_refused_in_one_line(
+    shards: Path, tmp_path: Path, change: Callable[[dict], object], said: str
+) -> None:
+    manifest = json.loads((shards / MANIFEST).read_text())
+    change(manifest)
+    write_json(tmp_path / MANIFEST, manifest)
+    with pytest.raises(UserError) as caught:
+        ShardFolder(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / MANIFEST}: not a manifest of packed shards: ")
+    assert said in str(caught.value)
+    assert "verify --repair" in str(caught.value)
+
+
+def shard_of(manifest: dict) -> dict:
+    return manifest["splits"]["train"]["shards"][0]
 
 
 values = st.recursive(

@@ -326,7 +326,7 @@ def test_a_url_without_packed_shards_is_one_line(server: Server, tmp_path: Path)
     server.faults[MANIFEST] = [lambda handler, _: handler.answer(200, b"<html>login</html>")] * 100
     refused(server.url, "not valid JSON, after 5 tries")
     server.faults[MANIFEST] = [lambda handler, _: handler.answer(200, b'{"schema": 99}')]
-    refused(server.url, "not a manifest of schema 1")
+    refused(server.url, "of schema 99, newer than 1: update karmma-dist")
 
 
 def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
