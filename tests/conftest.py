@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,23 @@ def shards(kitchen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "kitchen"
     pack(load_spec("demo", raw=kitchen, out=out, overrides=["clips_per_shard=8"]))
     return out
+
+
+@pytest.fixture
+def downloads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries follow each other without a pause, and no proxy stands before loopback."""
+    from karmma_dist import download
+
+    monkeypatch.setattr(download, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors so small that handing them to threads takes longer than the work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import torch
+from http_kit import Fault, Handler, Server, cut, serving, short, status
 from torch import nn
 
 from karmma_dist import cache, download
@@ -31,76 +29,16 @@ INPUTS = InputRecipe.model_validate(
     {"video": {"num_frames": 4, "crop": 32, "short_side": 32}, "audio": {"num_windows": 4, "window_s": 0.3}}
 )
 
-Answer = Callable[["Handler", bytes], None]
+pytestmark = pytest.mark.usefixtures("downloads_at_once")
 
-
-class Server(ThreadingHTTPServer):
-    """Serves a folder on loopback; `answers` are used up by the next requests, one each."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.num_asked = folder, 0
-        self.answers: list[Answer] = []
-
-    def url(self, name: str, user: str = "", query: str = "") -> str:
-        return f"http://{user}127.0.0.1:{self.server_port}/files/{name}{query}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.num_asked += 1
-        path = self.server.folder / Path(urlsplit(self.path).path).name
-        body = path.read_bytes() if path.is_file() else b""
-        with suppress(ConnectionError):
-            if self.server.answers:
-                self.server.answers.pop(0)(self, body)
-            else:
-                self.answer(200 if path.is_file() else 404, body)
-
-    def answer(self, status: int, body: bytes, declared: int | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body) if declared is None else declared))
-        self.end_headers()
-        self.wfile.write(body)
-        self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        """Tests are quiet."""
-
-
-def busy(handler: Handler, _: bytes) -> None:
-    handler.answer(503, b"no")
-
-
-def broken_off(handler: Handler, body: bytes) -> None:
-    handler.answer(200, body[: len(body) // 2], declared=len(body))
-
-
-def half_as_if_whole(handler: Handler, body: bytes) -> None:
-    handler.answer(200, body[: len(body) // 2])
-
-
-@pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries follow each other without a pause, and no proxy stands before loopback."""
-    monkeypatch.setattr(download, "FIRST_WAIT_S", 0.0)
-    monkeypatch.setenv("NO_PROXY", "*")
+busy = status(503)
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     (tmp_path / "served").mkdir()
-    running = Server(tmp_path / "served")
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield running
-    running.shutdown()
-    thread.join()
-    running.server_close()
+    with serving(tmp_path / "served") as running:
+        yield running
 
 
 def encoder_of(seed: int) -> Encoder:
@@ -133,8 +71,8 @@ def entries(folder: Path) -> list[str]:
 def test_weights_from_a_url_are_those_of_the_file_and_are_downloaded_once(server: Server, tmp_path: Path) -> None:
     start = published(server)
     for _ in range(3):
-        assert same(loaded(server.url("start.pth"), tmp_path), start)
-    assert server.num_asked == 1
+        assert same(loaded(server.url_of("start.pth"), tmp_path), start)
+    assert server.asked.total() == 1
     assert len(entries(tmp_path)) == 1
 
 
@@ -143,7 +81,7 @@ def test_a_runs_safetensors_load_from_a_url_too_though_the_cache_keeps_no_suffix
 ) -> None:
     model = build_model(recipe_with(None, tmp_path), {"verb": ["a", "b"]})
     save_model(model, server.folder)
-    encoder = loaded(server.url("weights.safetensors"), tmp_path)
+    encoder = loaded(server.url_of("weights.safetensors"), tmp_path)
     assert same(encoder, model.encoders["video"])
 
 
@@ -179,54 +117,54 @@ def test_ranks_of_a_node_that_ask_together_download_once(
         handler.answer(200, body)
 
     monkeypatch.setattr(cache.fcntl, "flock", tell)
-    server.answers = [when_all_ask]
+    server.faults["start.pth"] = [when_all_ask]
     with ThreadPoolExecutor(num_ranks) as ranks:
-        states = list(ranks.map(lambda _: loaded(server.url("start.pth"), tmp_path), range(num_ranks)))
+        states = list(ranks.map(lambda _: loaded(server.url_of("start.pth"), tmp_path), range(num_ranks)))
     assert all(same(state, start) for state in states)
-    assert server.num_asked == 1
+    assert server.asked.total() == 1
 
 
-@pytest.mark.parametrize("answer", [busy, broken_off])
-def test_a_download_that_breaks_off_is_tried_again(server: Server, tmp_path: Path, answer: Answer) -> None:
+@pytest.mark.parametrize("answer", [busy, cut])
+def test_a_download_that_breaks_off_is_tried_again(server: Server, tmp_path: Path, answer: Fault) -> None:
     start = published(server)
-    server.answers = [answer] * (download.TRIES - 1)
-    assert same(loaded(server.url("start.pth"), tmp_path), start)
-    assert server.num_asked == download.TRIES
+    server.faults["start.pth"] = [answer] * (download.TRIES - 1)
+    assert same(loaded(server.url_of("start.pth"), tmp_path), start)
+    assert server.asked.total() == download.TRIES
 
 
 def test_half_a_file_that_came_as_a_whole_one_does_not_stay(server: Server, tmp_path: Path) -> None:
     start = published(server)
-    server.answers = [half_as_if_whole]
+    server.faults["start.pth"] = [short]
     with pytest.raises(UserError, match=r"start.pth: cannot be read as weights: .* \(removed from the cache\)"):
-        loaded(server.url("start.pth"), tmp_path)
+        loaded(server.url_of("start.pth"), tmp_path)
     assert entries(tmp_path) == []
-    assert same(loaded(server.url("start.pth"), tmp_path), start)
+    assert same(loaded(server.url_of("start.pth"), tmp_path), start)
 
 
 def test_the_sha256_decides_which_file_is_taken(server: Server, tmp_path: Path) -> None:
     start = published(server)
     right, wrong = sha256_of(server.folder / "start.pth"), "0" * 64
     with pytest.raises(UserError, match=f"its sha256 is {right}, weights_sha256 says {wrong}: removed") as caught:
-        loaded(server.url("start.pth"), tmp_path, sha256=wrong)
+        loaded(server.url_of("start.pth"), tmp_path, sha256=wrong)
     assert "\n" not in str(caught.value)
-    assert (server.num_asked, entries(tmp_path)) == (1, [])
-    assert same(loaded(server.url("start.pth"), tmp_path, sha256=right), start)
+    assert (server.asked.total(), entries(tmp_path)) == (1, [])
+    assert same(loaded(server.url_of("start.pth"), tmp_path, sha256=right), start)
     newer = published(server, seed=2)
     newest = sha256_of(server.folder / "start.pth")
-    assert same(loaded(server.url("start.pth"), tmp_path, sha256=right), start)
-    assert same(loaded(server.url("start.pth"), tmp_path, sha256=newest), newer)
+    assert same(loaded(server.url_of("start.pth"), tmp_path, sha256=right), start)
+    assert same(loaded(server.url_of("start.pth"), tmp_path, sha256=newest), newer)
     assert entries(tmp_path) == sorted([right, newest])
 
 
 def test_a_file_that_changed_in_the_cache_is_downloaded_anew(server: Server, tmp_path: Path) -> None:
     start = published(server)
     right = sha256_of(server.folder / "start.pth")
-    loaded(server.url("start.pth"), tmp_path, sha256=right)
+    loaded(server.url_of("start.pth"), tmp_path, sha256=right)
     content = bytearray((tmp_path / "weights" / right).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "weights" / right).write_bytes(content)
-    assert same(loaded(server.url("start.pth"), tmp_path, sha256=right), start)
-    assert server.num_asked == 2
+    assert same(loaded(server.url_of("start.pth"), tmp_path, sha256=right), start)
+    assert server.asked.total() == 2
 
 
 def test_a_local_file_of_another_sha256_is_refused_and_stays(server: Server, tmp_path: Path) -> None:
@@ -246,12 +184,12 @@ def test_a_url_without_weights_is_one_line(server: Server, tmp_path: Path) -> No
             loaded(url, tmp_path)
         assert "\n" not in str(caught.value)
 
-    refused(server.url("none.pth"), "none.pth: not found on the server")
-    refused(server.url("page.pth"), r"page.pth: cannot be read as weights: .* \(removed from the cache\)")
+    refused(server.url_of("none.pth"), "none.pth: not found on the server")
+    refused(server.url_of("page.pth"), r"page.pth: cannot be read as weights: .* \(removed from the cache\)")
     refused("nowhere://host/start.pth", "'nowhere' is no protocol that fsspec knows")
     refused(f"file://{server.folder}", "is a folder")
-    server.answers = [busy] * download.TRIES
-    refused(server.url("start.pth"), r"HTTP 503\), after 5 tries: check URL, network and password, or name a file")
+    server.faults["start.pth"] = [busy] * download.TRIES
+    refused(server.url_of("start.pth"), r"HTTP 503\), after 5 tries: check URL, network and password, or name a file")
     assert entries(tmp_path) == []
 
 
@@ -260,14 +198,14 @@ def test_secrets_in_a_url_are_in_no_message_and_no_card(
 ) -> None:
     published(server)
     secret = {"user": "anna:hush1234@", "query": "?signature=hush5678"}
-    url = server.url("start.pth", **secret)
+    url = server.url_of("start.pth", **secret)
     recipe = recipe_with(url, tmp_path)
     model = build_model(recipe, {"verb": ["a", "b"]})
     save_model(model, tmp_path / "run", recipe=recipe)
     messages = [caplog.text, (tmp_path / "run" / "model.yaml").read_text()]
     assert "downloading into" in caplog.text
-    server.answers = [busy] * download.TRIES
-    for failing in (server.url("none.pth", **secret), server.url("other.pth", **secret)):
+    server.faults["other.pth"] = [busy] * download.TRIES
+    for failing in (server.url_of("none.pth", **secret), server.url_of("other.pth", **secret)):
         with pytest.raises(UserError) as caught:
             loaded(failing, tmp_path)
         messages.append(str(caught.value))
@@ -298,14 +236,14 @@ def recipe_with(weights: str | None, folder: Path) -> Recipe:
 
 def test_a_recipe_starts_from_a_url_and_goes_on_with_a_new_password(server: Server, tmp_path: Path) -> None:
     start = published(server)
-    model = build_model(recipe_with(server.url("start.pth"), tmp_path), {"verb": ["a", "b"]})
+    model = build_model(recipe_with(server.url_of("start.pth"), tmp_path), {"verb": ["a", "b"]})
     assert same(model.encoders["video"], start)
-    saved = recipe_with(server.url("start.pth", user="anna:hush1@"), tmp_path)
+    saved = recipe_with(server.url_of("start.pth", user="anna:hush1@"), tmp_path)
     save_recipe(saved, tmp_path / "recipe.yaml")
     saved = read_run_recipe(tmp_path)
-    refuse_other_recipe(saved, recipe_with(server.url("start.pth", user="ben:hush2@"), tmp_path))
+    refuse_other_recipe(saved, recipe_with(server.url_of("start.pth", user="ben:hush2@"), tmp_path))
     with pytest.raises(UserError, match=r"model.encoders.video.weights: .*start.pth -> .*other.pth") as caught:
-        refuse_other_recipe(saved, recipe_with(server.url("other.pth", user="ben:hush2@"), tmp_path))
+        refuse_other_recipe(saved, recipe_with(server.url_of("other.pth", user="ben:hush2@"), tmp_path))
     assert "hush" not in str(caught.value)
 
 
@@ -342,7 +280,7 @@ def test_progress_of_a_download_is_reported_in_megabytes(server: Server, tmp_pat
     torch.save(encoder_of(1).state_dict() | {"ballast": torch.zeros(3 * 10**6)}, server.folder / "large.pth")
     told: list[tuple[str, int, int, str]] = []
     loaded(
-        server.url("large.pth"), tmp_path, ignore=["ballast"], say=lambda _: None,
+        server.url_of("large.pth"), tmp_path, ignore=["ballast"], say=lambda _: None,
         report=lambda stage, done, total, note="": told.append((stage, done, total, note)),
     )  # fmt: skip
     assert {(stage, note) for stage, _, _, note in told} == {("download large.pth", "MB")}

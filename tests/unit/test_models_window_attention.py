@@ -44,14 +44,7 @@ RECOMPUTING: dict[str, tuple[str, dict[str, Any]]] = {
     "stlt": ("detections", {"width": 24, "heads": 2, "spatial_layers": 2, "temporal_layers": 2}),
 }
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are so small that handing them to threads takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -13,17 +13,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import fsspec
 import pytest
 import torch
+from http_kit import Fault, Handler, Server, cut, serving, short, status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,78 +42,10 @@ INPUTS = InputRecipe.model_validate(
         "audio": {"num_windows": 1, "window_s": 0.5, "num_mels": 16},
     }
 )
+pytestmark = pytest.mark.usefixtures("downloads_at_once")
+
 PLENTY = 10**12
 TRAIN = "train-000000.tar"
-
-Fault = Callable[["Handler", bytes], None]
-"""Answers one request in place of the file it asked for."""
-
-
-class Server(ThreadingHTTPServer):
-    """Serves a folder on loopback; `faults[name]` is used up by the requests for that file, one each."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.faults: dict[str, list[Fault]] = {}
-        self.asked: Counter[str] = Counter()
-        self.queries: set[str] = set()
-        self.passwords: set[str | None] = set()
-        self.guard = threading.Lock()
-        self.reached, self.release = threading.Event(), threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/kitchen"
-
-    def take(self, name: str, query: str, password: str | None) -> Fault | None:
-        with self.guard:
-            self.asked[name] += 1
-            self.queries.add(query)
-            self.passwords.add(password)
-            return self.faults[name].pop(0) if self.faults.get(name) else None
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        parts = urlsplit(self.path)
-        name = parts.path.removeprefix("/kitchen/")
-        fault = self.server.take(name, parts.query, self.headers["Authorization"])
-        path = self.server.folder / name
-        with suppress(ConnectionError):
-            if fault is None and not path.is_file():
-                self.answer(404, b"")
-            else:
-                body = path.read_bytes() if path.is_file() else b""
-                fault(self, body) if fault else self.answer(200, body)
-
-    def answer(self, status: int, body: bytes, declared: int | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body) if declared is None else declared))
-        self.end_headers()
-        self.wfile.write(body)
-        self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        """Tests are quiet."""
-
-
-def status(code: int) -> Fault:
-    return lambda handler, _: handler.answer(code, b"no")
-
-
-def cut(handler: Handler, body: bytes) -> None:
-    handler.answer(200, body[: len(body) // 2], declared=len(body))
-
-
-def short(handler: Handler, body: bytes) -> None:
-    handler.answer(200, body[: len(body) // 2])
-
 
 def flipped(handler: Handler, body: bytes) -> None:
     handler.answer(200, body[:1000] + bytes([body[1000] ^ 1]) + body[1001:])
@@ -133,23 +62,10 @@ def half_then_silent(handler: Handler, body: bytes) -> None:
     handler.server.release.wait()
 
 
-@pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries follow each other without a pause, and no proxy stands before loopback."""
-    monkeypatch.setattr(download, "FIRST_WAIT_S", 0.0)
-    monkeypatch.setenv("NO_PROXY", "*")
-
-
 @pytest.fixture
 def server(shards: Path) -> Iterator[Server]:
-    running = Server(shards)
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield running
-    running.release.set()
-    running.shutdown()
-    thread.join()
-    running.server_close()
+    with serving(shards) as running:
+        yield running
 
 
 def opened(server: Server, root: Path, limit_bytes: int = PLENTY) -> RemoteShards:
