@@ -28,6 +28,7 @@ from karmma_dist.recipe import DataRecipe, Recipe
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.prefetch import on_device
+from karmma_dist.training.device import device_of
 from karmma_dist.training.rendezvous import ALONE, World
 from karmma_dist.training.run_log import STATE, read_state
 
@@ -73,7 +74,7 @@ def carry_out(plan: Plan, report: Report = silent, world: World = ALONE) -> Eval
     Raises:
         UserError: no clip can be read, or a prediction is not a number.
     """
-    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_of(world)
     model = plan.model.to(device)
     whole = [condition for condition in plan.conditions if condition.corrupt is None]
     collector = PredictionCollector(model.modalities, whole) if plan.exports.are_wanted else None

@@ -26,6 +26,7 @@ from karmma_dist.errors import Stopped, UserError
 from karmma_dist.recipe import Recipe
 from karmma_dist.training import presence
 from karmma_dist.training.collectives import barrier, store
+from karmma_dist.training.device import device_of
 from karmma_dist.training.optimizer import build_optimizer
 from karmma_dist.training.pieces import Pieces, SavedPieces
 from karmma_dist.training.presence import Presence
@@ -44,11 +45,6 @@ import deepspeed.ops  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 _logger = logging.getLogger(__name__)
-
-
-def device_of(world: World) -> torch.device:
-    """The device of this rank."""
-    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -78,7 +74,7 @@ def process_group(
     }
     with _environment({name: str(value) for name, value in variables.items()}):
         if torch.cuda.is_available():
-            torch.cuda.set_device(world.local_rank)
+            torch.cuda.set_device(device_of(world))
         if not dist.is_initialized():
             deepspeed.init_distributed(
                 dist_backend="nccl" if torch.cuda.is_available() else "gloo",

@@ -25,6 +25,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.loader import open_shards
+from karmma_dist.training.device import device_of
 from karmma_dist.training.rendezvous import World
 from karmma_dist.training.whereabouts import node_name
 
@@ -77,13 +78,7 @@ def device_facts(world: World, environment: Mapping[str, str] = os.environ) -> d
                 f"{torch.version.cuda} (see nvidia-smi)?"
             )
         return {"kind": "cpu", "name": f"CPU, {len(os.sched_getaffinity(0))} cores"}
-    count = torch.cuda.device_count()
-    if world.local_rank >= count:
-        raise UserError(
-            f"local rank {world.local_rank} needs {world.local_rank + 1} visible GPUs and sees {count}: give each task "
-            "all GPUs of its node and start as many tasks as GPUs (no --gpus-per-task, no --gpu-bind)"
-        )
-    device = torch.device("cuda", world.local_rank)
+    device = device_of(world)
     properties = torch.cuda.get_device_properties(device)
     total = float(torch.ones(1024, device=device).sum())
     if total != 1024:
