@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.evaluation.plan import check_classes
+from karmma_dist.evaluation.plan import check_classes, run_places
 from karmma_dist.evaluation.predict_media import KEY, check_file, packed_media
 from karmma_dist.evaluation.scores import ranked
 from karmma_dist.modality import parse_modalities
@@ -32,7 +32,6 @@ from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
 from karmma_dist.streaming.order import Slice
 from karmma_dist.streaming.reader import length_s
-from karmma_dist.training.run_log import BEST
 
 NUM_ACTIONS = 5
 """Actions shown."""
@@ -231,7 +230,7 @@ class _Predictor:
         return guesses
 
     def _flags(self, modalities: list[str]) -> Tensor:
-        return torch.tensor([[name in modalities for name in self._model.modalities]])
+        return torch.tensor([[name in modalities for name in self._model.modalities]], device=self._device)
 
 
 def likeliest(
@@ -262,8 +261,7 @@ def likeliest(
 
 def _data(run: Path, shards: str | None, card: ModelCard) -> DataRecipe | None:
     """Where the run's clips are, or None where nothing says so."""
-    folder = run if run.is_dir() else run.parent
-    home = folder.resolve().parent if folder.resolve().name == BEST else folder
+    _, home = run_places(run)
     if (home / "recipe.yaml").is_file():
         data = read_run_recipe(home).data
         return data if shards is None else data.model_copy(update={"shards": shards})
