@@ -249,10 +249,9 @@ def train(
 @click.pass_context
 def evaluate(
     context: click.Context, runs: tuple[Path, ...], shards: str | None, split: str | None, drop_prob: float | None,
-    modalities: str | None,
-    subsets: bool, sweep: bool, seeds: int, corrupt: tuple[str, ...], annotations: Path | None, views: str | None,
-    predictions: Path | None, submission: tuple[str, Path] | None, sls: str | None, out: Path | None, local: int | None,
-    as_json: bool,
+    modalities: str | None, subsets: bool, sweep: bool, seeds: int, corrupt: tuple[str, ...],
+    annotations: Path | None, views: str | None, predictions: Path | None, submission: tuple[str, Path] | None,
+    sls: str | None, out: Path | None, local: int | None, as_json: bool,
 ) -> None:
     """Evaluate a run (default: the newest finished) with sensors failing, or compare several on the same clips.
 
