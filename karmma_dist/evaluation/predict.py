@@ -32,6 +32,8 @@ from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
 from karmma_dist.streaming.order import Slice
 from karmma_dist.streaming.reader import length_s
+from karmma_dist.training.device import device_of
+from karmma_dist.training.rendezvous import ALONE
 
 NUM_ACTIONS = 5
 """Actions shown."""
@@ -107,7 +109,7 @@ def predict(
         UserError: no such clip, a file that cannot be read or has nothing the model takes, or shards of other classes
             than the model's.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(ALONE)
     model, card = load_model(run, device)
     model.eval()
     chosen = card.modalities if modalities is None else list(parse_modalities(modalities, card.modalities))

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from karmma_dist.errors import UserError
+from karmma_dist.training.device import device_of
 from karmma_dist.training.rendezvous import World
 
 ALL_REDUCE_BYTES = 64 * 2**20
@@ -30,8 +31,8 @@ def time_all_reduce(world: World, limit_s: float) -> float | None:
         UserError: a sum is wrong.
         RuntimeError: the backend failed.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    device = device_of(world)
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     store = dist.PrefixStore("group", connect(world, limit_s, keep=False))  # waits in it must not block the others
