@@ -18,8 +18,8 @@ import numpy as np
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation import bootstrap
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.evaluation.findings import METRIC, model_ranks
 from karmma_dist.evaluation.scores import Results
+from karmma_dist.evaluation.standings import METRIC, model_ranks
 from karmma_dist.evaluation.summary import Row
 
 FIGURES = {

@@ -17,9 +17,9 @@ from karmma_dist.evaluation.bootstrap import add_intervals
 from karmma_dist.evaluation.compare import compare, holm, mcnemar
 from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
 from karmma_dist.evaluation.evaluate import evaluate
-from karmma_dist.evaluation.findings import findings
 from karmma_dist.evaluation.report.comparison_section import comparison_section, sentences
 from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.findings import findings
 from karmma_dist.evaluation.report.html_report import html_report
 from karmma_dist.evaluation.report.write import write_report
 from karmma_dist.evaluation.scores import BatchScores, Results, score_rows

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import build_conditions
-from karmma_dist.evaluation.findings import findings
 from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.findings import findings
 from karmma_dist.evaluation.report.plots import _spread
 from karmma_dist.evaluation.report.write import results_table, write_report, write_results
 from karmma_dist.evaluation.scores import Results

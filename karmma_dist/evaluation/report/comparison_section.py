@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from karmma_dist.evaluation.findings import LEVEL
 from karmma_dist.evaluation.report import markdown
 from karmma_dist.evaluation.report.html_tables import Cell, Table
+from karmma_dist.evaluation.standings import LEVEL
 from karmma_dist.modality import letters
 
 _FALL = "drop_curve_fall"

@@ -8,9 +8,9 @@ from typing import Any
 
 from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.corruptions import parse_corruption
-from karmma_dist.evaluation.findings import METRIC
 from karmma_dist.evaluation.report import markdown
 from karmma_dist.evaluation.report.plots import severity_curves
+from karmma_dist.evaluation.standings import METRIC
 from karmma_dist.evaluation.summary import Row, mean_over_seeds
 from karmma_dist.modality import letters
 

@@ -17,9 +17,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.evaluation.findings import findings
 from karmma_dist.evaluation.report.comparison_section import comparison_tables
 from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.findings import findings
 from karmma_dist.evaluation.report.html_rows import condition_counts, every_row, everything_present
 from karmma_dist.evaluation.report.html_sections import (
     at_a_glance,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from karmma_dist.evaluation.findings import METRIC, model_ranks, subset_values
 from karmma_dist.evaluation.report.html_tables import Cell, Section, Table, best_cells, bullets, note, number
 from karmma_dist.evaluation.report.readings import (
     Models,
@@ -25,6 +24,7 @@ from karmma_dist.evaluation.report.readings import (
     uncorrupted,
 )
 from karmma_dist.evaluation.report.svg import Point, bar_plot, legend, line_plot
+from karmma_dist.evaluation.standings import METRIC, model_ranks, subset_values
 from karmma_dist.modality import letters
 
 WIDE, NARROW = 720, 326

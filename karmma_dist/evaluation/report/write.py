@@ -12,15 +12,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from karmma_dist.evaluation.findings import METRIC, findings, model_ranks, subset_values
 from karmma_dist.evaluation.report import markdown
 from karmma_dist.evaluation.report.comparison_section import comparison_section
 from karmma_dist.evaluation.report.content import ReportContent, condense, kept_rows
 from karmma_dist.evaluation.report.corruption_section import corruption_section
+from karmma_dist.evaluation.report.findings import findings
 from karmma_dist.evaluation.report.html_report import write_html_report
 from karmma_dist.evaluation.report.plots import Curve, drop_curves, subset_bars
 from karmma_dist.evaluation.report.readings import Models
 from karmma_dist.evaluation.scores import Results
+from karmma_dist.evaluation.standings import METRIC, model_ranks, subset_values
 from karmma_dist.evaluation.summary import error_names, metric_names, whole_sensors
 from karmma_dist.modality import letters
 from karmma_dist.shards import write_json, write_whole
