@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def store() -> dist.Store:
 
 
 _barriers = itertools.count()
+_POLL_S = 0.01
 
 
 def barrier(limit_s: float = presence.START_S) -> None:
@@ -51,6 +53,23 @@ def barrier(limit_s: float = presence.START_S) -> None:
     if meeting.add(name, 1) == dist.get_world_size():
         meeting.set(f"{name}/open", "")
     presence.wait_for(meeting, f"{name}/open")
+
+
+def part() -> None:
+    """The last barrier of a job: rank 0, whose process holds the store, leaves when the others no longer need it.
+
+    Raises:
+        Stopped: a rank died or left.
+    """
+    barrier()
+    if dist.get_world_size() == 1:
+        return
+    meeting = store()
+    num_parted = meeting.add("parted", 1)
+    while dist.get_rank() == 0 and num_parted < dist.get_world_size():
+        presence.raise_if_lost()
+        time.sleep(_POLL_S)
+        num_parted = meeting.add("parted", 0)
 
 
 def highest(number: int) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from karmma_dist.errors import Stopped, UserError
 from karmma_dist.recipe import Recipe
 from karmma_dist.training import presence
-from karmma_dist.training.collectives import barrier, store
+from karmma_dist.training.collectives import part, store
 from karmma_dist.training.device import device_of
 from karmma_dist.training.optimizer import build_optimizer
 from karmma_dist.training.pieces import Pieces, SavedPieces
@@ -87,7 +87,7 @@ def process_group(
             presence.begin(present)
             try:
                 yield
-                barrier()
+                part()
             except BaseException as error:
                 _leave(present, error)
                 raise
@@ -104,7 +104,7 @@ def _leave(present: Presence, error: BaseException) -> None:
         Stopped: instead of `error`, where that is only what a collective says of another rank's end.
     """
     if isinstance(error, Stopped) and present.lost is None:
-        barrier()  # agreed: every rank comes here
+        part()  # agreed: every rank comes here
         return
     lost = present.explain(error)
     present.leave(str(lost or error) or type(error).__name__)

@@ -219,6 +219,12 @@ def mark(doing: str, limit_s: float | None = None) -> None:
         _current[0].mark(doing, limit_s)
 
 
+def raise_if_lost() -> None:
+    """`Presence.raise_if_lost` where there is more than one rank."""
+    if _current:
+        _current[0].raise_if_lost()
+
+
 def wait_for(store: dist.Store, key: str) -> None:
     """Wait until `key` is in the store, for as long as all ranks are there.
 
@@ -226,6 +232,5 @@ def wait_for(store: dist.Store, key: str) -> None:
         Stopped: one is not.
     """
     while not store.check([key]):
-        if _current:
-            _current[0].raise_if_lost()
+        raise_if_lost()
         time.sleep(_POLL_S)

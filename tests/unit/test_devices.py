@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def test_a_lesson_of_several_experts_and_its_figures_stay_there_too(sharded: boo
     recipe = DistillRecipe(teachers=["v", "f", "a"], alpha=0.25, temperature=2.0)
 
     def lesson(device: torch.device) -> dict[str, float]:
-        teacher = Teacher(EXPERTS, MODALITIES, {"verb": [1.0, 2.0, 3.0], "noun": [3.0, 2.0, 1.0]}, recipe).to(device)
+        losses = {"verb": [1.0, 2.0, 3.0], "noun": [3.0, 2.0, 1.0]}
+        teacher = Teacher(copy.deepcopy(EXPERTS), MODALITIES, losses, recipe).to(device)
         if sharded:
             teacher.run_everything()
         stage, student, averages = Distill(teacher, recipe), make_model(MODALITIES, 4).to(device), Averages()

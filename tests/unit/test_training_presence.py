@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from karmma_dist.errors import Stopped
-from karmma_dist.training import presence
+from karmma_dist.training import collectives, presence
 from karmma_dist.training.presence import Presence, wait_for
 
 FOREVER = 1e9
@@ -95,3 +96,24 @@ def test_a_store_that_does_not_answer_means_that_rank_0_is_gone() -> None:
 
 def test_an_error_of_our_own_is_not_explained_away(job: Callable[..., list[Presence]]) -> None:
     assert job(2, FOREVER)[0].explain(ValueError("Connection closed by peer")) is None
+
+
+@pytest.mark.parametrize(("rank", "seen"), [(0, [1, 2]), (1, []), (2, [])])
+def test_the_rank_that_holds_the_store_leaves_after_all_others(
+    monkeypatch: pytest.MonkeyPatch, rank: int, seen: list[int]
+) -> None:
+    """Else the others, who still look into it, would take its end for a death."""
+    meeting = dist.HashStore()
+    looks: list[int] = []
+
+    def another_leaves(_: float) -> None:
+        looks.append(meeting.add("parted", 0))
+        meeting.add("parted", 1)
+
+    monkeypatch.setattr(collectives, "barrier", lambda: None)
+    monkeypatch.setattr(collectives, "store", lambda: meeting)
+    monkeypatch.setattr(collectives, "time", SimpleNamespace(sleep=another_leaves))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    collectives.part()
+    assert looks == seen
