@@ -13,13 +13,12 @@ import click
 from rich.console import Console
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.compare_runs import evaluate_and_compare, plan_runs, title, to_dict, write_comparison
+from karmma_dist.evaluation.compare_runs import evaluate_and_compare, plan_runs, to_dict, write_comparison, write_one
 from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.exports import Exports
 from karmma_dist.evaluation.plan import Plan, check_folder, plan_evaluation
 from karmma_dist.evaluation.ranks import joined_ranks
-from karmma_dist.evaluation.report.content import ReportContent
-from karmma_dist.evaluation.report.write import results_table, write_report, write_results
+from karmma_dist.evaluation.report.write import results_table
 from karmma_dist.evaluation.run import Evaluated, carry_out, newest_finished_run
 from karmma_dist.evaluation.views import parse_views
 from karmma_dist.modality import parse_modalities
@@ -120,16 +119,9 @@ def answer(request: Request) -> Answer | None:
             return None
         (plan,) = plans.values()
         one = carry_out(plan, report, world)
-        return _written(one) if world.is_main else None
-
-
-def _written(one: Evaluated) -> Answer:
-    """Its results and report in their folder, where there is something to report."""
-    path, content = None, one.results.to_dict()
-    if one.results.rows:
-        write_results(one.results, one.folder)
-        path = write_report(one.folder, ReportContent(title([one]), {one.name: content}))
-    return Answer({one.name: one}, content, path)
+        if not world.is_main:
+            return None
+        return Answer({one.name: one}, one.results.to_dict(), write_one(one) if one.results.rows else None)
 
 
 def print_answer(found: Answer, as_text: bool) -> None:

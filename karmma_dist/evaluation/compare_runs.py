@@ -68,9 +68,14 @@ def evaluate_and_compare(
         done[one.name] = one
         check_same_clips({name: of.results for name, of in done.items()})
         if writes:
-            write_results(one.results, one.folder)
-            write_report(one.folder, ReportContent(title([one]), {one.name: one.results.to_dict()}))
+            write_one(one)
     return done, compare({name: one.results for name, one in done.items()})
+
+
+def write_one(one: Evaluated) -> Path:
+    """Write results and report of one run into its folder, and return the report's path."""
+    write_results(one.results, one.folder)
+    return write_report(one.folder, ReportContent(title([one]), {one.name: one.results.to_dict()}))
 
 
 def write_comparison(folder: Path, done: dict[str, Evaluated], comparison: dict[str, Any]) -> Path:

@@ -15,6 +15,7 @@ from karmma_dist.evaluation.report.readings import (
     Models,
     Row,
     clip_counts,
+    clips_per_model,
     fullest,
     fullest_name,
     has_intervals,
@@ -70,15 +71,7 @@ def what_was_measured(models: Models) -> Section:
         for name, num in first["num_classes"].items()
     ]
     head_columns = ["head", "classes", "chance (%)", "always the most frequent (%)"]
-    modalities = list(dict.fromkeys(m for results in models.values() for m in results["summary"]["modalities"]))
-    columns = ["model", "clips", "unlabelled", "left out by noun", "unreadable", *(f"without {m}" for m in modalities)]
-    body = []
-    for name, results in models.items():
-        summary = results["summary"]
-        counts = [summary[key] for key in ("num_clips", "num_unlabelled", "num_pruned", "num_damaged")]
-        present = summary["num_present"]
-        lacking = [f"{summary['num_clips'] - present[m]:,}" if m in present else "not used" for m in modalities]
-        body.append([name, *(f"{count:,}" for count in counts), *lacking])
+    columns, body = clips_per_model(models)
     fewest = min(results["summary"]["num_clips"] for results in models.values())
     seeds = max(len(results["summary"]["seeds"]) for results in models.values())
     lines = [

@@ -129,3 +129,17 @@ def clip_counts(rows: Mapping[str, Sequence[Row]]) -> str:
 def _ends(row: Row, name: str) -> tuple[float, float] | None:
     ends = row.get(name + _INTERVAL)
     return None if ends is None or None in ends else (ends[0], ends[1])
+
+
+def clips_per_model(models: Models) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines of the table of what each model was shown, and what the data itself lacks."""
+    modalities = list(dict.fromkeys(m for results in models.values() for m in results["summary"]["modalities"]))
+    columns = ["model", "clips", "unlabelled", "left out by noun", "unreadable", *(f"without {m}" for m in modalities)]
+    lines = []
+    for name, results in models.items():
+        summary = results["summary"]
+        counts = [summary[key] for key in ("num_clips", "num_unlabelled", "num_pruned", "num_damaged")]
+        present = summary["num_present"]
+        lacking = [f"{summary['num_clips'] - present[m]:,}" if m in present else "not used" for m in modalities]
+        lines.append([name, *(f"{count:,}" for count in counts), *lacking])
+    return columns, lines

@@ -19,7 +19,7 @@ from karmma_dist.evaluation.report.corruption_section import corruption_section
 from karmma_dist.evaluation.report.findings import findings
 from karmma_dist.evaluation.report.html_report import write_html_report
 from karmma_dist.evaluation.report.plots import Curve, drop_curves, subset_bars
-from karmma_dist.evaluation.report.readings import Models
+from karmma_dist.evaluation.report.readings import Models, clips_per_model
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.standings import METRIC, model_ranks, subset_values
 from karmma_dist.evaluation.summary import error_names, metric_names, whole_sensors
@@ -116,23 +116,10 @@ def _measured(models: Models) -> str:
         f"* {fewest:,} clips: by sampling alone, the 95 % interval of a figure is up to "
         f"±{98 / math.sqrt(fewest):.1f} points."
     )
-    modalities = list(dict.fromkeys(m for results in models.values() for m in results["summary"]["modalities"]))
-    header = ["model", "clips", "unlabelled", "left out by noun", "unreadable", *(f"without {m}" for m in modalities)]
-    table = []
-    for name, results in models.items():
-        summary = results["summary"]
-        counts = [summary[key] for key in ("num_clips", "num_unlabelled", "num_pruned", "num_damaged")]
-        lacking = [_lacking(summary, modality) for modality in modalities]
-        table.append([markdown.text(name), *(f"{count:,}" for count in counts), *lacking])
+    header, clips = clips_per_model(models)
+    table = [[markdown.text(name), *cells] for name, *cells in clips]
     damage = [f"* unreadable: {line}" for line in first["damage"]]
     return "\n".join([*lines, *damage, "", markdown.table(header, table), ""])
-
-
-def _lacking(summary: dict[str, Any], modality: str) -> str:
-    """How many clips have no such modality in the data."""
-    if modality not in summary["num_present"]:
-        return "not used"
-    return f"{summary['num_clips'] - summary['num_present'][modality]:,}"
 
 
 def _subset_section(folder: Path, models: Models) -> str:
