@@ -39,6 +39,9 @@ class VideoInput(Settings):
     """Side of the square crop: random in training, centred in evaluation [paper]."""
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """Strength of the colour jitter in training: brightness, contrast and saturation within 1 +- jitter [ours]."""
+    flow_scale: Literal["centred", "imagenet"] = "centred"
+    """What flow becomes: `centred`: (u - 1/2) / 0.226, the third channel 0 [ours]; `imagenet`: the picture (u, v, 0)
+    normalised like video, the third channel included (-1.80) [Radevski], which encoders trained on video expect."""
     horizontal_flip: bool = False
     """Mirror half of the training clips. Leave off for datasets whose classes know left from right."""
 
@@ -132,10 +135,18 @@ class DataRecipe(Settings):
     """Folder on this node that shards from a URL are kept in; None: $KARMMA_DIST_CACHE or ~/.cache/karmma-dist."""
     cache_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(200_000_000_000)
     """Size the cache stays below: bytes, or a string such as "200 GB". The least recently used shards go first."""
+    keep_decoded: ByteSize = ByteSize(0)
+    """Bytes of decoded clips (frames at short_side, sound, boxes) that each decoding process may keep in memory, or a
+    string such as "2 GB": a dataset that fits is decoded once, and batches stay the same bit for bit. 0: none."""
     train_split: str = "train"
     """Split to learn from."""
     validation_split: str = "validation"
-    """Split to evaluate on."""
+    """Split to validate on during training."""
+    test_split: str | None = None
+    """Split that `karmma-dist eval` takes by default; None: the validation split."""
+    hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the training recordings, chosen by a hash of their name, that this run does not learn from: what
+    experts are weighed on (`distill.expert_weights`) [ours]."""
     modalities: list[str] = ["video", "flow", "audio"]
     """Modalities the model uses, of those the shards declare."""
     heads: dict[str, Positive] = {}
@@ -194,14 +205,23 @@ class EncoderRecipe(Settings):
 
 
 class ModelRecipe(Settings):
-    """Encoders, fusion block and heads (paper, Sec. III). Defaults are the student's."""
+    """Encoders, fusion block and heads (paper, Sec. III-B). Defaults are the student's."""
 
+    modalities: list[str] = []
+    """Modalities the model takes, of those of `data.modalities`; empty: all of them. A student may have fewer than its
+    teacher (paper, Tab. II): the teacher sees every modality that dropout left, the student its own."""
     encoders: dict[str, EncoderRecipe] = {}
     """One encoder per modality."""
     tau: Positive = 300
     """Most tokens a modality brings to the fusion block [paper]."""
     grouping: Literal["paper", "even"] = "paper"
     """Groups averaged down to tau tokens: floor(n/tau) each, the last takes the rest [paper]; or even ones [ours]."""
+    average: Literal["logits", "probabilities"] = "logits"
+    """What of the output tokens' predictions is averaged per head: the paper does not say [ours: logits]. It is part of
+    the model: switching it after training changes what a model answers."""
+    fusion: Literal["attention", "mean"] = "attention"
+    """`attention`: the paper's fusion block and shared layer. `mean`: neither of them; one linear layer per head on the
+    mean of a single modality's tokens [Radevski]."""
     width: Positive = 384
     """Width of the fusion block."""
     num_heads: Positive = 8
@@ -237,6 +257,10 @@ class DistillRecipe(Settings):
     """Instead of `teacher`: finished experts of some of the modalities each, averaged (arXiv 2307.07483). Per head and
     clip an expert weighs softmin(its loss on the validation split / weight_temperature) among those that the clip has
     a modality for."""
+    expert_weights: Literal["softmin", "per_sample", "equal"] = "softmin"
+    """How much each of `teachers` counts, among those that a clip has a modality for. `softmin`: per head, softmin(its
+    loss on training clips that no expert learned from / weight_temperature); `per_sample`: the same of its loss on the
+    very clip; `equal`: alike [Radevski]."""
     weight_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the experts' weights: low, the best expert counts alone; high, all count alike [ours]."""
     average: Literal["probabilities", "logits"] = "probabilities"
@@ -264,6 +288,13 @@ class OptimizerRecipe(Settings):
     """Highest learning rate, reached after warm-up [ours]."""
     start_lr: Annotated[float, Field(ge=0)] = 1e-6
     """Learning rate at the first and at the last step [paper: back to the start value; ours: 1e-6]."""
+    lr_batch_size: Positive | None = None
+    """Batch size that `lr` and `start_lr` were chosen for; None: training.batch_size, whatever that is."""
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """How both rates change where training.batch_size is not lr_batch_size: not at all, with the square root of the
+    ratio (AdamW's rule, arXiv 2205.10287), or in proportion (SGD's)."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """From `lr` back to `start_lr` after warm-up: along a cosine [paper], or a straight line [Radevski]."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 10
     """Epochs of linear warm-up; may be a fraction [paper]."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
