@@ -219,7 +219,7 @@ def train(
 @cli.command("eval")
 @click.argument("runs", metavar="[RUN]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--shards", type=click.Path(), help="Shards folder; default: the one the run was trained on.")
-@click.option("--split", help="Split; default: the run's validation split.")
+@click.option("--split", help="Split; default: the run's test split, else validation.")
 @click.option("--drop-prob", type=click.FloatRange(0, 1), help="Each modality is lost with this probability.")
 @click.option("--modalities", help="Only these, e.g. V,F.")
 @click.option("--subsets", is_flag=True, help="Every non-empty subset of the modalities.")

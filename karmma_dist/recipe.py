@@ -144,9 +144,6 @@ class DataRecipe(Settings):
     """Split to validate on during training."""
     test_split: str | None = None
     """Split that `karmma-dist eval` takes by default; None: the validation split."""
-    hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the training recordings, chosen by a hash of their name, that this run does not learn from: what
-    experts are weighed on (`distill.expert_weights`) [ours]."""
     modalities: list[str] = ["video", "flow", "audio"]
     """Modalities the model uses, of those the shards declare."""
     heads: dict[str, Positive] = {}
@@ -207,9 +204,6 @@ class EncoderRecipe(Settings):
 class ModelRecipe(Settings):
     """Encoders, fusion block and heads (paper, Sec. III-B). Defaults are the student's."""
 
-    modalities: list[str] = []
-    """Modalities the model takes, of those of `data.modalities`; empty: all of them. A student may have fewer than its
-    teacher (paper, Tab. II): the teacher sees every modality that dropout left, the student its own."""
     encoders: dict[str, EncoderRecipe] = {}
     """One encoder per modality."""
     tau: Positive = 300
@@ -219,9 +213,6 @@ class ModelRecipe(Settings):
     average: Literal["logits", "probabilities"] = "logits"
     """What of the output tokens' predictions is averaged per head: the paper does not say [ours: logits]. It is part of
     the model: switching it after training changes what a model answers."""
-    fusion: Literal["attention", "mean"] = "attention"
-    """`attention`: the paper's fusion block and shared layer. `mean`: neither of them; one linear layer per head on the
-    mean of a single modality's tokens [Radevski]."""
     width: Positive = 384
     """Width of the fusion block."""
     num_heads: Positive = 8
@@ -257,10 +248,6 @@ class DistillRecipe(Settings):
     """Instead of `teacher`: finished experts of some of the modalities each, averaged (arXiv 2307.07483). Per head and
     clip an expert weighs softmin(its loss on the validation split / weight_temperature) among those that the clip has
     a modality for."""
-    expert_weights: Literal["softmin", "per_sample", "equal"] = "softmin"
-    """How much each of `teachers` counts, among those that a clip has a modality for. `softmin`: per head, softmin(its
-    loss on training clips that no expert learned from / weight_temperature); `per_sample`: the same of its loss on the
-    very clip; `equal`: alike [Radevski]."""
     weight_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the experts' weights: low, the best expert counts alone; high, all count alike [ours]."""
     average: Literal["probabilities", "logits"] = "probabilities"
@@ -303,6 +290,19 @@ class OptimizerRecipe(Settings):
     """Also decay norms, biases and learnable tokens [ours: no]."""
     clip: Annotated[float, Field(ge=0)] = 2.0
     """Largest norm of the whole gradient; 0 switches clipping off [paper: teacher 1.0, student 2.0]."""
+
+    def rate_factor(self, batch_size: int) -> float:
+        """Return what both rates are multiplied by at a batch size, in clips per optimizer step."""
+        if self.lr_batch_size is None:
+            return 1.0
+        power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.lr_scaling]
+        return float((batch_size / self.lr_batch_size) ** power)
+
+    @model_validator(mode="after")
+    def _scaling_has_a_base(self) -> OptimizerRecipe:
+        if self.lr_scaling != "none" and self.lr_batch_size is None:
+            raise ValueError(f"lr_scaling {self.lr_scaling} has no effect without lr_batch_size: say what lr is for")
+        return self
 
 
 class TrainingRecipe(Settings):

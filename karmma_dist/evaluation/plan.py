@@ -71,7 +71,7 @@ def plan_evaluation(
         run: Run folder, its best/, or weights file with its model.yaml beside it.
         conditions: Given the model's modalities, what is there at inference.
         shards: Shards folder; None: the run's own.
-        split: Split; None: the run's validation split.
+        split: Split; None: the run's test split if it has one, else its validation split.
         batch_size: Clips per batch; None: the recipe's. The answers do not depend on it.
         num_workers: Decoding processes; None: the recipe's.
         annotations: Folder with the lists of rare classes and unseen participants; None: the recipe's, if it has one.
@@ -91,7 +91,7 @@ def plan_evaluation(
     if recipe is None and shards is None:
         raise UserError(f"{places}: no recipe.yaml beside the weights, so name the shards with --shards DIR")
     base = recipe.data if recipe else DataRecipe(shards=str(shards), modalities=list(card.modalities))
-    changes = {"shards": shards, "validation_split": split, "num_workers": num_workers}
+    changes = {"shards": shards, "validation_split": split or base.test_split, "num_workers": num_workers}
     data = base.model_copy(update={name: value for name, value in changes.items() if value is not None})
     if data.drop_nouns and "noun" not in model.heads:
         raise UserError(

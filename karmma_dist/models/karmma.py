@@ -2,7 +2,7 @@
 
     encoders -> tau-average -> one Linear per modality -> fusion block over [CLS] and all tokens
       -> M + 1 output tokens: [CLS] and the mean of each modality's -> shared FC -> one classifier per head on each,
-      logits averaged per head
+      their predictions averaged per head (`ModelRecipe.average`)
 
 `encode` looks at each modality alone and `fuse` puts them together, so that evaluation encodes a clip once and fuses
 it once per subset of modalities.
@@ -210,10 +210,19 @@ class KarmmaModel(nn.Module):
         return placed
 
     def _predict(self, outputs_BMD: Tensor, weights_BM: Tensor) -> dict[str, Tensor]:
-        """Average the predictions of the M + 1 output tokens with weights that sum to 1."""
+        """Average the predictions of the M + 1 output tokens with weights that sum to 1: (B, C) per head.
+
+        Averaged probabilities are returned as their logarithms, whose softmax they are.
+        """
         hidden = F.gelu(self.shared(outputs_BMD))  # (B, M + 1, FC width)
         weights = weights_BM[:, :, None]
-        return {head: (classifier(hidden) * weights).sum(dim=1) for head, classifier in self.classifiers.items()}
+        if self.recipe.average == "logits":
+            return {head: (classifier(hidden) * weights).sum(dim=1) for head, classifier in self.classifiers.items()}
+        log_weights = weights.float().log()  # -inf for tokens that do not count, which then get no gradient either
+        return {
+            head: torch.logsumexp(classifier(hidden).float().log_softmax(dim=-1) + log_weights, dim=1).to(hidden.dtype)
+            for head, classifier in self.classifiers.items()
+        }
 
     def _check_inputs(self, inputs: dict[str, Tensor]) -> None:
         for modality, given in inputs.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ def prepare(
     """Move a batch to `device` and turn raw pixels and samples into the normalised floats models take.
 
     video: (N, F, H, W, 3) uint8 -> (N, 3, F, H, W), jittered, ImageNet-normalised. flow: (N, F, H, W, 2) uint8 ->
-    (N, 3, F, H, W), 0 = no motion, third channel 0. audio: int16 windows -> mel spectrograms. All of it is computed
+    (N, 3, F, H, W): 0 = no motion and third channel 0, or ImageNet-normalised (see `VideoInput.flow_scale`). audio: int16 windows -> mel spectrograms. All of it is computed
     in float32 and then cast to `dtype`, the model's precision.
     """
     moved = batch.map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -139,7 +140,7 @@ def prepare(
     if "video" in made:
         made["video"] = _normalise_video(made["video"], moved.jitter_N3)
     if "flow" in made:
-        made["flow"] = _normalise_flow(made["flow"])
+        made["flow"] = _normalise_flow(made["flow"], inputs.video.flow_scale)
     if "audio" in made:
         made["audio"] = mel_spectrogram(made["audio"], inputs.audio.num_mels)
     return replace(moved, inputs={name: tensor.to(dtype) for name, tensor in made.items()})
@@ -161,9 +162,12 @@ def _normalise_video(video: Tensor, jitter_N3: Tensor | None) -> Tensor:
     return pixels.permute(0, 4, 1, 2, 3).contiguous()
 
 
-def _normalise_flow(flow: Tensor) -> Tensor:
+def _normalise_flow(flow: Tensor, scale: Literal["centred", "imagenet"]) -> Tensor:
     num, *sizes, _ = flow.shape
     channels = torch.zeros(num, 3, *sizes, device=flow.device)  # (N, 3, F, H, W)
     channels[:, :2] = flow.permute(0, 4, 1, 2, 3)
+    if scale == "imagenet":
+        mean, std = (channels.new_tensor(of)[:, None, None, None] for of in (_IMAGENET_MEAN, _IMAGENET_STD))
+        return channels.div_(255).sub_(mean).div_(std)
     channels[:, :2].div_(255).sub_(0.5).div_(_FLOW_STD)
     return channels

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,8 @@ SAMPLE_RATE = 16_000
 _ON_THE_EDGE = 1e-4
 """A moment this little before a frame, in frames, means that frame: metadata round rates to a millionth."""
 
-_REFORMATTERS = {"rgb24": VideoReformatter(), "gray": VideoReformatter()}
-"""Shared by all clips of a process, since one per frame leaks; a process decodes on one thread."""
+_reformatters = threading.local()
+"""One reformatter per thread and pixel format: one per frame leaks, and one for two threads crashes."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,22 @@ def decode_video_views(
     """The same for several views, each frame decoded and resized once. Returns uint8 (V, F, crop, crop, 3), RGB."""
     pictures = np.empty((*moments_s_VF.shape, video.crop, video.crop, 3), np.uint8)
     for shown_VF, frame in _shown_frames(data, described, moments_s_VF):
-        picture = _reformat(frame, _resized(frame.width, frame.height, video.short_side), "rgb24")
-        _cut_views(picture, video.crop, views, shown_VF, pictures)
+        _cut_views(_rgb(frame, video.short_side), video.crop, views, shown_VF, pictures)
     return pictures
+
+
+def decode_whole_video(data: bytes, described: dict[str, Any], video: VideoInput) -> np.ndarray:
+    """Decode and resize every frame. Returns uint8 (frames, height, width, 3), RGB, for `cut_video_views`."""
+    every = np.arange(described["num_frames"])
+    return np.stack([_rgb(frame, video.short_side) for frame in chosen_frames(data, every, len(every))])
+
+
+def cut_video_views(
+    whole: np.ndarray, described: dict[str, Any], moments_s_VF: np.ndarray, video: VideoInput, views: Sequence[View]
+) -> np.ndarray:
+    """Return what `decode_video_views` would, bit for bit, from what `decode_whole_video` made."""
+    numbers_VF = frame_numbers(moments_s_VF, described)
+    return np.stack([_cut(whole[numbers], video.crop, view) for numbers, view in zip(numbers_VF, views, strict=True)])
 
 
 def decode_flow(
@@ -76,12 +90,25 @@ def decode_flow_views(
     """The same for several views, each frame decoded and resized once. Returns uint8 (V, F, crop, crop, 2)."""
     flow = np.empty((*moments_s_VF.shape, video.crop, video.crop, 2), np.uint8)
     for shown_VF, frame in _shown_frames(data, described, moments_s_VF):
-        stacked = _reformat(frame, (frame.width, frame.height), "gray")
-        half = frame.height // 2
-        size = _resized(frame.width, half, video.short_side)
-        # Side by side as channels, not above each other: resizing must not mix the rows between them.
-        both = _resize_flow(np.dstack((stacked[:half], stacked[half:])), size)
-        _cut_views(both, video.crop, views, shown_VF, flow)
+        _cut_views(_displacements(frame, video.short_side), video.crop, views, shown_VF, flow)
+    return _turn_mirrored(flow, views)
+
+
+def decode_whole_flow(data: bytes, described: dict[str, Any], video: VideoInput) -> np.ndarray:
+    """Decode and resize every frame of flow. Returns uint8 (frames, height, width, 2), for `cut_flow_views`."""
+    every = np.arange(described["num_frames"])
+    return np.stack([_displacements(frame, video.short_side) for frame in chosen_frames(data, every, len(every))])
+
+
+def cut_flow_views(
+    whole: np.ndarray, described: dict[str, Any], moments_s_VF: np.ndarray, video: VideoInput, views: Sequence[View]
+) -> np.ndarray:
+    """Return what `decode_flow_views` would, bit for bit, from what `decode_whole_flow` made."""
+    return _turn_mirrored(cut_video_views(whole, described, moments_s_VF, video, views), views)
+
+
+def _turn_mirrored(flow: np.ndarray, views: Sequence[View]) -> np.ndarray:
+    """Turn the horizontal motion of mirrored views (V, F, H, W, 2), in place."""
     for flow_F, view in zip(flow, views, strict=True):
         if view.flip:
             np.subtract(255, flow_F[..., 0], out=flow_F[..., 0])
@@ -121,15 +148,26 @@ def decode_detections(data: bytes, detections: DetectionsInput, view: View) -> n
 
     Boxes carry no rate: moments are fractions of the frames that have an entry.
     """
+    return sample_boxes(decode_all_boxes(data, detections), detections, view)
+
+
+def decode_all_boxes(data: bytes, detections: DetectionsInput) -> np.ndarray:
+    """Read the best boxes of every frame. Returns float32 (frames, boxes, 6), for `sample_boxes`."""
     frames = json.loads(data)["frames"]
+    boxes = np.zeros((len(frames), detections.max_boxes, 6), dtype=np.float32)
+    for number, found in enumerate(frames):
+        best = sorted(found, key=lambda box: -box[5])[: detections.max_boxes]
+        if best:
+            boxes[number, : len(best)] = best
+    return boxes
+
+
+def sample_boxes(frames: np.ndarray, detections: DetectionsInput, view: View) -> np.ndarray:
+    """Return the boxes of `decode_all_boxes` at a view's moments, float32 (F, boxes, 6)."""
     times = view.times_F
     if len(times) != detections.num_frames:
         times = (np.arange(detections.num_frames) + 0.5) / detections.num_frames
-    boxes = np.zeros((detections.num_frames, detections.max_boxes, 6), dtype=np.float32)
-    for place, number in enumerate(_floor(times * len(frames), len(frames))):
-        best = sorted(frames[number], key=lambda box: -box[5])[: detections.max_boxes]
-        if best:
-            boxes[place, : len(best)] = best
+    boxes: np.ndarray = frames[_floor(times * len(frames), len(frames))]
     if view.flip:
         there = boxes[..., 4] > 0
         boxes[there, 0], boxes[there, 2] = 1 - boxes[there, 2], 1 - boxes[there, 0]
@@ -178,7 +216,10 @@ def _resized(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 
 def _reformat(frame: av.VideoFrame, size: tuple[int, int], pixels: str) -> np.ndarray:
-    reformatted = _REFORMATTERS[pixels].reformat(frame, *size, format=pixels, interpolation="BILINEAR", threads=1)
+    mine: dict[str, VideoReformatter] = _reformatters.__dict__  # this thread's
+    if pixels not in mine:
+        mine[pixels] = VideoReformatter()
+    reformatted = mine[pixels].reformat(frame, *size, format=pixels, interpolation="BILINEAR", threads=1)
     picture: np.ndarray = reformatted.to_ndarray()
     return picture
 
@@ -200,9 +241,22 @@ def _cut_views(
             into_F[shown_F] = _cut(picture, size, view)
 
 
-def _cut(picture: np.ndarray, size: int, view: View) -> np.ndarray:
-    """(H, W) or (H, W, 3) -> the view's square crop of `size` pixels a side, mirrored if it says so."""
-    height, width = picture.shape[:2]
+def _rgb(frame: av.VideoFrame, short_side: int) -> np.ndarray:
+    """uint8 (H, W, 3)."""
+    return _reformat(frame, _resized(frame.width, frame.height, short_side), "rgb24")
+
+
+def _displacements(frame: av.VideoFrame, short_side: int) -> np.ndarray:
+    """uint8 (H, W, 2): a frame of stored flow, u above v, side by side as channels: resizing must not mix its rows."""
+    stacked = _reformat(frame, (frame.width, frame.height), "gray")
+    half = frame.height // 2
+    size = _resized(frame.width, half, short_side)
+    return _resize_flow(np.dstack((stacked[:half], stacked[half:])), size)
+
+
+def _cut(pictures: np.ndarray, size: int, view: View) -> np.ndarray:
+    """(..., H, W, channels) -> the view's square crop of `size` pixels a side, mirrored if it says so."""
+    height, width = pictures.shape[-3:-1]
     top, left = int(view.top * (height - size + 1)), int(view.left * (width - size + 1))
-    crop = picture[top : top + size, left : left + size]
-    return cv2.flip(crop, 1) if view.flip else crop
+    crop = pictures[..., top : top + size, left : left + size, :]
+    return crop[..., ::-1, :] if view.flip else crop

@@ -19,6 +19,7 @@ from karmma_dist.recipe import DataRecipe, InputRecipe, ViewsRecipe
 from karmma_dist.shards import Clip, DamageError, ShardFolder
 from karmma_dist.streaming.augment import View, evaluation_views, training_view
 from karmma_dist.streaming.batch import Batch, Damage, Sample, collate
+from karmma_dist.streaming.decoded import DecodedClips
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
 from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, evaluation_slices, random_words
 from karmma_dist.streaming.reader import is_wide, num_stored_frames, read_samples
@@ -72,6 +73,7 @@ class _Clips(ABC):
         self.folder, self.data, self.inputs, self.split = folder, data, inputs, split
         self.clips = usable_clips(folder.clips(split), data.modalities)
         self.heads = list(folder.classes)
+        self._decoded = DecodedClips(data.keep_decoded)
         if not self.clips:
             raise UserError(f"{folder.where}: split '{split}' has no clip with any of {', '.join(data.modalities)}")
 
@@ -109,15 +111,24 @@ class _Clips(ABC):
     ) -> list[Sample] | None:
         """Read the `wanted` modalities of a clip, once per view: all of them or, where it is damaged, None."""
         try:
-            with activity.reading(clip, "json"):
-                metadata = self.folder.metadata(clip)
+            metadata = self._metadata(clip, activity)
             views = self._views(metadata, epoch, clip.key)
             return read_samples(
-                self.folder, clip, metadata, wanted, self.inputs, views, activity, keeps_sound=self.keeps_sound
-            )
+                self.folder, clip, metadata, wanted, self.inputs, views, activity, keeps_sound=self.keeps_sound,
+                decoded=self._decoded,
+            )  # fmt: skip
         except DamageError as error:
             damage.append(Damage(error.shard, error.key, error.member, error.what))
             return None
+
+
+    def _metadata(self, clip: Clip, activity: Activity) -> dict[str, Any]:
+        metadata = self._decoded.metadata(clip)
+        if metadata is None:
+            with activity.reading(clip, "json"):
+                metadata = self.folder.metadata(clip)
+            self._decoded.keep_metadata(clip, metadata)
+        return metadata
 
 
 class TrainingClips(_Clips):

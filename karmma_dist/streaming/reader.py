@@ -14,11 +14,17 @@ from karmma_dist.streaming.augment import View
 from karmma_dist.streaming.batch import Sample
 from karmma_dist.streaming.decode import (
     ClipSound,
-    decode_detections,
+    cut_flow_views,
+    cut_video_views,
+    decode_all_boxes,
     decode_flow_views,
     decode_sound,
     decode_video_views,
+    decode_whole_flow,
+    decode_whole_video,
+    sample_boxes,
 )
+from karmma_dist.streaming.decoded import DecodedClips
 from karmma_dist.streaming.watch import Activity
 
 
@@ -68,25 +74,35 @@ def read_sample(
 def read_samples(
     folder: ShardFolder, clip: Clip, metadata: dict[str, Any], wanted: Iterable[str], inputs: InputRecipe,
     views: Sequence[View], activity: Activity | None = None, *, keeps_sound: bool = False,
+    decoded: DecodedClips | None = None,
 ) -> list[Sample]:
     """The same for several views, one sample each; every member is read and decoded once.
+
+    What `decoded` holds is neither read nor decoded again, and what is decoded is offered to it: same samples.
 
     Raises:
         DamageError: as `read_sample`.
     """
     activity = activity or Activity()
+    kept = decoded or DecodedClips(0)
     arrays: dict[str, np.ndarray] = {}
     sounds: list[ClipSound] = []
     for modality in wanted:
-        with activity.reading(clip, modality):
-            data = folder.read(clip, modality)
+        whole, data = kept.get(clip, modality), b""
+        if whole is None:
+            with activity.reading(clip, modality):
+                data = folder.read(clip, modality)
         try:
             with activity.decoding(clip, modality):
+                if whole is None and (modality == "audio" or kept.takes_more):
+                    whole = _decode_whole(modality, data, metadata, inputs)
+                    kept.keep(clip, modality, whole)
                 if modality == "audio":
-                    sounds = _sounds(data, metadata, views)
+                    assert whole is not None
+                    sounds = _sounds(whole, metadata, views)
                     arrays[modality] = np.stack([sound.windows(inputs.audio) for sound in sounds])
                 else:
-                    arrays[modality] = _decode(modality, data, metadata, inputs, views)
+                    arrays[modality] = _look(modality, data, whole, metadata, inputs, views)
         except (ValueError, KeyError, IndexError, ArithmeticError, av.error.FFmpegError) as error:
             what = f"does not decode: {error}"
             raise DamageError(clip.shard, clip.key, member_name(clip.key, modality), what) from None
@@ -102,19 +118,35 @@ def read_samples(
     ]
 
 
-def _sounds(data: bytes, metadata: dict[str, Any], views: Sequence[View]) -> list[ClipSound]:
+def _sounds(samples: np.ndarray, metadata: dict[str, Any], views: Sequence[View]) -> list[ClipSound]:
     """One per view, all of the same samples."""
-    samples, seconds = decode_sound(data, metadata["modalities"]["audio"]), length_s(metadata)
+    seconds = length_s(metadata)
     return [ClipSound(samples, view.times_F * seconds) for view in views]
 
 
-def _decode(
-    modality: str, data: bytes, metadata: dict[str, Any], inputs: InputRecipe, views: Sequence[View]
-) -> np.ndarray:
-    """Pictures or boxes, one array per view, stacked."""
+def _decode_whole(modality: str, data: bytes, metadata: dict[str, Any], inputs: InputRecipe) -> np.ndarray:
+    """Everything that a view may ask for."""
+    described = metadata["modalities"][modality]
+    if modality == "audio":
+        return decode_sound(data, described)
     if modality == "detections":
-        return np.stack([decode_detections(data, inputs.detections, view) for view in views])
+        return decode_all_boxes(data, inputs.detections)
+    decode = decode_whole_video if modality == "video" else decode_whole_flow
+    return decode(data, described, inputs.video)
+
+
+def _look(
+    modality: str, data: bytes, whole: np.ndarray | None, metadata: dict[str, Any], inputs: InputRecipe,
+    views: Sequence[View],
+) -> np.ndarray:  # fmt: skip
+    """Pictures or boxes, one array per view, stacked: cut from what was kept, or decoded for these views alone."""
+    if modality == "detections":
+        boxes = decode_all_boxes(data, inputs.detections) if whole is None else whole
+        return np.stack([sample_boxes(boxes, inputs.detections, view) for view in views])
     described = metadata["modalities"][modality]
     moments_s_VF = np.stack([view.times_F for view in views]) * length_s(metadata)
+    if whole is not None:
+        cut = cut_video_views if modality == "video" else cut_flow_views
+        return cut(whole, described, moments_s_VF, inputs.video, views)
     decode = decode_video_views if modality == "video" else decode_flow_views
     return decode(data, described, moments_s_VF, inputs.video, views)

@@ -272,7 +272,9 @@ class Trainer:
             self.guard.check(loss)
         self._mark(f"reducing the gradients of step {step + 1}")  # a rank that is not here yet keeps the others waiting
         self.engine.backward(loss)
-        lr = learning_rate(self.recipe.optimizer, step, self.steps_per_epoch, self.total_steps)
+        lr = learning_rate(
+            self.recipe.optimizer, step, self.steps_per_epoch, self.total_steps, self.recipe.training.batch_size
+        )
         update = self.engine.step(lr)
         shares = batch.present_BM.float().mean(dim=0).unbind()
         present = {f"present_{m}": share for m, share in zip(self.recipe.data.modalities, shares, strict=True)}

@@ -113,11 +113,11 @@ def readers(tiny: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     root = tmp_path_factory.mktemp("damaged") / "s"
     shutil.copytree(tiny, root)
     decode = cache(lambda arguments: reader_decode(*pickle.loads(arguments)))
-    monkeypatch.setattr(reader, "_decode", lambda *arguments: decode(pickle.dumps(arguments)))
+    monkeypatch.setattr(reader, "_look", lambda *arguments: decode(pickle.dumps(arguments)))
     return Readers(root)
 
 
-reader_decode: Callable[..., np.ndarray] = reader._decode
+reader_decode: Callable[..., np.ndarray] = reader._look
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_the_rate_starts_and_ends_at_the_start_value_and_never_exceeds_the_highe
 ) -> None:
     recipe = OptimizerRecipe(lr=1e-3, start_lr=1e-5, warmup_epochs=warmup)
     total = steps_per_epoch * epochs
-    rates = [learning_rate(recipe, step, steps_per_epoch, total) for step in range(total)]
+    rates = [learning_rate(recipe, step, steps_per_epoch, total, 32) for step in range(total)]
     assert max(rates) <= 1e-3 + 1e-12
     assert min(rates) >= 1e-5 - 1e-12
     assert rates[-1] == pytest.approx(1e-5) or total - 1 <= warmup * steps_per_epoch
