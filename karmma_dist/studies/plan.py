@@ -1,4 +1,4 @@
-"""Which runs a study needs and in which order: each recipe, with its overrides, once per seed, however many rows use it.
+"""The runs that a study needs, in order: each recipe with its overrides once per seed, however many rows use it.
 
 A run is named after its recipe, what its overrides change, and its seed: `grid_epic/teacher+epochs50-1f3a@seed1`. What
 recipes say of each other's runs (a teacher, starting weights, `after`) follows these names, so the same training is

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,11 +74,12 @@ def conditions(evaluate: Evaluate, available: Sequence[str]) -> list[Condition]:
 def write_outcomes(path: Path, outcomes: Outcomes) -> None:
     """Write them, whole or not at all."""
     listed = json.dumps([asdict(condition) for condition in outcomes.conditions])
-    arrays = {f"ranks_{name}": ranks_NK for name, ranks_NK in outcomes.ranks.items()}
+    arrays: dict[str, Any] = {f"ranks_{name}": ranks_NK for name, ranks_NK in outcomes.ranks.items()}
+    arrays |= {"keys": np.array(outcomes.keys), "conditions": np.array(listed)}
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, keys=np.array(outcomes.keys), conditions=np.array(listed), **arrays)
+            np.savez_compressed(file, **arrays)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, write)
@@ -86,6 +88,7 @@ def write_outcomes(path: Path, outcomes: Outcomes) -> None:
 def read_outcomes(path: Path) -> Outcomes:
     """Read what `write_outcomes` wrote."""
     with np.load(path, allow_pickle=False) as file:
-        listed = [Condition(**one | {"modalities": tuple(one["modalities"])}) for one in json.loads(str(file["conditions"]))]
+        stored = json.loads(str(file["conditions"]))
+        listed = [Condition(**one | {"modalities": tuple(one["modalities"])}) for one in stored]
         ranks = {name.removeprefix("ranks_"): file[name] for name in file.files if name.startswith("ranks_")}
         return Outcomes([str(key) for key in file["keys"]], listed, ranks)

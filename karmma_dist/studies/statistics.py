@@ -10,8 +10,9 @@ Legend: N clips, K conditions, D draws, S seeds.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,30 +83,32 @@ class Resampled:
         num_draws: int = NUM_DRAWS,
         seed: int = 0,
     ) -> None:
-        self._columns = {column.name: column for column in columns}
         self.seeds = sorted({seed for of in outcomes.values() for seed in of})
         keys = sorted({key for of in outcomes.values() for one in of.values() for key in one.keys})
         self.num_clips = len(keys)
         random = np.random.default_rng(seed)
         num_S = len(self.seeds)
         self._seeds_DS = random.multinomial(num_S, np.full(num_S, 1 / max(1, num_S)), num_draws) if num_S else None
+        metrics = list(dict.fromkeys(column.metric for column in columns))
         counts = [
-            (label, seed, column.name, _counts(one, column, keys), one.conditions)
+            (label, seed, metric, _counts(one, metric, keys), one.conditions)
             for label, of in outcomes.items()
             for seed, one in of.items()
-            for column in columns
-            if _has(one, column)
+            for metric in metrics
+            if metric.rpartition("_")[0] in one.ranks
         ]
         self.values: dict[tuple[str, str], dict[int, float | None]] = {}
         """Per label and column: the figure of each seed on all clips."""
         self._draws: dict[tuple[str, str], dict[int, np.ndarray]] = {}
         parts: dict[tuple[str, int, str], list[np.ndarray]] = {}
         all_1N = np.ones((1, len(keys)), dtype=np.float32)
-        for times_DN in (all_1N, *_clip_draws(len(keys), num_draws, random)):
-            for label, seed, name, (right_NK, shown_NK), conditions in counts:
+        for times_DN in itertools.chain([all_1N], _clip_draws(len(keys), num_draws, random)):
+            for label, seed, metric, (right_NK, shown_NK), conditions in counts:
                 accuracy_DK = _accuracy(times_DN, right_NK, shown_NK)
-                figure_D = figure_of(self._columns[name])(accuracy_DK, conditions)
-                parts.setdefault((label, seed, name), []).append(figure_D)
+                for column in columns:
+                    if column.metric == metric:
+                        figure_D = figure_of(column)(accuracy_DK, conditions)
+                        parts.setdefault((label, seed, column.name), []).append(figure_D)
         for (label, seed, name), of in parts.items():
             value = float(of[0][0])
             self.values.setdefault((label, name), {})[seed] = None if math.isnan(value) else value
@@ -233,16 +236,9 @@ def _corrected(p_values: Sequence[float | None]) -> list[float | None]:
     return [None if p is None else next(known) for p in p_values]
 
 
-def _has(outcomes: Outcomes, column: Column) -> bool:
-    name = column.metric.rpartition("_")[0]
-    subset = column.subset
-    shown = subset is None or any(one.modalities == subset and one.drop_prob == 0 for one in outcomes.conditions)
-    return name in outcomes.ranks and shown
-
-
-def _counts(outcomes: Outcomes, column: Column, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _counts(outcomes: Outcomes, metric: str, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """right_NK and shown_NK, float32, over all clips of the study."""
-    name, _, first = column.metric.rpartition("_top")
+    name, _, first = metric.rpartition("_top")
     place = {key: n for n, key in enumerate(keys)}
     ranks_NK = np.full((len(keys), len(outcomes.conditions)), -1, dtype=np.int32)
     ranks_NK[[place[key] for key in outcomes.keys]] = outcomes.ranks[name]
@@ -250,11 +246,11 @@ def _counts(outcomes: Outcomes, column: Column, keys: Sequence[str]) -> tuple[np
     return (shown_NK & (ranks_NK < int(first))).astype(np.float32), shown_NK.astype(np.float32)
 
 
-def _clip_draws(num_clips: int, num_draws: int, random: np.random.Generator) -> list[np.ndarray]:
-    """How often each clip is in each draw, float32 (some draws, N), made when asked for."""
-    sizes = [min(_DRAWS_AT_ONCE, num_draws - first) for first in range(0, num_draws, _DRAWS_AT_ONCE)]
-    even = np.full(num_clips, 1 / max(1, num_clips))
-    return [random.multinomial(num_clips, even, size).astype(np.float32) for size in sizes]
+def _clip_draws(num_clips: int, num_draws: int, random: np.random.Generator) -> Iterator[np.ndarray]:
+    """How often each clip is in each draw, float32 (some draws, N)."""
+    for first in range(0, num_draws if num_clips else 0, _DRAWS_AT_ONCE):
+        size = min(_DRAWS_AT_ONCE, num_draws - first)
+        yield random.multinomial(num_clips, np.full(num_clips, 1 / num_clips), size).astype(np.float32)
 
 
 def _accuracy(times_DN: np.ndarray, right_NK: np.ndarray, shown_NK: np.ndarray) -> np.ndarray:
