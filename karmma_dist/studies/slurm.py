@@ -65,7 +65,8 @@ def plan_arrays(plan: StudyPlan, out: Path, arguments: Sequence[str]) -> list[Ar
         places[group] = len(jobs)
         jobs.append(ArrayJob(job, [places[need] for need in needs if need in places], "aftercorr"))
     slurm = next(iter(plan.runs.values())).recipe.slurm
-    one_gpu = slurm.model_copy(update={"script": SCRIPT, "nodes": 1, "gpus_per_node": min(1, slurm.gpus_per_node)})
+    changes = {"nodes": 1, "gpus_per_node": min(1, slurm.gpus_per_node), "extra": [*slurm.extra, "--output=%x_%j.log"]}
+    one_gpu = slurm.model_copy(update={"script": SCRIPT, **changes})
     report = slurm_job(one_gpu, f"study-{plan.file.name.replace('/', '-')}", ["report", *arguments])
     return [*jobs, ArrayJob(report, list(range(len(jobs))), "afterok")]
 
