@@ -26,8 +26,6 @@ from karmma_dist.studies.study import Column, Row, Study
 
 RESULTS, REPORT, HTML_REPORT, CURVE_PLOT = "results.json", "report.md", "report.html", "drop_curve.png"
 
-_METRIC_WORDS = {"top1": "top-1", "top5": "top-5"}
-
 
 @dataclass(frozen=True)
 class ReportRow:
@@ -108,7 +106,7 @@ def write_study_report(report: StudyReport, folder: Path) -> Path:
 
 def terminal_table(report: StudyReport) -> RichTable:
     """Return the table for a terminal."""
-    header, body = _grid(report, lambda cell, _: Cell(_short(cell)))
+    header, body = _grid(report, lambda cell: Cell(_short(cell)))
     table = RichTable(title=report.study.title, caption=_caption(report), box=SIMPLE_HEAD, show_edge=False,
                       pad_edge=False)  # fmt: skip
     table.add_column(header[0])
@@ -120,7 +118,7 @@ def terminal_table(report: StudyReport) -> RichTable:
 
 
 def _markdown(report: StudyReport, has_curve: bool) -> str:
-    header, body = _grid(report, lambda cell, _: Cell(_short(cell), _ends(cell)))
+    header, body = _grid(report, lambda cell: Cell(_short(cell), _ends(cell)))
     shown = [[_bold(cell) + (f" {cell.aside}" if cell.aside else "") for cell in line] for line in body]
     plot = f"![action top-1 over the probability that a modality is missing]({CURVE_PLOT})\n"
     parts = [
@@ -139,7 +137,7 @@ def _markdown(report: StudyReport, has_curve: bool) -> str:
 
 def _sections(report: StudyReport) -> list[Section]:
     study = report.study
-    header, body = _grid(report, lambda cell, _: Cell(_short(cell), _ends(cell)))
+    header, body = _grid(report, lambda cell: Cell(_short(cell), _ends(cell)))
     tests = Table("Tests", _TEST_COLUMNS, [_test_line(test) for test in report.tests], text_columns=frozenset({1, 2}))
     seed_header, seed_body = _seed_table(report)
     found = [
@@ -153,20 +151,19 @@ def _sections(report: StudyReport) -> list[Section]:
     return [section for section in found if section.html]
 
 
-def _grid(report: StudyReport, show: Callable[[Summary, Column], Cell]) -> tuple[list[str], list[list[Cell]]]:
+def _grid(report: StudyReport, show: Callable[[Summary], Cell]) -> tuple[list[str], list[list[Cell]]]:
     """Header and lines: a line per row of the study, or per column where these are more; published beside ours."""
     columns = report.study.columns
-    ours = [[show(one.cells[column.name], column) for column in columns] for one in report.rows]
+    ours = [[show(one.cells[column.name]) for column in columns] for one in report.rows]
     for c, column in enumerate(columns):
         _mark_best([line[c] for line in ours], [one.cells[column.name].mean for one in report.rows], column, ours, c)
     published = [[_number(one.row.published.get(column.name)) for column in columns] for one in report.rows]
-    labels, names = [one.row.label for one in report.rows], [_heading(column) for column in columns]
-    first = ""
+    labels, names = [one.row.label for one in report.rows], [column.name for column in columns]
     if len(columns) > len(labels):
         ours, published = [[*line] for line in zip(*ours, strict=True)], [[*of] for of in zip(*published, strict=True)]
         labels, names = names, labels
     has_published = [any(line[place] for line in published) for place in range(len(names))]
-    header = [first, *(text for name, has in zip(names, has_published, strict=True)
+    header = ["", *(text for name, has in zip(names, has_published, strict=True)
                        for text in ([name, "published"] if has else [name]))]  # fmt: skip
     body = [
         [
@@ -187,17 +184,12 @@ def _mark_best(
 ) -> None:
     """Mark the best of a column, where there are several to choose from and it is no cost."""
     known = [mean for mean in means if mean is not None]
-    if len(known) < 2 or column.is_cost:
+    if len(known) < 2 or column.is_cost or _number(min(known)) == _number(max(known)):
         return
     best = (min if column.lower_is_better else max)(known)
     for line, (cell, mean) in enumerate(zip(cells, means, strict=True)):
         if mean is not None and _number(mean) == _number(best):
             ours[line][place] = Cell(cell.text, cell.aside, best=True)
-
-
-def _heading(column: Column) -> str:
-    """`action top-1: V+F`, or the column's name where it says more than that."""
-    return column.name
 
 
 def _seed_table(report: StudyReport) -> tuple[list[str], list[list[str]]]:
@@ -210,7 +202,7 @@ def _seed_table(report: StudyReport) -> tuple[list[str], list[list[str]]]:
         for one in report.rows
         for seed in one.evaluated
     ]
-    return ["", *(_heading(column) for column in columns)], body
+    return ["", *(column.name for column in columns)], body
 
 
 _TEST_COLUMNS = ["column", "row", "against", "difference", "95 % interval", "p (bootstrap)", "Holm", "p (paired t)",
@@ -291,7 +283,11 @@ def _bold(cell: Cell) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.1f}"
+    """Two digits after the point, of large and small figures as many as tell something; empty where there is none."""
+    if value is None:
+        return ""
+    size = abs(value)
+    return f"{value:,.1f}" if size >= 1000 else f"{value:.3g}" if 0 < size < 0.1 else f"{value:.2f}"
 
 
 def _p(value: float | None) -> str:

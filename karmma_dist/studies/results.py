@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -52,7 +54,8 @@ def evaluate_run(weights: Path, recipe: Recipe, study: Study, report: Report) ->
     folder = weights / FOLDER / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     stored = folder / OUTCOMES
     if stored.is_file() and stored.stat().st_mtime_ns >= own_weights(weights).stat().st_mtime_ns:
-        return read_outcomes(stored)
+        with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):  # cut or of another layout: anew
+            return read_outcomes(stored)
     plan = plan_evaluation(weights, chosen, shards=recipe.data.shards, split=split, out=folder)
     results = carry_out(plan, report).results
     write_results(results, folder)

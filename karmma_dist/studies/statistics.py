@@ -3,7 +3,9 @@
 Seeds and clips are crossed: every training of every row is evaluated on the same clips. A draw of the bootstrap takes
 seeds with replacement and, independently, clips with replacement, the same ones for every row, so differences between
 rows are paired on both (the two-way bootstrap of Owen 2007, arXiv 0712.1111). S seeds drawn from S vary by (S - 1) / S
-of what S other trainings would; the part of the seeds is widened by the square root of the inverse.
+of what S other trainings would; the part of the seeds is widened by the square root of the inverse. What depends on
+seed and clip together is counted in both draws: intervals err on the wide side (in simulated worlds of 150 clips and 2
+to 10 seeds they held the truth in 97 to 99 of 100).
 
 Legend: N clips, K conditions, D draws, S seeds.
 """
