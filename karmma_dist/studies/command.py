@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from karmma_dist.progress import Progress
-from karmma_dist.studies.costs import plan_costs
+from karmma_dist.studies.costs import RunCost, plan_costs
 from karmma_dist.studies.jobs import write_recipe
 from karmma_dist.studies.plan import StudyPlan, plan_study
-from karmma_dist.studies.plan_table import plan_table, total_lines
 from karmma_dist.studies.report import terminal_table
 from karmma_dist.studies.run import carry_out_study
 from karmma_dist.studies.slurm import plan_arrays, shown_arrays, submit_arrays
@@ -102,3 +105,43 @@ def carry_out(request: StudyRequest) -> bool:
     for name, why in done.report.missing.items():
         click.echo(f"missing: {name}: {why}", err=True)
     return not done.report.missing
+
+
+def plan_table(plan: StudyPlan, costs: Sequence[RunCost]) -> Table:
+    """Return a line per run, in the order to train them."""
+    places = {cost.run.name: place for place, cost in enumerate(costs, 1)}
+    table = Table(title=f"{plan.file.study.title} ({plan.file.path})", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("run", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for heading in ("after", "epochs x clips", "FLOPs"):
+        table.add_column(heading, justify="right")
+    for place, cost in enumerate(costs, 1):
+        needs = ", ".join(str(places[need]) for need in cost.run.needs)
+        passes = f"{cost.run.recipe.training.epochs} x {'?' if cost.clips is None else f'{cost.clips:,}'}"
+        cells = [str(place), cost.run.name, cost.state, needs, passes, flops_text(cost.flops)]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def total_lines(plan: StudyPlan, costs: Sequence[RunCost]) -> list[str]:
+    """Return the cost per row, runs that rows share counted with each of them, and of the study, each run once."""
+    lines = []
+    for label in plan.chosen:
+        own = [cost for cost in costs if label in cost.run.labels]
+        shared = sum(len(cost.run.labels) > 1 for cost in own)
+        aside = f", {shared} of them shared with other rows" if shared else ""
+        lines.append(f"{label}: {_sum(own)} in {len(own)} run{'s' * (len(own) != 1)}{aside}")
+    left = [cost for cost in costs if cost.state != "finished"]
+    lines.append(f"study: {_sum(costs)} in {len(costs)} runs; not finished: {_sum(left)} in {len(left)}")
+    return lines
+
+
+def flops_text(flops: float | None) -> str:
+    """Return FLOPs as a person reads them: 1.23e+18."""
+    return "?" if flops is None else f"{flops:.2e}"
+
+
+def _sum(costs: Sequence[RunCost]) -> str:
+    known = [cost.flops for cost in costs if cost.flops is not None]
+    return f"{flops_text(sum(known) if len(known) == len(costs) else None)} FLOPs"
