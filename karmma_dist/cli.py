@@ -285,6 +285,39 @@ def evaluate(
 
 
 @cli.command()
+@click.argument("study")
+@click.option("--seeds", type=click.IntRange(min=1), help="Trainings of each row; default: the study's.")
+@click.option("--local", type=click.IntRange(min=1), help="Runs that train side by side on this machine; default: 1.")
+@click.option("--slurm", is_flag=True, help="Hand all of it to sbatch: arrays over seeds, the report last.")
+@click.option("--only", multiple=True, metavar="ROW", help="Train this row alone, by its label. May be repeated.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field of every run.")
+@click.option("--dry-run", is_flag=True, help="Print runs, states and costs; with --slurm the sbatch lines.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report; default: runs/studies/STUDY.")
+def study(
+    study: str, seeds: int | None, local: int | None, slurm: bool, only: tuple[str, ...],
+    overrides: tuple[str, ...], dry_run: bool, out: Path | None,
+) -> None:
+    """Train, evaluate and report a table: all runs of STUDY that are not finished, over several seeds.
+
+    STUDY: a file, or DATASET/NAME for recipes/DATASET/studies/NAME.yaml. Started again it goes on where it was.
+    """
+    if slurm and local is not None:
+        raise UserError("study: --local goes without --slurm")
+    from karmma_dist.studies.study import load_study
+
+    file = load_study(study)  # before torch is imported: a wrong study is said at once
+    from karmma_dist.studies.command import StudyRequest, carry_out, shown_plan, submitted
+
+    request = StudyRequest(file, seeds, local or 1, only, overrides, out)
+    if slurm:
+        click.echo("\n".join(submitted(request, is_dry=dry_run)))
+    elif dry_run:
+        shown_plan(request)
+    elif not carry_out(request):
+        sys.exit(1)
+
+
+@cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("clips", metavar="CLIP...", nargs=-1, required=True)
 @click.option("--shards", type=click.Path(), help="Shards folder; default: the one the run was trained on.")

@@ -90,7 +90,7 @@ class Ranks:
         self.ended: dict[int, int] = {}
         """Return codes of the ranks that have ended by themselves, in the order in which they did."""
         self._interrupted = False
-        prepare = _in_the_child(unmasked)
+        prepare = in_the_child(unmasked)
         for file, variables in zip(self._files, rank_environments(num_ranks), strict=True):
             own = {**variables, "OMP_NUM_THREADS": threads, ERROR_FILE: str(file)}
             try:
@@ -161,7 +161,7 @@ class Ranks:
             return lines or ["interrupted: the ranks were ended before they said anything"]
         for rank, code in self.ended.items():
             if code < 0:
-                lines.append(f"error: rank {rank} was killed by {_signal_name(-code)}; the others were ended")
+                lines.append(f"error: rank {rank} was killed by {signal_name(-code)}; the others were ended")
             elif code not in (0, 2, _PREEMPTED) and rank not in blind:
                 lines.append(f"error: rank {rank} ended with exit code {code}; the others were ended")
             else:
@@ -181,8 +181,8 @@ class Ranks:
                 self.ended.setdefault(rank, code)
 
 
-def _in_the_child(unmasked: set[int | signal.Signals]) -> Callable[[], None]:
-    """What a rank does between fork and exec: take signals again, and die when the launcher does."""
+def in_the_child(unmasked: set[int | signal.Signals]) -> Callable[[], None]:
+    """Return what a child does between fork and exec: take signals again, and die when the launcher does."""
     libc = ctypes.CDLL(None, use_errno=True)
     launcher = os.getpid()
 
@@ -195,7 +195,8 @@ def _in_the_child(unmasked: set[int | signal.Signals]) -> Callable[[], None]:
     return prepare
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """Return the name of a signal: SIGTERM."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -27,14 +27,15 @@ class SlurmJob:
     script: list[str]
     """The script and its arguments."""
 
-    def command(self, *more: str, after: str | None = None) -> list[str]:
+    def command(self, *more: str, after: str | None = None, kind: str = "afterok") -> list[str]:
         """The sbatch command.
 
         Args:
             more: further flags.
-            after: id of the job that has to finish before.
+            after: id of the job that has to finish before; several are joined by colons.
+            kind: how it waits: `afterok`, or of arrays `aftercorr`, task by task.
         """
-        waits = [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+        waits = [] if after is None else [f"--dependency={kind}:{after}", "--kill-on-invalid-dep=yes"]
         return ["sbatch", *self.flags, *waits, *more, *self.script]
 
 
@@ -109,15 +110,28 @@ def submit_jobs(jobs: Sequence[SlurmJob]) -> list[str]:
     lines: list[str] = []
     before: str | None = None
     for job in jobs:
-        try:
-            answer = _sbatch(job.command("--parsable", after=before)).stdout
-        except UserError as error:
-            left = f"; in the queue already: {', '.join(lines)} (scancel takes a job out)" if lines else ""
-            raise UserError(f"{error}{left}") from None
-        number = answer.strip().partition(";")[0]  # "id;cluster" where there are several clusters
+        number = submit(job.command("--parsable", after=before), lines)
         lines.append(f"job {number}: {job.name}" + (f", after job {before}" if before else ""))
         before = number
     return lines
+
+
+def submit(command: Sequence[str], before: Sequence[str]) -> str:
+    """Run an sbatch command that is to print its job's id alone, and return that id.
+
+    Args:
+        command: with --parsable.
+        before: lines about jobs submitted before, named in the error.
+
+    Raises:
+        UserError: as `submit_jobs`.
+    """
+    try:
+        answer = _sbatch(command).stdout
+    except UserError as error:
+        left = f"; in the queue already: {', '.join(before)} (scancel takes a job out)" if before else ""
+        raise UserError(f"{error}{left}") from None
+    return answer.strip().partition(";")[0]  # "id;cluster" where there are several clusters
 
 
 def ask_scheduler(jobs: Sequence[SlurmJob]) -> list[str]:

@@ -65,31 +65,39 @@ def _look_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
     return start
 
 
+_NOT_LEARNED = {
+    "slurm", "evaluation", "data.heads", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
+    "training.threads", "training.keep_checkpoints", "training.offload", "training.peak_tflops",
+    "training.profile_steps", "training.max_skipped_steps", "training.guard_every_steps",
+    "training.collective_timeout_s", "distill.shard_teacher",
+    "training.keep_every_epochs", "training.zero_stage",
+    "training.checkpoint_every_epochs", "training.checkpoint_every_steps",
+}  # fmt: skip
+"""Fields and sections that do not change what is learned."""
+
+
 def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     """Raise where the run folder holds another run: fields that change what is computed differ."""
-    ignored = {
-        "slurm", "evaluation", "data.heads", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
-        "training.threads", "training.keep_checkpoints", "training.offload", "training.peak_tflops",
-        "training.profile_steps", "training.max_skipped_steps", "training.guard_every_steps",
-        "training.collective_timeout_s", "distill.shard_teacher",
-        "training.keep_every_epochs", "training.zero_stage",
-        "training.checkpoint_every_epochs", "training.checkpoint_every_steps",
-    }  # fmt: skip
-    before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
-    for flat in (before, now):
-        for key, value in flat.items():
-            if isinstance(value, str):
-                flat[key] = masked(value)  # a new password or signature is no other run
-    differing = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == i or key.startswith(f"{i}.") for i in ignored)
-    ]
+    differing = [f"{key}: {before} -> {now}" for key, (before, now) in differing_fields(saved, recipe).items()]
     if differing:
         raise UserError(
             f"{recipe.run_dir}: holds a run of another recipe ({'; '.join(differing[:5])}): "
             "give this one another name (--set name=...) or start over with --resume never"
         )
+
+
+def differing_fields(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that change what is learned and differ, with both values, in alphabetical order."""
+    before, now = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
+    for flat in (before, now):
+        for key, value in flat.items():
+            if isinstance(value, str):
+                flat[key] = masked(value)  # a new password or signature is no other run
+    return {
+        key: (before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == i or key.startswith(f"{i}.") for i in _NOT_LEARNED)
+    }
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -99,6 +99,7 @@ def test_teacher_and_student_are_submitted_alike() -> None:
         ("teacher", "teacher.sh", []),
         ("eval", "eval.sh", []),
         ("eval_of_a_run", "eval.sh", ["runs/x", "--drop-prob", "0.5"]),
+        ("study_task", "study.sh", [str(ROOT / "slurm/distill.sh"), "first.yaml", "second.yaml", "third.yaml"]),
         ("shard", "shard.sh", []),
         ("shard_of_another", "shard.sh", ["demo", "--raw", "r"]),
     ],
@@ -274,3 +275,10 @@ def test_submitting_where_there_is_no_slurm_says_so(monkeypatch: pytest.MonkeyPa
 def test_what_only_slurm_can_do_is_refused_here(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "demo/teacher", "--local", "2", *option]) == 2
     assert "not with --local" in capsys.readouterr().err
+
+
+def test_the_last_job_of_a_study_is_the_study_itself(job: Path) -> None:
+    (job / "karmma-dist").write_text('#!/bin/bash\necho "karmma-dist $*" >> calls\n')
+    (job / "karmma-dist").chmod(0o755)
+    assert run_script("study.sh", "report", "grid_epic/tab1", "--seeds=2").returncode == 0
+    assert (job / "calls").read_text() == "karmma-dist study grid_epic/tab1 --seeds=2\n"

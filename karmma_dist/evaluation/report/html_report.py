@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -65,7 +65,18 @@ def html_report(content: ReportContent) -> str:
         Section("notes", "Notes", bullets(content.notes)),
         _times(content.timings),
     ]
-    sections = [section for section in found if section is not None and section.html]
+    data = {"title": title, "models": models, "notes": list(content.notes), "timings": dict(content.timings)}
+    return page(title, [section for section in found if section is not None and section.html], data)
+
+
+def embeddable_json(value: Any) -> str:
+    """Compact JSON that can stand in a script element: it holds no `<`, `>` or `&`, and floats are rounded."""
+    text = json.dumps(_rounded(value), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def page(title: str, sections: Sequence[Section], data: Any) -> str:
+    """Return a page that loads nothing: contents, sections, and `data` as JSON for whoever is sent the page alone."""
     links = "".join(
         f'<li><a href="#{section.anchor}">{escape(section.short or section.heading)}</a></li>' for section in sections
     )
@@ -77,17 +88,6 @@ def html_report(content: ReportContent) -> str:
         ),
         f"</main>\n<footer>\n{_SAVE}\n</footer>\n",
     ]
-    data = {"title": title, "models": models, "notes": list(content.notes), "timings": dict(content.timings)}
-    return _page(title, "".join(parts), data)
-
-
-def embeddable_json(value: Any) -> str:
-    """Compact JSON that can stand in a script element: it holds no `<`, `>` or `&`, and floats are rounded."""
-    text = json.dumps(_rounded(value), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _page(title: str, body: str, data: Any) -> str:
     style, script = _resource("report.css"), _resource("report.js")
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'"
     return (
@@ -95,7 +95,7 @@ def _page(title: str, body: str, data: Any) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n'
-        f"<style>{style}</style>\n</head>\n<body>\n{body}"
+        f"<style>{style}</style>\n</head>\n<body>\n{''.join(parts)}"
         f'<script type="application/json" id="results">{embeddable_json(data)}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
     )

@@ -117,13 +117,13 @@ def subsets_section(models: Models) -> Section | None:
     at = f" at drop probability {probability:g}" if probability else ""
     table = Table(f"Action top-1 per subset{at}", ["present", *models, "clips"], body, [[*line, ""] for line in foot])
     caption = "A clip that has none of a subset's modalities cannot be shown to a model: counted apart, as without."
-    figure = _figure(
+    drawn = figure(
         f"Action top-1 per subset of the modalities{at}",
         legend(models, marks=False),
         lambda width: bar_plot(points, groups_label="modalities present", x_label="action top-1 (%)", width=width),
     )
     heading = f"Subsets of the modalities{at}: action top-1 (%)"
-    return Section("subsets", heading, table.to_html() + note(caption + _interval_note(clean)) + figure, "Subsets")
+    return Section("subsets", heading, table.to_html() + note(caption + _interval_note(clean)) + drawn, "Subsets")
 
 
 def missing_at_random(models: Models) -> Section | None:
@@ -150,7 +150,7 @@ def missing_at_random(models: Models) -> Section | None:
     ]
     table = Table("Action top-1 per drop probability", ["drop probability (%)", *lines], body, foot)
     chance = next(iter(models.values()))["summary"]["chance_top1"]["action"]
-    figure = _figure(
+    drawn = figure(
         "Action top-1 over the probability that a modality is missing at inference",
         legend(lines, marks=True),
         lambda width: line_plot(
@@ -167,7 +167,7 @@ def missing_at_random(models: Models) -> Section | None:
     of = f" of {next(iter(swept.values()))}" if same else " modality"
     caption = f"At least one{of} stays in each clip.{deviation}{band}{_interval_note(clean)}"
     heading = "Modalities missing at random: action top-1 (%)"
-    return Section("sweep", heading, table.to_html() + note(caption) + figure, "Missing at random")
+    return Section("sweep", heading, table.to_html() + note(caption) + drawn, "Missing at random")
 
 
 def corruptions(models: Models) -> Section | None:
@@ -195,7 +195,7 @@ def corruptions(models: Models) -> Section | None:
                 points[name][label] = line[-1]
         body.append([label, *_best(line)])
     table = Table("Action top-1 per corrupted sensor", ["corrupted", *models], body)
-    figure = _figure(
+    drawn = figure(
         "Action top-1 per corrupted sensor",
         legend(models, marks=False),
         lambda width: bar_plot(points, groups_label="corrupted", x_label="action top-1 (%)", width=width),
@@ -205,7 +205,7 @@ def corruptions(models: Models) -> Section | None:
         "not absent."
     )
     heading = "Corrupted sensors: action top-1 (%)"
-    return Section("corrupted", heading, table.to_html() + note(caption) + figure, "Corrupted sensors")
+    return Section("corrupted", heading, table.to_html() + note(caption) + drawn, "Corrupted sensors")
 
 
 def _figure_cells(summaries: Sequence[dict[str, Any] | None], key: str, lowest: bool = False) -> list[Cell]:
@@ -263,7 +263,8 @@ def _spread(curve: dict[str, Any] | None, probability: float) -> str:
     return f"± {std:.2f}" if std else ""
 
 
-def _figure(caption: str, key: str, draw: Callable[[int], str]) -> str:
+def figure(caption: str, key: str, draw: Callable[[int], str]) -> str:
+    """Return a figure with its legend `key`, drawn for a wide page and for a narrow one."""
     return (
         f"<figure>\n<figcaption>{escape(caption)}</figcaption>\n{key}\n"
         f'<div class="wide">{draw(WIDE)}</div>\n<div class="narrow">{draw(NARROW)}</div>\n</figure>\n'

@@ -1,0 +1,180 @@
+"""What a study costs before anything is trained: FLOPs of every run, and the figures of columns that need no training.
+
+Counted on the meta device: neither shards nor weights are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from karmma_dist.errors import UserError
+from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.profiling.flops import ClipFlops, flops_per_clip, meta_clip, meta_model
+from karmma_dist.profiling.memory import FusedAttention, PeakMemory, inference_peak
+from karmma_dist.recipe import Recipe
+from karmma_dist.shards import MANIFEST, ShardFolder
+from karmma_dist.studies.plan import State, StudyPlan, StudyRun
+from karmma_dist.studies.study import Column, Study
+
+_FUSION_CLIPS = 32
+"""Clips of the batch whose fusion block is measured, as in the paper's Tab. V."""
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a run computes until it is finished."""
+
+    run: StudyRun
+    state: State
+    clips: int | None
+    """Training clips; None: neither the shards nor the study say it."""
+    flops: float | None
+    """All forward and backward passes, and a teacher's forward passes; None where `clips` is."""
+
+
+class Counter:
+    """Counts models of a study, each architecture once."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._counted: dict[str, ClipFlops] = {}
+
+    def heads(self, recipe: Recipe) -> dict[str, int]:
+        """Return classes per head: of the shards where they are, else what the recipe or the study says.
+
+        Raises:
+            UserError: nobody says.
+        """
+        folder = _shards(recipe)
+        known = None if folder is None else {head: len(names) for head, names in folder.classes.items()}
+        found = known or dict(recipe.data.heads) or dict(self._study.heads)
+        if not found:
+            raise UserError(
+                f"{recipe.name}: the number of classes is not known: there are no shards in {recipe.data.shards}, and "
+                "neither data.heads nor the study's heads say it"
+            )
+        return found
+
+    def clips(self, recipe: Recipe) -> int | None:
+        """Return the number of training clips, of the shards where they are, else what the study says."""
+        folder = _shards(recipe)
+        if folder is None:
+            return self._study.clips
+        split = folder.manifest["splits"].get(recipe.data.train_split, {"shards": []})
+        return sum(shard["clips"] for shard in split["shards"])
+
+    def model(self, recipe: Recipe, modalities: Sequence[str] | None = None) -> KarmmaModel:
+        """Return a recipe's model without weights, or one that holds only some of its modalities."""
+        return meta_model(recipe.model, recipe.inputs, modalities or own_modalities(recipe), self.heads(recipe))
+
+    def clip_flops(self, recipe: Recipe) -> ClipFlops:
+        """Return FLOPs of one clip, by part."""
+        key = repr((recipe.model.model_dump(), recipe.inputs.model_dump(), own_modalities(recipe), self.heads(recipe)))
+        if key not in self._counted:
+            self._counted[key] = flops_per_clip(self.model(recipe))
+        return self._counted[key]
+
+    def training_flops(self, run: StudyRun, runs: Mapping[str, StudyRun]) -> float | None:
+        """Return FLOPs of a whole training, its teachers' forward passes included; None: clips are not counted."""
+        recipe, clips = run.recipe, self.clips(run.recipe)
+        if clips is None:
+            return None
+        present = _expected_present(recipe, clips)
+        own = self.clip_flops(recipe).training({m: present[m] for m in own_modalities(recipe)}, clips)
+        taught = sum(_forward(self.clip_flops(runs[name].recipe), present, clips) for name in _teachers(run))
+        return float(recipe.training.epochs * (own + taught))
+
+    def cost_figure(self, recipe: Recipe, column: Column) -> float | None:
+        """Return the figure of a column that needs no training; None: the model lacks the modalities."""
+        modalities = own_modalities(recipe)
+        shown = column.subset or modalities
+        if not set(shown) <= set(modalities):
+            return None
+        subset = tuple(m for m in modalities if m in shown)
+        if column.metric == "gflops":
+            return self.clip_flops(recipe).alone(subset) / 1e9
+        model = self.model(recipe, subset).eval()
+        sizes = {p: p.numel() for p in model.parameters()}
+        if column.metric in ("params", "trainable"):
+            return sum(n for p, n in sizes.items() if column.metric == "params" or p.requires_grad) / 1e6
+        if column.metric.startswith("fusion_memory"):
+            return _fusion_peak(model, fused=column.metric == "fusion_memory") / 1e9
+        clip = meta_clip(recipe.inputs, subset)
+        activations = inference_peak(model, clip, torch.ones(1, len(subset), dtype=torch.bool))
+        return (4 * sum(sizes.values()) + activations) / 1e9
+
+
+def plan_costs(plan: StudyPlan) -> list[RunCost]:
+    """Count every run of the chosen rows, in the order to train them.
+
+    Raises:
+        UserError: the number of classes is not known, or a folder holds a run of another recipe.
+    """
+    counter = Counter(plan.file.study)
+    return [
+        RunCost(run, run.state(), counter.clips(run.recipe), counter.training_flops(run, plan.runs))
+        for run in plan.chosen_runs
+    ]
+
+
+def own_modalities(recipe: Recipe) -> tuple[str, ...]:
+    """Return the modalities that a recipe's model takes."""
+    return tuple(recipe.model.modalities or recipe.data.modalities)
+
+
+def _shards(recipe: Recipe) -> ShardFolder | None:
+    """The recipe's shards, if they lie on this machine."""
+    folder = Path(recipe.data.shards)
+    return _opened(str(folder)) if (folder / MANIFEST).is_file() else None
+
+
+@cache
+def _opened(folder: str) -> ShardFolder:
+    return ShardFolder(folder)
+
+
+def _expected_present(recipe: Recipe, clips: int) -> dict[str, int]:
+    """Clips of an epoch that have each modality, on average, of clips that have all: at least one is kept."""
+    p, num = recipe.data.modality_dropout.probability, len(recipe.data.modalities)
+    kept = (1 - p) + p**num / num
+    return dict.fromkeys(recipe.data.modalities, round(clips * kept))
+
+
+def _teachers(run: StudyRun) -> list[str]:
+    """Names of the runs that teach it online."""
+    distill = run.recipe.distill
+    if distill is None:
+        return []
+    named = [distill.teacher] if distill.teacher else distill.teachers
+    return [need for need in run.needs for name in named if name == need or str(name).endswith(f"/{need}")]
+
+
+def _forward(counted: ClipFlops, present: Mapping[str, int], clips: int) -> int:
+    """A teacher's forward passes; an expert of one modality sees only the clips that have it."""
+    seen = {modality: present.get(modality, 0) for modality in counted.encoders}
+    if not any(seen.values()):
+        return 0
+    return counted.forward(seen, clips if len(seen) > 1 else sum(seen.values()))
+
+
+def _fusion_peak(model: KarmmaModel, fused: bool) -> int:
+    """Peak bytes of the fusion block's tokens and activations in fp32, without weights.
+
+    Without `fused` attention its matrix of weights is made and kept, as in the paper's figures.
+    """
+    present = torch.ones(_FUSION_CLIPS, len(model.modalities), dtype=torch.bool)
+    tokens: dict[str, Tensor] = {
+        m: torch.empty(_FUSION_CLIPS, model.num_tokens[m], model.recipe.width, device="meta") for m in model.modalities
+    }
+    with torch.no_grad(), FusedAttention() if fused else nullcontext(), PeakMemory("meta") as memory:
+        memory.ignore([*model.parameters(), *model.buffers()])
+        memory.hold(tokens.values())
+        model.fuse(tokens, present)
+    return memory.peak_bytes

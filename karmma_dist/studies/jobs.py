@@ -1,0 +1,217 @@
+"""Train runs as child processes of this machine, some side by side, each after those it needs.
+
+A child is `karmma-dist train RECIPE_FILE`, which resumes by itself; it dies with this process. INT, TERM and USR2 are
+passed on: children save and end. A run that another study trains at the same time is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from karmma_dist.errors import ERROR_FILE, LOST_RANK, Stopped
+from karmma_dist.launching.local import in_the_child, rank_command, signal_name
+from karmma_dist.recipe import save_recipe
+from karmma_dist.shards import write_whole
+from karmma_dist.studies.plan import StudyRun
+
+LOCK = ".study.lock"
+"""File in a run's folder that a study holds while it trains the run."""
+
+_GRACE_S = 60.0
+"""How long children may go on after Ctrl-C before they are killed."""
+_LOOK_EVERY_S = 1.0
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_AWAITED = {signal.SIGCHLD, *_FORWARDED}
+_PREEMPTED = 85
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class _Child:
+    """A training under way."""
+
+    run: StudyRun
+    slot: int
+    process: subprocess.Popen[bytes]
+    lock: IO[bytes]
+    words: Path
+    started: float = field(default_factory=time.monotonic)
+
+
+def recipe_file(folder: Path, run: StudyRun) -> Path:
+    """Return where the resolved recipe of a run is written, for a study that reports into `folder`."""
+    return folder / "recipes" / f"{run.name}.yaml"
+
+
+def write_recipe(folder: Path, run: StudyRun) -> Path:
+    """Write the resolved recipe of a run and return its path."""
+    path = recipe_file(folder, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda temporary: save_recipe(run.recipe, temporary))
+    return path
+
+
+def train_runs(runs: Sequence[StudyRun], folder: Path, num_at_once: int, say: Say) -> dict[str, str]:
+    """Train all runs that are not finished.
+
+    Args:
+        runs: Each after those it needs.
+        folder: Where their recipe files and logs go.
+        num_at_once: Children side by side.
+        say: Told in one line when a run begins and ends.
+
+    Returns:
+        Why a run is not finished, in one line, for each that is not.
+
+    Raises:
+        UserError: a folder holds a run of another recipe.
+        Stopped: by a signal, once the children have saved.
+    """
+    unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    workshop = _Workshop(folder, num_at_once, say, unmasked)
+    try:
+        return workshop.train(runs)
+    finally:
+        workshop.kill()
+        signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+
+
+class _Workshop:
+    """Children and what is left to do."""
+
+    def __init__(self, folder: Path, num_at_once: int, say: Say, unmasked: set[int | signal.Signals]) -> None:
+        self._folder, self._say = folder, say
+        self._free = list(range(num_at_once))
+        self._num_at_once = num_at_once
+        self._children: list[_Child] = []
+        self._failed: dict[str, str] = {}
+        self._prepare = in_the_child(unmasked)
+        self._gpus = _visible_gpus()
+
+    def train(self, runs: Sequence[StudyRun]) -> dict[str, str]:
+        """See `train_runs`."""
+        waiting = {run.name: run for run in runs}
+        while waiting or self._children:
+            self._give_up(waiting)
+            for run in list(waiting.values()):
+                is_ready = not any(need in waiting or self._is_running(need) for need in run.needs)
+                if self._free and is_ready and self._start(run) is not None:
+                    del waiting[run.name]
+            if not self._children and not waiting:
+                break
+            self._wait()
+            self._collect()
+        return self._failed
+
+    def _give_up(self, waiting: dict[str, StudyRun]) -> None:
+        """Take out what waits for a run that failed."""
+        for run in list(waiting.values()):
+            lost = next((need for need in run.needs if need in self._failed), None)
+            if lost is not None:
+                self._failed[run.name] = f"needs {lost}"
+                del waiting[run.name]
+
+    def _is_running(self, name: str) -> bool:
+        return any(child.run.name == name for child in self._children)
+
+    def _start(self, run: StudyRun) -> bool | None:
+        """Start a child. False: the run is finished. None: another study trains it."""
+        run.recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run.recipe.run_dir / LOCK, "ab")  # noqa: SIM115 - held while the child runs
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        if run.state() == "finished":
+            lock.close()
+            return False
+        path = write_recipe(self._folder, run)
+        words = self._folder / "logs" / f"{run.name}.error"
+        words.parent.mkdir(parents=True, exist_ok=True)
+        words.unlink(missing_ok=True)
+        slot = self._free.pop(0)
+        with open(words.with_suffix(".log"), "ab") as log:
+            process = subprocess.Popen(
+                rank_command(["train", str(path)]), env={**os.environ, **self._environment(slot, words)},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=self._prepare,
+            )  # fmt: skip
+        self._children.append(_Child(run, slot, process, lock, words))
+        self._say(f"train {run.name}: started")
+        return True
+
+    def _environment(self, slot: int, words: Path) -> dict[str, str]:
+        threads = max(1, len(os.sched_getaffinity(0)) // self._num_at_once)
+        own = {ERROR_FILE: str(words), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}
+        if self._gpus:
+            own["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
+        return own
+
+    def _wait(self) -> None:
+        received = signal.sigtimedwait(_AWAITED, _LOOK_EVERY_S)
+        if received is not None and received.si_signo in _FORWARDED:
+            self._end(received.si_signo)
+
+    def _end(self, number: int) -> None:
+        """Pass a signal on, wait for the children and raise."""
+        for child in self._children:
+            child.process.send_signal(number)
+        deadline = time.monotonic() + _GRACE_S
+        for child in self._children:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._say(f"train {child.run.name}: killed, since it had not ended {_GRACE_S:.0f} s after the signal")
+        code = 130 if number == signal.SIGINT else _PREEMPTED
+        names = ", ".join(child.run.name for child in self._children) or "no run"
+        raise Stopped(f"interrupted while {names} trained: run the same command again to go on", code)
+
+    def _collect(self) -> None:
+        for child in list(self._children):
+            code = child.process.poll()
+            if code is None:
+                continue
+            self._children.remove(child)
+            self._free.append(child.slot)
+            child.lock.close()
+            if code == 0:
+                self._say(f"train {child.run.name}: finished after {time.monotonic() - child.started:.0f} s")
+            else:
+                self._failed[child.run.name] = _last_words(child, code)
+                self._say(f"train {child.run.name}: failed: {self._failed[child.run.name]}")
+
+    def kill(self) -> None:
+        """End what is left of every child's session."""
+        for child in self._children:
+            with contextlib.suppress(ProcessLookupError):  # nothing is left of it
+                os.killpg(child.process.pid, signal.SIGKILL)
+            child.process.wait()
+            child.lock.close()
+
+
+def _last_words(child: _Child, code: int) -> str:
+    lines = child.words.read_text().splitlines() if child.words.is_file() else []
+    if lines:
+        return " ".join(lines[-1].removeprefix(LOST_RANK).removeprefix("error: ").split())
+    how = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
+    return f"{how}: see {child.words.with_suffix('.log')}"
+
+
+def _visible_gpus() -> list[str]:
+    """Numbers or names of the GPUs that children may be given one each of."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip()]
+    torch = sys.modules.get("torch")
+    return [] if torch is None else [str(number) for number in range(torch.cuda.device_count())]

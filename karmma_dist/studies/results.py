@@ -1,0 +1,97 @@
+"""Evaluate the runs of a study under its conditions, each once: what was evaluated before is read again.
+
+    RUN/eval-study/KEY/      KEY: a hash of conditions, split and views
+      results.json           as `karmma-dist eval` writes it
+      outcomes.npz           clip by clip, which intervals over seeds and clips need
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from karmma_dist.evaluation.conditions import Condition, build_conditions
+from karmma_dist.evaluation.outcomes import Outcomes
+from karmma_dist.evaluation.plan import plan_evaluation
+from karmma_dist.evaluation.report.write import write_results
+from karmma_dist.evaluation.run import carry_out
+from karmma_dist.modality import parse_modalities
+from karmma_dist.models.weight_files import own_weights
+from karmma_dist.progress import Report
+from karmma_dist.recipe import Recipe
+from karmma_dist.shards import write_whole
+from karmma_dist.studies.study import Evaluate, Study
+
+FOLDER = "eval-study"
+OUTCOMES = "outcomes.npz"
+
+
+def evaluate_run(weights: Path, recipe: Recipe, study: Study, report: Report) -> Outcomes:
+    """Evaluate a finished run, or read what was found when its weights were as they are now.
+
+    Args:
+        weights: Run folder, or its best/.
+        recipe: Its recipe.
+        study: What says under which conditions.
+        report: Progress.
+
+    Raises:
+        UserError: see `plan_evaluation` and `carry_out`.
+    """
+    split = recipe.data.test_split or recipe.data.validation_split
+    chosen = partial(conditions, study.evaluate)
+    asked = [study.evaluate.model_dump(mode="json"), split, recipe.data.drop_nouns, recipe.data.shards,
+             recipe.evaluation.views.model_dump(mode="json")]  # fmt: skip
+    folder = weights / FOLDER / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    stored = folder / OUTCOMES
+    if stored.is_file() and stored.stat().st_mtime_ns >= own_weights(weights).stat().st_mtime_ns:
+        with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):  # cut or of another layout: anew
+            return read_outcomes(stored)
+    plan = plan_evaluation(weights, chosen, shards=recipe.data.shards, split=split, out=folder)
+    results = carry_out(plan, report).results
+    write_results(results, folder)
+    write_outcomes(stored, results.per_clip)
+    return results.per_clip
+
+
+def conditions(evaluate: Evaluate, available: Sequence[str]) -> list[Condition]:
+    """Return what is there at inference, of the modalities a model has; everything present is always among it."""
+    asked = evaluate.modalities
+    shown = None if asked is None else parse_modalities(",".join(asked), available)
+    found = build_conditions(
+        available, modalities=shown, subsets=evaluate.subsets, sweep=evaluate.sweep and len(shown or available) > 1,
+        num_seeds=evaluate.drop_seeds if evaluate.sweep else 1,
+    )  # fmt: skip
+    return list(dict.fromkeys([*found, Condition(shown or tuple(available))]))
+
+
+def write_outcomes(path: Path, outcomes: Outcomes) -> None:
+    """Write them, whole or not at all."""
+    listed = json.dumps([asdict(condition) for condition in outcomes.conditions])
+    arrays: dict[str, Any] = {f"ranks_{name}": ranks_NK for name, ranks_NK in outcomes.ranks.items()}
+    arrays |= {"keys": np.array(outcomes.keys), "conditions": np.array(listed)}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, write)
+
+
+def read_outcomes(path: Path) -> Outcomes:
+    """Read what `write_outcomes` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        stored = json.loads(str(file["conditions"]))
+        listed = [Condition(**one | {"modalities": tuple(one["modalities"])}) for one in stored]
+        ranks = {name.removeprefix("ranks_"): file[name] for name in file.files if name.startswith("ranks_")}
+        return Outcomes([str(key) for key in file["keys"]], listed, ranks)

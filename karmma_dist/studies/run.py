@@ -1,0 +1,116 @@
+"""Carry a study out: train what is not finished, evaluate it, write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from karmma_dist.errors import UserError
+from karmma_dist.evaluation.outcomes import Outcomes
+from karmma_dist.evaluation.plan import check_folder
+from karmma_dist.progress import Report
+from karmma_dist.studies.costs import Counter
+from karmma_dist.studies.jobs import train_runs
+from karmma_dist.studies.plan import StudyPlan
+from karmma_dist.studies.report import ReportRow, StudyReport, write_study_report
+from karmma_dist.studies.results import evaluate_run
+from karmma_dist.studies.statistics import Resampled, Summary, Test, curve_points
+from karmma_dist.studies.study import Column
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a study."""
+
+    report: StudyReport
+    path: Path
+    """The report.md."""
+
+
+def carry_out_study(plan: StudyPlan, out: Path, num_at_once: int, progress: Report, say: Callable[[str], None]) -> Done:
+    """Train, evaluate and report; what is done is not done again.
+
+    Args:
+        plan: The runs.
+        out: Folder of the report, recipes and logs.
+        num_at_once: Runs that train side by side.
+        progress: Progress of evaluations.
+        say: Told in one line what happens to runs.
+
+    Raises:
+        UserError: a folder holds a run of another recipe, or the report cannot be written.
+        Stopped: by a signal, after the runs in training have saved.
+    """
+    check_folder(out, "give another with --out")
+    missing: dict[str, str] = {}
+    outcomes: dict[str, dict[int, Outcomes]] = {}
+    if plan.file.study.is_measured:
+        unfinished = [run for run in plan.chosen_runs if run.state() != "finished"]
+        missing = train_runs(unfinished, out, num_at_once, say)
+        outcomes = _evaluate(plan, progress, missing, say)
+    report = _report(plan, outcomes, missing)
+    return Done(report, write_study_report(report, out))
+
+
+def _evaluate(
+    plan: StudyPlan, progress: Report, missing: dict[str, str], say: Callable[[str], None]
+) -> dict[str, dict[int, Outcomes]]:
+    """Outcomes per label and seed; why a chosen run has none is added to `missing`."""
+    found: dict[str, dict[int, Outcomes]] = {}
+    known: dict[Path, Outcomes] = {}
+    for (label, seed), name in plan.cells.items():
+        run, weights = plan.runs[name], plan.weights_of(label, seed)
+        if name in missing or (label not in plan.chosen and run.state() != "finished"):
+            continue
+        try:
+            if weights not in known:
+                known[weights] = evaluate_run(weights, run.recipe, plan.file.study, progress)
+        except UserError as error:
+            missing[name] = str(error)
+            say(f"eval {name}: failed: {error}")
+            continue
+        found.setdefault(label, {})[seed] = known[weights]
+    return found
+
+
+def _report(plan: StudyPlan, outcomes: dict[str, dict[int, Outcomes]], missing: dict[str, str]) -> StudyReport:
+    study = plan.file.study
+    measured = [column for column in study.columns if not column.is_cost]
+    swept = [p for of in outcomes.values() for one in of.values() for p in curve_points(one.conditions)]
+    sweep = [Column(name=f"drop {p:g}", at=f"drop {p:g}") for p in sorted(set(swept))] if study.evaluate.sweep else []
+    inner = [column.model_copy(update={"name": f"sweep {column.name}"}) for column in sweep]
+    resampled = Resampled(outcomes, [*measured, *inner]) if outcomes else None
+    counter = Counter(study)
+    rows = []
+    for row in study.rows:
+        runs = {seed: plan.cells[row.label, seed] for seed in plan.seeds}
+        recipe = plan.runs[runs[plan.seeds[0]]].recipe
+        cells = {
+            column.name: _constant(counter.cost_figure(recipe, column))
+            if column.is_cost
+            else _measured(resampled, row.label, column.name)
+            for column in study.columns
+        }
+        evaluated = sorted(outcomes.get(row.label, {}))
+        points = {column.drop_prob or 0.0: _measured(resampled, row.label, column.name) for column in inner}
+        curve = {p: point for p, point in points.items() if point.mean is not None}
+        rows.append(ReportRow(row, runs, evaluated, cells, curve if len(curve) > 1 else {}))
+    tests = _tests(plan, resampled, outcomes)
+    num_clips = 0 if resampled is None else resampled.num_clips
+    return StudyReport(plan.file.name, study, plan.seeds, plan.overrides, num_clips, rows, tests, missing)
+
+
+def _tests(plan: StudyPlan, resampled: Resampled | None, outcomes: dict[str, dict[int, Outcomes]]) -> list[Test]:
+    if resampled is None:
+        return []
+    pairs = [pair for pair in plan.file.study.pairs if all(label in outcomes for label in pair)]
+    return resampled.tests(pairs, [column.name for column in plan.file.study.tested_columns])
+
+
+def _measured(resampled: Resampled | None, label: str, column: str) -> Summary:
+    return Summary(None, None, None, {}) if resampled is None else resampled.summary(label, column)
+
+
+def _constant(value: float | None) -> Summary:
+    return Summary(value, None, None, {})
