@@ -31,7 +31,7 @@ MODALITIES: dict[str, Modality] = {
     m.name: m
     for m in (
         Modality("video", "V", "video.mp4", "float (N, 3, frames, height, width), ImageNet-normalised RGB"),
-        Modality("flow", "F", "flow.mp4", "float (N, 3, frames, height, width): u, v, 0, scaled as inputs.video.flow_scale says"),
+        Modality("flow", "F", "flow.mp4", "float (N, 3, frames, height, width): u, v, 0, by inputs.video.flow_scale"),
         Modality("audio", "A", "audio.flac", "float (N, windows, mels, time), normalised dB"),
         Modality("detections", "D", "detections.json", "float (N, frames, boxes, 6): x0 y0 x1 y1 category score"),
     )

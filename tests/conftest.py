@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing about the code
-settings.load_profile("any machine")
+# How long an example takes says nothing about the code; and what one machine draws, every machine draws.
+settings.register_profile("any machine", deadline=None, derandomize=True, database=None)
+settings.register_profile("random", deadline=None, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "any machine"))
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

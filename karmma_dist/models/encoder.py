@@ -37,6 +37,10 @@ class Encoder(nn.Module, ABC):
         """
         raise UserError(f"{type(self).__name__} cannot recompute activations: remove activation_checkpointing")
 
+    def moved_rows(self, state: dict[str, Tensor]) -> str:  # noqa: ARG002 - other encoders move none
+        """Return in words which rows of a published table `from_published` gives another meaning; empty: none."""
+        return ""
+
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename, resize and drop entries of a published checkpoint so that they are this module's `state_dict`.
 

@@ -218,9 +218,10 @@ class KarmmaModel(nn.Module):
         weights = weights_BM[:, :, None]
         if self.recipe.average == "logits":
             return {head: (classifier(hidden) * weights).sum(dim=1) for head, classifier in self.classifiers.items()}
-        log_weights = weights.float().log()  # -inf for tokens that do not count, which then get no gradient either
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        log_weights = weights.to(wide).log()  # -inf for tokens that do not count, which then get no gradient either
         return {
-            head: torch.logsumexp(classifier(hidden).float().log_softmax(dim=-1) + log_weights, dim=1).to(hidden.dtype)
+            head: torch.logsumexp(classifier(hidden).to(wide).log_softmax(dim=-1) + log_weights, dim=1).to(hidden.dtype)
             for head, classifier in self.classifiers.items()
         }
 

@@ -25,6 +25,26 @@ from karmma_dist.shards import sha256_of
 
 _logger = logging.getLogger(__name__)
 
+PUBLISHED = {
+    "swin_tiny_patch244_window877_kinetics400_1k.pth": "github.com/SwinTransformer/storage, release v1.0.4",
+    "swin_base_patch244_window877_kinetics400_1k.pth": "github.com/SwinTransformer/storage, release v1.0.4",
+    "stlt_action_genome.pth": "github.com/gorjanradevski/revisiting-spatial-temporal-layouts (STLT, Action Genome)",
+}
+"""Where the public weights that recipes name are published, by file name."""
+
+
+def check_published(source: Path, field: str) -> None:
+    """Refuse a public weights file that is not there yet, saying where to get it.
+
+    Raises:
+        UserError: `source` is one of `PUBLISHED` and does not exist.
+    """
+    if source.name in PUBLISHED and not source.exists():
+        raise UserError(
+            f"{field}: {source} is not there: {source.name} is published at {PUBLISHED[source.name]}: put it there, or "
+            f"start at random with --set {field}=null"
+        )
+
 
 def load_encoder_weights(
     encoder: Encoder,
@@ -53,17 +73,20 @@ def load_encoder_weights(
     Raises:
         UserError: nothing there, nothing that fits, another sha256, or keys and shapes that are not the encoder's.
     """
-    shown = masked(source)
+    shown, moved = masked(source), ""
     state = _download(source, sha256, cache_dir, report) if is_url(source) else _read(Path(source), sha256)
     if any(key.startswith("encoders.") for key in state):
         state = _encoder_of_run(state, modality, shown)
     elif not set(state) <= (own := set(encoder.state_dict())):
+        moved = encoder.moved_rows(state)
         try:
             state = encoder.from_published(state)
         except UserError as error:
             if own.isdisjoint(state):
                 raise UserError(f"{shown}: {error}") from None
     load_exactly(encoder, state, f"{shown} (for the {modality} encoder)", ignore, say)
+    if moved:
+        say(f"{shown}: {moved}")
 
 
 def _read(source: Path, sha256: str | None) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ class StltOptions(Settings):
     heads: Positive = 12
     """Attention heads."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Dropout while training, on embeddings, attention weights and layers [its code]."""
+    """Dropout while training, on embeddings, attention weights and layers [Radevski]."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> StltOptions:
@@ -112,7 +112,11 @@ class Stlt(Encoder):
         return h[:, 0].unflatten(0, boxes.shape[:2])
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The public code's keys, of the whole model or of its backbone; more positions than needed are cut off."""
+        """Rename the public code's keys, of the whole model or of its backbone; surplus positions are cut off.
+
+        Action Genome's tables have other rows: pad, cls, objects 2 to 36, person; pad, regular, extract, empty. Theirs
+        move to where ours mean the same [ours]; the frame type "start", which it lacks, keeps its random row.
+        """
         kept: dict[str, Tensor] = {}
         for published, tensor in state.items():
             key = published.removeprefix("stlt_backbone.").removeprefix("backbone.")
@@ -121,7 +125,42 @@ class Stlt(Encoder):
             for theirs, ours in _PUBLISHED:
                 key = key.replace(theirs, ours)
             kept[key] = tensor[: self.num_tokens] if key == "position.weight" else tensor
+        if _is_of_action_genome(kept):
+            kept["category.weight"] = _our_categories(kept["category.weight"])
+            kept["frame_type.weight"] = self._our_frame_types(kept["frame_type.weight"])
         return kept
+
+    def moved_rows(self, state: dict[str, Tensor]) -> str:
+        """Return what `from_published` does with Action Genome's tables; empty for others."""
+        sizes = {key.split(".")[-2]: len(tensor) for key, tensor in state.items() if key.endswith("weight")}
+        found = sizes.get("category_embeddings"), sizes.get("frame_type_embedding")
+        if found != (_AG_CATEGORIES, _AG_FRAME_TYPES):
+            return ""
+        return (
+            "Action Genome's tables: hand takes the row of person, object the mean of objects 2 to 36, whole frame the "
+            "row of cls; frame types regular, empty and extract take their own rows, start stays random"
+        )
+
+    def _our_frame_types(self, theirs: Tensor) -> Tensor:
+        """pad, regular, extract, empty -> pad, start, regular, empty, extract."""
+        ours = self.frame_type.weight.detach().to(theirs).clone()
+        ours[0] = 0
+        ours[[_REGULAR, _LAST, _EMPTY]] = theirs[[1, 2, 3]]
+        return ours
+
+
+_AG_CATEGORIES, _AG_FRAME_TYPES = 38, 4
+"""Rows of the tables of a checkpoint pretrained on Action Genome."""
+
+
+def _is_of_action_genome(state: dict[str, Tensor]) -> bool:
+    sizes = [len(state[key]) if key in state else 0 for key in ("category.weight", "frame_type.weight")]
+    return sizes == [_AG_CATEGORIES, _AG_FRAME_TYPES]
+
+
+def _our_categories(theirs: Tensor) -> Tensor:
+    """pad, cls, objects 2 to 36, person -> pad, hand, object, whole frame."""
+    return torch.stack([torch.zeros_like(theirs[0]), theirs[37], theirs[2:37].mean(dim=0), theirs[1]])
 
 
 _PUBLISHED = (

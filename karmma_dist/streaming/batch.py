@@ -132,8 +132,8 @@ def prepare(
     """Move a batch to `device` and turn raw pixels and samples into the normalised floats models take.
 
     video: (N, F, H, W, 3) uint8 -> (N, 3, F, H, W), jittered, ImageNet-normalised. flow: (N, F, H, W, 2) uint8 ->
-    (N, 3, F, H, W): 0 = no motion and third channel 0, or ImageNet-normalised (see `VideoInput.flow_scale`). audio: int16 windows -> mel spectrograms. All of it is computed
-    in float32 and then cast to `dtype`, the model's precision.
+    (N, 3, F, H, W), scaled as `VideoInput.flow_scale` says. audio: int16 windows -> mel spectrograms. All of it is
+    computed in float32 and then cast to `dtype`, the model's precision.
     """
     moved = batch.map(lambda tensor: tensor.to(device, non_blocking=True))
     made = dict(moved.inputs)

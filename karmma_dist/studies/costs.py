@@ -126,7 +126,7 @@ def plan_costs(plan: StudyPlan) -> list[RunCost]:
 
 def own_modalities(recipe: Recipe) -> tuple[str, ...]:
     """Return the modalities that a recipe's model takes."""
-    return tuple(recipe.model.modalities or recipe.data.modalities)
+    return tuple(recipe.data.modalities)
 
 
 def _shards(recipe: Recipe) -> ShardFolder | None:

@@ -1,4 +1,4 @@
-"""Learning rate as a function of the optimizer step (paper, Sec. IV: linear warm-up, cosine back to the start value)."""
+"""Learning rate as a function of the optimizer step (paper, Sec. IV: linear warm-up, cosine to the start value)."""
 
 from __future__ import annotations
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
 from karmma_dist.download import is_url
 from karmma_dist.models.encoder import Encoder
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.starting_weights import load_encoder_weights
+from karmma_dist.models.starting_weights import check_published, load_encoder_weights
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe
 from karmma_dist.training.engine import Engine
@@ -36,7 +37,10 @@ def build_model(
                 "model.encoders.%s: weights_ignore and weights_sha256 have no effect without weights", modality
             )
         if start.weights is not None:
-            source = start.weights if is_url(start.weights) else str(recipe.find_run(start.weights))
+            source = start.weights
+            if not is_url(source):
+                check_published(Path(source), f"model.encoders.{modality}.weights")
+                source = str(recipe.find_run(source))
             load_encoder_weights(
                 encoder, modality, source, ignore=start.weights_ignore, sha256=start.weights_sha256,
                 cache_dir=recipe.data.cache_dir, report=report, say=_logger.warning if is_main else _logger.debug,

@@ -10,6 +10,7 @@ Legend: B clips, M modalities, E experts, C classes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from karmma_dist.training.run_log import ENSEMBLE, read_state
 
 Measure = Callable[[KarmmaModel, Recipe], dict[str, float]]
 """Validates a model on a recipe's validation split; every rank calls it and gets the same numbers."""
+
+_logger = logging.getLogger(__name__)
 
 _INPUTS = {"video": "video", "flow": "video", "audio": "audio", "detections": "detections"}
 
@@ -123,6 +126,8 @@ def build_teacher(
     assert recipe.distill is not None
     paths = [recipe.find_run(name) for name in recipe.distill.teachers or [str(recipe.distill.teacher)]]
     members = [load_member(path, recipe, heads).to(dtype=engine.dtype) for path in paths]
+    for note in _undropped(paths, recipe) if world.is_main else ():
+        _logger.warning(note)
     if recipe.distill.teachers:
         _check_every_modality(members, recipe)
         losses = _ensemble_losses(paths, members, recipe, heads, engine.device, measure)
@@ -135,6 +140,20 @@ def build_teacher(
         return teacher.to(engine.device)
     teacher.run_everything()
     return ShardedModule(teacher, recipe, world)
+
+
+def _undropped(paths: Sequence[Path], recipe: Recipe) -> list[str]:
+    """Return a line about each teacher of several modalities trained without dropout, where the student has it."""
+    if not recipe.data.modality_dropout.probability:
+        return []
+    runs = {path: path if (path / "recipe.yaml").is_file() else path.parent for path in paths}
+    known = {path: read_run_recipe(run).data for path, run in runs.items() if (run / "recipe.yaml").is_file()}
+    return [
+        f"{path}: this teacher was trained without modality dropout, but teaches under it: it has not seen most of the "
+        "subsets that it judges (data.modality_dropout of its recipe)"
+        for path, data in known.items()
+        if len(data.modalities) > 1 and not data.modality_dropout.probability
+    ]
 
 
 def load_member(path: Path, recipe: Recipe, heads: dict[str, int]) -> KarmmaModel:

@@ -305,3 +305,28 @@ def test_checking_inputs_looks_at_no_value() -> None:
 def test_a_modality_without_an_encoder_is_named() -> None:
     with pytest.raises(UserError, match="no encoder for modality 'flow'"):
         KarmmaModel(ModelRecipe(encoders={"video": EncoderRecipe(name="small_video")}), INPUTS, MODALITIES, HEADS)
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_averaged_probabilities_are_the_mean_over_the_tokens_that_count(missing: str) -> None:
+    model = build(missing, average="probabilities").double().eval()
+    present = torch.tensor(SUBSETS)
+    inputs = {m: x.double() for m, x in only(clips(len(SUBSETS)), present).items()}
+    seen: list[Tensor] = []
+    gelu, pad = torch.nn.functional.gelu, torch.nn.functional.pad
+    hook = model.shared.register_forward_hook(lambda _module, _inputs, hidden: seen.append(gelu(hidden)))
+    logits = model(inputs, present)
+    hook.remove()
+    counts = pad(present if missing == "leave_out" else torch.ones_like(present), (1, 0), value=True)
+    weights = counts.double() / counts.sum(dim=1, keepdim=True)
+    for head, classifier in model.classifiers.items():
+        tokens = classifier(seen[0]).softmax(dim=-1)  # (B, M + 1, C)
+        expected = (tokens * weights[:, :, None]).sum(dim=1)
+        torch.testing.assert_close(logits[head].exp(), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_averaged_probabilities_give_finite_gradients_where_tokens_do_not_count() -> None:
+    model = build(average="probabilities").train()
+    present = torch.tensor([[True, False, False, False], [False, True, True, False]])
+    found = gradients(model, model(only(clips(2), present), present))
+    assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in found.values())

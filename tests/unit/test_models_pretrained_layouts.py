@@ -16,7 +16,7 @@ from torchvision.models.video.swin_transformer import SwinTransformer3d, swin3d_
 from karmma_dist.errors import UserError
 from karmma_dist.models.encoder import Encoder
 from karmma_dist.models.layout import build_encoder, input_shape
-from karmma_dist.models.starting_weights import load_encoder_weights
+from karmma_dist.models.starting_weights import check_published, load_encoder_weights
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
 
 INPUTS = InputRecipe.model_validate(
@@ -248,29 +248,52 @@ def test_published_stlt_weights_load_and_give_equal_tokens(tmp_path: Path, prefi
     assert_stlt_tokens_are_equal(encoder, published)
 
 
-def test_action_genomes_other_categories_start_at_random_only_where_the_recipe_says_so(tmp_path: Path) -> None:
-    """Action Genome has 38 categories, hands and objects 4: no row of that table means the same here."""
+def test_action_genomes_rows_move_to_where_ours_mean_the_same(tmp_path: Path) -> None:
+    """Every row carries its own number: pad 0, cls 1, objects 2 to 36, person 37; pad, regular, extract, empty."""
     torch.manual_seed(4)
     published = PublishedStlt(24, 2, 2, 3, categories=38).eval()
+    layout: Any = published.frames_embeddings
+    marked = torch.arange(38.0)[:, None].expand(-1, 24).clone()
+    boxes = layout.layout_embedding.category_box_embeddings
+    boxes.category_embeddings = nn.Embedding.from_pretrained(marked, padding_idx=0)
+    layout.frame_type_embedding = nn.Embedding.from_pretrained(marked[:4].clone(), padding_idx=0)
     path = published_stlt_file(tmp_path / "action_genome.pt", published, "backbone.")
+    encoder: Any = encoder_of("stlt", "detections", **STLT)
+    start = encoder.frame_type.weight[1].clone()
+    said: list[str] = []
+    load_encoder_weights(encoder, "detections", str(path), say=said.append)
+    assert encoder.category.weight[:, 0].tolist() == [0, 37, 19, 1]  # pad, hand, object (mean of 2 to 36), whole frame
+    assert encoder.frame_type.weight[[0, 2, 3, 4], 0].tolist() == [0, 1, 3, 2]  # pad, regular, empty, extract
+    assert torch.equal(encoder.frame_type.weight[1], start)
+    assert len(said) == 1
+    assert "person" in said[0]
+    boxes.category_embeddings = encoder.category
+    layout.frame_type_embedding = encoder.frame_type
+    assert_stlt_tokens_are_equal(encoder, published)  # ordinary frames are regular, the clip's token is extract
+
+
+def test_tables_of_neither_dataset_need_the_recipe_to_say_so(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    published = PublishedStlt(24, 2, 2, 3, categories=7).eval()
+    path = published_stlt_file(tmp_path / "other.pt", published, "backbone.")
     encoder = encoder_of("stlt", "detections", **STLT)
     before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
-    message = r"category.weight is \(38, 24\), expected \(4, 24\): what may start at random goes into weights_ignore"
+    message = r"category.weight is \(7, 24\), expected \(4, 24\): what may start at random goes into weights_ignore"
     with pytest.raises(UserError, match=message):
         load_encoder_weights(encoder, "detections", str(path))
     assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.state_dict().items())
     said: list[str] = []
     load_encoder_weights(encoder, "detections", str(path), ignore=["category.*"], say=said.append)
-    assert said == [
-        f"{path} (for the detections encoder): these start at random: category.weight "
-        "(0 are not in the file, 1 of another size there)"
-    ]
+    assert [line.partition(": ")[2].partition(" (")[0] for line in said] == ["these start at random: category.weight"]
     ours: Any = encoder
     assert torch.equal(ours.category.weight, before["category.weight"])
-    embedding: Any = published.frames_embeddings
-    boxes = embedding.layout_embedding.category_box_embeddings
-    boxes.category_embeddings = nn.Embedding.from_pretrained(before["category.weight"], padding_idx=0)
-    assert_stlt_tokens_are_equal(encoder, published)
+
+
+def test_missing_public_weights_name_their_source_and_the_field() -> None:
+    name, field = "swin_base_patch244_window877_kinetics400_1k.pth", "model.encoders.video.weights"
+    with pytest.raises(UserError, match=rf"{field}.*{name} is published at .*--set {field}=null"):
+        check_published(Path("weights") / name, field)
+    check_published(Path("weights/mine.pth"), field)
 
 
 def test_what_may_differ_is_what_the_patterns_name_and_nothing_else(tmp_path: Path) -> None:

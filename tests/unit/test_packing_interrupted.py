@@ -11,13 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from packing_kit import epic_spec, folder_bytes, movie_path, row, write_epic, write_frames, write_movie
 
@@ -65,17 +65,20 @@ class SmallDisk:
         with pytest.MonkeyPatch.context() as patch:
             for module in (shards, writer, pack_module, lock):
                 patch.setattr(module, "open", self.open, raising=False)
-            for name in ("fsync", "mkdir"):
-                patch.setattr(os, name, self._counted(getattr(os, name)))
+            patch.setattr(os, "fsync", self._counted(os.fsync))
+            patch.setattr(os, "mkdir", self._counted(os.mkdir, lambda path, *_: not Path(path).exists()))
             try:
                 yield
             except UserError as error:
                 said = str(error)
         assert ("disk full" in said) == self.was_full
 
-    def _counted(self, function: Any) -> Any:
+    def _counted(self, function: Any, writes: Callable[..., bool] = lambda *_: True) -> Any:
+        """The function, of whose calls those that write take room: making a folder that exists needs none."""
+
         def counted(*arguments: Any, **named: Any) -> Any:
-            self.use()
+            if writes(*arguments):
+                self.use()
             return function(*arguments, **named)
 
         return counted
@@ -155,6 +158,9 @@ def test_a_disk_that_is_full_at_any_write_leaves_nothing_that_looks_whole(
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 60), st.booleans())
+@example(0, False)
+@example(0, True)
+@example(1, True)
 def test_a_disk_that_is_full_while_mending_loses_nothing(
     sounds: Path, tmp_path_factory: pytest.TempPathFactory, room: int, freed: bool
 ) -> None:
@@ -175,6 +181,9 @@ def test_a_disk_that_is_full_while_mending_loses_nothing(
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 12), st.booleans())
+@example(0, False)
+@example(0, True)
+@example(1, True)
 def test_a_disk_that_is_full_while_repairing_is_one_clear_error_and_repair_completes_later(
     sounds: Path, packed_sounds: dict[str, str], tmp_path_factory: pytest.TempPathFactory, room: int, freed: bool
 ) -> None:

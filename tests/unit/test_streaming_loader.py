@@ -238,6 +238,16 @@ def test_flow_video_and_sound_are_read_at_the_same_moments(shards: Path) -> None
         assert (single[0] == together[place]).all()
 
 
+def test_flow_scaled_like_video_is_the_picture_u_v_0_under_imagenet_statistics(shards: Path) -> None:
+    raw = training(shards)[0][0]
+    inputs = INPUTS.model_copy(update={"video": INPUTS.video.model_copy(update={"flow_scale": "imagenet"})})
+    flow = prepare(raw, inputs, "cpu").inputs["flow"]
+    pictures = raw.inputs["flow"].float().permute(0, 4, 1, 2, 3) / 255
+    for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224))):
+        torch.testing.assert_close(flow[:, channel], (pictures[:, channel] - mean) / std)
+    torch.testing.assert_close(flow[:, 2], torch.full_like(flow[:, 2], -0.406 / 0.225))
+
+
 def test_shards_that_are_missing_or_lack_a_modality_are_one_line(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such shards folder"):
         open_shards(data_recipe(tmp_path / "nowhere"))

@@ -48,6 +48,28 @@ def test_sruns_variables_are_read() -> None:
         find_world({**slurm, "SLURM_PROCID": "x", "MASTER_ADDR": "n0"})
 
 
+def test_linear_decay_is_a_straight_line_back_to_the_start_rate() -> None:
+    recipe = OptimizerRecipe(lr=1.0, start_lr=0.0, warmup_epochs=1, schedule="linear")
+    rates = [learning_rate(recipe, step, 4, 13, 32) for step in range(13)]
+    assert rates[:4] == pytest.approx([0.0, 0.25, 0.5, 0.75])
+    assert rates[4:] == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0])
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("sqrt", 4.0), ("linear", 16.0)])
+def test_rates_follow_the_batch_size_as_the_recipe_says(scaling: str, factor: float) -> None:
+    plain = OptimizerRecipe(lr=1e-3, start_lr=1e-5, warmup_epochs=1)
+    scaled = OptimizerRecipe.model_validate({**plain.model_dump(), "lr_batch_size": 6, "lr_scaling": scaling})
+    for step in range(30):
+        expected = factor * learning_rate(plain, step, 10, 30, 96)
+        assert learning_rate(scaled, step, 10, 30, 96) == pytest.approx(expected)
+        assert learning_rate(scaled, step, 10, 30, 6) == pytest.approx(expected / factor)
+
+
+def test_scaling_without_a_batch_size_to_scale_from_is_refused() -> None:
+    with pytest.raises(ValueError, match="lr_batch_size"):
+        OptimizerRecipe(lr_scaling="sqrt")
+
+
 @given(st.integers(1, 20), st.integers(2, 30), st.floats(0, 2))
 def test_the_rate_starts_and_ends_at_the_start_value_and_never_exceeds_the_highest(
     steps_per_epoch: int, epochs: int, warmup: float
