@@ -2,8 +2,8 @@
 
     recipe = load_recipe("epic_kitchens/distill", ["training.epochs=10"])
 
-Fields marked [paper] carry the paper's value as their default (arXiv 2504.08578); [ours] marks a choice the paper
-leaves open.
+A tag says where a field's default is from: [paper], read in arXiv 2504.08578; [fit], forced by or inferred from its
+published figures; [Radevski], the code of arXiv 2307.07483, on which its authors build; [ours], a choice of this project.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class VideoInput(Settings):
     """How many frames of video and flow a model sees, and which pixels of them."""
 
     num_frames: Positive = 32
-    """Frames taken from a clip [paper]."""
+    """Frames taken from a clip [fit]."""
     sampling: Literal["segments", "dense"] = "segments"
     """`segments`: one frame from each of num_frames equal parts of the clip; `dense`: a window with a stride [ours]."""
     stride: Positive = 2
@@ -36,7 +36,7 @@ class VideoInput(Settings):
     short_side: Positive = 256
     """Frames are resized so that their short side has this many pixels, before cropping [ours]."""
     crop: Positive = 224
-    """Side of the square crop: random in training, centred in evaluation [paper]."""
+    """Side of the square crop: random in training, centred in evaluation [fit]."""
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """Strength of the colour jitter in training: brightness, contrast and saturation within 1 +- jitter [ours]."""
     flow_scale: Literal["centred", "imagenet"] = "centred"
@@ -53,14 +53,14 @@ class VideoInput(Settings):
 
 
 class AudioInput(Settings):
-    """The mel spectrogram: n_fft 1024, window 160, hop 80, power 2, at 16 kHz [paper]."""
+    """The mel spectrogram: n_fft 1024, window 160, hop 80, power 2, at 16 kHz [fit]."""
 
     num_windows: Positive = 32
-    """Windows spread over the clip, one centred on each video frame [paper]."""
+    """Windows spread over the clip, one centred on each video frame [fit]."""
     window_s: Annotated[float, Field(gt=0.01)] = 1.116
-    """Length of one window in seconds, padded with silence at the clip's borders [paper]."""
+    """Length of one window in seconds, padded with silence at the clip's borders [fit]."""
     num_mels: Positive = 128
-    """Mel bands [paper]."""
+    """Mel bands [fit]."""
 
     @property
     def window_samples(self) -> int:
@@ -79,7 +79,7 @@ class DetectionsInput(Settings):
     num_frames: Positive = 32
     """Frames whose boxes are taken, at the same times as the video's [ours]."""
     max_boxes: Positive = 14
-    """Boxes kept per frame, best score first [STLT's code]."""
+    """Boxes kept per frame, best score first [Radevski]."""
 
 
 class InputRecipe(Settings):
@@ -207,7 +207,7 @@ class ModelRecipe(Settings):
     encoders: dict[str, EncoderRecipe] = {}
     """One encoder per modality."""
     tau: Positive = 300
-    """Most tokens a modality brings to the fusion block [paper]."""
+    """Most tokens a modality brings to the fusion block [fit]."""
     grouping: Literal["paper", "even"] = "paper"
     """Groups averaged down to tau tokens: floor(n/tau) each, the last takes the rest [paper]; or even ones [ours]."""
     average: Literal["logits", "probabilities"] = "logits"
@@ -216,7 +216,7 @@ class ModelRecipe(Settings):
     width: Positive = 384
     """Width of the fusion block."""
     num_heads: Positive = 8
-    """Attention heads of the fusion block [paper]."""
+    """Attention heads of the fusion block [fit]."""
     num_layers: Positive = 1
     """Layers of the fusion block."""
     feedforward: Positive = 384
@@ -241,7 +241,7 @@ class DistillRecipe(Settings):
     teacher: str | None = None
     """The finished teacher: a run's name under `runs_dir`, or a run folder."""
     alpha: Probability = 0.7
-    """Weight of the cross-entropy; 1.0 is no distillation [paper]."""
+    """Weight of the cross-entropy; 1.0 is no distillation [fit: inferred from the ablation]."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Softens both distributions; the KL is scaled by its square [ours]."""
     teachers: list[str] = []
@@ -251,7 +251,7 @@ class DistillRecipe(Settings):
     weight_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the experts' weights: low, the best expert counts alone; high, all count alike [ours]."""
     average: Literal["probabilities", "logits"] = "probabilities"
-    """What of the experts is averaged: class probabilities [ours], or logits [the code of arXiv 2307.07483]."""
+    """What of the experts is averaged: class probabilities [ours], or logits [Radevski]."""
     shard_teacher: bool = False
     """Keep the teacher's parameters in pieces over the ranks (ZeRO-3) and gather them layer by layer: for teachers that
     do not fit on one device. Off: every rank holds all of it."""

@@ -1,4 +1,4 @@
-"""The fusion block: a small transformer over [CLS] and the tokens of all modalities (paper, Sec. III-A).
+"""The fusion block: a small transformer over [CLS] and the tokens of all modalities (paper, Sec. III-B).
 
 Legend: B clips, T tokens, D width.
 """

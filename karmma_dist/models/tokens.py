@@ -1,4 +1,4 @@
-"""Token reduction: average an encoder's tokens down to at most tau (paper, Sec. III-A). It has no parameters.
+"""Token reduction: average an encoder's tokens down to at most tau (paper, Sec. III-C). It has no parameters.
 
 Legend: B clips, T tokens, D width.
 """

@@ -1,7 +1,7 @@
 """Training-time modality dropout: which modalities each place of an epoch keeps, decided before anything is decoded.
 
 The draw depends on (seed, epoch, place in the epoch's order) alone: the same for any number of ranks and workers, and
-the same for teacher and student (paper, Sec. III-B and its diagram).
+the same for teacher and student (paper, Sec. III-D and its diagram).
 """
 
 from __future__ import annotations

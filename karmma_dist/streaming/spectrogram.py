@@ -1,4 +1,4 @@
-"""Waveform windows -> normalised mel spectrograms in dB, in batch and on the device (paper, Sec. IV-A).
+"""Waveform windows -> normalised mel spectrograms in dB, in batch and on the device (paper, Sec. IV).
 
 n_fft 1024, window 160, hop 80, power 2, HTK mel scale over 0 to 8 kHz, reflected ends: torchaudio's
 `MelSpectrogram` with its defaults, written out because torchaudio is no dependency. Normalised as (dB + 28.1) / 16.6.

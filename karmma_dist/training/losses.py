@@ -20,7 +20,7 @@ def distillation(student: dict[str, Tensor], teacher: dict[str, Tensor], tempera
         teacher: log-probabilities (B, C) per head, at this temperature; a mixture's have no logits.
         temperature: softens the student's distribution.
 
-    Source: paper, Sec. III-C; Hinton et al., arXiv 1503.02531, for the temperature.
+    Source: paper, Sec. III-D; Hinton et al., arXiv 1503.02531, for the temperature.
     """
     losses = [
         F.kl_div(
