@@ -3,7 +3,7 @@
     recipe = load_recipe("epic_kitchens/distill", ["training.epochs=10"])
 
 A tag says where a field's default is from: [paper], read in arXiv 2504.08578; [fit], forced by or inferred from its
-published figures; [Radevski], the code of arXiv 2307.07483, on which its authors build; [ours], a choice of this project.
+published figures; [Radevski], the code of arXiv 2307.07483, on which its authors build; [ours], our choice.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class DistillRecipe(Settings):
     teacher: str | None = None
     """The finished teacher: a run's name under `runs_dir`, or a run folder."""
     alpha: Probability = 0.7
-    """Weight of the cross-entropy; 1.0 is no distillation [fit: inferred from the ablation]."""
+    """Weight of the cross-entropy; 1.0 is no distillation [fit]."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Softens both distributions; the KL is scaled by its square [ours]."""
     teachers: list[str] = []
