@@ -140,8 +140,11 @@ class DataRecipe(Settings):
     string such as "2 GB": a dataset that fits is decoded once, and batches stay the same bit for bit. 0: none."""
     train_split: str = "train"
     """Split to learn from."""
+    hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the training recordings not learned from, drawn by a hash of the recording, the same in every run:
+    clips of one recording stay together. What experts are weighed on (distill.expert_weights)."""
     validation_split: str = "validation"
-    """Split to validate on during training."""
+    """Split to validate on during training. The training split: the clips that hold_out holds out of it."""
     test_split: str | None = None
     """Split that `karmma-dist eval` takes by default; None: the validation split."""
     modalities: list[str] = ["video", "flow", "audio"]
@@ -204,8 +207,15 @@ class EncoderRecipe(Settings):
 class ModelRecipe(Settings):
     """Encoders, fusion block and heads (paper, Sec. III-B). Defaults are the student's."""
 
+    modalities: list[str] | None = None
+    """Modalities this model takes, where a student takes fewer than its teacher (paper, Tab. II): the teacher sees all
+    of data.modalities, and every clip keeps at least one of these. None: all of data.modalities."""
     encoders: dict[str, EncoderRecipe] = {}
     """One encoder per modality."""
+    fusion: Literal["transformer", "mean"] = "transformer"
+    """What turns tokens into predictions: `transformer`, the fusion block, a shared layer and a classifier per head
+    [paper]; `mean`, for a model of one modality: the mean of its encoder's tokens and a linear layer per head, without
+    tau and all sizes below [Radevski]."""
     tau: Positive = 300
     """Most tokens a modality brings to the fusion block [fit]."""
     grouping: Literal["paper", "even"] = "paper"
@@ -245,11 +255,14 @@ class DistillRecipe(Settings):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Softens both distributions; the KL is scaled by its square [ours]."""
     teachers: list[str] = []
-    """Instead of `teacher`: finished experts of some of the modalities each, averaged (arXiv 2307.07483). Per head and
-    clip an expert weighs softmin(its loss on the validation split / weight_temperature) among those that the clip has
-    a modality for."""
+    """Instead of `teacher`: finished experts of some of the modalities each, averaged (arXiv 2307.07483): runs, or
+    their best weights (`RUN/best`). A clip is judged by the experts that it has a modality for."""
+    expert_weights: Literal["softmin", "per_sample", "equal"] = "softmin"
+    """How experts are weighed per head: `softmin` of their loss on the training clips that they held out
+    (data.hold_out) over weight_temperature; `per_sample`, the same of their loss on the clip itself; `equal`
+    [Radevski]. Never by the validation split, which would then choose the model that it measures."""
     weight_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of the experts' weights: low, the best expert counts alone; high, all count alike [ours]."""
+    """Of the experts' weights: low, the best expert counts alone; high, all count alike [ours: 1]."""
     average: Literal["probabilities", "logits"] = "probabilities"
     """What of the experts is averaged: class probabilities [ours], or logits [Radevski]."""
     shard_teacher: bool = False
@@ -442,6 +455,11 @@ class Recipe(Settings):
         """The run's folder."""
         return Path(self.runs_dir) / self.name
 
+    @property
+    def modalities(self) -> list[str]:
+        """Modalities of the model that is trained: model.modalities, or all of data.modalities."""
+        return self.data.modalities if self.model.modalities is None else self.model.modalities
+
     def find_run(self, name: str) -> Path:
         """A run that this recipe refers to: an existing path, or a name under `runs_dir`."""
         return Path(name) if Path(name).exists() else Path(self.runs_dir) / name
@@ -452,16 +470,17 @@ class Recipe(Settings):
             raise ValueError("stage distill needs a section 'distill' naming its teacher")
         if self.stage != "distill" and self.distill is not None:
             raise ValueError(f"stage {self.stage} has no use for the section 'distill': remove it")
-        missing = [m for m in self.data.modalities if m not in self.model.encoders]
+        self._check_modalities()
+        missing = [m for m in self.modalities if m not in self.model.encoders]
         if missing:
             raise ValueError(f"model.encoders has no entry for modality '{missing[0]}'")
-        compiled = [m for m in self.data.modalities if self.model.encoders[m].compile]
+        compiled = [m for m in self.modalities if self.model.encoders[m].compile]
         if compiled and self.training.zero_stage == 3:
             raise ValueError(
                 f"model.encoders.{compiled[0]}.compile does not go with training.zero_stage 3, whose parameters come "
                 "and go while an encoder runs: switch one of them off"
             )
-        trained = [m for m in self.data.modalities if not self.model.encoders[m].frozen]
+        trained = [m for m in self.modalities if not self.model.encoders[m].frozen]
         if self.stage == "teacher" and trained:
             raise ValueError(f"stage teacher keeps its encoders frozen: set model.encoders.{trained[0]}.frozen: true")
         if self.optimizer.warmup_epochs > self.training.epochs:
@@ -472,6 +491,20 @@ class Recipe(Settings):
         if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             raise ValueError(f"name '{self.name}' must stay inside runs_dir")
         return self
+
+
+    def _check_modalities(self) -> None:
+        own, shown = self.modalities, self.data.modalities
+        if not own or own != [m for m in shown if m in own]:
+            raise ValueError(
+                f"model.modalities {', '.join(own) or 'is empty'}: name some of data.modalities, in their order: "
+                f"{', '.join(shown)}"
+            )
+        if own != shown and self.stage != "distill":
+            unused = ", ".join(m for m in shown if m not in own)
+            raise ValueError(f"stage {self.stage} has no teacher to see {unused}: take it out of data.modalities too")
+        if self.model.fusion == "mean" and len(own) > 1:
+            raise ValueError(f"model.fusion mean is for one modality, not for {', '.join(own)}")
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -92,7 +92,9 @@ def plan_evaluation(
         raise UserError(f"{places}: no recipe.yaml beside the weights, so name the shards with --shards DIR")
     base = recipe.data if recipe else DataRecipe(shards=str(shards), modalities=list(card.modalities))
     changes = {"shards": shards, "validation_split": split or base.test_split, "num_workers": num_workers}
-    data = base.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    known = {name: value for name, value in changes.items() if value is not None}
+    # A student may take fewer modalities than the clips that it was trained with brought.
+    data = base.model_copy(update={**known, "modalities": list(card.modalities)})
     if data.drop_nouns and "noun" not in model.heads:
         raise UserError(
             f"{home}/recipe.yaml: data.drop_nouns is set, but the model has no head 'noun' "

@@ -266,7 +266,7 @@ def _data(run: Path, shards: str | None, card: ModelCard) -> DataRecipe | None:
     _, home = run_places(run)
     if (home / "recipe.yaml").is_file():
         data = read_run_recipe(home).data
-        return data if shards is None else data.model_copy(update={"shards": shards})
+        return data.model_copy(update={"shards": shards or data.shards, "modalities": list(card.modalities)})
     return None if shards is None else DataRecipe(shards=shards, modalities=card.modalities)
 
 

@@ -138,14 +138,17 @@ def validate(
 ) -> dict[str, float]:
     """Top-1 and top-5 (percent) and loss per head (nats) of a model on its validation split, everything present.
 
+    Where that is the training split, only the clips that `data.hold_out` holds out of it are looked at.
     Every rank must call this and takes its share of the clips; all return the same numbers. Damaged clips are left
     out and counted in `num_damaged`. `between` is called after each batch, equally often on every rank, and may raise.
     """
     from karmma_dist.training.collectives import gather
 
     parameter = next(model.parameters())
-    data, size = recipe.data, recipe.evaluation.batch_size
-    clips = EvaluationClips(open_shards(data), data, recipe.inputs, data.validation_split)
+    size = recipe.evaluation.batch_size
+    data = recipe.data.model_copy(update={"modalities": recipe.modalities})
+    held_out = data.validation_split == data.train_split and data.hold_out > 0
+    clips = EvaluationClips(open_shards(data), data, recipe.inputs, data.validation_split, held_out=held_out)
     device, dtype = parameter.device, parameter.dtype
     with on_device(evaluation_batches(clips, size, world.rank, world.size), device) as batches:
         results = evaluate(

@@ -57,6 +57,9 @@ class KarmmaModel(nn.Module):
     its Linear, and position tokens (0.69 M) would not fit the teacher's published 11.25 M trainable parameters. A
     model of one modality has nothing to stand in for and makes none either (29.64 M for the student on video).
 
+    With `fusion: mean` a model of one modality predicts from the mean of its encoder's tokens, by a linear layer per
+    head and nothing else (arXiv 2307.07483).
+
     Args:
         model: Architecture.
         inputs: Sizes of the inputs.
@@ -64,11 +67,13 @@ class KarmmaModel(nn.Module):
         heads: Number of classes per head.
 
     Raises:
-        UserError: an encoder is missing or unknown, or its options are.
+        UserError: an encoder is missing or unknown, or its options are, or `fusion: mean` with several modalities.
     """
 
     num_tokens: dict[str, int]
     """Tokens each modality brings to the fusion block."""
+    width: int
+    """Width of those tokens."""
     runs_every_encoder: bool = False
     """Run encoders of modalities that no clip has also without gradients: where ranks hold pieces of the parameters,
     all of them must gather the same ones."""
@@ -81,27 +86,35 @@ class KarmmaModel(nn.Module):
         missing = [modality for modality in modalities if modality not in model.encoders]
         if missing or not modalities:
             raise UserError(f"model.encoders: no encoder for modality '{missing[0]}'" if missing else "no modality")
+        if model.fusion == "mean" and len(modalities) > 1:
+            raise UserError(f"model.fusion mean is for one modality, not for {', '.join(modalities)}")
         if not heads:
             raise UserError("the model has no head: the clips carry no label to learn")
         self.recipe, self.inputs = model, inputs
         self.modalities, self.heads = tuple(modalities), dict(heads)
         encoders = {m: build_encoder(m, model.encoders[m], inputs) for m in modalities}
         self.encoders = nn.ModuleDict(encoders)
-        self.num_tokens = {m: min(encoder.num_tokens, model.tau) for m, encoder in encoders.items()}
+        self.is_pooled = model.fusion == "mean"
+        self.num_tokens = {m: 1 if self.is_pooled else min(e.num_tokens, model.tau) for m, e in encoders.items()}
         self.frozen = frozenset(m for m in modalities if model.encoders[m].frozen)
-        self.projections = nn.ModuleDict({m: nn.Linear(e.width, model.width) for m, e in encoders.items()})
+        self.width = encoders[modalities[0]].width if self.is_pooled else model.width
+        self.projections = nn.ModuleDict(
+            {m: nn.Identity() if self.is_pooled else nn.Linear(e.width, model.width) for m, e in encoders.items()}
+        )
         self.leaves_out = model.missing == "leave_out"
         standing_in = () if self.leaves_out or len(modalities) == 1 else modalities
         self.stand_ins = nn.ModuleDict({m: StandIn(self.num_tokens[m], model.width) for m in standing_in})
-        self.fusion = FusionBlock(
+        self.fusion = None if self.is_pooled else FusionBlock(
             model.width, model.num_heads, model.num_layers, model.feedforward, model.attention_dropout
         )
-        self.shared = nn.Linear(model.width, model.fc_width)
-        self.classifiers = nn.ModuleDict({head: nn.Linear(model.fc_width, num) for head, num in heads.items()})
+        self.shared = None if self.is_pooled else nn.Linear(model.width, model.fc_width)
+        features = self.width if self.is_pooled else model.fc_width
+        self.classifiers = nn.ModuleDict({head: nn.Linear(features, num) for head, num in heads.items()})
         # Tells device and dtype. Asking a parameter would gather it where parameters are sharded over ranks.
         self.register_buffer("_like", torch.zeros(()), persistent=False)
         for part in (self.projections, self.shared, self.classifiers):
-            init_linears(part)
+            if part is not None:
+                init_linears(part)
         for modality in self.frozen:
             self.encoders[modality].requires_grad_(False)
         self.train(self.training)
@@ -131,7 +144,7 @@ class KarmmaModel(nn.Module):
             present_BM: bool, True = the clip has the modality; on any device.
 
         Returns:
-            Per modality (N, T, D): after encoder, tau-average and Linear.
+            Per modality (N, T, D): after encoder, tau-average and Linear; with `fusion: mean` their mean, (N, 1, D).
 
         Raises:
             ValueError: `present_BM` and `inputs` disagree, or an input is of another shape or dtype, or of a modality
@@ -156,7 +169,11 @@ class KarmmaModel(nn.Module):
     def _encode(self, modality: str, x: Tensor) -> Tensor:
         """Inputs of N clips -> (N, T, D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and modality not in self.frozen):
-            tokens = tau_average(self.encoders[modality](x), self.recipe.tau, self.recipe.grouping)
+            tokens = self.encoders[modality](x)
+            if self.is_pooled:
+                tokens = tokens.mean(dim=1, keepdim=True)
+            else:
+                tokens = tau_average(tokens, self.recipe.tau, self.recipe.grouping)
         projected: Tensor = self.projections[modality](tokens)
         return projected
 
@@ -186,6 +203,8 @@ class KarmmaModel(nn.Module):
         names = [self.modalities[m] for m in used]
         lengths = [self.num_tokens[name] for name in names]
         parts = [self._place(name, tokens, present[:, m], keep[:, m]) for m, name in zip(used, names, strict=True)]
+        if self.fusion is None:
+            return self._predict(parts[0], torch.ones_like(parts[0][..., 0]))
         keep = keep[:, used]
         attend_BT = None
         if self.leaves_out and not bool(keep.all()):
@@ -197,7 +216,7 @@ class KarmmaModel(nn.Module):
 
     def _place(self, modality: str, tokens: dict[str, Tensor], present_B: Tensor, keep_B: Tensor) -> Tensor:
         """Bring tokens of N clips into the order of the batch: (B, T, D), zeros (plus stand-ins) where not kept."""
-        shape = (self.num_tokens[modality], self.recipe.width)
+        shape = (self.num_tokens[modality], self.width)
         given = tokens.get(modality, self._like.new_zeros(0, *shape))
         num = int(present_B.sum())
         if given.shape != (num, *shape):
@@ -214,7 +233,7 @@ class KarmmaModel(nn.Module):
 
         Averaged probabilities are returned as their logarithms, whose softmax they are.
         """
-        hidden = F.gelu(self.shared(outputs_BMD))  # (B, M + 1, FC width)
+        hidden = outputs_BMD if self.shared is None else F.gelu(self.shared(outputs_BMD))  # (B, M + 1, FC width)
         weights = weights_BM[:, :, None]
         if self.recipe.average == "logits":
             return {head: (classifier(hidden) * weights).sum(dim=1) for head, classifier in self.classifiers.items()}

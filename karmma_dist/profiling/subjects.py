@@ -54,7 +54,7 @@ def find_subjects(name: str, overrides: Sequence[str] = ()) -> tuple[list[Subjec
         card = validate(read_tree(run / CARD), ModelCard, str(run / CARD))
         if card.modalities != recipe.data.modalities:
             raise UserError(
-                f"{run}: the teacher's modalities {', '.join(card.modalities)} are not the student's "
+                f"{run}: the teacher's modalities {', '.join(card.modalities)} are not those of data.modalities, "
                 f"{', '.join(recipe.data.modalities)}"
             )
         teacher = Subject("teacher", str(run), card.model, card.inputs, tuple(card.modalities), card.heads)
@@ -66,7 +66,7 @@ def find_subjects(name: str, overrides: Sequence[str] = ()) -> tuple[list[Subjec
 
 
 def _subject(role: str, recipe: Recipe, heads: dict[str, int]) -> Subject:
-    return Subject(role, recipe.name, recipe.model, recipe.inputs, tuple(recipe.data.modalities), heads)
+    return Subject(role, recipe.name, recipe.model, recipe.inputs, tuple(recipe.modalities), heads)
 
 
 def _heads(recipe: Recipe) -> dict[str, int]:

@@ -80,6 +80,18 @@ class Batch:
         jitter = [] if self.jitter_N3 is None else [self.jitter_N3]
         return [*jitter, *self.inputs.values(), *self.labels.values()]
 
+    def only(self, modalities: Sequence[str], columns: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the inputs and present_BM of some modalities, for a model that takes no others.
+
+        Args:
+            modalities: Those of the model, in its order.
+            columns: Those of `present_BM`.
+        """
+        if list(modalities) == list(columns):
+            return self.inputs, self.present_BM
+        inputs = {m: x for m, x in self.inputs.items() if m in modalities}
+        return inputs, self.present_BM[:, [list(columns).index(m) for m in modalities]]
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `change` applied to every tensor but `present_BM` and `valid_B`.
 

@@ -35,12 +35,23 @@ def keep_patterns(num_places: int, num_modalities: int, dropout: ModalityDropout
     return (patterns[:num_places, None] >> np.arange(num_modalities)) & 1 == 1
 
 
-def keep_present(keep_M: np.ndarray, present_M: np.ndarray, word: int) -> np.ndarray:
-    """Modalities a clip brings to its batch: those kept and there; where that is none, one of those there by `word`."""
+def keep_present(
+    keep_M: np.ndarray, present_M: np.ndarray, word: int, needed_M: np.ndarray | None = None
+) -> np.ndarray:
+    """Return kept_M, the modalities a clip brings to its batch: those that are kept and present.
+
+    Args:
+        keep_M: bool, True = kept by the draw.
+        present_M: bool, True = the clip has it.
+        word: random; chooses a modality where the draw leaves none.
+        needed_M: bool, those of which at least one must come: the student's, where it takes fewer than its teacher.
+            One of them is added where the draw leaves none of them. None: all.
+    """
     kept: np.ndarray = keep_M & present_M
-    if kept.any() or not present_M.any():
+    needed_M = np.ones_like(present_M) if needed_M is None else needed_M
+    there = np.flatnonzero(present_M & needed_M)
+    if (kept & needed_M).any() or not len(there):
         return kept
-    there = np.flatnonzero(present_M)
     kept[there[word % len(there)]] = True
     return kept
 

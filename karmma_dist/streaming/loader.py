@@ -6,6 +6,7 @@ never shrinks and no clip loses a modality.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -69,13 +70,36 @@ class _Clips(ABC):
     keeps_sound = False
     """Whether batches bring the whole sound of their clips."""
 
-    def __init__(self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str) -> None:
+    def __init__(
+        self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str, needed: Sequence[str] = (),
+        held_out: bool | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.data, self.inputs, self.split = folder, data, inputs, split
-        self.clips = usable_clips(folder.clips(split), data.modalities)
+        self.needed = list(needed or data.modalities)
+        self.clips = usable_clips(folder.clips(split), self.needed)
         self.heads = list(folder.classes)
         self._decoded = DecodedClips(data.keep_decoded)
         if not self.clips:
-            raise UserError(f"{folder.where}: split '{split}' has no clip with any of {', '.join(data.modalities)}")
+            raise UserError(f"{folder.where}: split '{split}' has no clip with any of {', '.join(self.needed)}")
+        if held_out is not None and data.hold_out:
+            self.clips = [clip for clip, is_out in self._drawn() if is_out == held_out]
+            if not self.clips:
+                what = "nothing" if held_out else "everything"
+                raise UserError(
+                    f"{folder.where}: data.hold_out {data.hold_out:g} holds out {what} of split '{split}', which has "
+                    "too few recordings: choose another fraction"
+                )
+
+    def _drawn(self) -> list[tuple[Clip, bool]]:
+        """Return each clip with True if its recording is held out; reads every clip's metadata once."""
+        try:
+            named = [(clip, str(self.folder.metadata(clip)["recording"])) for clip in self.clips]
+        except DamageError as error:
+            raise UserError(
+                f"{error}: data.hold_out goes by the recording of every clip: karmma-dist verify --repair "
+                f"{self.folder.where}, or pack it again"
+            ) from None
+        return [(clip, is_held_out(recording, self.data.hold_out)) for clip, recording in named]
 
     def batch(self, part: Slice, activity: Activity | None = None) -> Batch:
         """Decode one slice, saying to `activity` what is being done.
@@ -132,10 +156,18 @@ class _Clips(ABC):
 
 
 class TrainingClips(_Clips):
-    """Turns a training slice into a batch: order, modality dropout, views, damage and its replacement."""
+    """Turns a training slice into a batch: order, modality dropout, views, damage and its replacement.
 
-    def __init__(self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, seed: int, batch_size: int) -> None:
-        super().__init__(folder, data, inputs, data.train_split)
+    Clips that `data.hold_out` holds out are not among them. Every clip brings at least one of the `needed` modalities
+    (none named: of all), so that a student of fewer modalities than its teacher always has something to see.
+    """
+
+    def __init__(
+        self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, seed: int, batch_size: int,
+        needed: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(folder, data, inputs, data.train_split, needed, held_out=False)
+        self._needed_M = np.array([m in self.needed for m in data.modalities])
         self.seed = seed
         self._epoch = -1
         shards = [clip.shard for clip in self.clips]
@@ -156,7 +188,7 @@ class TrainingClips(_Clips):
         for candidate in itertools.islice(self._order.candidates(place), _MAX_REPLACEMENTS):
             clip = self.clips[self._clip_at[candidate]]
             present = np.array([clip.has(m) for m in self.data.modalities])
-            kept = keep_present(self._keep[place], present, int(self._words[place]))
+            kept = keep_present(self._keep[place], present, int(self._words[place]), self._needed_M)
             wanted = [m for m, keep in zip(self.data.modalities, kept, strict=True) if keep]
             samples = self._read(clip, wanted, epoch, damage, activity)
             if samples is not None:
@@ -172,14 +204,14 @@ class EvaluationClips(_Clips):
     """Turns an evaluation slice into a batch: every clip with all it has, in stored order, padded at the end.
 
     A damaged clip becomes padding and its event travels with the batch. With several views every clip takes that many
-    rows, one after another, all with its key and labels.
+    rows, one after another, all with its key and labels. `held_out`: only the clips that `data.hold_out` holds out.
     """
 
     def __init__(
         self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str,
-        views: ViewsRecipe | None = None,
-    ) -> None:
-        super().__init__(folder, data, inputs, split)
+        views: ViewsRecipe | None = None, held_out: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(folder, data, inputs, split, held_out=True if held_out else None)
         self.views = views or ViewsRecipe()
 
     def _samples(
@@ -196,6 +228,15 @@ class EvaluationClips(_Clips):
         return evaluation_views(
             self.inputs.video, num_stored_frames(metadata), self.views, is_wide=is_wide(metadata)
         )
+
+
+def is_held_out(recording: str, fraction: float) -> bool:
+    """Return True if `data.hold_out` of this fraction holds the recording out: what a smaller one holds out, too.
+
+    The hash is another than that by which packing makes validation splits: those recordings are gone already.
+    """
+    digest = hashlib.blake2b(recording.encode(), digest_size=8, person=b"hold_out").digest()
+    return int.from_bytes(digest) < fraction * 2**64
 
 
 def usable_clips(clips: list[Clip], modalities: list[str]) -> list[Clip]:

@@ -22,6 +22,7 @@ from karmma_dist.recipe import Recipe
 from karmma_dist.shards import MANIFEST, ShardFolder
 from karmma_dist.studies.plan import State, StudyPlan, StudyRun
 from karmma_dist.studies.study import Column, Study
+from karmma_dist.training.run_log import BEST
 
 _FUSION_CLIPS = 32
 """Clips of the batch whose fusion block is measured, as in the paper's Tab. V."""
@@ -126,7 +127,7 @@ def plan_costs(plan: StudyPlan) -> list[RunCost]:
 
 def own_modalities(recipe: Recipe) -> tuple[str, ...]:
     """Return the modalities that a recipe's model takes."""
-    return tuple(recipe.data.modalities)
+    return tuple(recipe.modalities)
 
 
 def _shards(recipe: Recipe) -> ShardFolder | None:
@@ -141,10 +142,10 @@ def _opened(folder: str) -> ShardFolder:
 
 
 def _expected_present(recipe: Recipe, clips: int) -> dict[str, int]:
-    """Clips of an epoch that have each modality, on average, of clips that have all: at least one is kept."""
-    p, num = recipe.data.modality_dropout.probability, len(recipe.data.modalities)
-    kept = (1 - p) + p**num / num
-    return dict.fromkeys(recipe.data.modalities, round(clips * kept))
+    """Clips of an epoch that bring each modality, on average, of clips that have all: one of the model's is kept."""
+    p, num = recipe.data.modality_dropout.probability, len(recipe.modalities)
+    own = (1 - p) + p**num / num
+    return {m: round(clips * (own if m in recipe.modalities else 1 - p)) for m in recipe.data.modalities}
 
 
 def _teachers(run: StudyRun) -> list[str]:
@@ -152,8 +153,8 @@ def _teachers(run: StudyRun) -> list[str]:
     distill = run.recipe.distill
     if distill is None:
         return []
-    named = [distill.teacher] if distill.teacher else distill.teachers
-    return [need for need in run.needs for name in named if name == need or str(name).endswith(f"/{need}")]
+    named = [str(name).removesuffix(f"/{BEST}") for name in distill.teachers or [str(distill.teacher)]]
+    return [need for need in run.needs for name in named if name == need or name.endswith(f"/{need}")]
 
 
 def _forward(counted: ClipFlops, present: Mapping[str, int], clips: int) -> int:

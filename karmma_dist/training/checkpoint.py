@@ -70,7 +70,7 @@ def data_state(recipe: Recipe, folder: ShardFolder) -> dict[str, Any]:
 
     Flat, each value under the recipe's name of what sets it.
     """
-    data = recipe.data
+    data, own = recipe.data, recipe.model.modalities
     return {
         "seed": recipe.seed,
         "training.batch_size": recipe.training.batch_size,
@@ -79,6 +79,8 @@ def data_state(recipe: Recipe, folder: ShardFolder) -> dict[str, Any]:
         "data.modalities": data.modalities,
         **{f"data.order.{name}": value for name, value in data.order.model_dump(mode="json").items()},
         **{f"data.modality_dropout.{name}": v for name, v in data.modality_dropout.model_dump(mode="json").items()},
+        **({"data.hold_out": data.hold_out} if data.hold_out else {}),
+        **({"model.modalities": own} if own is not None else {}),
     }
 
 

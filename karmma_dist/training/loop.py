@@ -141,7 +141,9 @@ class Trainer:
         self.interruption = interruption
         if recipe.training.threads:
             torch.set_num_threads(recipe.training.threads)
-        self.clips = TrainingClips(folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size)
+        self.clips = TrainingClips(
+            folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size, recipe.modalities
+        )
         self.schedule = Schedule(
             len(self.clips.clips), recipe.training.batch_size, world.size, recipe.training.accumulation
         )
@@ -266,7 +268,7 @@ class Trainer:
         batch = prepare(raw, self.recipe.inputs, self.engine.device, self.engine.dtype)
         guarded = self.guard.is_due(step)
         with self.guard.forward() if guarded else contextlib.nullcontext():
-            logits = self.engine.forward(batch.inputs, batch.present_BM)
+            logits = self.engine.forward(*batch.only(self.recipe.modalities, self.recipe.data.modalities))
         loss, parts = self.stage.loss(logits, batch)
         if guarded:
             self.guard.check(loss)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return `x` in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def cross_entropy(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    """Mean over clips and heads. logits_BC per head, int64 labels (B,) per head; computed in float32."""
-    losses = [F.cross_entropy(logits[head].float(), labels[head]) for head in logits]
+    """Mean over clips and heads. logits_BC per head, int64 labels (B,) per head; computed in float32 or more."""
+    losses = [F.cross_entropy(at_least_float32(logits[head]), labels[head]) for head in logits]
     return sum(losses[1:], losses[0]) / len(losses)
 
 
@@ -24,8 +30,8 @@ def distillation(student: dict[str, Tensor], teacher: dict[str, Tensor], tempera
     """
     losses = [
         F.kl_div(
-            F.log_softmax(student[head].float() / temperature, dim=-1),
-            teacher[head].float(),
+            F.log_softmax(at_least_float32(student[head]) / temperature, dim=-1),
+            at_least_float32(teacher[head]),
             reduction="batchmean",
             log_target=True,
         )

@@ -67,7 +67,7 @@ class Distill:
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Stage.loss`. The teacher's entropy is that of what it teaches, softened by the temperature."""
         with torch.no_grad():
-            taught: dict[str, Tensor] = self.teacher(batch.inputs, batch.present_BM)
+            taught: dict[str, Tensor] = self.teacher(batch.inputs, batch.present_BM, batch.labels)
         hard = cross_entropy(logits, batch.labels)
         soft = distillation(logits, taught, self.recipe.temperature)
         loss = self.recipe.alpha * hard + (1 - self.recipe.alpha) * soft

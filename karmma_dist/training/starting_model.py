@@ -27,8 +27,8 @@ def build_model(
     """
     torch.manual_seed(recipe.seed)
     heads = {head: len(names) for head, names in classes.items()}
-    model = KarmmaModel(recipe.model, recipe.inputs, recipe.data.modalities, heads)
-    for modality in recipe.data.modalities:
+    model = KarmmaModel(recipe.model, recipe.inputs, recipe.modalities, heads)
+    for modality in recipe.modalities:
         start = recipe.model.encoders[modality]
         encoder = model.encoders[modality]
         assert isinstance(encoder, Encoder)
@@ -57,7 +57,7 @@ def whole_model(engine: Engine, recipe: Recipe, classes: dict[str, list[str]]) -
     model = engine.model
     if recipe.training.zero_stage == 3:
         heads = {head: len(names) for head, names in classes.items()}
-        model = KarmmaModel(recipe.model, recipe.inputs, recipe.data.modalities, heads)
+        model = KarmmaModel(recipe.model, recipe.inputs, recipe.modalities, heads)
         model.to(device=engine.device, dtype=engine.dtype).load_state_dict(engine.whole_state())
     assert isinstance(model, KarmmaModel)
     return model

@@ -1,8 +1,9 @@
 """The frozen teacher of a distillation: one model, or several experts of some of the modalities each, averaged.
 
-Experts follow Radevski et al., ICCV 2023 (arXiv 2307.07483): per head the weight of an expert is softmin(its held-out
-loss / temperature). There each expert sees every clip; here a clip may lack an expert's modality, so weights are
-normalised over the experts that can judge the clip.
+Experts follow Radevski et al., ICCV 2023 (arXiv 2307.07483): per head the weight of an expert is softmin(loss /
+temperature), the loss being that on training clips which no expert learned from, or on the clip itself, or all weigh
+the same. There each expert sees every clip; here a clip may lack an expert's modality, so weights are normalised over
+the experts that can judge the clip.
 
 Legend: B clips, M modalities, E experts, C classes.
 """
@@ -21,15 +22,17 @@ from karmma_dist.errors import UserError
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.layout import input_shape
 from karmma_dist.models.pretrained import load_model
-from karmma_dist.recipe import DistillRecipe, InputRecipe, Recipe, read_run_recipe
+from karmma_dist.recipe import DataRecipe, DistillRecipe, InputRecipe, Recipe, read_run_recipe
 from karmma_dist.shards import write_json
 from karmma_dist.training.collectives import barrier
 from karmma_dist.training.engine import Engine, ShardedModule
+from karmma_dist.training.losses import at_least_float32
 from karmma_dist.training.rendezvous import World
-from karmma_dist.training.run_log import ENSEMBLE, read_state
+from karmma_dist.training.run_log import ENSEMBLE
 
 Measure = Callable[[KarmmaModel, Recipe], dict[str, float]]
-"""Validates a model on a recipe's validation split; every rank calls it and gets the same numbers."""
+"""Validates a model on a recipe's validation split (of the training split, on the clips held out of it); every rank
+calls it and gets the same numbers."""
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class Teacher(nn.Module):
     Args:
         members: the models, frozen and in eval mode; each judges the clips that have one of its modalities.
         modalities: columns of `present_BM`; every one of them is some member's.
-        losses: per head the members' validation losses.
+        losses: per head the members' losses that they are weighed by; all the same where they are not.
         recipe: temperatures and what is averaged.
     """
 
@@ -64,18 +67,30 @@ class Teacher(nn.Module):
             member.runs_every_encoder = True
 
     def weights(self) -> dict[str, list[float]]:
-        """Per head the members' weights on a clip that has all modalities."""
+        """Return per head the members' weights on a clip that has all modalities, before its labels are looked at."""
         return {head: scores_E.softmax(dim=0).tolist() for head, scores_E in self._scores.items()}
 
-    def forward(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
-        """Log-probabilities (B, C) per head, float32, at the recipe's temperature. See `KarmmaModel.encode`."""
+    def forward(
+        self, inputs: dict[str, Tensor], present_BM: Tensor, labels: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return log-probabilities (B, C) per head, float32 or more, at the recipe's temperature.
+
+        Args:
+            inputs: per modality the present clips only; see `KarmmaModel.encode`.
+            present_BM: bool, True = the clip has the modality.
+            labels: per head int64 (B,); needed where experts are weighed `per_sample`.
+        """
         present_BM = present_BM.cpu()
         seen_BE = torch.stack([present_BM[:, columns].any(dim=1) for columns in self._columns], dim=1)
         outputs = [self._judge(e, inputs, present_BM, seen_BE[:, e]) for e in range(len(self.members))]
-        return {head: self._average(head, [output[head] for output in outputs], seen_BE) for head in self._scores}
+        taught = {}
+        for head in self._scores:
+            logits_BEC = torch.stack([output[head] for output in outputs], dim=1)
+            taught[head] = self._average(logits_BEC, self._scores_of(head, logits_BEC, labels), seen_BE)
+        return taught
 
     def _judge(self, e: int, inputs: dict[str, Tensor], present_BM: Tensor, seen_B: Tensor) -> dict[str, Tensor]:
-        """Logits (B, C) per head of one member, float32, zeros for the clips that it does not see."""
+        """Logits (B, C) per head of one member, float32 or more, zeros for the clips that it does not see."""
         member = self.members[e]
         assert isinstance(member, KarmmaModel)
         device = member._like.device
@@ -86,17 +101,27 @@ class Teacher(nn.Module):
         elif member.runs_every_encoder:
             member(*_blank_clip(member))
         if bool(seen_B.all()):
-            return {head: logits.float() for head, logits in judged.items()}
+            return {head: at_least_float32(logits) for head, logits in judged.items()}
         rows = seen_B.nonzero().flatten().to(device)
-        whole = {head: torch.zeros(len(seen_B), num, device=device) for head, num in member.heads.items()}
-        return {h: zeros.index_copy(0, rows, judged[h].float()) if judged else zeros for h, zeros in whole.items()}
+        blank = at_least_float32(member._like)
+        whole = {head: blank.new_zeros(len(seen_B), num) for head, num in member.heads.items()}
+        return {
+            h: zeros.index_copy(0, rows, at_least_float32(judged[h])) if judged else zeros for h, zeros in whole.items()
+        }
 
-    def _average(self, head: str, logits: list[Tensor], seen_BE: Tensor) -> Tensor:
-        """Log-probabilities (B, C) from the members' logits (B, C)."""
-        scores_E = self._scores[head].to(logits[0].device)
-        unseen_BE = ~seen_BE.to(scores_E.device)
-        log_weights_BE1 = scores_E.expand(unseen_BE.shape).masked_fill(unseen_BE, -torch.inf).log_softmax(1)[:, :, None]
-        logits_BEC = torch.stack(logits, dim=1) / self.recipe.temperature
+    def _scores_of(self, head: str, logits_BEC: Tensor, labels: dict[str, Tensor] | None) -> Tensor:
+        """Return (B, E), the logarithms of the members' weights on each clip, up to a constant."""
+        if self.recipe.expert_weights == "per_sample" and len(self.members) > 1:
+            assert labels is not None
+            rows_BE1 = labels[head][:, None, None].expand(-1, len(self.members), 1)
+            return logits_BEC.log_softmax(dim=-1).gather(2, rows_BE1)[:, :, 0] / self.recipe.weight_temperature
+        return self._scores[head].to(logits_BEC.device).expand(logits_BEC.shape[:2])
+
+    def _average(self, logits_BEC: Tensor, scores_BE: Tensor, seen_BE: Tensor) -> Tensor:
+        """Return log-probabilities (B, C) of the members that see the clip."""
+        unseen_BE = ~seen_BE.to(scores_BE.device)
+        log_weights_BE1 = scores_BE.masked_fill(unseen_BE, -torch.inf).log_softmax(1)[:, :, None]
+        logits_BEC = logits_BEC / self.recipe.temperature
         if self.recipe.average == "logits":
             return (log_weights_BE1.exp() * logits_BEC).sum(dim=1).log_softmax(dim=-1)
         return torch.logsumexp(log_weights_BE1 + logits_BEC.log_softmax(dim=-1), dim=1)
@@ -118,10 +143,11 @@ def build_teacher(
         heads: number of classes per head.
         engine: the student's.
         world: this rank.
-        measure: called for experts of which no validation loss on the recipe's validation split is known.
+        measure: called for experts that are weighed by their loss on the clips that they held out.
 
     Raises:
-        UserError: a teacher is missing, or was trained on other classes, modalities or inputs.
+        UserError: a teacher is missing, was trained on other classes, modalities or inputs, or held out nothing that
+            it could be weighed on.
     """
     assert recipe.distill is not None
     paths = [recipe.find_run(name) for name in recipe.distill.teachers or [str(recipe.distill.teacher)]]
@@ -130,9 +156,10 @@ def build_teacher(
         _logger.warning(note)
     if recipe.distill.teachers:
         _check_every_modality(members, recipe)
-        losses = _ensemble_losses(paths, members, recipe, heads, engine.device, measure)
+    if recipe.distill.teachers and recipe.distill.expert_weights == "softmin":
+        losses = _held_out_losses(paths, members, recipe, heads, engine.device, measure)
     else:
-        losses = {head: [0.0] for head in heads}
+        losses = {head: [0.0] * len(members) for head in heads}
     teacher = Teacher(members, recipe.data.modalities, losses, recipe.distill).eval()
     if recipe.distill.teachers and world.is_main:
         write_json(recipe.run_dir / ENSEMBLE, {"losses": losses, "weights": teacher.weights()})
@@ -146,8 +173,7 @@ def _undropped(paths: Sequence[Path], recipe: Recipe) -> list[str]:
     """Return a line about each teacher of several modalities trained without dropout, where the student has it."""
     if not recipe.data.modality_dropout.probability:
         return []
-    runs = {path: path if (path / "recipe.yaml").is_file() else path.parent for path in paths}
-    known = {path: read_run_recipe(run).data for path, run in runs.items() if (run / "recipe.yaml").is_file()}
+    known = {path: data for path in paths if (data := _data_of(path)) is not None}
     return [
         f"{path}: this teacher was trained without modality dropout, but teaches under it: it has not seen most of the "
         "subsets that it judges (data.modality_dropout of its recipe)"
@@ -156,16 +182,23 @@ def _undropped(paths: Sequence[Path], recipe: Recipe) -> list[str]:
     ]
 
 
+def _data_of(path: Path) -> DataRecipe | None:
+    """The data that a run, or the run of best weights, was trained on; None: no recipe lies there."""
+    run = path if (path / "recipe.yaml").is_file() else path.parent
+    return read_run_recipe(run).data if (run / "recipe.yaml").is_file() else None
+
+
 def load_member(path: Path, recipe: Recipe, heads: dict[str, int]) -> KarmmaModel:
     """A teacher or expert, frozen and in eval mode, checked against the student's data."""
     assert recipe.distill is not None
     member, card = load_model(path)
-    mine, students = list(member.modalities), recipe.data.modalities
+    mine, shown = list(member.modalities), recipe.data.modalities
     if dict(member.heads) != heads:
         raise UserError(f"{path}: the teacher's heads {dict(member.heads)} are not the shards' {heads}")
-    if not set(mine) <= set(students) if recipe.distill.teachers else mine != students:
+    if not set(mine) <= set(shown) if recipe.distill.teachers else mine != shown:
         raise UserError(
-            f"{path}: the teacher's modalities {', '.join(mine)} are not the student's {', '.join(students)}"
+            f"{path}: the teacher's modalities {', '.join(mine)} are not those of data.modalities, {', '.join(shown)}"
+            " (a student of fewer: model.modalities)"
         )
     differing = [name for name in mine if _input_of(name, card.inputs) != _input_of(name, recipe.inputs)]
     if differing:
@@ -185,37 +218,38 @@ def _check_every_modality(members: Sequence[KarmmaModel], recipe: Recipe) -> Non
     unknown = [name for name in recipe.data.modalities if name not in known]
     if unknown:
         raise UserError(
-            f"distill.teachers: none knows {unknown[0]}, which the student has: add an expert of it, or leave it out "
+            f"distill.teachers: none knows {unknown[0]}, which the clips have: add an expert of it, or leave it out "
             "of data.modalities"
         )
 
 
-def _ensemble_losses(
+def _held_out_losses(
     paths: Sequence[Path], members: Sequence[KarmmaModel], recipe: Recipe, heads: dict[str, int],
     device: torch.device, measure: Measure,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Per head the experts' losses on the recipe's validation split: those this run began with, if it is resumed."""
+    """Per head the experts' losses on training clips that none learned from: those a resumed run began with."""
     before = recipe.run_dir / ENSEMBLE
     losses: dict[str, list[float]] = json.loads(before.read_text())["losses"] if before.is_file() else {}
     barrier()  # every rank has looked before the main rank writes
     if losses:
         return losses
+    fraction = min(_hold_out(path) for path in paths)  # what a smaller fraction holds out, a larger one does, too
+    changes = {"validation_split": recipe.data.train_split, "hold_out": fraction}
+    model = recipe.model.model_copy(update={"modalities": None})
     measured = []
-    for path, member in zip(paths, members, strict=True):
-        found = _recorded(path, recipe, heads)
-        if not found:
-            data = recipe.data.model_copy(update={"modalities": list(member.modalities)})
-            found = measure(member.to(device), recipe.model_copy(update={"data": data}))
-            member.cpu()  # one at a time: all of them may not fit on the device
-        measured.append(found)
+    for member in members:
+        data = recipe.data.model_copy(update={**changes, "modalities": list(member.modalities)})
+        measured.append(measure(member.to(device), recipe.model_copy(update={"data": data, "model": model})))
+        member.cpu()  # one at a time: all of them may not fit on the device
     return {head: [scores[f"{head}_loss"] for scores in measured] for head in heads}
 
 
-def _recorded(path: Path, recipe: Recipe, heads: dict[str, int]) -> dict[str, float]:
-    """What an expert's last validation said, if it was on the clips of the recipe's validation split."""
-    metrics: dict[str, float] = read_state(path).get("metrics", {}) if (path / "recipe.yaml").is_file() else {}
-    if not all(f"{head}_loss" in metrics for head in heads):
-        return {}
-    theirs, ours = read_run_recipe(path).data, recipe.data
-    same = all(getattr(theirs, name) == getattr(ours, name) for name in ("shards", "validation_split", "drop_nouns"))
-    return metrics if same else {}
+def _hold_out(path: Path) -> float:
+    """The fraction of the training recordings that an expert did not learn from."""
+    data = _data_of(path)
+    if data is None or not data.hold_out:
+        raise UserError(
+            f"{path}: this expert held out no training clip that it could be weighed on: train it with data.hold_out, "
+            "or weigh experts otherwise: distill.expert_weights per_sample or equal"
+        )
+    return data.hold_out

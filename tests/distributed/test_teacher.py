@@ -30,7 +30,7 @@ def folder(shards: Path, tmp_path: Path) -> Path:
         tree: dict[str, Any] = {**RECIPE, "seed": seed, "data": {"shards": str(shards), "modalities": modalities}}
         expert = Recipe.model_validate({**tree, "model": {**RECIPE["model"], "missing": "leave_out"}})
         save_model(build_model(expert, classes), tmp_path / "runs" / name, classes=classes)
-    distill = {"teachers": list(EXPERTS), "alpha": 0.3, "temperature": 2.0}
+    distill = {"teachers": list(EXPERTS), "alpha": 0.3, "temperature": 2.0, "expert_weights": "equal"}
     data, training = {**RECIPE["data"], "shards": str(shards)}, {**RECIPE["training"], "epochs": 2}
     student = {**RECIPE, "stage": "distill", "data": data, "training": training, "distill": distill}
     (tmp_path / "student.yaml").write_text(yaml.safe_dump(student))

@@ -330,3 +330,27 @@ def test_averaged_probabilities_give_finite_gradients_where_tokens_do_not_count(
     present = torch.tensor([[True, False, False, False], [False, True, True, False]])
     found = gradients(model, model(only(clips(2), present), present))
     assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in found.values())
+
+
+def test_a_pooled_model_is_a_linear_layer_on_the_mean_of_its_encoders_tokens() -> None:
+    """Radevski et al.: every token counts alike, whatever tau says, and nothing else learns."""
+    model = build(modalities=("video",), fusion="mean", tau=2).double().eval()
+    encoder = model.encoders["video"]
+    video = clips(3, ("video",))["video"].double()
+    there = torch.ones(3, 1, dtype=torch.bool)
+    tokens_BTD = encoder(video)
+    logits = model({"video": video}, there)
+    for head, num in HEADS.items():
+        layer = model.classifiers[head]
+        assert isinstance(layer, torch.nn.Linear)
+        expected = tokens_BTD.mean(dim=1) @ layer.weight.T + layer.bias
+        assert logits[head].shape == (3, num)
+        torch.testing.assert_close(logits[head], expected, atol=1e-12, rtol=1e-12)
+    of_encoder = {f"encoders.video.{name}" for name, _ in encoder.named_parameters()}
+    of_heads = {f"classifiers.{head}.{name}" for head in HEADS for name in ("weight", "bias")}
+    assert {name for name, _ in model.named_parameters()} == of_encoder | of_heads
+
+
+def test_a_pooled_model_takes_one_modality() -> None:
+    with pytest.raises(UserError, match=r"model\.fusion mean is for one modality, not for video, flow"):
+        build(modalities=("video", "flow"), fusion="mean")

@@ -50,6 +50,9 @@ def test_a_saved_recipe_is_read_back_unchanged(minimal: str, tmp_path: Path) -> 
         ("data.modalities=[audio, audio]", "once each"),
         ("data.order.lanes=4", "lanes 4 with window 0: set both"),
         ("data.modality_dropout.probability=1.5", r"data\.modality_dropout\.probability"),
+        ("model.modalities=[video]", "name some of data.modalities, in their order: audio"),
+        ("model.modalities=[]", "model.modalities is empty: name some of data.modalities"),
+        ("data.hold_out=1", r"data\.hold_out"),
         ("model.num_heads=7", "not a multiple of num_heads 7"),
         ("inputs.video.crop=512", "larger than short_side"),
         ("optimizer.warmup_epochs=101", "exceeds training.epochs 100"),
@@ -60,6 +63,17 @@ def test_a_contradiction_is_refused_in_one_line(minimal: str, override: str, mes
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(minimal, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_takes_fewer_modalities_than_its_clips_only_where_a_teacher_sees_the_others(minimal: str) -> None:
+    several = ["data.modalities=[video, audio]", "model.modalities=[audio]"]
+    with pytest.raises(UserError, match="stage supervised has no teacher to see video"):
+        load_recipe(minimal, several)
+    student = load_recipe(minimal, [*several, "stage=distill", "distill.teacher=t"])
+    assert student.modalities == ["audio"]
+    assert load_recipe(minimal).modalities == ["audio"]
+    with pytest.raises(UserError, match=r"model\.fusion mean is for one modality, not for video, audio"):
+        load_recipe(minimal, [several[0], "model.encoders.video.name=small_video", "model.fusion=mean"])
 
 
 def test_a_run_is_found_by_name_under_runs_dir_or_by_path(minimal: str, tmp_path: Path) -> None:

@@ -123,6 +123,22 @@ def test_an_empty_pattern_keeps_one_modality_that_is_there_each_equally_often() 
     assert sum(kept[0] for kept in chosen) == 500
 
 
+@given(st.integers(0, 2**16), st.integers(1, 5), st.integers(0, 2**32))
+def test_a_clip_keeps_one_modality_of_the_student_and_all_others_as_drawn(
+    bits: int, num: int, word: int
+) -> None:
+    keep, present, needed = (np.array([bits >> (part * num + m) & 1 == 1 for m in range(num)]) for part in range(3))
+    kept = keep_present(keep, present, word, needed)
+    assert not (kept & ~present).any()
+    assert (kept & needed).any() or not (present & needed).any()
+    if (keep & present & needed).any():
+        assert np.array_equal(kept, keep & present)
+    else:
+        assert kept.sum() - (keep & present).sum() == (present & needed).any()
+    every = np.ones(num, dtype=bool)
+    assert np.array_equal(keep_present(keep, present, word, every), keep_present(keep, present, word))
+
+
 def test_without_dropout_everything_is_kept() -> None:
     assert keep_patterns(10, 3, ModalityDropout(), seed=0, epoch=0).all()
 

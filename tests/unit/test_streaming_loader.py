@@ -20,6 +20,7 @@ from karmma_dist.streaming.loader import (
     EvaluationClips,
     TrainingClips,
     evaluation_batches,
+    is_held_out,
     open_shards,
     training_batches,
 )
@@ -258,3 +259,61 @@ def test_shards_that_are_missing_or_lack_a_modality_are_one_line(shards: Path, t
         open_shards(DataRecipe(shards=str(shards), modalities=["detections"]))
     with pytest.raises(UserError, match="no split 'exam'"):
         ShardFolder(shards).clips("exam")
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
+def test_what_a_fraction_holds_out_a_larger_one_holds_out_too(number: int, a: float, b: float) -> None:
+    small, large = sorted((a, b))
+    assert is_held_out(f"P{number}", large) or not is_held_out(f"P{number}", small)
+    assert not is_held_out(f"P{number}", 0.0)
+    assert is_held_out(f"P{number}", 1.0)
+
+
+def test_about_the_fraction_asked_for_is_held_out() -> None:
+    share = np.mean([is_held_out(f"P{number:05d}", 0.1) for number in range(20_000)])
+    assert abs(share - 0.1) < 6 * np.sqrt(0.09 / 20_000)
+
+
+@pytest.mark.parametrize("num_out", [1, 3, -1])
+def test_whole_recordings_are_held_out_and_never_trained_on(shards: Path, num_out: int) -> None:
+    folder = open_shards(data_recipe(shards))
+    everything = TrainingClips(folder, data_recipe(shards), INPUTS, seed=3, batch_size=2)
+    names = {folder.metadata(clip)["recording"] for clip in everything.clips}
+    steps = np.linspace(0, 1, 10_001).tolist()
+    fraction = next(f for f in steps if sum(is_held_out(name, f) for name in names) == num_out % len(names))
+    data = data_recipe(shards).model_copy(update={"hold_out": fraction})
+    kept = TrainingClips(folder, data, INPUTS, seed=3, batch_size=2)
+    out = EvaluationClips(folder, data, INPUTS, "train", held_out=True)
+    recordings = [{folder.metadata(clip)["recording"] for clip in clips.clips} for clips in (kept, out)]
+    assert recordings[0].isdisjoint(recordings[1])
+    assert len(recordings[1]) == num_out % len(names)
+    assert {clip.key for clip in kept.clips} | {clip.key for clip in out.clips} == {c.key for c in everything.clips}
+    assert len(kept.clips) + len(out.clips) == len(everything.clips)
+    schedule = Schedule(len(kept.clips), batch_size=2)
+    seen = {key for batch in training_batches(kept, schedule, 0, Position(0, 0), 2) for key in batch.keys}
+    assert seen <= {clip.key for clip in kept.clips}
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(1e-9, True), (1 - 1e-9, False)])
+def test_a_fraction_that_leaves_no_clip_is_refused(shards: Path, fraction: float, held_out: bool) -> None:
+    data = data_recipe(shards).model_copy(update={"hold_out": fraction})
+    folder = open_shards(data)
+    with pytest.raises(UserError, match=r"holds out (nothing|everything) of split 'train'.*choose another fraction"):
+        _ = EvaluationClips(folder, data, INPUTS, "train", held_out=True) if held_out else TrainingClips(
+            folder, data, INPUTS, seed=3, batch_size=2
+        )
+
+
+def test_every_training_clip_brings_a_modality_that_the_student_takes(shards: Path) -> None:
+    """However much dropout takes, and the teacher's modalities still come and go."""
+    data = data_recipe(shards, drop=0.9)
+    clips = TrainingClips(open_shards(data), data, INPUTS, seed=3, batch_size=8, needed=["audio"])
+    assert all(clip.has("audio") for clip in clips.clips)
+    schedule = Schedule(len(clips.clips), batch_size=8)
+    batches = list(training_batches(clips, schedule, 0, Position(0, 0), 4))
+    present_BM = torch.cat([batch.present_BM for batch in batches])
+    assert present_BM[:, 2].all()
+    assert 0 < int(present_BM[:, 0].sum()) < len(present_BM)
+    inputs, own_B1 = batches[0].only(["audio"], data.modalities)
+    assert list(inputs) == ["audio"]
+    assert len(inputs["audio"]) == len(own_B1) == int(own_B1.sum())

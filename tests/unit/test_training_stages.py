@@ -17,6 +17,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.layout import input_shape
 from karmma_dist.models.pretrained import save_model
+from karmma_dist.profiling.flops import meta_model
 from karmma_dist.recipe import DistillRecipe, Recipe, load_chain, save_recipe
 from karmma_dist.streaming.batch import collate
 from karmma_dist.training import teacher as teacher_module
@@ -55,6 +56,8 @@ def make_recipe(folder: Path, modalities: Sequence[str] = MODALITIES, **sections
             "width": 8, "num_heads": 2, "feedforward": 8, "fc_width": 8, "missing": "leave_out",
         },
     }  # fmt: skip
+    if "model" in sections:
+        sections["model"] = {**tree["model"], **sections["model"]}
     return Recipe.model_validate({**tree, **sections})
 
 
@@ -85,7 +88,7 @@ def clips(present_BM: Tensor, seed: int = 0) -> dict[str, Tensor]:
 
 
 def unmeasured(_model: KarmmaModel, _recipe: Recipe) -> dict[str, float]:
-    raise AssertionError("the experts' own validation says it")
+    raise AssertionError("nothing is to be measured")
 
 
 def build(recipe: Recipe, measure: teacher_module.Measure = unmeasured) -> Teacher:
@@ -190,42 +193,111 @@ def test_the_stage_mixes_cross_entropy_and_kl_and_logs_both_models() -> None:
     assert stage.teachers == EXPERTS
 
 
-def test_experts_weigh_by_their_own_validation_and_a_resumed_run_keeps_the_weights(tmp_path: Path) -> None:
+def held_out(modalities: Sequence[str], fraction: float = 0.1) -> dict[str, Any]:
+    return {"data": {"shards": "shards", "modalities": list(modalities), "hold_out": fraction}}
+
+
+def test_experts_weigh_by_the_training_clips_they_held_out_and_a_resumed_run_keeps_the_weights(tmp_path: Path) -> None:
+    """Never by the validation split; best weights of a run held out what the run did."""
     for seed, modality in enumerate(MODALITIES):
-        save_run(tmp_path, modality, [modality], seed)
-    recipe = make_recipe(tmp_path, distill={"teachers": MODALITIES, "weight_temperature": 0.5})
-    weights = build(recipe).weights()
-    expected = torch.tensor([-1.5, -2.5, -3.5]).div(0.5).softmax(0).tolist()
-    assert weights["verb"] == pytest.approx(expected)
-    said = json.loads((tmp_path / "student" / "ensemble.json").read_text())
-    assert said["losses"] == {"verb": [1.5, 2.5, 3.5], "noun": [2.5, 3.5, 4.5]}
-    write_state(tmp_path / "flow", "finished", metrics={"verb_loss": 9.0, "noun_loss": 9.0})
-    assert build(recipe).weights() == weights
-
-
-@pytest.mark.parametrize("reason", ["never validated", "another split", "a weights file"])
-def test_experts_without_a_loss_on_the_students_validation_split_are_measured(tmp_path: Path, reason: str) -> None:
-    teachers = ["video", "audio"]
-    for modality in teachers:
-        save_run(tmp_path, modality, [modality])
-    data = {"shards": "shards", "modalities": teachers}
-    if reason == "never validated":
-        write_state(tmp_path / "audio", "running")
-    elif reason == "a weights file":
-        teachers = ["video", "audio/weights.safetensors"]
-    else:
-        save_run(tmp_path, "audio", ["audio"], data={"shards": "others", "modalities": ["audio"]})
+        expert = save_run(tmp_path, modality, [modality], seed, **held_out([modality], 0.1 + seed / 10))
+        save_model(make_model([modality], seed), tmp_path / modality / "best", recipe=expert)
     asked = []
 
     def measure(model: KarmmaModel, recipe: Recipe) -> dict[str, float]:
-        asked.append((model.modalities, recipe.data.modalities))
-        return {"verb_loss": 0.5, "noun_loss": 0.25}
+        data = recipe.data
+        asked.append((model.modalities, recipe.modalities, data.validation_split, data.train_split, data.hold_out))
+        return {"verb_loss": float(len(asked)), "noun_loss": 2.0}
 
-    recipe = make_recipe(tmp_path, ["video", "audio"], data=data, distill={"teachers": teachers})
-    build(recipe, measure)
-    assert asked == [(("audio",), ["audio"])]
+    teachers = ["video/best", "flow", "audio/weights.safetensors"]
+    recipe = make_recipe(
+        tmp_path, distill={"teachers": teachers, "weight_temperature": 0.5}, model={"modalities": ["video"]}
+    )
+    weights = build(recipe, measure).weights()
+    assert asked == [((m,), [m], "train", "train", 0.1) for m in MODALITIES]
+    assert weights["verb"] == pytest.approx(torch.tensor([-1.0, -2.0, -3.0]).div(0.5).softmax(0).tolist())
     said = json.loads((tmp_path / "student" / "ensemble.json").read_text())
-    assert said["losses"] == {"verb": [1.5, 0.5], "noun": [2.5, 0.25]}
+    assert said["losses"] == {"verb": [1.0, 2.0, 3.0], "noun": [2.0, 2.0, 2.0]}
+    assert build(recipe).weights() == weights
+
+
+@pytest.mark.parametrize("named", ["flow", "flow/weights.safetensors", "lonely.safetensors"])
+def test_an_expert_that_held_nothing_out_is_not_weighed(tmp_path: Path, named: str) -> None:
+    save_run(tmp_path, "video", ["video"], **held_out(["video"]))
+    save_run(tmp_path, "flow", ["flow"])
+    if named.startswith("lonely"):
+        save_model(make_model(["flow"]), tmp_path / "elsewhere")
+        named = str(tmp_path / "elsewhere" / "weights.safetensors")
+    distill: dict[str, Any] = {"teachers": ["video", named]}
+    with pytest.raises(UserError, match=r"held out no training clip .*distill\.expert_weights per_sample or equal"):
+        build(make_recipe(tmp_path, ["video", "flow"], distill=distill))
+    recipe = make_recipe(tmp_path, ["video", "flow"], distill={**distill, "expert_weights": "equal"})
+    assert build(recipe).weights() == {"verb": [0.5, 0.5], "noun": [0.5, 0.5]}
+
+
+@settings(max_examples=25, deadline=None)
+@given(masks, st.floats(0.2, 3), st.booleans(), st.integers(0, 9))
+def test_experts_weighed_per_sample_go_by_their_loss_on_the_clip_itself(
+    mask: list[list[bool]], weight_temperature: float, of_logits: bool, seed: int
+) -> None:
+    """Against one clip, one expert and one head at a time, in float64."""
+    present_BM = torch.tensor(mask)
+    inputs = {m: x.double() for m, x in clips(present_BM, seed).items()}
+    labels = {head: torch.randint(num, (len(mask),)) for head, num in HEADS.items()}
+    experts = [make_model([m], seed).double() for seed, m in enumerate(MODALITIES)]
+    recipe = DistillRecipe(
+        teachers=["v", "f", "a"], expert_weights="per_sample", weight_temperature=weight_temperature,
+        average="logits" if of_logits else "probabilities",
+    )
+    with torch.no_grad():
+        taught = Teacher(experts, MODALITIES, {head: [0.0] * 3 for head in HEADS}, recipe)(inputs, present_BM, labels)
+        for clip, has in enumerate(mask):
+            for head, num in HEADS.items():
+                total, mixed = 0.0, torch.zeros(num, dtype=torch.float64)
+                for e in [e for e in range(3) if has[e]]:
+                    row = int(present_BM[:clip, e].sum())
+                    one = {MODALITIES[e]: inputs[MODALITIES[e]][row : row + 1]}
+                    logits = experts[e](one, torch.tensor([[True]]))[head][0]
+                    weight = float(logits.softmax(-1)[labels[head][clip]] ** (1 / weight_temperature))
+                    mixed += weight * (logits if of_logits else logits.softmax(-1))
+                    total += weight
+                expected = (mixed / total).log_softmax(-1) if of_logits else (mixed / total).log()
+                torch.testing.assert_close(taught[head][clip], expected, atol=1e-10, rtol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=4), st.integers(0, 9))
+def test_a_student_on_video_under_a_teacher_on_everything_learns_what_formulas_say(
+    others: list[tuple[bool, bool]], seed: int
+) -> None:
+    """Loss and gradients in float64, against one clip at a time."""
+    present_BM = torch.tensor([(True, *has) for has in others])
+    batch = collate([None] * len(others), MODALITIES, list(HEADS))
+    batch.present_BM, batch.inputs = present_BM, {m: x.double() for m, x in clips(present_BM, seed).items()}
+    batch.labels = {head: torch.randint(num, (len(others),)) for head, num in HEADS.items()}
+    teacher = make_model(MODALITIES, seed).double()
+    student = make_model(["video"], seed + 1).double().requires_grad_(True)
+    recipe = DistillRecipe(teacher="t", alpha=0.3, temperature=2.0)
+    stage = Distill(Teacher([teacher], MODALITIES, {head: [0.0] for head in HEADS}, recipe), recipe)
+    stage.loss(student(*batch.only(["video"], MODALITIES)), batch)[0].backward()
+    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+    student.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for clip in range(len(others)):
+        rows = {m: int(present_BM[:clip, e].sum()) for e, m in enumerate(MODALITIES) if present_BM[clip, e]}
+        one = {m: batch.inputs[m][row : row + 1] for m, row in rows.items()}
+        taught = teacher(one, present_BM[clip : clip + 1])
+        logits = student({"video": one["video"]}, torch.tensor([[True]]))
+        for head in HEADS:
+            p, q = (taught[head][0] / 2).softmax(-1), (logits[head][0] / 2).softmax(-1)
+            hard = -logits[head][0].log_softmax(-1)[batch.labels[head][clip]]
+            total = total + (0.3 * hard + 0.7 * 4 * (p * (p.log() - q.log())).sum()) / len(HEADS) / len(others)
+    total.backward()
+    assert found
+    for name, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-12, rtol=1e-10)
 
 
 def test_teachers_that_do_not_fit_are_refused_on_one_line(tmp_path: Path) -> None:
@@ -235,7 +307,7 @@ def test_teachers_that_do_not_fit_are_refused_on_one_line(tmp_path: Path) -> Non
     save_run(tmp_path, "sizes", ["flow"], inputs={**INPUTS, "video": {**INPUTS["video"], "num_frames": 4}})
     refused = {
         ("classes",): "classes: the teacher's heads .* 'noun': 5.* are not the shards'",
-        ("video",): "video: the teacher's modalities video are not the student's video, flow, audio",
+        ("video",): "video: the teacher's modalities video are not those of data.modalities, video, flow, audio",
         ("all", "classes"): "classes: the teacher's heads",
         ("all", "sizes"): "sizes: the teacher was trained on other inputs: inputs.video must be equal",
         ("all", "nowhere"): "nowhere: no such run folder",
@@ -247,7 +319,7 @@ def test_teachers_that_do_not_fit_are_refused_on_one_line(tmp_path: Path) -> Non
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"distill\.teachers: none knows flow"):
         build(make_recipe(tmp_path, ["video", "flow"], distill={"teachers": ["video"]}))
-    with pytest.raises(UserError, match="modalities video, flow, audio are not the student's video"):
+    with pytest.raises(UserError, match=r"modalities video, flow, audio are not those of data\.modalities, video"):
         build(make_recipe(tmp_path, ["video"], distill={"teachers": ["video", "all"]}))
 
 
@@ -269,3 +341,36 @@ def test_the_ensemble_recipes_train_their_experts_first(dataset: str) -> None:
     assert [expert.name for expert in experts] == student.distill.teachers
     assert [m for expert in experts for m in expert.data.modalities] == student.data.modalities
     assert all(expert.inputs == student.inputs for expert in experts)
+    assert student.distill.expert_weights == "equal"  # they learned from every training clip
+
+
+@pytest.mark.parametrize("dataset", ["epic_kitchens", "something_something", "grid_epic"])
+def test_the_recipes_of_radevski_et_al_have_their_settings(dataset: str) -> None:
+    """KL alone, on logits; weights by held-out training clips; the best epoch; no dropout; a linear layer on a mean."""
+    *experts, student = load_chain(f"{dataset}/radevski")
+    assert student.distill is not None
+    assert student.distill.teachers == [f"{expert.name}/best" for expert in experts]
+    assert (student.distill.alpha, student.distill.average) == (0, "logits")
+    assert student.distill.expert_weights == "softmin"
+    assert [m for expert in experts for m in expert.data.modalities] == student.data.modalities
+    assert student.modalities == ["video"]
+    assert student.data.hold_out == 0
+    for recipe in (*experts, student):
+        assert recipe.model.fusion == "mean"
+        assert recipe.data.modality_dropout.probability == 0
+        assert recipe.training.validate_every_epochs == 1
+        optimizer = recipe.optimizer
+        assert (optimizer.schedule, optimizer.warmup_epochs, optimizer.start_lr) == ("linear", 3, 0)
+        assert (optimizer.clip, optimizer.weight_decay) == (5.0, 0.02)
+    assert all(expert.data.hold_out > 0 for expert in experts)
+
+
+def test_radevskis_teachers_have_the_published_size() -> None:
+    """84.65 M published for three; ours are 84.47 M: three Video Swin-T with a linear layer per head."""
+    *experts, _ = load_chain("epic_kitchens/radevski")
+    sizes = []
+    for expert in experts:
+        model = meta_model(expert.model, expert.inputs, expert.data.modalities, {"verb": 97, "noun": 300})
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert sum(sizes) == 3 * (27_850_470 + 397 * 769)
+    assert sum(sizes) == pytest.approx(84.65e6, rel=0.0025)
