@@ -168,16 +168,16 @@ def launch(
     Several recipes (--then) are jobs of their own. Of --set, where things are (runs_dir, data.shards, ...) holds for
     all of them, the rest for the last.
     """
-    from karmma_dist.launching.local import launch_local, rank_command, shown_commands
+    from karmma_dist.launching.local import check_local, launch_local, rank_command, shown_commands
     from karmma_dist.launching.slurm import ask_scheduler, plan_jobs, shown_jobs, submit_jobs
-    from karmma_dist.recipe import load_recipe
+    from karmma_dist.recipe import load_chain
 
     if local is not None and (slurm or then or nodes or gpus_per_node is not None or test_only):
         raise UserError("launch: --then, --nodes, --gpus-per-node and --test-only go with --slurm, not with --local")
     if local is None and not (slurm or then):
         raise UserError("launch: say where: --local N for ranks on this machine, or --slurm")
     if local is not None:
-        load_recipe(recipe, overrides)  # what is wrong with it is said once, before any rank is started
+        check_local(load_chain(recipe, overrides), local)  # what is wrong is said once, before any rank is started
         arguments = ["train", recipe, *(f"--set={override}" for override in overrides)]
         if not dry_run:
             sys.exit(launch_local(local, rank_command(arguments)))
@@ -387,7 +387,8 @@ def profile(
 def doctor(recipe: str | None, overrides: tuple[str, ...], distributed: bool, timeout: int, as_json: bool) -> None:
     """Check this machine, or with --distributed the ranks of a job, and say what to fix.
 
-    With RECIPE also what it needs: shards, run folder, shared memory. 0: fit to train, 1: something must be fixed.
+    With RECIPE also what it needs: shards, run folder, shared memory, a batch that the GPUs divide. 0: fit to train,
+    1: something must be fixed, 2: only the recipe's batch.
     """
     from karmma_dist.recipe import load_chain
 
@@ -398,15 +399,15 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], distributed: bool, ti
         from karmma_dist.training.preflight import preflight_here
 
         sys.exit(preflight_here(chain, timeout, as_json))
-    from karmma_dist.launching.doctor import diagnose, is_fit, print_checks, to_json
+    from karmma_dist.launching.doctor import diagnose, exit_code, print_checks, to_json
 
     checks = diagnose(chain, timeout)
     if as_json:
         _print_json(to_json(checks))
     else:
         print_checks(checks)
-    if not is_fit(checks):
-        sys.exit(1)
+    if code := exit_code(checks):
+        sys.exit(code)
 
 
 @cli.command("runs")

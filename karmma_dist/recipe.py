@@ -325,8 +325,12 @@ class TrainingRecipe(Settings):
     """Passes over the training clips [paper]."""
     batch_size: Positive = 32
     """Clips per optimizer step, over all ranks and accumulation steps [paper: teacher 32, student 6]."""
-    accumulation: Positive = 1
-    """Forward passes per optimizer step on each rank."""
+    max_micro_batch_size: Positive | None = None
+    """Most clips per rank and forward pass: the accumulation follows from it and the number of ranks, so that a recipe
+    runs on one device as on many. None: no limit."""
+    accumulation: Positive | None = None
+    """Forward passes per optimizer step on each rank, whatever max_micro_batch_size says. None: the fewest equal ones
+    within that limit; without a limit, 1. The clips of a step are the same for any number."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1

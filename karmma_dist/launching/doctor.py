@@ -36,7 +36,7 @@ def diagnose(chain: Sequence[Recipe] = (), limit_s: float = LIMIT_S) -> list[Che
     checks: dict[str, Callable[[], Iterable[Check]]] = {
         "python": check_python,
         "packages": lambda: check_packages(limit_s),
-        "devices": lambda: check_devices(limit_s),
+        "devices": lambda: check_devices(limit_s, chain),
         "decoder": lambda: check_decoder(limit_s),
         "compiler": machine.check_compiler,
         "Slurm": machine.check_slurm,
@@ -71,6 +71,12 @@ def to_json(checks: Sequence[Check]) -> dict[str, Any]:
 def is_fit(checks: Iterable[Check]) -> bool:
     """Whether nothing must be fixed."""
     return all(check.state != "fix" for check in checks)
+
+
+def exit_code(checks: Sequence[Check]) -> int:
+    """Return 0: nothing must be fixed; 1: something must; 2: only the recipe, whose batch the GPUs do not divide."""
+    broken = {check.name for check in checks if check.state == "fix"}
+    return 0 if not broken else 2 if broken == {machine.BATCH} else 1
 
 
 def run_probe(name: str, limit_s: float) -> tuple[list[dict[str, Any]], str | None]:
@@ -114,8 +120,8 @@ def check_packages(limit_s: float) -> list[Check]:
     return [Check("packages", "ok" if good else "fix", ", ".join(good) or "none can be imported"), *wrong]
 
 
-def check_devices(limit_s: float) -> list[Check]:
-    """GPUs, or that there are none, and NCCL."""
+def check_devices(limit_s: float, chain: Sequence[Recipe] = ()) -> list[Check]:
+    """GPUs, or that there are none, and NCCL; and whether the GPUs divide the batches of a chain of recipes."""
     answers, ended = run_probe("devices", limit_s)
     if ended or not answers:
         return [Check("devices", "fix", f"looking for GPUs {ended}", "see nvidia-smi, and: python -c 'import torch'")]
@@ -129,6 +135,7 @@ def check_devices(limit_s: float) -> list[Check]:
         return [
             Check("devices", "note", cores, "no GPU here: demo and tests run, training the paper's models is slow"),
             Check("NCCL", "note", f"{found['nccl'] or 'none'}; ranks talk through gloo without GPUs"),
+            *machine.check_batch(chain, 0),
         ]
     checks = []
     for number, gpu in enumerate(found["gpus"]):
@@ -140,7 +147,7 @@ def check_devices(limit_s: float) -> list[Check]:
     nccl = Check("NCCL", "ok", found["nccl"]) if found["nccl"] else Check(
         "NCCL", "fix", "none in this torch", "install a torch built for CUDA: several GPUs need NCCL"
     )  # fmt: skip
-    return [*checks, Check("CPU", "ok", cores), nccl]
+    return [*checks, Check("CPU", "ok", cores), nccl, *machine.check_batch(chain, len(found["gpus"]))]
 
 
 def check_decoder(limit_s: float) -> list[Check]:

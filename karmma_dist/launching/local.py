@@ -19,7 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from karmma_dist.errors import ERROR_FILE, LOST_RANK
+from karmma_dist.micro_batches import check_batches
+from karmma_dist.recipe import Recipe
 from karmma_dist.training.rendezvous import free_port
+from karmma_dist.training.run_log import finished_names
 
 _GRACE_S = 15.0
 """How long ranks may go on once one of them has failed, or after Ctrl-C."""
@@ -39,6 +42,15 @@ def rank_environments(num_ranks: int) -> list[dict[str, str]]:
     """The variables of each rank, on a port of this machine that is free now."""
     shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(num_ranks)]
+
+
+def check_local(chain: Sequence[Recipe], num_ranks: int) -> None:
+    """Check that so many ranks divide the batch of every recipe of a chain that is left to train.
+
+    Raises:
+        UserError: they do not.
+    """
+    check_batches(chain, num_ranks, finished_names(chain))
 
 
 def shown_commands(num_ranks: int, arguments: Sequence[str]) -> list[str]:

@@ -16,9 +16,14 @@ from karmma_dist.cache import cache_root
 from karmma_dist.download import is_url, masked
 from karmma_dist.errors import UserError
 from karmma_dist.launching.check import Check, State
+from karmma_dist.launching.slurm import slurm_ranks
+from karmma_dist.micro_batches import check_batches, divide_batch
 from karmma_dist.recipe import InputRecipe, Recipe
 from karmma_dist.shards import ShardFolder
+from karmma_dist.training.run_log import finished_names
 
+BATCH = "batch"
+"""Name of the check whose failure is the user's input, not the machine's state."""
 _COMMAND_LIMIT_S = 15.0
 _COMPILE_LIMIT_S = 60.0
 _GB = 1e9
@@ -117,6 +122,33 @@ def check_shards(chain: Sequence[Recipe]) -> list[Check]:
     return checks
 
 
+def check_batch(chain: Sequence[Recipe], num_gpus: int) -> list[Check]:
+    """Whether the ranks here, one per GPU, divide the batches left to train; and those of a Slurm job, if they do not.
+
+    Args:
+        chain: the recipes.
+        num_gpus: of this machine; without any, one rank trains.
+    """
+    done = finished_names(chain)
+    if all(recipe.name in done for recipe in chain):
+        return []
+    checks = []
+    try:
+        divisions = check_batches(chain, num_gpus or 1, done)
+        warnings = dict.fromkeys(division.warning for division in divisions if division.warning)
+        shown = "; ".join(dict.fromkeys(map(str, divisions)))
+        checks.append(Check(BATCH, "note" if warnings else "ok", shown, "; ".join(warnings)))
+    except UserError as error:
+        checks.append(Check(BATCH, "fix", f"does not divide over {num_gpus or 1} ranks, one per GPU", str(error)))
+    submitted = slurm_ranks(chain[-1].slurm)
+    try:
+        check_batches(chain if submitted else (), submitted or 1, done)
+    except UserError as error:
+        shown = f"does not divide over the {submitted} ranks of its Slurm job"
+        checks.append(Check(f"{BATCH}, Slurm", "note", shown, str(error)))
+    return checks
+
+
 def check_shared_memory(chain: Sequence[Recipe], folder: Path = Path("/dev/shm")) -> Check:
     """Whether /dev/shm holds the batches that decoding processes hand over."""
     name, advice = str(folder), "make it larger: docker run --shm-size=16g, or mount -o remount,size=16g /dev/shm"
@@ -141,7 +173,11 @@ def shared_memory_bytes(recipe: Recipe) -> int:
     if not recipe.data.num_workers:
         return 0
     nodes = min(recipe.slurm.nodes, recipe.training.batch_size)
-    clips = math.ceil(recipe.training.batch_size / (recipe.training.accumulation * nodes))
+    try:
+        accumulation = divide_batch(recipe, slurm_ranks(recipe.slurm) or nodes).accumulation
+    except UserError:  # said where batches are checked
+        accumulation = recipe.training.accumulation or 1
+    clips = math.ceil(recipe.training.batch_size / (accumulation * nodes))
     return clips * clip_bytes(recipe.inputs, recipe.data.modalities) * recipe.data.num_workers * _BATCHES_AHEAD
 
 

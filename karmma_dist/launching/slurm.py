@@ -13,8 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from karmma_dist.errors import UserError
-from karmma_dist.recipe import SlurmRecipe, load_recipe, shared_overrides
+from karmma_dist.micro_batches import check_batches
+from karmma_dist.recipe import SlurmRecipe, load_chain, shared_overrides
 from karmma_dist.settings import find_file
+from karmma_dist.training.run_log import finished_names
+
+_SHAPE_FLAGS = ("-N", "-n", "-G", "--nodes", "--ntasks", "--gpus", "--gres")
+"""Beginnings of the sbatch flags that change how many ranks there are."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,13 @@ def slurm_job(slurm: SlurmRecipe, name: str, arguments: Sequence[str]) -> SlurmJ
     return SlurmJob(name, [*flags, *slurm.extra], [str(find_file(slurm.script, "slurm")), *arguments])
 
 
+def slurm_ranks(slurm: SlurmRecipe) -> int | None:
+    """Return the ranks of a job: one per GPU, or per node without GPUs; None: flags in `extra` decide."""
+    if any(flag.startswith(_SHAPE_FLAGS) for flag in slurm.extra):
+        return None
+    return slurm.nodes * (slurm.gpus_per_node or 1)
+
+
 def plan_jobs(
     recipes: Sequence[str], overrides: Sequence[str] = (), *, nodes: int | None = None, gpus_per_node: int | None = None
 ) -> list[SlurmJob]:
@@ -76,14 +88,19 @@ def plan_jobs(
         gpus_per_node: instead of the recipes' own.
 
     Raises:
-        UserError: a recipe or a script that is not there or is wrong.
+        UserError: a recipe or a script that is not there or is wrong, or a batch that the ranks do not divide.
     """
     jobs = []
+    earlier: set[str] = set()
     changes = {"nodes": nodes, "gpus_per_node": gpus_per_node}
     for place, recipe in enumerate(recipes):
         applied = overrides if place == len(recipes) - 1 else shared_overrides(overrides)
-        loaded = load_recipe(recipe, applied)
+        chain = load_chain(recipe, applied)
+        loaded = chain[-1]
         slurm = loaded.slurm.model_copy(update={key: value for key, value in changes.items() if value is not None})
+        if (ranks := slurm_ranks(slurm)) is not None:
+            check_batches(chain, ranks, earlier | finished_names(chain))
+        earlier |= {each.name for each in chain}
         arguments = [recipe, *(f"--set={override}" for override in applied)]
         jobs.append(slurm_job(slurm, loaded.name.replace("/", "-"), arguments))
     return jobs

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from karmma_dist.errors import UserError
+from karmma_dist.micro_batches import indivisible
 
 
 def random_words(num: int, *key: int) -> np.ndarray:
@@ -155,13 +156,8 @@ class Schedule:
     accumulation: int = 1
 
     def __post_init__(self) -> None:
-        parts = self.world_size * self.accumulation
-        if self.batch_size % parts:
-            nearest = max(1, round(self.batch_size / parts)) * parts
-            raise UserError(
-                f"training.batch_size {self.batch_size} does not divide into {self.world_size} ranks x "
-                f"{self.accumulation} accumulation steps = {parts} parts; the nearest that does is {nearest}"
-            )
+        if self.batch_size % (self.world_size * self.accumulation):
+            raise UserError(indivisible(self.batch_size, self.world_size, self.accumulation))
         if self.num_clips < self.batch_size:
             raise UserError(
                 f"{self.num_clips} training clips are fewer than one batch: lower training.batch_size "

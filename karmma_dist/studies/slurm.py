@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from karmma_dist.launching.slurm import SlurmJob, slurm_job, submit
+from karmma_dist.launching.slurm import SlurmJob, slurm_job, slurm_ranks, submit
+from karmma_dist.micro_batches import check_batches
 from karmma_dist.settings import find_file
 from karmma_dist.studies.jobs import recipe_file
 from karmma_dist.studies.plan import StudyPlan, StudyRun
@@ -43,7 +44,7 @@ def plan_arrays(plan: StudyPlan, out: Path, arguments: Sequence[str]) -> list[Ar
         arguments: Of the `karmma-dist study` that reports.
 
     Raises:
-        UserError: no such script, or a folder holds a run of another recipe.
+        UserError: no such script, a folder holds a run of another recipe, or ranks that do not divide a batch.
     """
     groups: dict[str, list[StudyRun]] = {}
     for run in plan.chosen_runs:
@@ -55,6 +56,8 @@ def plan_arrays(plan: StudyPlan, out: Path, arguments: Sequence[str]) -> list[Ar
         if all(run.state() == "finished" for run in runs):
             continue
         slurm = runs[0].recipe.slurm
+        if (ranks := slurm_ranks(slurm)) is not None:
+            check_batches([runs[0].recipe], ranks)
         files = [str(recipe_file(out, run)) for run in runs]
         inner = slurm_job(slurm, group.replace("/", "-"), files)
         seeds = [run.recipe.seed for run in runs]

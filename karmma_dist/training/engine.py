@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from karmma_dist.errors import Stopped, UserError
+from karmma_dist.micro_batches import divide_batch
 from karmma_dist.recipe import Recipe
 from karmma_dist.training import presence
 from karmma_dist.training.collectives import part, store
@@ -315,11 +316,11 @@ def _zero(recipe: Recipe, world: World) -> dict[str, Any]:
 
 
 def _config(recipe: Recipe, world: World, precision: str) -> dict[str, Any]:
-    training = recipe.training
+    division = divide_batch(recipe, world.size)
     return {
-        "train_batch_size": training.batch_size,
-        "train_micro_batch_size_per_gpu": training.batch_size // (world.size * training.accumulation),
-        "gradient_accumulation_steps": training.accumulation,
+        "train_batch_size": recipe.training.batch_size,
+        "train_micro_batch_size_per_gpu": division.micro_batch_size,
+        "gradient_accumulation_steps": division.accumulation,
         "gradient_clipping": recipe.optimizer.clip,
         "zero_optimization": _zero(recipe, world),
         "zero_force_ds_cpu_optimizer": False,  # it would be compiled at first use

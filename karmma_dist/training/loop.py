@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from karmma_dist.errors import Stopped
+from karmma_dist.micro_batches import divide_batch
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.pretrained import save_model
 from karmma_dist.progress import Report, silent
@@ -144,8 +146,9 @@ class Trainer:
         self.clips = TrainingClips(
             folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size, recipe.modalities
         )
+        self.division = divide_batch(recipe, world.size)
         self.schedule = Schedule(
-            len(self.clips.clips), recipe.training.batch_size, world.size, recipe.training.accumulation
+            len(self.clips.clips), recipe.training.batch_size, world.size, self.division.accumulation
         )
         self.steps_per_epoch = self.schedule.steps_per_epoch
         self.total_steps = self.steps_per_epoch * recipe.training.epochs
@@ -179,7 +182,9 @@ class Trainer:
         """Continue from a checkpoint."""
         saved = load_checkpoint(self.engine, checkpoint, self.recipe, self.world, self.data_state)
         self.position, self.metrics = saved.position, saved.state["metrics"]
-        self.averages.restore(saved.averages, self.world.rank, self.world.size)
+        accumulation = self.schedule.accumulation
+        passes = Fraction(accumulation, saved.state.get("accumulation", accumulation))
+        self.averages.restore(saved.averages, self.world.rank, self.world.size, passes)
         self.saver.total_s = saved.state["checkpoint_s"]
         self.resumed = saved.note
         self.damage.remember(gather(self.damage.written() if self.world.is_main else []))
@@ -190,10 +195,12 @@ class Trainer:
         self.log = RunLog(self.recipe.run_dir, done) if self.world.is_main else None
         left_out = self.schedule.dropped_clips
         notes = [f"{left_out} of {self.schedule.num_clips} clips left out of each epoch"] if left_out else []
-        notes += [self.resumed] if self.resumed else []
+        notes += [f"batch {self.division}"] if self.division.accumulation > 1 else []
+        notes += [note for note in (self.division.warning, self.resumed) if note]
         self._say(done, f"({'; '.join(notes)})" if notes else "")
-        epochs, accumulation = self.recipe.training.epochs, self.recipe.training.accumulation
-        loaded = training_batches(self.clips, self.schedule, self.world.rank, self.position, epochs)
+        loaded = training_batches(
+            self.clips, self.schedule, self.world.rank, self.position, self.recipe.training.epochs
+        )
         self.engine.model.train()
         try:
             self._catch_up(done)
@@ -204,7 +211,7 @@ class Trainer:
             ):
                 for step in range(done, self.total_steps):
                     trace.at(step)
-                    self._step(batches, step, accumulation)
+                    self._step(batches, step, self.schedule.accumulation)
         finally:
             self.damage.flush()
         self.saver.finish()
@@ -335,7 +342,8 @@ class Trainer:
         began = time.monotonic()
         mark("saving", START_S)
         self.damage.share(gather(self.damage.take()))  # a resumed run does not meet these clips again
-        state = {"metrics": self.metrics, "checkpoint_s": self.saver.total_s}
+        passes = {"accumulation": self.schedule.accumulation}
+        state = {"metrics": self.metrics, "checkpoint_s": self.saver.total_s, **passes}
         self.saver.save(self.engine, done, self.averages.state(), state)
         if wait:
             self.saver.finish()

@@ -30,6 +30,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from karmma_dist.errors import UserError
+from karmma_dist.micro_batches import check_batches
 from karmma_dist.recipe import Recipe
 from karmma_dist.training.all_reduce import ALL_REDUCE_BYTES, connect, time_all_reduce
 from karmma_dist.training.meeting_folder import MeetingFolder
@@ -45,6 +47,7 @@ from karmma_dist.training.rank_facts import (
     version_facts,
 )
 from karmma_dist.training.rendezvous import World, find_world
+from karmma_dist.training.run_log import finished_names
 from karmma_dist.training.whereabouts import node_name
 
 _SKEW_S = 1.0
@@ -68,8 +71,17 @@ class Outcome:
 
 
 def preflight_here(chain: Sequence[Recipe], timeout_s: float, as_json: bool = False) -> int:
-    """`preflight` of the job that the environment describes, and its report; returns the exit code, 0 or 1."""
+    """`preflight` of the job that the environment describes, and its report; returns the exit code.
+
+    0: the ranks fit together; 1: something must be fixed; 2: they do not divide a batch, which each of them knows at
+    once and rank 0 says.
+    """
     world = find_world(os.environ)
+    try:
+        check_batches(chain, world.size, finished_names(chain))
+    except UserError as error:
+        report(Outcome([str(error)], heard=True), world, as_json)
+        return 2
     outcome = preflight(chain, world, timeout_s)
     report(outcome, world, as_json)
     if outcome.must_exit:

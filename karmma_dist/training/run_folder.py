@@ -67,6 +67,7 @@ def _look_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
 
 _NOT_LEARNED = {
     "slurm", "evaluation", "data.heads", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
+    "training.accumulation", "training.max_micro_batch_size",
     "training.threads", "training.keep_checkpoints", "training.offload", "training.peak_tflops",
     "training.profile_steps", "training.max_skipped_steps", "training.guard_every_steps",
     "training.collective_timeout_s", "distill.shard_teacher",

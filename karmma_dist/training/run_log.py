@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from karmma_dist.recipe import Recipe
 from karmma_dist.shards import write_json
 from karmma_dist.training.whereabouts import whereabouts
 
@@ -73,6 +75,11 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return state
+
+
+def finished_names(chain: Iterable[Recipe]) -> set[str]:
+    """Return the names of those recipes of a chain whose runs are finished: they are not trained again."""
+    return {recipe.name for recipe in chain if read_state(recipe.run_dir).get("state") == "finished"}
 
 
 def validation_at(run_dir: Path, step: int) -> dict[str, float] | None:

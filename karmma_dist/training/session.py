@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
+from karmma_dist.micro_batches import check_batches
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.recipe import Recipe
 from karmma_dist.training.collectives import barrier, highest
@@ -14,7 +15,7 @@ from karmma_dist.training.engine import process_group
 from karmma_dist.training.interruption import Interruption
 from karmma_dist.training.loop import Validate, train
 from karmma_dist.training.rendezvous import World, find_world
-from karmma_dist.training.run_log import read_state, write_state
+from karmma_dist.training.run_log import finished_names, read_state, write_state
 
 
 def train_chain(
@@ -40,11 +41,13 @@ def train_chain(
         Each run's last validation, on rank 0; nothing on the others.
 
     Raises:
-        UserError: bad input, see `loop.train`.
+        UserError: bad input, see `loop.train`; or a batch that the ranks do not divide.
         Stopped: by a signal, the deadline or a file STOP, after saving; or another rank is gone.
     """
     world = find_world(os.environ)
     last = chain[-1]
+    taken = finished_names(chain) if resume == "auto" else finished_names(chain[:-1])
+    check_batches(chain, world.size, taken)  # before the first is trained, and before any rank waits for another
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_group(world, last.training.collective_timeout_s, partial(_note_loss, chain, world)))
         interruption = stack.enter_context(Interruption(world.rank, deadline, highest))

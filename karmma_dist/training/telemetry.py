@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from karmma_dist.recipe import Recipe
 from karmma_dist.streaming.batch import Batch
+
+_PER_STEP = ("wait_s", "step_s", "flops", "grad_norm")
+"""Measured once per optimizer step; everything else once per forward pass."""
+_SAME = Fraction(1)
 
 
 def loading_sums(batch: Batch, modalities: Sequence[str]) -> dict[str, float]:
@@ -95,13 +100,17 @@ class Averages:
         """The running sums and counts, to be saved; sums of floats and of 0-d tensors are exact as Python floats."""
         return {name: [float(total), count] for name, (total, count) in self._values.items()}
 
-    def restore(self, states: Sequence[Mapping[str, Sequence[float]]], rank: int, num_ranks: int) -> None:
+    def restore(
+        self, states: Sequence[Mapping[str, Sequence[float]]], rank: int, num_ranks: int, passes: Fraction = _SAME
+    ) -> None:
         """Go on from the sums that the ranks of a saved run had; where they were not as many, from their mean.
 
         Args:
             states: `state` of each of them, in rank order.
             rank: this rank.
             num_ranks: ranks of this run.
+            passes: forward passes per optimizer step of this run for each one of the saved run: steps before and after
+                the save then weigh the same in a mean.
         """
         if len(states) == num_ranks:
             self._values = {name: (total, int(count)) for name, (total, count) in states[rank].items()}
@@ -109,3 +118,8 @@ class Averages:
             names = states[0]
             sums = {name: sum(state[name][0] for state in states) / len(states) for name in names}
             self._values = {name: (sums[name], int(states[0][name][1])) for name in names}
+        if passes != 1:
+            self._values = {
+                name: (total, count) if name in _PER_STEP else (total * float(passes), round(count * passes))
+                for name, (total, count) in self._values.items()
+            }

@@ -94,12 +94,28 @@ def test_any_number_of_ranks_at_any_zero_stage_goes_on_from_any_other(
     run_until(tmp_path, shards, 11, 3, *settings, "training.zero_stage=3")
     said = end(start(tmp_path, shards, 1, *settings, "training.zero_stage=0"), 0)
     assert "saved by 3 ranks at ZeRO stage 3, resumed by 1 rank at ZeRO stage 0" in said
-    first, (weights, losses) = initial_weights(shards), outcome(tmp_path)
+    weights, losses = outcome(tmp_path)
     expected_weights, expected_losses = outcome(undisturbed)
     assert losses == pytest.approx(expected_losses, abs=1e-4)
-    off = sum(float((weights[name] - expected).double().square().sum()) for name, expected in expected_weights.items())
-    moved = sum(float((expected - first[name]).double().square().sum()) for name, expected in expected_weights.items())
-    assert off < 1e-6 * moved  # of squares; single weights without a gradient follow rounding, by AdamW's nature
+    assert _distance(weights, expected_weights) < 1e-6 * _distance(initial_weights(shards), expected_weights)
+
+
+def test_passes_that_follow_from_the_ranks_change_neither_losses_nor_weights(
+    undisturbed: Path, shards: Path, tmp_path: Path
+) -> None:
+    """2 clips at once: 3 passes a step on one rank, then, between two lines of the log, one pass on each of 3."""
+    settings = (*ADAMW, *OFTEN, "training.max_micro_batch_size=2")
+    run_until(tmp_path, shards, 3, 1, *settings)
+    end(start(tmp_path, shards, 3, *settings), 0)
+    weights, losses = outcome(tmp_path)
+    expected_weights, expected_losses = outcome(undisturbed)
+    assert losses == pytest.approx(expected_losses, abs=1e-4)
+    assert _distance(weights, expected_weights) < 1e-6 * _distance(initial_weights(shards), expected_weights)
+
+
+def _distance(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """Sum of squares; single weights without a gradient follow rounding, by AdamW's nature."""
+    return sum(float((weights[name] - other).double().square().sum()) for name, other in others.items())
 
 
 def test_a_run_killed_twice_once_in_a_save_ends_bit_for_bit_as_if_undisturbed(

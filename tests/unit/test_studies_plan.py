@@ -210,7 +210,7 @@ def test_the_plan_is_printed_with_costs_without_shards_or_weights(
 def test_slurm_jobs_are_arrays_over_seeds_that_wait_task_by_task(home: Path) -> None:
     write_study(home)
     (home / "slurm").symlink_to(ROOT / "slurm")
-    planned = plan_study(load_study("tiny/tab0"))
+    planned = plan_study(load_study("tiny/tab0"), overrides=["slurm.gpus_per_node=5"])
     teacher, student, report = shown_arrays(plan_arrays(planned, Path("out"), ["tiny/tab0"]))
     assert teacher.startswith("job1=$(sbatch --parsable ")
     assert "--array=0-1" in teacher
@@ -220,6 +220,14 @@ def test_slurm_jobs_are_arrays_over_seeds_that_wait_task_by_task(home: Path) -> 
     assert '--dependency=afterok:"$job1":"$job2"' in report
     assert report.endswith("report tiny/tab0")
     assert not (home / "out").exists()
+
+
+def test_a_study_whose_batches_the_ranks_do_not_divide_is_not_submitted(home: Path) -> None:
+    write_study(home)
+    (home / "slurm").symlink_to(ROOT / "slurm")
+    planned = plan_study(load_study("tiny/tab0"), overrides=["slurm.gpus_per_node=3"])
+    with pytest.raises(UserError, match=r"tiny/teacher@seed0: training.batch_size 10 .* 6 ranks .* 6 or 12 .* 5 or 10"):
+        plan_arrays(planned, Path("out"), ["tiny/tab0"])
 
 
 def test_a_recipe_of_a_study_may_be_a_path(home: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from karmma_dist.training.engine import process_group
 from karmma_dist.training.loop import train
 from karmma_dist.training.rendezvous import World, find_world
 from karmma_dist.training.run_log import read_state
-from karmma_dist.training.telemetry import accuracies, agreements, entropies
+from karmma_dist.training.telemetry import Averages, accuracies, agreements, entropies
 from karmma_dist.training.throughput import Throughput, peak_tflops
 
 CLASSES = {"verb": ["a", "b"], "noun": ["c", "d", "e"]}
@@ -55,6 +56,19 @@ def make_recipe(folder: Path, shards: Path | str = "shards", **training: Any) ->
             "training": {**settings, **training},
         }
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 1), (3, 2), (4, 4)])
+@pytest.mark.parametrize("num_saved", [1, 3])
+def test_steps_before_and_after_a_change_of_passes_weigh_the_same(before: int, after: int, num_saved: int) -> None:
+    saved, resumed = Averages(), Averages()
+    for averages, passes, loss in ((saved, before, 1.0), (saved, before, 2.0), (resumed, after, 6.0)):
+        if averages is resumed:
+            resumed.restore([saved.state()] * num_saved, 0, 1, Fraction(after, before))
+        for _ in range(passes):
+            averages.add({"loss": loss})
+        averages.add({"step_s": loss, "grad_norm": loss})
+    assert resumed.take() == pytest.approx({"loss": 3.0, "step_s": 3.0, "grad_norm": 3.0})
 
 
 @pytest.fixture(scope="module")
