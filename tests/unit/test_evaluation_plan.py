@@ -91,8 +91,9 @@ def test_a_plan_knows_the_clips_that_the_figures_are_of(place: Path) -> None:
     [("train", [], "train"), ("train", ["--split", "validation"], "validation"), (None, [], "validation")],
 )
 def test_a_runs_test_split_is_evaluated_unless_another_is_asked_for(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], test_split: str | None, asked: list[str], taken: str
-) -> None:
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    test_split: str | None, asked: list[str], taken: str,
+) -> None:  # fmt: skip
     run = save_run(tmp_path / "run", ["video"])
     data = {"shards": str(place / "shards"), "modalities": ["video"], "num_workers": 0, "test_split": test_split}
     model = {"encoders": {"video": {"name": "small_video", "options": {"width": 4}}}}
