@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,15 @@ from hypothesis import settings
 # How long an example takes says nothing about the code; and what one machine draws, every machine draws.
 settings.register_profile("any machine", deadline=None, derandomize=True, database=None)
 settings.register_profile("random", deadline=None, derandomize=False)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "any machine"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "any machine")
+settings.load_profile(PROFILE)
+if PROFILE == "any machine":
+    # Hypothesis also draws constants that it finds in imported modules that it takes for local. Which ones these are
+    # depends on the tests that ran before in the same process, and on where this folder lies; no setting ends it.
+    with suppress(ImportError):
+        from hypothesis.internal.conjecture import providers
+
+        providers.is_local_module_file = lambda _path: False
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -7,28 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from recipe_kit import tiny_recipe
 
-TEACHER: dict[str, Any] = {
-    "name": "tiny/teacher",
-    "stage": "supervised",
-    "data": {"shards": "set", "modalities": ["video", "audio"], "num_workers": 0},
-    "inputs": {
-        "video": {"num_frames": 4, "short_side": 32, "crop": 32},
-        "audio": {"num_windows": 1, "window_s": 1.0, "num_mels": 16},
-    },
-    "model": {
-        "encoders": {
-            "video": {"name": "small_video", "options": {"width": 4}},
-            "audio": {"name": "small_audio", "options": {"width": 4}},
-        },
-        "width": 16,
-        "num_heads": 2,
-        "feedforward": 16,
-        "fc_width": 16,
-    },
-    "optimizer": {"warmup_epochs": 0, "lr": 0.001},
-    "training": {"epochs": 1, "batch_size": 10, "validate_every_epochs": 0, "threads": 1},
-}
+TEACHER = tiny_recipe(
+    ["video", "audio"], name="tiny/teacher", optimizer={"lr": 0.001}, training={"epochs": 1, "batch_size": 10}
+)
 STUDY: dict[str, Any] = {
     "title": "Two tiny models",
     "caption": "Tab. 0",

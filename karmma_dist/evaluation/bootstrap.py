@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from karmma_dist.evaluation.metrics import curve_areas
 from karmma_dist.evaluation.outcomes import Outcomes
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import Row, by_drop_prob, by_subset
@@ -71,10 +72,22 @@ def resampled_top1(outcomes: Outcomes, name: str, num_draws: int = NUM_DRAWS, se
     right_NK, shown_NK = ((of_NK).astype(np.float32) for of_NK in (ranks_NK == 0, ranks_NK >= 0))
     parts = []
     for times_DN in _draws(len(ranks_NK), num_draws, seed):
-        num_right_DK, num_shown_DK = times_DN @ right_NK, times_DN @ shown_NK  # whole numbers < 2^24: exact in float32
-        with np.errstate(invalid="ignore"):
-            parts.append(100.0 * num_right_DK.astype(np.float64) / num_shown_DK)
+        parts.append(percent_right(times_DN, right_NK, shown_NK))
     return np.concatenate(parts)
+
+
+def percent_right(times_DN: np.ndarray, right_NK: np.ndarray, shown_NK: np.ndarray) -> np.ndarray:
+    """Return the percentage that is right of the clips shown, float64 (D, K), with each clip as often as it was drawn.
+
+    Args:
+        times_DN: How often, float32.
+        right_NK: 1 where a clip is right, float32.
+        shown_NK: 1 where it can be shown, float32.
+    """
+    num_right_DK, num_shown_DK = times_DN @ right_NK, times_DN @ shown_NK  # whole numbers < 2^24: exact in float32
+    with np.errstate(invalid="ignore"):
+        percent_DK: np.ndarray = 100.0 * num_right_DK.astype(np.float64) / num_shown_DK
+    return percent_DK
 
 
 def _draws(num_clips: int, num_draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -133,10 +146,8 @@ def area_weights(rows: Sequence[Row]) -> np.ndarray:
     found = by_drop_prob(rows)
     if found is None:
         return np.zeros(len(rows))
-    probabilities = np.array(list(found[1]))
-    half_widths = np.diff(probabilities) / (2 * (probabilities[-1] - probabilities[0]))
-    heights = np.concatenate([half_widths, [0.0]]) + np.concatenate([[0.0], half_widths])
-    return _weights(rows, list(zip(found[1].values(), heights.tolist(), strict=True)))
+    weights_P = curve_areas(list(found[1]), np.eye(len(found[1])))  # the area is linear in the heights
+    return _weights(rows, list(zip(found[1].values(), weights_P.tolist(), strict=True)))
 
 
 def probability_weights(rows: Sequence[Row]) -> list[np.ndarray]:

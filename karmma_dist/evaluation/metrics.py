@@ -103,9 +103,14 @@ def curve_area(drop_probs: Sequence[float], values: Sequence[float | None]) -> f
     """Area under the drop curve by the trapezoid rule, divided by its width: the curve's mean height in percent."""
     if len(values) < 2 or any(value is None for value in values):
         return None
-    heights = np.asarray(values, dtype=np.float64)
+    return float(curve_areas(drop_probs, np.asarray([values], dtype=np.float64))[0])
+
+
+def curve_areas(drop_probs: Sequence[float], heights_DP: np.ndarray) -> np.ndarray:
+    """Return :func:`curve_area` of D curves with P points each, (D,); nan where a point is nan."""
     widths = np.diff(np.asarray(drop_probs, dtype=np.float64))
-    return float((widths * (heights[1:] + heights[:-1]) / 2).sum() / widths.sum())
+    areas: np.ndarray = (widths * (heights_DP[:, 1:] + heights_DP[:, :-1]) / 2).sum(axis=1) / widths.sum()
+    return areas
 
 
 def average_ranks(values: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:

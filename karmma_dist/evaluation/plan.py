@@ -91,7 +91,7 @@ def plan_evaluation(
     if recipe is None and shards is None:
         raise UserError(f"{places}: no recipe.yaml beside the weights, so name the shards with --shards DIR")
     base = recipe.data if recipe else DataRecipe(shards=str(shards), modalities=list(card.modalities))
-    changes = {"shards": shards, "validation_split": split or base.test_split, "num_workers": num_workers}
+    changes = {"shards": shards, "validation_split": split or default_split(base), "num_workers": num_workers}
     known = {name: value for name, value in changes.items() if value is not None}
     # A student may take fewer modalities than the clips that it was trained with brought.
     data = base.model_copy(update={**known, "modalities": list(card.modalities)})
@@ -116,6 +116,11 @@ def plan_evaluation(
     groups = read_groups(Path(lists), model.heads, participants(shard_folder, clips.clips)) if lists else None
     size = batch_size or (recipe.evaluation.batch_size if recipe else 16)
     return Plan(run_name(run), folder, model, clips, chosen, size, groups, wanted)
+
+
+def default_split(data: DataRecipe) -> str:
+    """Return the split that a run is evaluated on unless another is named: its test split if it has one."""
+    return data.test_split or data.validation_split
 
 
 def run_name(run: Path) -> str:

@@ -117,14 +117,9 @@ class Stlt(Encoder):
         Action Genome's tables have other rows: pad, cls, objects 2 to 36, person; pad, regular, extract, empty. Theirs
         move to where ours mean the same [ours]; the frame type "start", which it lacks, keeps its random row.
         """
-        kept: dict[str, Tensor] = {}
-        for published, tensor in state.items():
-            key = published.removeprefix("stlt_backbone.").removeprefix("backbone.")
-            if key.startswith("prediction_head.") or ".encoder_layer." in key or key.endswith("position_ids"):
-                continue
-            for theirs, ours in _PUBLISHED:
-                key = key.replace(theirs, ours)
-            kept[key] = tensor[: self.num_tokens] if key == "position.weight" else tensor
+        kept = _renamed(state)
+        if "position.weight" in kept:
+            kept["position.weight"] = kept["position.weight"][: self.num_tokens]
         if _is_of_action_genome(kept):
             kept["category.weight"] = _our_categories(kept["category.weight"])
             kept["frame_type.weight"] = self._our_frame_types(kept["frame_type.weight"])
@@ -132,9 +127,7 @@ class Stlt(Encoder):
 
     def moved_rows(self, state: dict[str, Tensor]) -> str:
         """Return what `from_published` does with Action Genome's tables; empty for others."""
-        sizes = {key.split(".")[-2]: len(tensor) for key, tensor in state.items() if key.endswith("weight")}
-        found = sizes.get("category_embeddings"), sizes.get("frame_type_embedding")
-        if found != (_AG_CATEGORIES, _AG_FRAME_TYPES):
+        if not _is_of_action_genome(_renamed(state)):
             return ""
         return (
             "Action Genome's tables: hand takes the row of person, object the mean of objects 2 to 36, whole frame the "
@@ -153,7 +146,21 @@ _AG_CATEGORIES, _AG_FRAME_TYPES = 38, 4
 """Rows of the tables of a checkpoint pretrained on Action Genome."""
 
 
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the public code's tensors under our keys, without those that ours has no use for."""
+    kept: dict[str, Tensor] = {}
+    for published, tensor in state.items():
+        key = published.removeprefix("stlt_backbone.").removeprefix("backbone.")
+        if key.startswith("prediction_head.") or ".encoder_layer." in key or key.endswith("position_ids"):
+            continue
+        for theirs, ours in _PUBLISHED:
+            key = key.replace(theirs, ours)
+        kept[key] = tensor
+    return kept
+
+
 def _is_of_action_genome(state: dict[str, Tensor]) -> bool:
+    """True if the tables of a renamed checkpoint have Action Genome's rows."""
     sizes = [len(state[key]) if key in state else 0 for key in ("category.weight", "frame_type.weight")]
     return sizes == [_AG_CATEGORIES, _AG_FRAME_TYPES]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from karmma_dist import __version__
 from karmma_dist.packing.manifest import copied_facts, count_labels, facts_of, shard_index, with_facts
-from karmma_dist.packing.records import Plan
+from karmma_dist.packing.records import Plan, is_of_the_machine
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.writer import Sample, indexed_clips, shard_entry, write_shard
 from karmma_dist.progress import Report
@@ -85,7 +85,9 @@ def packed_clips(out: Path, manifest: dict[str, Any]) -> dict[str, Source]:
         tar = out / entry["name"]
         try:
             index = shard_index(tar, facts_of(manifest))
-        except (DamageError, OSError, ValueError):
+        except (DamageError, OSError, ValueError) as error:
+            if is_of_the_machine(error):
+                raise
             continue
         write_json(index_path(tar), index)
         sources |= {clip.key: Source(tar, clip) for clip in indexed_clips(index)}

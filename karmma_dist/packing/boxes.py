@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.records import MediaError
+from karmma_dist.packing.records import MediaError, media_error
 
 HAND, OBJECT = 1, 2
 """Categories as they are stored; 0 is padding."""
@@ -60,10 +60,17 @@ def index_boxes(path: Path) -> dict[str, tuple[Path, Span]]:
 
 
 def read_boxes(path: Path, span: Span) -> Any:
-    """One clip's entry: a list of annotated frames, or in the compact format the object that holds it."""
-    with open(path, "rb") as file:
-        file.seek(span[0])
-        return json.loads(file.read(span[1]))
+    """One clip's entry: a list of annotated frames, or in the compact format the object that holds it.
+
+    Raises:
+        MediaError: it cannot be read, or is no longer where it was.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(span[0])
+            return json.loads(file.read(span[1]))
+    except (OSError, ValueError) as error:
+        raise media_error(error, "detections", "open", f"{path.name}: {error}") from None
 
 
 def detections_json(entry: Any, width: int, height: int, num_frames: int, max_boxes: int) -> tuple[bytes, int]:

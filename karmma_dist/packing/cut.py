@@ -19,7 +19,7 @@ from karmma_dist.packing.movie import Movie, Picture, Shrinker, quarter_turns
 from karmma_dist.packing.movie_clip import EARLY_S, MovieClip, show_to_all
 from karmma_dist.packing.numbered_frames import NumberedFrames
 from karmma_dist.packing.pictures import ClipPictures, CutPictures
-from karmma_dist.packing.records import ClipRecord, CutClip, Failure, MediaError, Recording
+from karmma_dist.packing.records import ClipRecord, CutClip, Failure, MediaError, Recording, media_error
 from karmma_dist.packing.sound import Sound
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.yuv import ToI420
@@ -29,6 +29,9 @@ def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip |
     """Yield each clip of a recording as soon as it is complete, or the reason why it cannot be.
 
     A clip fails when any of its existing media does; what does not exist is absent from its payloads.
+
+    Raises:
+        OSError: the machine fails, and no medium: see `records.is_of_the_machine`.
     """
     left = {clip.key: clip for clip in recording.clips}
     try:
@@ -37,9 +40,9 @@ def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip |
             yield cut
     except MediaError as error:
         yield from (_failure(clip, error) for clip in left.values())
-    except (av.error.FFmpegError, cv2.error, OSError) as error:
-        # Media that break their reader in an unforeseen way cost their own recording, not the run.
-        unforeseen = MediaError(spec.modalities[0], "cut", " ".join(str(error).split())[:200])
+    except (av.error.FFmpegError, cv2.error) as error:
+        # Media that break their decoder in an unforeseen way cost their own recording, not the run.
+        unforeseen = media_error(error, spec.modalities[0], "cut", " ".join(str(error).split())[:200])
         yield from (_failure(clip, unforeseen) for clip in left.values())
 
 

@@ -13,7 +13,7 @@ import av
 import numpy as np
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.records import MediaError
+from karmma_dist.packing.records import MediaError, media_error
 from karmma_dist.packing.sound import Sound
 
 _CHUNK_S = 10
@@ -50,7 +50,7 @@ def read_sound(path: Path, recording: str, rate: int) -> Sound:
         with h5py.File(path, "r") as file:
             return _read(file, recording, rate)
     except (OSError, RuntimeError, KeyError, av.error.FFmpegError) as error:
-        raise _problem(path, recording, " ".join(str(error).split())[:200]) from None
+        raise media_error(error, "audio", "open", _said(path, recording, " ".join(str(error).split())[:200])) from None
 
 
 def _read(file: Any, recording: str, rate: int) -> Sound:
@@ -78,4 +78,8 @@ def _read(file: Any, recording: str, rate: int) -> Sound:
 
 
 def _problem(path: Path, recording: str, what: str) -> MediaError:
-    return MediaError("audio", "open", f"{path.name}: {recording}: {what}")
+    return MediaError("audio", "open", _said(path, recording, what))
+
+
+def _said(path: Path, recording: str, what: str) -> str:
+    return f"{path.name}: {recording}: {what}"

@@ -17,7 +17,7 @@ import numpy as np
 from av.stream import Disposition
 
 from karmma_dist.packing.media import Geometry
-from karmma_dist.packing.records import MediaError
+from karmma_dist.packing.records import is_of_the_machine, media_error
 from karmma_dist.packing.sound import CUT_TOLERANCE_S, Sound, Stretches
 from karmma_dist.packing.yuv import ToI420, cropped, turned
 
@@ -34,7 +34,7 @@ class Movie:
         try:
             self._container = av.open(str(path))
         except (av.error.FFmpegError, OSError) as error:
-            raise MediaError("video", "open", f"{path.name}: {_reason(error)}") from None
+            raise media_error(error, "video", "open", f"{path.name}: {_reason(error)}") from None
         self._origin_s = max((self._container.start_time or 0) / av.time_base, 0.0)
         self.video: Any = self._container.streams.best("video")
         """Its best video stream, or None; the cover of a song is none."""
@@ -92,7 +92,7 @@ class Movie:
         try:
             return self._sound()
         except (av.error.FFmpegError, ValueError) as error:
-            raise MediaError("audio", "open", f"{self.path.name}: {_reason(error)}") from None
+            raise media_error(error, "audio", "open", f"{self.path.name}: {_reason(error)}") from None
 
     def _sound(self) -> Sound | None:
         with av.open(str(self.path)) as container:
@@ -170,6 +170,8 @@ def _decode(container: Any, stream: Any) -> Iterator[tuple[Any, float | None, st
         except StopIteration:
             return
         except av.error.FFmpegError as error:
+            if is_of_the_machine(error):
+                raise
             yield None, None, _reason(error)
             return
         try:

@@ -23,7 +23,7 @@ from typing import Self
 import cv2
 import numpy as np
 
-from karmma_dist.packing.records import MediaError
+from karmma_dist.packing.records import MediaError, media_error
 
 _NUMBER = r"(\d+)\.jpe?g$"
 _PICTURE = re.compile(rf"(?:frame_|img_|image_)?{_NUMBER}", re.IGNORECASE)
@@ -132,7 +132,7 @@ class NumberedFrames:
             file = self._tar.extractfile(member)
             return file.read() if file else b""
         except (OSError, tarfile.TarError) as error:
-            raise MediaError(self.modality, "decode", f"{self.path.name}: {error}") from None
+            raise media_error(error, self.modality, "decode", f"{self.path.name}: {error}") from None
 
     def _list_folder(self) -> None:
         try:
@@ -140,7 +140,7 @@ class NumberedFrames:
             folders = [name for name in names if _COMPONENT_FOLDER.fullmatch(name) and (self.path / name).is_dir()]
             inner = [f"{folder}/{name}" for folder in folders for name in sorted(os.listdir(self.path / folder))]
         except OSError as error:
-            raise MediaError(self.modality, "open", f"{self.path.name}: {error.strerror}") from None
+            raise media_error(error, self.modality, "open", f"{self.path.name}: {error.strerror}") from None
         for name in names + inner:
             self._add(name, self.path / name)
 
@@ -156,7 +156,7 @@ class NumberedFrames:
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end-of-archive mark")
         except (OSError, tarfile.TarError) as error:
-            raise MediaError(self.modality, "open", f"{self.path.name}: not a whole tar: {error}") from None
+            raise media_error(error, self.modality, "open", f"{self.path.name}: not a whole tar: {error}") from None
 
     def _add(self, name: str, member: tarfile.TarInfo | Path) -> None:
         found = _parse(name, self.modality)

@@ -27,7 +27,7 @@ from karmma_dist.packing.assemble import Source, assemble, made_with, packed_cli
 from karmma_dist.packing.lock import folder_lock
 from karmma_dist.packing.manifest import facts_of, whole_manifest
 from karmma_dist.packing.planning import difference_between, make_plan, plan_identity
-from karmma_dist.packing.records import Failure, Plan
+from karmma_dist.packing.records import Failure, Plan, is_of_the_machine
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.staging import Unit, forget, load_staged, stage, units
 from karmma_dist.packing.workers import submit_all, worker_pool
@@ -87,7 +87,8 @@ def pack(
         progress: told how far it is.
 
     Raises:
-        UserError: bad annotations or paths, another specification's shards in the folder, another packer at work.
+        UserError: bad annotations or paths, another specification's shards in the folder, another packer at work, a
+            full or failing disk.
     """
     started = time.monotonic()
     if workers < 1:
@@ -105,6 +106,10 @@ def pack(
             raise UserError(f"{out}: disk full: free some space and pack again, what is cut is kept") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{error.filename or out}: {error.strerror}: choose another --out") from None
+        if error.errno == errno.EIO or is_of_the_machine(error):
+            raise UserError(
+                f"{error.filename or out}: {error.strerror}: mend that and pack again, what is cut is kept"
+            ) from None
         raise
     summary.seconds = round(time.monotonic() - started, 2)
     return summary

@@ -5,6 +5,7 @@ Nothing here has been decoded: a plan is made from annotation files and the exis
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,34 @@ class MediaError(Exception):
     def __init__(self, modality: str, stage: str, error: str) -> None:
         super().__init__(f"{modality}: {stage}: {error}")
         self.modality, self.stage, self.error = modality, stage, error
+
+
+_OF_THE_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,  # nowhere to write
+    errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.ENODEV,
+    errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.EREMOTEIO,
+}  # fmt: skip
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Return True if an error tells of the machine, its disks or its network, and nothing of the file it came up at.
+
+    A bad sector (EIO) is the file's: one must not stand in the way of all others.
+    """
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
+
+
+def media_error(error: BaseException, modality: str, stage: str, text: str) -> MediaError:
+    """Return the failure of the clips whose media could not be read for `error`.
+
+    Raises:
+        OSError: `error` is of the machine: no clip's failure.
+    """
+    if is_of_the_machine(error):
+        assert isinstance(error, OSError)
+        raise OSError(error.errno, error.strerror, error.filename) from error
+    return MediaError(modality, stage, text)
 
 
 @dataclass(slots=True)

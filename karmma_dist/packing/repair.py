@@ -27,6 +27,7 @@ from karmma_dist.packing.manifest import (
     whole_manifest,
 )
 from karmma_dist.packing.pack import STAGING
+from karmma_dist.packing.records import is_of_the_machine
 from karmma_dist.packing.writer import indexed_clips, shard_entry
 from karmma_dist.progress import Report, silent
 from karmma_dist.shards import MANIFEST, TAR_NAME, Clip, DamageError, index_path, sha256_of, sync, write_json
@@ -71,6 +72,8 @@ def repair(root: Path, *, progress: Report | None = None) -> Repair:
             raise UserError(f"{root}: disk full: free some space and repair again, no tar was touched") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{error.filename or root}: {error.strerror}: it cannot be repaired here") from None
+        if error.errno == errno.EIO or is_of_the_machine(error):
+            raise UserError(f"{error.filename or root}: {error.strerror}: mend that and repair again") from None
         raise
     return done
 
@@ -123,6 +126,8 @@ def _written_again(
     except FileNotFoundError:
         return None
     except (DamageError, OSError, ValueError) as error:
+        if is_of_the_machine(error):
+            raise
         done.findings.append(_unusable(tar, error))
         return None
     write_json(index_path(tar), index)
@@ -187,6 +192,8 @@ def _index_of_whole_tar(tar: Path, facts: dict[str, Any], done: Repair) -> dict[
     try:
         index = shard_index(tar, facts)
     except (DamageError, OSError, ValueError, KeyError, TypeError) as error:
+        if is_of_the_machine(error):
+            raise
         done.findings.append(_unusable(tar, error))
         return None
     clips = indexed_clips(index)

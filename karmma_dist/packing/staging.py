@@ -20,7 +20,7 @@ import av
 import cv2
 
 from karmma_dist.packing.cut import cut_recording
-from karmma_dist.packing.records import Failure, Plan, Recording
+from karmma_dist.packing.records import Failure, Plan, Recording, is_of_the_machine
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.writer import Sample, clip_sample, indexed_clips, write_tar
 from karmma_dist.shards import Clip, build_index, write_json
@@ -76,7 +76,9 @@ def load_staged(folder: Path, unit: Unit) -> Staged | None:
     try:
         result = json.loads(_result_path(folder, unit).read_text())
         whole = result["digest"] == unit.digest and tar.stat().st_size == result["index"]["bytes"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        if is_of_the_machine(error):
+            raise
         return None
     if not whole:
         return None

@@ -63,16 +63,21 @@ def decode_video_views(
     return pictures
 
 
-def decode_whole_video(data: bytes, described: dict[str, Any], video: VideoInput) -> np.ndarray:
-    """Decode and resize every frame. Returns uint8 (frames, height, width, 3), RGB, for `cut_video_views`."""
+def decode_every_frame(modality: str, data: bytes, described: dict[str, Any], video: VideoInput) -> np.ndarray:
+    """Decode and resize every frame of a video or a flow, for `cut_video_views` or `cut_flow_views`.
+
+    Returns:
+        uint8 (frames, height, width, C): RGB of a video, displacements of a flow.
+    """
+    resize = _rgb if modality == "video" else _displacements
     every = np.arange(described["num_frames"])
-    return np.stack([_rgb(frame, video.short_side) for frame in chosen_frames(data, every, len(every))])
+    return np.stack([resize(frame, video.short_side) for frame in chosen_frames(data, every, len(every))])
 
 
 def cut_video_views(
     whole: np.ndarray, described: dict[str, Any], moments_s_VF: np.ndarray, video: VideoInput, views: Sequence[View]
 ) -> np.ndarray:
-    """Return what `decode_video_views` would, bit for bit, from what `decode_whole_video` made."""
+    """Return what `decode_video_views` would, bit for bit, from what `decode_every_frame` made."""
     numbers_VF = frame_numbers(moments_s_VF, described)
     return np.stack([_cut(whole[numbers], video.crop, view) for numbers, view in zip(numbers_VF, views, strict=True)])
 
@@ -94,16 +99,10 @@ def decode_flow_views(
     return _turn_mirrored(flow, views)
 
 
-def decode_whole_flow(data: bytes, described: dict[str, Any], video: VideoInput) -> np.ndarray:
-    """Decode and resize every frame of flow. Returns uint8 (frames, height, width, 2), for `cut_flow_views`."""
-    every = np.arange(described["num_frames"])
-    return np.stack([_displacements(frame, video.short_side) for frame in chosen_frames(data, every, len(every))])
-
-
 def cut_flow_views(
     whole: np.ndarray, described: dict[str, Any], moments_s_VF: np.ndarray, video: VideoInput, views: Sequence[View]
 ) -> np.ndarray:
-    """Return what `decode_flow_views` would, bit for bit, from what `decode_whole_flow` made."""
+    """Return what `decode_flow_views` would, bit for bit, from what `decode_every_frame` made."""
     return _turn_mirrored(cut_video_views(whole, described, moments_s_VF, video, views), views)
 
 

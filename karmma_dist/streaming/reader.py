@@ -17,11 +17,10 @@ from karmma_dist.streaming.decode import (
     cut_flow_views,
     cut_video_views,
     decode_all_boxes,
+    decode_every_frame,
     decode_flow_views,
     decode_sound,
     decode_video_views,
-    decode_whole_flow,
-    decode_whole_video,
     sample_boxes,
 )
 from karmma_dist.streaming.decoded import DecodedClips
@@ -131,8 +130,7 @@ def _decode_whole(modality: str, data: bytes, metadata: dict[str, Any], inputs: 
         return decode_sound(data, described)
     if modality == "detections":
         return decode_all_boxes(data, inputs.detections)
-    decode = decode_whole_video if modality == "video" else decode_whole_flow
-    return decode(data, described, inputs.video)
+    return decode_every_frame(modality, data, described, inputs.video)
 
 
 def _look(

@@ -21,7 +21,7 @@ import numpy as np
 
 from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.outcomes import Outcomes
-from karmma_dist.evaluation.plan import plan_evaluation
+from karmma_dist.evaluation.plan import default_split, plan_evaluation
 from karmma_dist.evaluation.report.write import write_results
 from karmma_dist.evaluation.run import carry_out
 from karmma_dist.modality import parse_modalities
@@ -47,7 +47,7 @@ def evaluate_run(weights: Path, recipe: Recipe, study: Study, report: Report) ->
     Raises:
         UserError: see `plan_evaluation` and `carry_out`.
     """
-    split = recipe.data.test_split or recipe.data.validation_split
+    split = default_split(recipe.data)
     chosen = partial(conditions, study.evaluate)
     asked = [study.evaluate.model_dump(mode="json"), split, recipe.data.drop_nouns, recipe.data.shards,
              recipe.evaluation.views.model_dump(mode="json")]  # fmt: skip

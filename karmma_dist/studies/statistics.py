@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from karmma_dist.evaluation.bootstrap import interval
+from karmma_dist.evaluation.bootstrap import interval, percent_right, weighted
 from karmma_dist.evaluation.compare import holm
 from karmma_dist.evaluation.conditions import Condition
+from karmma_dist.evaluation.metrics import curve_areas
 from karmma_dist.evaluation.outcomes import Outcomes
 from karmma_dist.studies.study import Column
 
@@ -106,7 +107,7 @@ class Resampled:
         all_1N = np.ones((1, len(keys)), dtype=np.float32)
         for times_DN in itertools.chain([all_1N], _clip_draws(len(keys), num_draws, random)):
             for label, seed, metric, (right_NK, shown_NK), conditions in counts:
-                accuracy_DK = _accuracy(times_DN, right_NK, shown_NK)
+                accuracy_DK = percent_right(times_DN, right_NK, shown_NK)
                 for column in columns:
                     if column.metric == metric:
                         figure_D = figure_of(column)(accuracy_DK, conditions)
@@ -255,12 +256,6 @@ def _clip_draws(num_clips: int, num_draws: int, random: np.random.Generator) -> 
         yield random.multinomial(num_clips, np.full(num_clips, 1 / num_clips), size).astype(np.float32)
 
 
-def _accuracy(times_DN: np.ndarray, right_NK: np.ndarray, shown_NK: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        percent: np.ndarray = 100.0 * (times_DN @ right_NK).astype(np.float64) / (times_DN @ shown_NK)
-    return percent
-
-
 def _full(conditions: Sequence[Condition]) -> tuple[str, ...]:
     return max((one.modalities for one in conditions), key=len)
 
@@ -283,11 +278,7 @@ def _mean(columns: Sequence[np.ndarray], top1_DK: np.ndarray) -> np.ndarray:
     """Mean of those with a figure, draw by draw."""
     if not columns:
         return _none(top1_DK)
-    values = np.stack(columns, axis=1)
-    there = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        mean: np.ndarray = np.where(there, values, 0.0).sum(axis=1) / there.sum(axis=1)
-    return mean
+    return weighted(np.stack(columns, axis=1), np.ones(len(columns)))
 
 
 def _relative_drop(top1_DK: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
@@ -314,9 +305,7 @@ def _area(top1_DK: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
     curve = _curve(top1_DK, conditions)
     if len(curve) < 2:
         return _none(top1_DK)
-    x, heights_DP = np.array(list(curve)), np.stack(list(curve.values()), axis=1)
-    area: np.ndarray = (np.diff(x) * (heights_DP[:, 1:] + heights_DP[:, :-1]) / 2).sum(axis=1) / (x[-1] - x[0])
-    return area
+    return curve_areas(list(curve), np.stack(list(curve.values()), axis=1))
 
 
 def _fall(top1_DK: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:

@@ -39,8 +39,10 @@ def build_model(
         if start.weights is not None:
             source = start.weights
             if not is_url(source):
-                check_published(Path(source), f"model.encoders.{modality}.weights")
-                source = str(recipe.find_run(source))
+                found = recipe.find_run(source)
+                if not found.exists():
+                    check_published(Path(source), f"model.encoders.{modality}.weights")
+                source = str(found)
             load_encoder_weights(
                 encoder, modality, source, ignore=start.weights_ignore, sha256=start.weights_sha256,
                 cache_dir=recipe.data.cache_dir, report=report, say=_logger.warning if is_main else _logger.debug,

@@ -12,33 +12,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from recipe_kit import tiny_recipe
 from safetensors.torch import load_file
 
 from karmma_dist.training.rendezvous import free_port
 
 pytestmark = pytest.mark.timeout(600)  # four jobs of two ranks in one test, on a machine that may be busy
 
-RECIPE: dict[str, Any] = {
-    "name": "student",
-    "stage": "supervised",
-    "seed": 5,
-    "data": {"modalities": ["video", "audio"], "modality_dropout": {"probability": 0.5}, "num_workers": 1},
-    "inputs": {
-        "video": {"num_frames": 2, "short_side": 16, "crop": 16},
-        "audio": {"num_windows": 1, "window_s": 1.0, "num_mels": 16},
-    },
-    "model": {
-        "encoders": {
-            "video": {"name": "small_video", "options": {"width": 4}},
-            "audio": {"name": "small_audio", "options": {"width": 4}},
-        },
-        "width": 16, "num_heads": 2, "feedforward": 16, "fc_width": 16,
-    },
-    "optimizer": {"name": "adamw", "warmup_epochs": 0, "lr": 0.01, "clip": 1.0},
-    "training": {
-        "epochs": 2, "batch_size": 4, "log_every_steps": 1, "validate_every_epochs": 1, "threads": 1, "zero_stage": 2,
-    },
-}  # fmt: skip
+RECIPE = tiny_recipe(
+    ["video", "audio"],
+    name="student",
+    seed=5,
+    data={"modality_dropout": {"probability": 0.5}, "num_workers": 1},
+    inputs={"video": {"num_frames": 2, "short_side": 16, "crop": 16}},
+    optimizer={"name": "adamw", "lr": 0.01, "clip": 1.0},
+    training={"epochs": 2, "batch_size": 4, "log_every_steps": 1, "validate_every_epochs": 1, "zero_stage": 2},
+)
 
 PRELUDE = """
 import os, signal, sys, threading

@@ -14,6 +14,7 @@ from karmma_dist.cli import main
 from karmma_dist.evaluation import run as evaluation_run
 from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.plan import plan_evaluation
+from karmma_dist.recipe import Recipe, save_recipe
 from karmma_dist.shards import ShardFolder, index_path, sha256_of
 
 
@@ -83,6 +84,24 @@ def test_a_plan_knows_the_clips_that_the_figures_are_of(place: Path) -> None:
 
     assert scored(split="train") == ["one_1", "one_2", "sound_0"]
     assert scored() == ["one_0"]
+
+
+@pytest.mark.parametrize(
+    ("test_split", "asked", "taken"),
+    [("train", [], "train"), ("train", ["--split", "validation"], "validation"), (None, [], "validation")],
+)
+def test_a_runs_test_split_is_evaluated_unless_another_is_asked_for(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    test_split: str | None, asked: list[str], taken: str,
+) -> None:  # fmt: skip
+    run = save_run(tmp_path / "run", ["video"])
+    data = {"shards": str(place / "shards"), "modalities": ["video"], "num_workers": 0, "test_split": test_split}
+    model = {"encoders": {"video": {"name": "small_video", "options": {"width": 4}}}}
+    recipe = {"name": "run", "stage": "supervised", "data": data, "model": model}
+    save_recipe(Recipe.model_validate(recipe), run / "recipe.yaml")
+    assert main(["eval", str(run), *asked, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["num_clips"] == {"train": 3, "validation": 1}[taken]
 
 
 def test_a_submission_that_damage_forbids_costs_neither_results_nor_predictions(

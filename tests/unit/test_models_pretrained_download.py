@@ -260,6 +260,19 @@ def test_only_the_main_rank_says_what_starts_at_random(
         assert (f"these start at random: {gone}" in caplog.text) is is_main
 
 
+def test_public_weights_are_found_under_runs_dir_and_where_they_are_nowhere_their_source_is_named(
+    tmp_path: Path,
+) -> None:
+    name = "swin_tiny_patch244_window877_kinetics400_1k.pth"
+    recipe = recipe_with(f"public/{name}", tmp_path).model_copy(update={"runs_dir": str(tmp_path / "runs")})
+    with pytest.raises(UserError, match=rf"^model.encoders.video.weights: public/{name} is not there.*published at"):
+        build_model(recipe, {"verb": ["a", "b"]})
+    start = encoder_of(1)
+    (tmp_path / "runs/public").mkdir(parents=True)
+    torch.save(start.state_dict(), tmp_path / "runs/public" / name)
+    assert same(build_model(recipe, {"verb": ["a", "b"]}).encoders["video"], start)
+
+
 @pytest.mark.parametrize("wrong", ["", "abc", "A" * 64, "0" * 63 + "g"])
 def test_what_is_no_sha256_is_refused_by_the_recipe(wrong: str) -> None:
     with pytest.raises(ValueError, match="weights_sha256"):

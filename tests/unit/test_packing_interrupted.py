@@ -7,12 +7,13 @@ import errno
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,8 +27,10 @@ from karmma_dist.cli import main
 from karmma_dist.errors import UserError
 from karmma_dist.packing import lock, staging, writer
 from karmma_dist.packing import pack as pack_module
+from karmma_dist.packing.cut import cut_recording
 from karmma_dist.packing.lock import folder_lock
 from karmma_dist.packing.pack import pack
+from karmma_dist.packing.records import ClipRecord, CutClip, Recording
 from karmma_dist.packing.repair import repair
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.verify import verify
@@ -156,10 +159,105 @@ def test_a_disk_that_is_full_at_any_write_leaves_nothing_that_looks_whole(
     assert folder_bytes(out) == packed_sounds
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_is_full_while_clips_are_cut_is_one_line_and_no_clips_failure(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    out = tmp_path / "out"
+    (out / ".staging").mkdir(parents=True)
+    full = out / ".staging/.000001-P02_01.tar.partial"
+    full.symlink_to("/dev/full")
+    assert main(command(frames, out, workers=workers)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("cut: ", "write: "))]
+    assert errors == [f"error: {out}: disk full: free some space and pack again, what is cut is kept"]
+    assert not (out / "failures.jsonl").exists()
+    assert (out / ".staging/000000-P01_01.result.json").is_file() or workers > 1  # the other may not be done yet
+    expect_nothing_looks_whole(out, packed_frames)
+    full.unlink()
+    assert main(command(frames, out, workers=workers)) == 0
+    assert folder_bytes(out) == packed_frames
+
+
+def test_a_failing_disk_below_the_shards_is_one_line_and_the_rerun_completes(
+    sounds: Path, packed_sounds: dict[str, str], tmp_path: Path
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(UserError, match=f"^{tmp_path}: Input/output error: mend that and pack again, what is cut"):
+            pack(sound_spec(sounds, tmp_path))
+    expect_nothing_looks_whole(tmp_path, packed_sounds)
+    pack(sound_spec(sounds, tmp_path))
+    assert folder_bytes(tmp_path) == packed_sounds
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EMFILE, errno.ESTALE, errno.EIO])
+def test_an_error_of_the_machine_while_media_are_read_ends_the_run_and_a_bad_sector_costs_its_clips(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    """ENOSPC: of a network disk's cache, for one."""
+    read, hit = Path.read_bytes, frames / "EPIC-KITCHENS/P02/rgb_frames/P02_01/frame_0000000021.jpg"
+
+    def fails(path: Path) -> bytes:
+        if path == hit:
+            raise OSError(code, os.strerror(code), str(path))
+        return read(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        status = main(command(frames, tmp_path, workers=1))
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("cut: ", "write: "))]
+    if code == errno.EIO:
+        assert (status, errors) == (1, [])
+        failed = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+        assert {failure["key"].rpartition("_")[0] for failure in failed} == {"P02_01"}
+        assert 0 < len(failed) < UNIT_CLIPS
+        assert all("Input/output error" in failure["error"] for failure in failed)
+        status = main([*command(frames, tmp_path, workers=1), "--retry-failed"])
+    else:
+        said = "disk full" if code == errno.ENOSPC else f"frame_0000000021.jpg: {os.strerror(code)}: mend that"
+        assert (status, len(errors)) == (2, 1)
+        assert said in errors[0]
+        expect_nothing_looks_whole(tmp_path, packed_frames)
+        status = main(command(frames, tmp_path, workers=1))
+    assert status == 0
+    assert folder_bytes(tmp_path) == packed_frames
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """This process may open no further file."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, before[1]))
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def test_too_many_open_files_are_no_damage_of_a_movie(tmp_path: Path) -> None:
+    movie = write_movie(tmp_path / "m.mp4", frames=10, bursts=[0.1])
+    recording = Recording("r", "p", (ClipRecord("a", "train", 0.0, 0.3, {"verb": 0}),), movie=movie)
+    spec = epic_spec(tmp_path, flow={"source": "none"})
+    with no_more_files(), pytest.raises(OSError, match="Too many open files") as caught:
+        list(cut_recording(recording, spec))
+    assert caught.value.errno == errno.EMFILE
+    assert [type(cut) for cut in cut_recording(recording, spec)] == [CutClip]
+
+
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 60), st.booleans())
 @example(0, False)
 @example(0, True)
+@example(1, False)
 @example(1, True)
 def test_a_disk_that_is_full_while_mending_loses_nothing(
     sounds: Path, tmp_path_factory: pytest.TempPathFactory, room: int, freed: bool
@@ -183,6 +281,7 @@ def test_a_disk_that_is_full_while_mending_loses_nothing(
 @given(st.integers(0, 12), st.booleans())
 @example(0, False)
 @example(0, True)
+@example(1, False)
 @example(1, True)
 def test_a_disk_that_is_full_while_repairing_is_one_clear_error_and_repair_completes_later(
     sounds: Path, packed_sounds: dict[str, str], tmp_path_factory: pytest.TempPathFactory, room: int, freed: bool

@@ -323,6 +323,39 @@ def test_teachers_that_do_not_fit_are_refused_on_one_line(tmp_path: Path) -> Non
         build(make_recipe(tmp_path, ["video"], distill={"teachers": ["video", "all"]}))
 
 
+UNDROPPED = "this teacher was trained without modality dropout"
+
+
+@pytest.mark.parametrize(
+    ("teachers_dropout", "students_dropout", "num_lines"), [(0.0, 0.5, 1), (0.5, 0.5, 0), (0.0, 0.0, 0)]
+)
+@pytest.mark.parametrize("weights", ["", "/best", "/weights.safetensors"])
+def test_a_teacher_that_never_missed_what_its_student_will_is_said_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    teachers_dropout: float, students_dropout: float, num_lines: int, weights: str,
+) -> None:  # fmt: skip
+    def data(probability: float) -> dict[str, Any]:
+        return {"shards": "shards", "modalities": MODALITIES, "modality_dropout": {"probability": probability}}
+
+    run = save_run(tmp_path, "all", MODALITIES, data=data(teachers_dropout))
+    save_model(make_model(MODALITIES), run.run_dir / "best", recipe=run)
+    build(make_recipe(tmp_path, data=data(students_dropout), distill={"teacher": f"all{weights}"}))
+    told = [record.getMessage() for record in caplog.records if UNDROPPED in record.getMessage()]
+    assert len(told) == num_lines
+    assert all(line.startswith(f"{tmp_path}/all{weights}: ") and "\n" not in line for line in told)
+
+
+def test_of_experts_only_those_of_several_modalities_can_lack_dropout(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_run(tmp_path, "pictures", ["video", "flow"])
+    save_run(tmp_path, "sound", ["audio"])
+    data = {"shards": "shards", "modalities": MODALITIES, "modality_dropout": {"probability": 0.5}}
+    build(make_recipe(tmp_path, data=data, distill={"teachers": ["pictures", "sound"]}))
+    (line,) = [record.getMessage() for record in caplog.records if UNDROPPED in record.getMessage()]
+    assert line.startswith(f"{tmp_path}/pictures: ")
+
+
 def test_inputs_that_a_teacher_does_not_take_may_differ(tmp_path: Path) -> None:
     save_run(tmp_path, "video", ["video"], inputs={**INPUTS, "audio": {"num_windows": 2}})
     assert len(build(make_recipe(tmp_path, ["video"], distill={"teacher": "video"})).members) == 1
