@@ -3,6 +3,7 @@
     OUT/raw/             untrimmed recordings with sound and official-style CSVs, in Epic-Kitchens' layout
     OUT/shards/          packed
     OUT/runs/            one folder per run
+    OUT/training/        the resolved recipe of each run, and what it printed
     OUT/comparison.json  results of the students, and paired tests between them
     OUT/report.md        what was measured, with plots; report.html: the same in one file
 
@@ -12,6 +13,7 @@ Running it again does only what is not done yet.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +28,7 @@ from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.plan import plan_evaluation
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.write import RESULTS, write_report
-from karmma_dist.evaluation.run import Evaluated, carry_out, validate
+from karmma_dist.evaluation.run import Evaluated, carry_out
 from karmma_dist.models.weight_files import own_weights
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
@@ -34,7 +36,8 @@ from karmma_dist.packing.synthetic import write_kitchen
 from karmma_dist.progress import Report
 from karmma_dist.recipe import Recipe, load_chain
 from karmma_dist.shards import write_json
-from karmma_dist.training.session import train_chain
+from karmma_dist.studies.jobs import train_runs
+from karmma_dist.studies.plan import StudyRun
 
 STUDENTS = {"Baseline": "baseline", "Baseline + dropout": "baseline_dropout", "KARMMA student": "distill"}
 """Models of the report and their recipes under recipes/demo/."""
@@ -58,8 +61,7 @@ def run_demo(out: Path, report: Report) -> Path:
     spec = load_spec("demo", raw=raw, out=shards)
     timings.measure("pack", partial(pack, spec, workers=2, progress=report))
     recipes = _recipes(out)
-    for recipe in recipes.values():
-        timings.measure(f"train {recipe.name}", partial(train_chain, [recipe], validate, report=report))
+    timings.measure(f"train {len(recipes)} models", partial(_train, out, recipes, report))
     runs = {title: recipes[f"demo/{name}"].run_dir for title, name in STUDENTS.items()}
     found = compare_students(out, runs, timings, report)
     notes = [
@@ -69,6 +71,23 @@ def run_demo(out: Path, report: Report) -> Path:
     ]
     title = "karmma-dist demo: a synthetic kitchen with failing sensors"
     return write_report(out, ReportContent(title, found["models"], notes, timings.seconds, found["comparison"]))
+
+
+def _train(out: Path, recipes: Mapping[str, Recipe], report: Report) -> None:
+    """Train what is not finished, as many models side by side as there are cores, at most two.
+
+    Raises:
+        UserError: one could not be trained.
+        Stopped: by a signal, after saving.
+    """
+    runs = []
+    for name, recipe in recipes.items():
+        earlier = [str(recipes[other].run_dir / "recipe.yaml") for other in recipe.after]
+        runs.append(StudyRun(recipe.model_copy(update={"after": earlier}), tuple(recipe.after), name))
+    runs = [run for run in runs if run.state() != "finished"]
+    failed = train_runs(runs, out / "training", min(2, len(os.sched_getaffinity(0))), lambda _: None, report)
+    for name, reason in failed.items():
+        raise UserError(f"{name}: {reason}")
 
 
 def compare_students(out: Path, runs: Mapping[str, Path], timings: Timings, report: Report) -> dict[str, Any]:
@@ -132,9 +151,9 @@ def _make_raw(raw: Path, report: Report) -> None:
 
 
 def _recipes(out: Path) -> dict[str, Recipe]:
-    """All runs of the demo, each after those it builds on."""
+    """All runs of the demo, each after those it builds on; the longest chain first, since two train at a time."""
     places = [f"runs_dir={out / 'runs'}", f"data.shards={out / 'shards'}"]
-    chains = [load_chain(f"demo/{name}", places) for name in STUDENTS.values()]
+    chains = sorted((load_chain(f"demo/{name}", places) for name in STUDENTS.values()), key=len, reverse=True)
     return {recipe.name: recipe for chain in chains for recipe in chain}
 
 

@@ -18,7 +18,7 @@ from karmma_dist.studies.costs import RunCost, plan_costs
 from karmma_dist.studies.jobs import write_recipe
 from karmma_dist.studies.plan import StudyPlan, plan_study
 from karmma_dist.studies.report import terminal_table
-from karmma_dist.studies.run import carry_out_study
+from karmma_dist.studies.run import carry_out_study, check_teachers
 from karmma_dist.studies.slurm import plan_arrays, shown_arrays, submit_arrays
 from karmma_dist.studies.study import StudyFile
 
@@ -58,6 +58,7 @@ def shown_plan(request: StudyRequest) -> None:
         UserError: see `plan_costs`.
     """
     plan = request.plan()
+    check_teachers(plan)
     costs = plan_costs(plan) if plan.file.study.is_measured else []
     if not costs:
         click.echo(f"{plan.file.name}: no column needs training")
@@ -78,6 +79,7 @@ def submitted(request: StudyRequest, is_dry: bool) -> list[str]:
         UserError: see `plan_study`, `plan_arrays` and `submit_arrays`.
     """
     plan = request.plan()
+    check_teachers(plan)
     out = request.out or plan.out
     jobs = plan_arrays(plan, out, request.arguments)
     if is_dry:

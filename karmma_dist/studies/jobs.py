@@ -20,9 +20,11 @@ from typing import IO
 
 from karmma_dist.errors import ERROR_FILE, LOST_RANK, Stopped
 from karmma_dist.launching.local import in_the_child, rank_command, signal_name
+from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import save_recipe
 from karmma_dist.shards import write_whole
 from karmma_dist.studies.plan import StudyRun
+from karmma_dist.training.run_log import epoch_under_way
 
 LOCK = ".study.lock"
 """File in a run's folder that a study holds while it trains the run."""
@@ -46,6 +48,7 @@ class _Child:
     process: subprocess.Popen[bytes]
     lock: IO[bytes]
     words: Path
+    epoch: int = -1
     started: float = field(default_factory=time.monotonic)
 
 
@@ -62,7 +65,9 @@ def write_recipe(folder: Path, run: StudyRun) -> Path:
     return path
 
 
-def train_runs(runs: Sequence[StudyRun], folder: Path, num_at_once: int, say: Say) -> dict[str, str]:
+def train_runs(
+    runs: Sequence[StudyRun], folder: Path, num_at_once: int, say: Say, progress: Report = silent
+) -> dict[str, str]:
     """Train all runs that are not finished.
 
     Args:
@@ -70,6 +75,7 @@ def train_runs(runs: Sequence[StudyRun], folder: Path, num_at_once: int, say: Sa
         folder: Where their recipe files and logs go.
         num_at_once: Children side by side.
         say: Told in one line when a run begins and ends.
+        progress: Told when a run comes to another epoch.
 
     Returns:
         Why a run is not finished, in one line, for each that is not.
@@ -79,7 +85,7 @@ def train_runs(runs: Sequence[StudyRun], folder: Path, num_at_once: int, say: Sa
         Stopped: by a signal, once the children have saved.
     """
     unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
-    workshop = _Workshop(folder, num_at_once, say, unmasked)
+    workshop = _Workshop(folder, num_at_once, say, progress, unmasked)
     try:
         return workshop.train(runs)
     finally:
@@ -90,8 +96,10 @@ def train_runs(runs: Sequence[StudyRun], folder: Path, num_at_once: int, say: Sa
 class _Workshop:
     """Children and what is left to do."""
 
-    def __init__(self, folder: Path, num_at_once: int, say: Say, unmasked: set[int | signal.Signals]) -> None:
-        self._folder, self._say = folder, say
+    def __init__(
+        self, folder: Path, num_at_once: int, say: Say, progress: Report, unmasked: set[int | signal.Signals]
+    ) -> None:
+        self._folder, self._say, self._progress = folder, say, progress
         self._free = list(range(num_at_once))
         self._num_at_once = num_at_once
         self._children: list[_Child] = []
@@ -111,6 +119,7 @@ class _Workshop:
             if not self._children and not waiting:
                 break
             self._wait()
+            self._show()
             self._collect()
         return self._failed
 
@@ -163,6 +172,13 @@ class _Workshop:
         if received is not None and received.si_signo in _FORWARDED:
             self._end(received.si_signo)
 
+    def _show(self) -> None:
+        for child in self._children:
+            epoch = epoch_under_way(child.run.recipe.run_dir)
+            if epoch != child.epoch:
+                child.epoch = epoch
+                self._progress(f"train {child.run.name}", epoch, child.run.recipe.training.epochs, "epochs")
+
     def _end(self, number: int) -> None:
         """Pass a signal on, wait for the children and raise."""
         for child in self._children:
@@ -186,6 +202,8 @@ class _Workshop:
             self._free.append(child.slot)
             child.lock.close()
             if code == 0:
+                epochs = child.run.recipe.training.epochs
+                self._progress(f"train {child.run.name}", epochs, epochs, "epochs")
                 self._say(f"train {child.run.name}: finished after {time.monotonic() - child.started:.0f} s")
             else:
                 self._failed[child.run.name] = _last_words(child, code)

@@ -9,7 +9,9 @@ from pathlib import Path
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.outcomes import Outcomes
 from karmma_dist.evaluation.plan import check_folder
+from karmma_dist.models.pretrained import CARD, ModelCard
 from karmma_dist.progress import Report
+from karmma_dist.settings import read_tree, validate
 from karmma_dist.studies.costs import Counter
 from karmma_dist.studies.jobs import train_runs
 from karmma_dist.studies.plan import StudyPlan
@@ -43,14 +45,34 @@ def carry_out_study(plan: StudyPlan, out: Path, num_at_once: int, progress: Repo
         Stopped: by a signal, after the runs in training have saved.
     """
     check_folder(out, "give another with --out")
+    check_teachers(plan)
     missing: dict[str, str] = {}
     outcomes: dict[str, dict[int, Outcomes]] = {}
     if plan.file.study.is_measured:
         unfinished = [run for run in plan.chosen_runs if run.state() != "finished"]
-        missing = train_runs(unfinished, out, num_at_once, say)
+        missing = train_runs(unfinished, out, num_at_once, say, progress)
         outcomes = _evaluate(plan, progress, missing, say)
     report = _report(plan, outcomes, missing)
     return Done(report, write_study_report(report, out))
+
+
+def check_teachers(plan: StudyPlan) -> None:
+    """Refuse finished teachers of other classes before anything is trained.
+
+    Raises:
+        UserError: one is, named with its run and the student's.
+    """
+    counter = Counter(plan.file.study)
+    for run in plan.chosen_runs:
+        distill = run.recipe.distill
+        names = [] if distill is None else distill.teachers or [str(distill.teacher)]
+        for path in map(run.recipe.find_run, names):
+            if not (path / CARD).is_file():
+                continue
+            card = validate(read_tree(path / CARD), ModelCard, str(path / CARD))
+            heads = counter.heads(run.recipe)
+            if card.heads != heads:
+                raise UserError(f"{run.name}: its teacher {path} has the heads {card.heads}, the clips have {heads}")
 
 
 def _evaluate(

@@ -17,7 +17,9 @@ STATE = "state.json"
 BEST = "best"
 """Folder, in a run's, of the weights that did best in validation."""
 ENSEMBLE = "ensemble.json"
-"""File of a distillation from several experts: their validation losses and weights, decided when it began."""
+"""File of a distillation from several experts: their losses and weights, decided when it began."""
+
+_TAIL_BYTES = 16_384
 
 
 class RunLog:
@@ -75,6 +77,18 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return state
+
+
+def epoch_under_way(run_dir: Path) -> int:
+    """Return the epoch, counted from 0, that the last line of metrics.jsonl is of; 0 where there is none."""
+    try:
+        with open(run_dir / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return 0
+    whole = lines[-2] if len(lines) > 1 else b""  # what follows the last newline is being written
+    return int(json.loads(whole)["epoch"]) if whole.startswith(b"{") else 0
 
 
 def finished_names(chain: Iterable[Recipe]) -> set[str]:

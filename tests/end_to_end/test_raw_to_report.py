@@ -429,3 +429,51 @@ def test_launch_shows_the_command_it_would_run(
     slurm = capsys.readouterr().out
     assert slurm.startswith("sbatch --job-name=student --nodes=4 --gpus-per-node=0 --ntasks-per-node=1 ")
     assert slurm.rstrip().endswith("slurm/distill.sh student --set=seed=1")
+
+
+def test_a_student_on_video_learns_from_a_teacher_that_also_hears(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is evaluated, asked and profiled as the model of one modality that it is."""
+    only_video = ["--set=model.modalities=[video]"]
+    assert run(workplace, monkeypatch, "train", "student", "--set=name=watcher", *only_video) == 0
+    state = json.loads((workplace / "runs" / "watcher" / "state.json").read_text())
+    assert state["state"] == "finished"
+    assert yaml.safe_load((workplace / "runs" / "watcher" / "model.yaml").read_text())["modalities"] == ["video"]
+    lines = [json.loads(line) for line in (workplace / "runs" / "watcher" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert all(line["present_video"] == 1.0 for line in trained)
+    assert any(0 < line["present_audio"] < 1 for line in trained)
+    assert all(line["kl"] > 0 for line in trained)
+
+    assert run(workplace, monkeypatch, "eval", "runs/watcher", "--subsets") == 0
+    rows = json.loads((workplace / "runs" / "watcher" / "eval" / "results.json").read_text())["rows"]
+    assert {tuple(row["modalities"]) for row in rows} == {("video",)}
+    key = ShardFolder(workplace / "shards").clips("validation")[0].key
+    assert run(workplace, monkeypatch, "predict", "runs/watcher", key) == 0
+    capsys.readouterr()
+    assert run(workplace, monkeypatch, "profile", "student", "--json", *only_video) == 0
+    profiled = json.loads(capsys.readouterr().out)["rows"]
+    assert {tuple(row["modalities"]) for row in profiled if row["model"] == "student"} == {("video",)}
+    assert ["video", "audio"] in [row["modalities"] for row in profiled if row["model"] == "teacher"]
+
+
+def test_experts_that_held_clips_out_teach_a_pooled_student(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Radevski et al. do it, from the best epochs of the experts."""
+    pooled = ["--set=model.fusion=mean", "--set=data.hold_out=0.4"]
+    sees = ["--set=data.modalities=[video]", f"--set=model.encoders.video={json.dumps(VIDEO)}"]
+    assert run(workplace, monkeypatch, "train", "sound", "--set=name=hears", *pooled) == 0
+    assert run(workplace, monkeypatch, "train", "sound", "--set=name=sees", *pooled, *sees) == 0
+    taught = [
+        "--set=name=pooled", "--set=model.modalities=[video]", "--set=model.fusion=mean", "--set=distill.teacher=null",
+        "--set=distill.teachers=[sees/best, hears/best]", "--set=distill.alpha=0", "--set=distill.average=logits",
+        "--set=after=[]",
+    ]  # fmt: skip
+    assert run(workplace, monkeypatch, "train", "student", *taught) == 0
+    said = json.loads((workplace / "runs" / "pooled" / "ensemble.json").read_text())
+    assert {len(losses) for losses in said["losses"].values()} == {2}
+    for head, losses in said["losses"].items():
+        odds = np.exp(-np.array(losses))
+        assert said["weights"][head] == pytest.approx(odds / odds.sum(), rel=1e-5)
+    state = json.loads((workplace / "runs" / "pooled" / "state.json").read_text())
+    assert state["state"] == "finished"

@@ -351,7 +351,7 @@ def test_of_experts_only_those_of_several_modalities_can_lack_dropout(
     save_run(tmp_path, "pictures", ["video", "flow"])
     save_run(tmp_path, "sound", ["audio"])
     data = {"shards": "shards", "modalities": MODALITIES, "modality_dropout": {"probability": 0.5}}
-    build(make_recipe(tmp_path, data=data, distill={"teachers": ["pictures", "sound"]}))
+    build(make_recipe(tmp_path, data=data, distill={"teachers": ["pictures", "sound"], "expert_weights": "equal"}))
     (line,) = [record.getMessage() for record in caplog.records if UNDROPPED in record.getMessage()]
     assert line.startswith(f"{tmp_path}/pictures: ")
 
