@@ -349,25 +349,33 @@ def predict(
 @click.argument("recipe")
 @set_option
 @click.option("--modalities", help="Only this subset, e.g. V,F; default: every subset of the recipe's.")
-@click.option("--measure", "measured", is_flag=True, help="Also run it: latency and memory on this machine.")
+@click.option("--part", default="model", show_default=True, type=click.Choice(["model", "fusion"]),
+              help="Count the whole model, or its fusion block alone, with fused and with unfused attention.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]),
+              help="Of the memory counted (default: bf16) and of --measure (default: bf16 on a GPU, fp32 on a CPU).")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Clips at once.")
+@click.option("--measure", "measured", is_flag=True,
+              help="Also run it here: latency, memory and, on a GPU, the peaks of CUDA's allocator.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(min=1), help="Timed passes per row.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw bars of GFLOPs and memory into this PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def profile(
-    recipe: str, overrides: tuple[str, ...], modalities: str | None, measured: bool, repeats: int, plot: Path | None,
-    as_json: bool,
+    recipe: str, overrides: tuple[str, ...], modalities: str | None, part: str, precision: str | None, batch: int,
+    measured: bool, repeats: int, plot: Path | None, as_json: bool,
 ) -> None:
-    """Count what a recipe's models cost per clip: GFLOPs, parameters, tokens, memory; needs no weights and no data."""
-    from karmma_dist.profiling.costs import profile_recipe
-    from karmma_dist.profiling.measure import measure
+    """Count what a recipe's models cost: GFLOPs of a clip, parameters, tokens, memory; needs no weights and no data."""
+    from karmma_dist.profiling.costs import Workload, profile_recipe
+    from karmma_dist.profiling.measure import measure, require_precision
     from karmma_dist.profiling.plots import cost_bars
     from karmma_dist.profiling.report import print_profile
     from karmma_dist.progress import Progress
 
-    counted, subjects = profile_recipe(recipe, overrides, modalities)
+    if measured:
+        require_precision(precision)  # before minutes of counting
+    counted, subjects = profile_recipe(recipe, overrides, modalities, Workload(part, precision or "bf16", batch))
     if measured:
         with Progress() as report:
-            counted = measure(counted, subjects, repeats, report)
+            counted = measure(counted, subjects, repeats, report, precision)
     if plot is not None:
         cost_bars(plot, counted)
     if as_json:

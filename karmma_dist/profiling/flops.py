@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karmma_dist.modality import subsets
 from karmma_dist.models.encoder import Encoder
+from karmma_dist.models.fusion import FusionBlock
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.layout import input_shape
 from karmma_dist.recipe import InputRecipe, ModelRecipe
@@ -107,7 +108,13 @@ def meta_model(
 
 
 def meta_clip(
-    inputs: InputRecipe, modalities: Sequence[str], dtype: torch.dtype = torch.float32
+    inputs: InputRecipe, modalities: Sequence[str], dtype: torch.dtype = torch.float32, num_clips: int = 1
 ) -> dict[str, Tensor]:
-    """Inputs of one clip that has all of `modalities`, without values."""
-    return {m: torch.empty(1, *input_shape(m, inputs), dtype=dtype, device="meta") for m in modalities}
+    """Return inputs of clips (B, ...) that have all of `modalities`, without values."""
+    return {m: torch.empty(num_clips, *input_shape(m, inputs), dtype=dtype, device="meta") for m in modalities}
+
+
+def meta_tokens(block: FusionBlock, num_tokens: int, num_clips: int = 1) -> Tensor:
+    """Return projected tokens (B, T, D) of the block's width and dtype, without values."""
+    width, dtype = block.cls_token.shape[-1], block.cls_token.dtype
+    return torch.empty(num_clips, num_tokens, width, dtype=dtype, device="meta")

@@ -29,8 +29,11 @@ def cost_bars(path: Path, profile: Profile) -> None:
     figure = Figure(figsize=(2 * max(3.2, 1.2 + 0.36 * num_subsets * (num_models + 0.5)), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    _bars(left, profile, lambda row: row.gflops, "GFLOPs per clip")
-    _bars(right, profile, lambda row: row.inference_bytes / 1e6, "memory, one clip at inference, bf16 (MB)")
+    load = profile.workload
+    part = "" if load.part == "model" else "fusion block, "
+    memory = f"{part}memory, {load.clips} at inference, {load.precision} (MB)"
+    _bars(left, profile, lambda row: row.gflops, f"{part}GFLOPs per clip")
+    _bars(right, profile, lambda row: row.inference_bytes / 1e6, memory)
     if num_models > 1:
         figure.legend(*left.get_legend_handles_labels(), frameon=False, ncols=num_models, loc="outside upper center")
     save_figure(figure, path)

@@ -18,13 +18,27 @@ class _Figure:
     """A column that every model has."""
 
     heading: str
-    value: Callable[[Cost], float]
+    value: Callable[[Cost], float | None]
+    """The figure; None: the row has none."""
     digits: int
     compared: bool = False
-    """Whether the ratio of two models is shown."""
+    """True if the ratio of two models is shown."""
+
+    def shown(self, row: Cost) -> str:
+        """Return the cell."""
+        value = self.value(row)
+        return "-" if value is None else f"{value:,.{self.digits}f}"
+
+    def ratio(self, rows: list[Cost]) -> str:
+        """Return the cell that compares the second row with the first."""
+        first, second = (self.value(row) for row in rows)
+        return f"{second / first:.2f}" if first and second is not None else "-"
 
 
-_TABLES = {
+_Tables = dict[str, tuple[_Figure, ...]]
+"""Columns by title; titles name the batch and the precision."""
+
+_COUNTED: _Tables = {
     "GFLOPs of one clip": (
         _Figure("alone", lambda row: row.gflops, 3, compared=True),
         _Figure("whole", lambda row: row.gflops_whole_model, 3),
@@ -37,36 +51,85 @@ _TABLES = {
         _Figure("fp32", lambda row: row.weights_bytes_fp32 / 1e6, 1, compared=True),
         _Figure("bf16", lambda row: row.weights_bytes_bf16 / 1e6, 1),
     ),
-    "Peak memory of one clip (MB of 1e6 bytes, bf16)": (
-        _Figure("inference", lambda row: row.inference_bytes / 1e6, 1, compared=True),
-        _Figure("training", lambda row: row.training_bytes / 1e6, 1),
+}
+_MEMORY: dict[str, _Tables] = {
+    "model": {
+        "Peak memory of {clips} (MB of 1e6 bytes, {precision})": (
+            _Figure("inference", lambda row: row.inference_bytes / 1e6, 1, compared=True),
+            _Figure("training", lambda row: row.training_bytes / 1e6, 1),
+        ),
+    },
+    "fusion": {
+        "Peak memory of {clips}, inference (MB, {precision})": (
+            _Figure("fused", lambda row: row.activations_bytes / 1e6, 1, compared=True),
+            _Figure("unfused", lambda row: _megabytes(row.unfused_activations_bytes), 1),
+        ),
+        "Peak memory of {clips}, training (MB, {precision})": (
+            _Figure("fused", lambda row: row.training_bytes / 1e6, 1, compared=True),
+            _Figure("unfused", lambda row: _megabytes(row.unfused_training_bytes), 1),
+        ),
+    },
+}
+_ALLOCATOR: _Tables = {
+    "Alone, weights included: counted in {precision}, and by CUDA's allocator (MB)": (
+        _Figure("counted", lambda row: row.inference_bytes / 1e6, 1),
+        _Figure("allocated", lambda row: _megabytes(row.peak_allocated_bytes), 1, compared=True),
+        _Figure("reserved", lambda row: _megabytes(row.peak_reserved_bytes), 1),
     ),
 }
-_MEASURED = (
-    _Figure("ms", lambda row: row.latency_ms or 0.0, 1, compared=True),
-    _Figure("activations\nMB", lambda row: (row.measured_activations_bytes or 0) / 1e6, 1),
-)
-_EXPLAINED = (
-    "alone: a model that holds these modalities only, as published; whole: the recipe's model on a clip that lacks the "
-    "others. Peak memory: inference counts weights, inputs and activations; training counts inputs, activations and "
-    "gradients, but neither weights nor optimizer state."
-)
+_MEASURED: dict[str, _Tables] = {
+    "model": {
+        "Measured, whole model, {clips}": (
+            _Figure("ms", lambda row: row.latency_ms, 1, compared=True),
+            _Figure("activations\nMB", lambda row: _megabytes(row.measured_activations_bytes), 1),
+        ),
+        **_ALLOCATOR,
+    },
+    "fusion": {
+        "Measured, fusion block of the whole model, {clips}": (
+            _Figure("ms", lambda row: row.latency_ms, 1, compared=True),
+            _Figure("activations\nMB", lambda row: _megabytes(row.measured_activations_bytes), 1),
+        ),
+        **_ALLOCATOR,
+        "The same with unfused attention": (
+            _Figure("counted", lambda row: _megabytes(row.unfused_inference_bytes), 1),
+            _Figure("allocated", lambda row: _megabytes(row.unfused_peak_allocated_bytes), 1, compared=True),
+            _Figure("reserved", lambda row: _megabytes(row.unfused_peak_reserved_bytes), 1),
+        ),
+    },
+}
+_EXPLAINED = {
+    "model": (
+        "alone: a model that holds these modalities only, as published; whole: the recipe's model on a clip that lacks "
+        "the others. Peak memory: inference counts weights, inputs and activations; training counts inputs, "
+        "activations and gradients, but neither weights nor optimizer state."
+    ),
+    "fusion": (
+        "All of it is the fusion block alone, on tokens after tau-average and projection. alone: the tokens of these "
+        "modalities only; whole: in the recipe's model, with stand-in tokens if it has such. Peak memory counts "
+        "tokens and activations, in training also gradients, but no weights; unfused attention makes its matrix of "
+        "weights, in fp32 always."
+    ),
+}
 
 
 def print_profile(profile: Profile, console: Console | None = None) -> None:
     """Print every row, models side by side."""
     console = console or Console(highlight=False)
+    load = profile.workload
+    named = {"clips": load.clips, "precision": load.precision}
     console.print(f"{profile.recipe}: {_models(profile)}")
-    for title, figures in _TABLES.items():
-        console.print(_table(profile, title, figures))
+    for title, figures in {**_COUNTED, **_MEMORY[load.part]}.items():
+        console.print(_table(profile, title.format(**named), figures))
     if profile.measured is not None:
         settings = profile.measured
-        console.print(_table(profile, "Measured, whole model, one clip", _MEASURED))
+        for title, figures in _MEASURED[load.part].items():
+            console.print(_table(profile, title.format(**named), figures))
         console.print(
             f"Measured on {settings['device']} in {settings['precision']}, {settings['threads']} threads, median of "
             f"{settings['repeats']} passes."
         )
-    console.print(_EXPLAINED)
+    console.print(_EXPLAINED[load.part])
     for note in profile.notes:
         console.print(f"note: {note}")
 
@@ -94,8 +157,12 @@ def _table(profile: Profile, title: str, figures: tuple[_Figure, ...]) -> Table:
     of_model = {(row.modalities, row.model): row for row in profile.rows}
     for subset in dict.fromkeys(row.modalities for row in profile.rows):
         rows = [of_model[subset, model] for model in models]
-        cells = [f"{figure.value(row):,.{figure.digits}f}" for row in rows for figure in figures]
+        cells = [figure.shown(row) for row in rows for figure in figures]
         if len(models) == 2:
-            cells.append(f"{compared.value(rows[1]) / compared.value(rows[0]):.2f}")
+            cells.append(compared.ratio(rows))
         table.add_row(letters(subset), *cells)
     return table
+
+
+def _megabytes(num_bytes: int | None) -> float | None:
+    return None if num_bytes is None else num_bytes / 1e6

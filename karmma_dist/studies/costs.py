@@ -6,26 +6,21 @@ Counted on the meta device: neither shards nor weights are needed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from karmma_dist.errors import UserError
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.profiling.flops import ClipFlops, flops_per_clip, meta_clip, meta_model
-from karmma_dist.profiling.memory import FusedAttention, PeakMemory, inference_peak
+from karmma_dist.profiling.flops import ClipFlops, flops_per_clip, meta_clip, meta_model, meta_tokens
+from karmma_dist.profiling.memory import FUSION_CLIPS, fusion_peak, inference_peak
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards import MANIFEST, ShardFolder
 from karmma_dist.studies.plan import State, StudyPlan, StudyRun
 from karmma_dist.studies.study import Column, Study
 from karmma_dist.training.run_log import BEST
-
-_FUSION_CLIPS = 32
-"""Clips of the batch whose fusion block is measured, as in the paper's Tab. V."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,8 @@ class Counter:
         if column.metric in ("params", "trainable"):
             return sum(n for p, n in sizes.items() if column.metric == "params" or p.requires_grad) / 1e6
         if column.metric.startswith("fusion_memory"):
-            return _fusion_peak(model, fused=column.metric == "fusion_memory") / 1e9
+            tokens_BTD = meta_tokens(model.fusion, sum(model.num_tokens.values()), FUSION_CLIPS)
+            return fusion_peak(model.fusion, tokens_BTD, fused=column.metric == "fusion_memory") / 1e9
         clip = meta_clip(recipe.inputs, subset)
         activations = inference_peak(model, clip, torch.ones(1, len(subset), dtype=torch.bool))
         return (4 * sum(sizes.values()) + activations) / 1e9
@@ -163,19 +159,3 @@ def _forward(counted: ClipFlops, present: Mapping[str, int], clips: int) -> int:
     if not any(seen.values()):
         return 0
     return counted.forward(seen, clips if len(seen) > 1 else sum(seen.values()))
-
-
-def _fusion_peak(model: KarmmaModel, fused: bool) -> int:
-    """Peak bytes of the fusion block's tokens and activations in fp32, without weights.
-
-    Without `fused` attention its matrix of weights is made and kept, as in the paper's figures.
-    """
-    present = torch.ones(_FUSION_CLIPS, len(model.modalities), dtype=torch.bool)
-    tokens: dict[str, Tensor] = {
-        m: torch.empty(_FUSION_CLIPS, model.num_tokens[m], model.recipe.width, device="meta") for m in model.modalities
-    }
-    with torch.no_grad(), FusedAttention() if fused else nullcontext(), PeakMemory("meta") as memory:
-        memory.ignore([*model.parameters(), *model.buffers()])
-        memory.hold(tokens.values())
-        model.fuse(tokens, present)
-    return memory.peak_bytes

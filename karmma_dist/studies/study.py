@@ -47,8 +47,8 @@ class Column(Settings):
     metric: str = "action_top1"
     """An accuracy in percent (`action_top1`, `verb_top5`, ...), or a cost that needs no training: `gflops` of a forward
     pass, `params` and `trainable` in millions, `memory` of inference with one clip in fp32 in GB (weights and
-    activations), `fusion_memory` of the fusion block's activations with 32 clips in fp32 in GB, and
-    `fusion_memory_unfused` of the same with attention that keeps its matrix of weights."""
+    activations), `fusion_memory` of the fusion block's tokens and activations with 32 clips in fp32 in GB, and
+    `fusion_memory_unfused` of the same with attention that makes its matrix of weights."""
     at: str = "all"
     """What is there: `all` modalities of the model, a subset such as `V+F`, or `drop 0.5`: each is lost with that
     probability. Over several conditions: `average` over all subsets, `relative drop` (average loss of the proper
