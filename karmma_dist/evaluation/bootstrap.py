@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from karmma_dist.evaluation.metrics import curve_areas
 from karmma_dist.evaluation.outcomes import Outcomes
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import Row, by_drop_prob, by_subset
@@ -146,8 +145,10 @@ def area_weights(rows: Sequence[Row]) -> np.ndarray:
     found = by_drop_prob(rows)
     if found is None:
         return np.zeros(len(rows))
-    weights_P = curve_areas(list(found[1]), np.eye(len(found[1])))  # the area is linear in the heights
-    return _weights(rows, list(zip(found[1].values(), weights_P.tolist(), strict=True)))
+    probabilities = np.array(list(found[1]))
+    half_widths = np.diff(probabilities) / (2 * (probabilities[-1] - probabilities[0]))
+    heights = np.concatenate([half_widths, [0.0]]) + np.concatenate([[0.0], half_widths])
+    return _weights(rows, list(zip(found[1].values(), heights.tolist(), strict=True)))
 
 
 def probability_weights(rows: Sequence[Row]) -> list[np.ndarray]:

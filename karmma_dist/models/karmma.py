@@ -119,6 +119,17 @@ class KarmmaModel(nn.Module):
             self.encoders[modality].requires_grad_(False)
         self.train(self.training)
 
+    @property
+    def fusion_block(self) -> FusionBlock:
+        """The fusion block.
+
+        Raises:
+            UserError: with `fusion: mean` a model has none.
+        """
+        if self.fusion is None:
+            raise UserError("a model with model.fusion mean has no fusion block")
+        return self.fusion
+
     def train(self, mode: bool = True) -> KarmmaModel:
         """Set the mode of everything but frozen encoders, which stay in eval mode."""
         super().train(mode)

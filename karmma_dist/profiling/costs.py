@@ -166,7 +166,7 @@ def profile_recipe(
     """
     load = workload or Workload()
     subjects, notes = find_subjects(name, overrides)
-    available = subjects[-1].modalities
+    available = subjects[0].modalities  # a student may take fewer than its teacher
     chosen = subsets(available) if modalities is None else [parse_modalities(modalities, available)]
     whole = {subject.role: _meta(subject, subject.modalities) for subject in subjects}
     flops = {role: flops_per_clip(model) for role, model in whole.items()} if load.part == "model" else {}
@@ -174,6 +174,8 @@ def profile_recipe(
     rows = []
     for subset in chosen:
         for subject in subjects:
+            if not set(subset) <= set(subject.modalities):
+                continue
             like = _sizes(subject, subset)
             if like not in known and load.part == "fusion":
                 known[like] = fusion_cost(subject, subset, whole[subject.role], load)
@@ -227,7 +229,7 @@ def fusion_cost(subject: Subject, subset: tuple[str, ...], whole: KarmmaModel, w
         whole: The recipe's whole model on the meta device; it is not touched.
         workload: Precision and batch of what is counted as memory.
     """
-    block = deepcopy(whole.fusion).to(workload.dtype)
+    block = deepcopy(whole.fusion_block).to(workload.dtype)
     tokens = {m: whole.num_tokens[m] for m in subset}
     in_block = [whole.num_tokens[m] for m in modalities_in_block(whole, subset)]
     flops, flops_whole = (
@@ -279,7 +281,7 @@ def _sizes(subject: Subject, subset: tuple[str, ...]) -> str:
 
 def _beside_published(role: str, model: KarmmaModel) -> list[str]:
     """Return the paper's memory of its fusion block beside ours, in one sentence; nothing for any other block."""
-    recipe, block = model.recipe, model.fusion
+    recipe, block = model.recipe, model.fusion_block
     num_tokens = [encoder.num_tokens for encoder in model.encoders.values() if isinstance(encoder, Encoder)]
     if (recipe.width, recipe.num_heads, recipe.num_layers, recipe.feedforward, *num_tokens) != _PUBLISHED_SIZES:
         return []

@@ -219,20 +219,21 @@ def _build(subject: Subject, part: str, device: torch.device, dtype: torch.dtype
             model = KarmmaModel(subject.model, subject.inputs, subject.modalities, subject.heads)
         return model.to(device=device, dtype=dtype).eval()
     model = meta_model(subject.model, subject.inputs, subject.modalities, subject.heads).eval()
-    model.fusion = model.fusion.to(dtype).to_empty(device=device)
-    for parameter in model.fusion.parameters():
+    model.fusion_block.to(dtype).to_empty(device=device)
+    for parameter in model.fusion_block.parameters():
         nn.init.normal_(parameter, std=INIT_STD)
     return model
 
 
 def _case(row: Cost, model: KarmmaModel) -> _Case:
     """Return a batch of random clips that have the row's modalities, for a model or its fusion block."""
-    weight = model.fusion.cls_token
+    weight = model.fusion_block.cls_token
     make = partial(torch.rand, dtype=weight.dtype, device=weight.device)
     if row.part == "fusion":
         num_tokens = sum(model.num_tokens[m] for m in modalities_in_block(model, row.modalities))
         tokens_BTD = make(row.batch, num_tokens, weight.shape[-1])
-        return _Case(partial(model.fusion, tokens_BTD), partial(fusion_peak, model.fusion, tokens_BTD), [tokens_BTD])
+        block = model.fusion_block
+        return _Case(partial(block, tokens_BTD), partial(fusion_peak, block, tokens_BTD), [tokens_BTD])
     inputs = {m: make(row.batch, *input_shape(m, model.inputs)) for m in row.modalities}
     present_BM = torch.tensor([[m in row.modalities for m in model.modalities]] * row.batch)
     return _Case(

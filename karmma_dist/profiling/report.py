@@ -24,14 +24,14 @@ class _Figure:
     compared: bool = False
     """True if the ratio of two models is shown."""
 
-    def shown(self, row: Cost) -> str:
-        """Return the cell."""
-        value = self.value(row)
+    def shown(self, row: Cost | None) -> str:
+        """Return the cell of a model; None: it does not take these modalities."""
+        value = None if row is None else self.value(row)
         return "-" if value is None else f"{value:,.{self.digits}f}"
 
-    def ratio(self, rows: list[Cost]) -> str:
+    def ratio(self, rows: list[Cost | None]) -> str:
         """Return the cell that compares the second row with the first."""
-        first, second = (self.value(row) for row in rows)
+        first, second = (None if row is None else self.value(row) for row in rows)
         return f"{second / first:.2f}" if first and second is not None else "-"
 
 
@@ -156,7 +156,7 @@ def _table(profile: Profile, title: str, figures: tuple[_Figure, ...]) -> Table:
         table.add_column(f"ratio\n{compared.heading}", justify="right", no_wrap=True)
     of_model = {(row.modalities, row.model): row for row in profile.rows}
     for subset in dict.fromkeys(row.modalities for row in profile.rows):
-        rows = [of_model[subset, model] for model in models]
+        rows = [of_model.get((subset, model)) for model in models]
         cells = [figure.shown(row) for row in rows for figure in figures]
         if len(models) == 2:
             cells.append(compared.ratio(rows))

@@ -101,8 +101,8 @@ class Counter:
         if column.metric in ("params", "trainable"):
             return sum(n for p, n in sizes.items() if column.metric == "params" or p.requires_grad) / 1e6
         if column.metric.startswith("fusion_memory"):
-            tokens_BTD = meta_tokens(model.fusion, sum(model.num_tokens.values()), FUSION_CLIPS)
-            return fusion_peak(model.fusion, tokens_BTD, fused=column.metric == "fusion_memory") / 1e9
+            tokens_BTD = meta_tokens(model.fusion_block, sum(model.num_tokens.values()), FUSION_CLIPS)
+            return fusion_peak(model.fusion_block, tokens_BTD, fused=column.metric == "fusion_memory") / 1e9
         clip = meta_clip(recipe.inputs, subset)
         activations = inference_peak(model, clip, torch.ones(1, len(subset), dtype=torch.bool))
         return (4 * sum(sizes.values()) + activations) / 1e9
