@@ -72,7 +72,8 @@ def check_teachers(plan: StudyPlan) -> None:
             card = validate(read_tree(path / CARD), ModelCard, str(path / CARD))
             heads = counter.heads(run.recipe)
             if card.heads != heads:
-                raise UserError(f"{run.name}: its teacher {path} has the heads {card.heads}, the clips have {heads}")
+                theirs, ours = (", ".join(f"{head} {num}" for head, num in sorted(of.items())) for of in (card.heads, heads))
+                raise UserError(f"{run.name}: the classes of its teacher {path} are {theirs}, those of the clips {ours}")
 
 
 def _evaluate(

@@ -12,7 +12,9 @@ from study_kit import STUDY, write_study
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
-from karmma_dist.recipe import load_chain, save_recipe
+from karmma_dist.models.pretrained import CARD, ModelCard
+from karmma_dist.recipe import load_chain, load_recipe, save_recipe
+from karmma_dist.settings import dump
 from karmma_dist.studies.costs import plan_costs
 from karmma_dist.studies.jobs import recipe_file, write_recipe
 from karmma_dist.studies.plan import StudyPlan, plan_study
@@ -96,6 +98,23 @@ def test_a_row_or_study_that_does_not_exist_is_named_with_the_nearest(home: Path
         plan_study(load_study("tiny/tab0"), only=("studnt",))
     with pytest.raises(UserError, match=r"did you mean 'tiny/studies/tab0'"):
         load_study("tiny/tab1")
+
+
+@pytest.mark.parametrize("how", [["--dry-run"], ["--slurm", "--dry-run"], ["--slurm"], []])
+def test_a_finished_teacher_of_other_classes_is_refused_before_anything_is_trained(
+    home: Path, capsys: pytest.CaptureFixture[str], how: list[str]
+) -> None:
+    write_study(home, rows({}, {"set": ["distill.teacher=other", "after=[]"]}))
+    recipe = load_recipe("tiny/teacher")
+    heads = {"verb": 4, "noun": 7}
+    card = ModelCard(modalities=recipe.data.modalities, heads=heads, model=recipe.model, inputs=recipe.inputs)
+    (home / "other").mkdir()
+    (home / "other" / CARD).write_text(dump(card))
+    assert main(["study", "tiny/tab0", *how]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "the classes of its teacher other are noun 7, verb 4, those of the clips noun 6, verb 4" in error
+    assert not (home / "runs").exists()
 
 
 def test_a_study_is_found_by_its_short_name_and_by_its_path(home: Path) -> None:
