@@ -72,8 +72,14 @@ def check_teachers(plan: StudyPlan) -> None:
             card = validate(read_tree(path / CARD), ModelCard, str(path / CARD))
             heads = counter.heads(run.recipe)
             if card.heads != heads:
-                theirs, ours = (", ".join(f"{head} {num}" for head, num in sorted(of.items())) for of in (card.heads, heads))
-                raise UserError(f"{run.name}: the classes of its teacher {path} are {theirs}, those of the clips {ours}")
+                raise UserError(
+                    f"{run.name}: the classes of its teacher {path} are {_listed(card.heads)}, those of the clips "
+                    f"{_listed(heads)}"
+                )
+
+
+def _listed(heads: dict[str, int]) -> str:
+    return ", ".join(f"{head} {num}" for head, num in sorted(heads.items()))
 
 
 def _evaluate(
