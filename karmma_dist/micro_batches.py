@@ -22,7 +22,7 @@ from karmma_dist.recipe import Recipe, TrainingRecipe
 
 @dataclass(frozen=True)
 class BatchDivision:
-    """What every rank does in an optimizer step: `accumulation` forward passes of `micro_batch_size` clips."""
+    """Each rank's share of an optimizer step: `accumulation` forward passes of `micro_batch_size` clips."""
 
     num_ranks: int
     accumulation: int
@@ -39,7 +39,7 @@ class BatchDivision:
 
 @dataclass(frozen=True)
 class Nearest:
-    """What is nearest to a batch that does not divide: below it and above it, where something is."""
+    """The numbers nearest to those of a batch that does not divide: one below and one above, where they exist."""
 
     batch_sizes: list[int]
     """Clips per optimizer step, for the same number of ranks."""

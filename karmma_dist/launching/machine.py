@@ -123,7 +123,7 @@ def check_shards(chain: Sequence[Recipe]) -> list[Check]:
 
 
 def check_batch(chain: Sequence[Recipe], num_gpus: int) -> list[Check]:
-    """Whether the ranks here, one per GPU, divide the batches left to train; and those of a Slurm job, if they do not.
+    """Check that the ranks here, one per GPU, divide the batches left to train; note where those of a Slurm job do not.
 
     Args:
         chain: the recipes.
