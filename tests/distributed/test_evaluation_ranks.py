@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from patience import HANGS_S
 
 from karmma_dist.launching.local import rank_command, rank_environments
 from karmma_dist.models.pretrained import save_model
@@ -75,7 +76,7 @@ def test_ranks_that_were_given_different_runs_are_refused(folder: Path) -> None:
         )
         for name, environment in zip(["one", "two"], rank_environments(2), strict=True)
     ]  # fmt: skip
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    said = [rank.communicate(timeout=HANGS_S)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert all("rank 1 was given two on split 'validation'" in text for text in said)
     assert not list(folder.glob("runs/*/eval"))

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from patience import HANGS_S
 from recipe_kit import tiny_recipe
 from safetensors.torch import load_file
 
 from karmma_dist.training.rendezvous import free_port
-
-pytestmark = pytest.mark.timeout(600)  # four jobs of two ranks in one test, on a machine that may be busy
 
 RECIPE = tiny_recipe(
     ["video", "audio"],
@@ -52,7 +51,7 @@ def run(folder: Path, shards: Path, changes: str = "", *overrides: str) -> list[
         command = [sys.executable, "-c", script]
         ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True))
     try:
-        said = [process.communicate(timeout=150)[1] for process in ranks]
+        said = [process.communicate(timeout=HANGS_S)[1] for process in ranks]
         return [(process.returncode, text) for process, text in zip(ranks, said, strict=True)]
     finally:
         for process in ranks:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import HANGS_S
 from test_ranks import command
 
 from karmma_dist.training.rendezvous import free_port
@@ -40,7 +41,7 @@ def doctors(*programs: list[str], cwd: Path, arguments: list[str]) -> list[tuple
     ended = []
     try:
         for rank in ranks:
-            out, err = rank.communicate(timeout=150)
+            out, err = rank.communicate(timeout=HANGS_S)
             ended.append((rank.returncode, out, err))
     finally:
         for rank in ranks:

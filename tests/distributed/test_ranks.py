@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from kit import command
+from patience import HANGS_S
 
 from karmma_dist.shards import ShardFolder
 
@@ -28,7 +29,7 @@ def test_the_damage_budget_counts_the_clips_of_all_ranks(shards: Path, tmp_path:
     arguments = command(tmp_path, copy, "data.max_damaged_fraction=0.1", "training.epochs=50", "optimizer.lr=0.001")
     done = subprocess.run(
         [sys.executable, "-m", "karmma_dist", "launch", arguments[0], "--local", "2", *arguments[1:]],
-        cwd=tmp_path, capture_output=True, text=True, timeout=150,
+        cwd=tmp_path, capture_output=True, text=True, timeout=HANGS_S,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.count("4 of 30 clips are damaged, data.max_damaged_fraction allows 3") == 1
@@ -43,7 +44,7 @@ def test_the_damage_budget_counts_the_clips_of_all_ranks(shards: Path, tmp_path:
 def test_half_a_launcher_environment_is_one_line(shards: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "karmma_dist", "train", *command(tmp_path, shards)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=150, env={**os.environ, "RANK": "0"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=HANGS_S, env={**os.environ, "RANK": "0"},
     )  # fmt: skip
     assert done.returncode == 2
     assert "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not" in done.stderr

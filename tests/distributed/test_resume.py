@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from kit import RECIPE, command, karmma_dist, outcome
+from patience import HANGS_S
 
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards import ShardFolder
@@ -49,11 +50,11 @@ def start(folder: Path, shards: Path, num_ranks: int, *overrides: str, script: s
 def end(ranks: list[subprocess.Popen[str]], status: int) -> str:
     """Wait for the main rank, which must end with `status`; kill the others where it was killed; all that they said."""
     try:
-        said = ranks[0].communicate(timeout=150)[0]
+        said = ranks[0].communicate(timeout=HANGS_S)[0]
         if status == -signal.SIGKILL:
             for rank in ranks[1:]:
                 rank.kill()
-        said += "".join(rank.communicate(timeout=150)[0] for rank in ranks[1:])
+        said += "".join(rank.communicate(timeout=HANGS_S)[0] for rank in ranks[1:])
     finally:
         for rank in ranks:
             rank.kill()

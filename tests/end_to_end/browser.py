@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+from patience import HANGS_S
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -59,7 +60,7 @@ class Browser:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._write)  # the browser ends when its pipe does
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=HANGS_S)
         os.close(self._read)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:

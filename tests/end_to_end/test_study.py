@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from patience import HANGS_S
 from study_kit import STUDY, write_study
 
 COMMAND = [sys.executable, "-m", "karmma_dist", "study", "tiny/tab0", "--local", "2"]
@@ -21,7 +22,7 @@ def test_a_killed_study_goes_on_and_reports(shards: Path, tmp_path: Path) -> Non
     runs = tmp_path / "runs" / "tiny"
     with open(tmp_path / "first.log", "w") as log:
         first = subprocess.Popen(COMMAND, cwd=tmp_path, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANGS_S
         while not is_finished(runs / "teacher@seed0") and time.monotonic() < deadline:
             time.sleep(0.2)
         first.send_signal(signal.SIGKILL)
@@ -30,7 +31,7 @@ def test_a_killed_study_goes_on_and_reports(shards: Path, tmp_path: Path) -> Non
     assert not any(is_finished(run) for run in runs.glob("student*"))
     before = (runs / "teacher@seed0" / "weights.safetensors").stat().st_mtime_ns
 
-    done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=dict(os.environ))
+    done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS_S, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
     assert (runs / "teacher@seed0" / "weights.safetensors").stat().st_mtime_ns == before
     assert sorted(path.name.partition("@")[2] for path in runs.iterdir()) == ["seed0", "seed0", "seed1", "seed1"]

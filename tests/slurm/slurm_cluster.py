@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from patience import HANGS_S
+
 NODES = ("n1", "n2")
 REQUIRE = "KARMMA_DIST_REQUIRE_SLURM"
 """With this environment variable set to 1 a missing cluster is a failure, not a skip."""
@@ -139,7 +141,7 @@ class Cluster:
     def command(self, *arguments: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
         """Run a Slurm command and return what it printed."""
         done = subprocess.run(
-            arguments, env={**self.environment, **variables}, cwd=cwd, capture_output=True, text=True, timeout=120
+            arguments, env={**self.environment, **variables}, cwd=cwd, capture_output=True, text=True, timeout=HANGS_S
         )
         if check and done.returncode:
             raise AssertionError(f"{arguments}: status {done.returncode}: {done.stdout}{done.stderr}\n{self.logs()}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANGS_S
 from safetensors.torch import load_file
 from slurm_cluster import Cluster
 
@@ -29,7 +30,7 @@ def launch(cluster: Cluster, home: Path, *arguments: str, **variables: str) -> s
     """`karmma-dist launch` on the cluster's login node."""
     command = [sys.executable, "-m", "karmma_dist", "launch", *arguments]
     environment = {**cluster.environment, **variables}
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=HANGS_S)
 
 
 def train(cluster: Cluster, home: Path, name: str) -> tuple[str, Path]:

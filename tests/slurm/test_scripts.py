@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from patience import HANGS_S
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
@@ -62,7 +63,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(ROOT / "slurm" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS_S)
 
 
 def compare(name: str, text: str) -> None:
@@ -75,10 +76,10 @@ def compare(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_every_script_is_sound_shell(script: Path) -> None:
-    assert subprocess.run(["bash", "-n", str(script)], timeout=60).returncode == 0
+    assert subprocess.run(["bash", "-n", str(script)], timeout=HANGS_S).returncode == 0
     if shutil.which("shellcheck"):
         checked = subprocess.run(
-            ["shellcheck", "--severity=warning", str(script)], capture_output=True, text=True, timeout=60
+            ["shellcheck", "--severity=warning", str(script)], capture_output=True, text=True, timeout=HANGS_S
         )
         assert checked.returncode == 0, checked.stdout
 
@@ -246,7 +247,7 @@ def test_the_lines_of_a_chain_do_what_they_say(
     (tmp_path / "calls").unlink()
     sets = [word for override in overrides for word in ("--set", override)]
     assert main(["launch", recipes[0], "--then", recipes[1], "--then", recipes[2], *sets, "--dry-run"]) == 0
-    subprocess.run(["bash", "-eu"], input=capsys.readouterr().out, text=True, timeout=60, check=True)
+    subprocess.run(["bash", "-eu"], input=capsys.readouterr().out, text=True, timeout=HANGS_S, check=True)
     assert (tmp_path / "calls").read_text() == submitted
     assert "--dependency=afterok:2" in submitted
     assert submitted.count("--set=runs_dir=my runs") == 3

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from packing_kit import write_movie
 
@@ -64,3 +66,16 @@ def make_place(root: Path) -> Path:
     save_run(root / "teacher", ["video", "flow", "audio"], "leave_out")
     save_run(root / "listener", ["audio"])
     return root
+
+
+def flat(value: Any, place: str = "") -> dict[str, Any]:
+    """Return every leaf of nested dictionaries and lists under its place, as `pytest.approx` compares them."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for name, item in items for key, leaf in flat(item, f"{place}/{name}").items()}
+    return {place: value}
+
+
+def but_for_rounding(value: Any) -> Any:
+    """Return what `flat` of equal figures is equal to: batches of other sizes may be summed in another order."""
+    return pytest.approx(flat(value))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+from patience import HANGS_S
 
 from karmma_dist.cli import cli, main
 
@@ -48,7 +49,7 @@ def test_help_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'deepspeed', 'numpy', 'av', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS_S)
     assert done.returncode == 0, done.stderr
 
 
@@ -98,7 +99,7 @@ def test_steps_to_trace_that_make_no_sense_are_one_line(
 def test_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         words = [sys.executable, "-m", "karmma_dist", "recipe", "show", "demo/video"]
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=HANGS_S)
     assert done.returncode == 1
     assert done.stderr == "error: output: No space left on device\n"
 
@@ -107,6 +108,6 @@ def test_output_that_nobody_reads_any_more_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     words = [sys.executable, "-m", "karmma_dist", "recipe", "show", "demo/video"]
-    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=HANGS_S)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from evaluation_kit import flat
 from test_evaluation_corruptions import (
     EVERY,
     HEADS,
@@ -134,14 +134,6 @@ def test_predictions_are_those_of_whole_sensors_only(num_views: int):
         assert np.array_equal(found.log_probs[head], expected.log_probs[head])
     assert rows[1][: len(whole)] == rows[0]
     assert len(rows[1]) == len(every) > len(whole)
-
-
-def flat(value: Any, place: str = "") -> dict[str, Any]:
-    """Every leaf of nested dictionaries and lists under its place, as `pytest.approx` compares them."""
-    if isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for name, item in items for key, leaf in flat(item, f"{place}/{name}").items()}
-    return {place: value}
 
 
 def test_models_are_paired_failure_by_failure_and_averaged_with_whole_sensors():

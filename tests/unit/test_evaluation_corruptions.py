@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation_kit import but_for_rounding, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -167,8 +168,8 @@ def test_blur_keeps_a_flat_picture_and_the_mean_of_any_within_rounding():
     dot = torch.zeros(1, 1, 41, 41, 3, dtype=torch.uint8)
     dot[:, :, 20, 20] = 255
     spread = spoil_pixels("video", "blur", 0.02, dot, ["k"], 0)[0, 0, :, :, 0].double()
-    assert torch.equal(spread, spread.T)
-    assert torch.equal(spread, spread.flip(0))
+    for other in (spread.T, spread.flip(0)):
+        assert float((spread - other).abs().max()) <= 1  # columns are averaged after rows: a half may round either way
     assert float(spread.sum()) == pytest.approx(255, rel=0.05)
     of_line = math.erf(0.5 / (0.02 * 41 * math.sqrt(2)))
     assert float(spread[20, 20] / 255) == pytest.approx(of_line**2, rel=0.02)
@@ -243,7 +244,7 @@ def test_rows_of_a_broken_sensor_are_those_of_a_dataset_recorded_with_it():
     for condition, row in zip(conditions, rows, strict=True):
         recorded = [recorded_with(batch, condition) for batch in make_batches()]
         alone = evaluate(Average(), recorded, [replace(condition, corrupt=None)], device="cpu").rows[0]
-        assert row == alone | {"corrupt": condition.corrupt}
+        assert flat(row) == but_for_rounding(alone | {"corrupt": condition.corrupt})
     differing = {row["corrupt"] for row in rows if row["verb_loss"] not in [r["verb_loss"] for r in rows[:30]]}
     assert differing == set(EVERY)
 

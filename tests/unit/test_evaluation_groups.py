@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation_kit import but_for_rounding, flat
 from hypothesis import given
 from hypothesis import strategies as st
 from test_evaluation_evaluate import CONDITIONS, HEADS, MODALITIES, Fusion, make_batches, naive_row, singles
@@ -85,9 +86,9 @@ def test_clips_that_are_left_out_or_unlabelled_are_in_no_figure():
     counted = [clip for clip, out in zip(singles(batches), (unlabelled_N | pruned_N).tolist(), strict=True) if not out]
     assert found.summary["num_clips"] == len(counted) == 50 - 2 - int(pruned_N.sum())
     alone = evaluate(Fusion(), counted, CONDITIONS, device="cpu")
-    assert found.rows == alone.rows
+    assert flat(found.rows) == but_for_rounding(alone.rows)
     for name in ("num_clips", "num_present", "majority_top1", "subsets", "drop_curve"):
-        assert found.summary[name] == alone.summary[name]
+        assert flat(found.summary[name]) == but_for_rounding(alone.summary[name])
 
 
 def test_a_group_that_no_clip_is_in_has_an_empty_figure(tmp_path):

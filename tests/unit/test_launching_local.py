@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from patience import HANGS_S
 
 from karmma_dist.errors import ERROR_FILE, say
 from karmma_dist.launching.local import launch_local, rank_command, shown_commands
@@ -47,7 +48,7 @@ def launcher(body: str, num_ranks: int = 2, grace_s: float = 60.0) -> Iterator[s
 def run(body: str, num_ranks: int = 2, grace_s: float = 60.0) -> tuple[int, str, str]:
     """Exit code, output and errors."""
     with launcher(body, num_ranks, grace_s) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=HANGS_S)
         return process.returncode, out, err
 
 
@@ -82,7 +83,7 @@ sys.exit(85)
     with launcher(body) as process:
         assert lines(process, 2) == ["ready", "ready"]
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=HANGS_S)
     assert (process.returncode, err) == (85, "")
     assert out.splitlines() == [f"got {int(number)}"] * 2
 
@@ -95,8 +96,8 @@ signal.pause()
 """
     with launcher(body, num_ranks=3, grace_s=0.1) as process:
         pids = dict(line.split() for line in lines(process, 3))
-        subprocess.run(["kill", "-KILL", pids["1"]], check=True, timeout=60)
-        _, err = process.communicate(timeout=60)
+        subprocess.run(["kill", "-KILL", pids["1"]], check=True, timeout=HANGS_S)
+        _, err = process.communicate(timeout=HANGS_S)
     assert process.returncode == 137
     assert err == "error: rank 1 was killed by SIGKILL; the others were ended\n"
 
@@ -105,7 +106,7 @@ def test_no_rank_survives_a_killed_launcher() -> None:
     with launcher('tell("ready")\nsignal.pause()') as process:
         assert lines(process, 2) == ["ready", "ready"]
         process.kill()
-        out, err = process.communicate(timeout=60)  # to the end of the pipes that the ranks hold
+        out, err = process.communicate(timeout=HANGS_S)  # to the end of the pipes that the ranks hold
     assert (process.returncode, out, err) == (-signal.SIGKILL, "", "")
 
 
@@ -157,7 +158,7 @@ except KeyboardInterrupt:
     with launcher(body) as process:
         assert lines(process, 2) == ["ready", "ready"]
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=HANGS_S)
     assert (process.returncode, err) == (130, "interrupted: run the same command again to go on\n")
     assert out.splitlines() == ["interrupted"] * 2
 
@@ -175,7 +176,7 @@ signal.pause()
         process.send_signal(signal.SIGINT)
         assert lines(process, 2) == ["ignored", "ignored"]
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=HANGS_S)
     assert (process.returncode, err) == (130, "interrupted: the ranks were ended before they said anything\n")
 
 

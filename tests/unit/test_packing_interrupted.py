@@ -21,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from packing_kit import epic_spec, folder_bytes, movie_path, row, write_epic, write_frames, write_movie
+from patience import HANGS_S
 
 from karmma_dist import shards
 from karmma_dist.cli import main
@@ -37,8 +38,6 @@ from karmma_dist.packing.verify import verify
 
 UNIT_CLIPS = 32
 """A recording with as many is a unit of its own: two of them keep two workers busy."""
-
-BOUND_S = 120
 
 
 class SmallDisk:
@@ -349,7 +348,7 @@ def start(raw: Path, out: Path) -> subprocess.Popen[str]:
 
 def end_of(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
     """Its output, and its errors except progress. Both are complete only when all its workers are gone too."""
-    out, err = process.communicate(timeout=BOUND_S)
+    out, err = process.communicate(timeout=HANGS_S)
     # The empty line is click's: it ends the line on which a terminal shows ^C.
     return out, [line for line in err.splitlines() if line and not line.startswith(("cut: ", "write: "))]
 
@@ -360,7 +359,6 @@ def mend(frames: Path, raw: Path, pipes: list[Path]) -> None:
         shutil.copy(frames / path.relative_to(raw), path)
 
 
-@pytest.mark.timeout(BOUND_S)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
 def test_two_workers_stopped_in_the_middle_of_cutting_leave_nothing_and_the_rerun_completes(
     frames: Path,
@@ -390,7 +388,6 @@ def test_two_workers_stopped_in_the_middle_of_cutting_leave_nothing_and_the_reru
     assert folder_bytes(tmp_path / "out") == packed_frames
 
 
-@pytest.mark.timeout(BOUND_S)
 def test_ctrl_c_while_workers_start_is_one_line(stuck: tuple[Path, list[Path]], tmp_path: Path) -> None:
     process = start(stuck[0], tmp_path / "out")
     assert process.stderr is not None
@@ -401,7 +398,6 @@ def test_ctrl_c_while_workers_start_is_one_line(stuck: tuple[Path, list[Path]], 
     assert errors == ["interrupted: run the same command again to go on"]
 
 
-@pytest.mark.timeout(BOUND_S)
 def test_a_kill_in_the_middle_of_a_shard_is_never_taken_for_whole_and_the_rerun_completes(
     frames: Path, packed_frames: dict[str, str], tmp_path: Path
 ) -> None:

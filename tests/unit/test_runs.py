@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from patience import HANGS_S
 from rich.console import Console
 
 from karmma_dist.cli import main
@@ -52,7 +53,7 @@ def elsewhere() -> dict[str, Any]:
 def ended_process() -> dict[str, Any]:
     """The whereabouts of a process of this machine that has ended by now."""
     script = "import json; from karmma_dist.training.whereabouts import whereabouts; print(json.dumps(whereabouts()))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS_S, check=True)
     return dict(json.loads(done.stdout))
 
 

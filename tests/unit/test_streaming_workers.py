@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import HANGS_S
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import DataRecipe, InputRecipe
@@ -24,8 +25,6 @@ from karmma_dist.streaming.loader import TrainingClips, open_shards, training_ba
 from karmma_dist.streaming.order import Position, Schedule
 from karmma_dist.streaming.prefetch import Ahead, on_device
 from karmma_dist.streaming.workers import Batches
-
-pytestmark = pytest.mark.timeout(90)
 
 INPUTS = InputRecipe.model_validate(
     {
@@ -274,5 +273,5 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_workers_of_a_killed_trainer_end_although_nobody_takes_their_batches() -> None:
     """They hold the pipe of its output: it closes when the last of them is gone."""
-    done = subprocess.run([sys.executable, "-c", ABANDONED], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", ABANDONED], capture_output=True, timeout=HANGS_S)
     assert done.returncode == -signal.SIGKILL

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import HANGS_S
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe
@@ -51,7 +52,7 @@ def run_ranks(*chains: list[Recipe] | None, timeout_s: float = TIMEOUT_S) -> lis
             for rank, chain in enumerate(chains)
             if chain is not None
         ]
-        return [future.result(timeout=150) for future in futures]
+        return [future.result(timeout=HANGS_S) for future in futures]
 
 
 def test_ranks_that_fit_together_are_fit(shards: Path, tmp_path: Path) -> None:
