@@ -61,7 +61,7 @@ def run_demo(out: Path, report: Report) -> Path:
     spec = load_spec("demo", raw=raw, out=shards)
     timings.measure("pack", partial(pack, spec, workers=2, progress=report))
     recipes = _recipes(out)
-    timings.measure(f"train {len(recipes)} models", partial(_train, out, recipes, report))
+    timings.measure(f"train {len(recipes)} models", partial(train_side_by_side, out, recipes, report))
     runs = {title: recipes[f"demo/{name}"].run_dir for title, name in STUDENTS.items()}
     found = compare_students(out, runs, timings, report)
     notes = [
@@ -73,7 +73,7 @@ def run_demo(out: Path, report: Report) -> Path:
     return write_report(out, ReportContent(title, found["models"], notes, timings.seconds, found["comparison"]))
 
 
-def _train(out: Path, recipes: Mapping[str, Recipe], report: Report) -> None:
+def train_side_by_side(out: Path, recipes: Mapping[str, Recipe], report: Report) -> None:
     """Train what is not finished, as many models side by side as there are cores, at most two.
 
     Raises:
