@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 import torch.utils.data
 import webdataset as wds
 
@@ -30,7 +31,7 @@ from karmma_dist.streaming.watch import Activity, Board, Doing
 
 _POLL_S = 5.0
 """How often a waiting trainer looks whether its workers live."""
-_JOIN_S = 5.0
+_JOIN_S = 30.0
 """How long killed workers may take to be gone."""
 
 _abandoned: list[Any] = []
@@ -139,6 +140,7 @@ class Batches(Iterator[Batch]):
         if kill and self._processes:
             _abandoned.append(iterator)
             self._kill()
+            _forget_workers(iterator)
         else:
             del iterator  # the last reference: torch tells its workers to end, waits for them, and ends those left
             if any(process.is_alive() for process in self._processes):
@@ -272,6 +274,16 @@ def _portable(error: Exception) -> Exception:
     told = RuntimeError(f"{type(error).__name__}: {error}")
     told.__notes__ = list(error.__notes__)
     return told
+
+
+def _forget_workers(iterator: Any) -> None:
+    """Take killed workers from those that torch's handler of SIGCHLD watches, as torch does once it has ended them.
+
+    One that takes long to be gone would else be an error at whatever line the main thread has come to.
+    """
+    if getattr(iterator, "_worker_pids_set", False):
+        torch._C._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
 
 
 def _is_of_loader(error: BaseException | None) -> bool:

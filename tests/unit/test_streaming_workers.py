@@ -20,6 +20,7 @@ from patience import HANGS_S
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import DataRecipe, InputRecipe
 from karmma_dist.streaming import reader
+from karmma_dist.streaming import workers as workers_module
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule
@@ -158,6 +159,19 @@ def test_leaving_early_ends_the_workers(shards: Path) -> None:
         assert all(is_running(pid) for pid in pids)
     assert not any(is_running(pid) for pid in pids)
     assert list(batches) == []
+
+
+def test_killed_workers_that_take_long_to_be_gone_disturb_nobody(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's handler of SIGCHLD would raise in the join below."""
+    monkeypatch.setattr(workers_module, "_JOIN_S", 0.0)
+    batches = make(shards, workers=2, epochs=100)
+    next(batches)
+    batches.close(kill=True)
+    for process in batches._processes:
+        process.join(HANGS_S)
+        assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_stream_of_a_billion_epochs_starts_at_once(shards: Path) -> None:
