@@ -14,6 +14,7 @@ import torch
 from patience import HANGS_S
 from safetensors.torch import load_file
 from slurm_cluster import Cluster
+from study_kit import write_study
 
 from karmma_dist.shards import ShardFolder
 
@@ -175,6 +176,26 @@ def test_the_scheduler_is_asked_and_nothing_submitted(cluster: Cluster, home: Pa
     assert len(done.stdout.splitlines()) == 2
     assert all("to start at" in line and "on nodes n[1-2]" in line for line in done.stdout.splitlines())
     assert cluster.command("squeue", "--noheader") == before
+
+
+def test_a_study_trains_in_arrays_over_seeds_and_ends_with_its_report(
+    cluster: Cluster, shards: Path, tmp_path: Path
+) -> None:
+    write_study(tmp_path, shards=shards)
+    shape = [f"--set=slurm.{field}" for field in ("nodes=1", "gpus_per_node=0", "cpus_per_task=1")]
+    command = [sys.executable, "-m", "karmma_dist", "study", "tiny/tab0", "--slurm", *shape]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=HANGS_S
+    )
+    assert done.returncode == 0, done.stderr
+    teacher, student, report = (line.split()[1].rstrip(":") for line in done.stdout.splitlines())
+    assert done.stdout.splitlines()[1].endswith(f", after {teacher}")
+    assert done.stdout.splitlines()[2].endswith(f", after {teacher}, {student}")
+    log = next(iter(tmp_path.glob(f"*_{report}.log")), tmp_path / "report.log")
+    assert cluster.wait_until_ended(report, log, limit_s=400) == "COMPLETED", cluster.logs()
+    results = json.loads((tmp_path / "runs/studies/tiny/tab0/results.json").read_text())
+    assert [row["evaluated"] for row in results["rows"]] == [[0, 1], [0, 1]]
+    assert results["missing"] == {}
 
 
 def test_what_sbatch_refuses_is_one_line(cluster: Cluster, home: Path) -> None:
