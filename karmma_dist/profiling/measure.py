@@ -227,12 +227,12 @@ def _build(subject: Subject, part: str, device: torch.device, dtype: torch.dtype
 
 def _case(row: Cost, model: KarmmaModel) -> _Case:
     """Return a batch of random clips that have the row's modalities, for a model or its fusion block."""
-    weight = model.fusion_block.cls_token
+    weight = model.fusion_block.cls_token if row.part == "fusion" else next(model.parameters())
     make = partial(torch.rand, dtype=weight.dtype, device=weight.device)
     if row.part == "fusion":
-        num_tokens = sum(model.num_tokens[m] for m in modalities_in_block(model, row.modalities))
-        tokens_BTD = make(row.batch, num_tokens, weight.shape[-1])
         block = model.fusion_block
+        num_tokens = sum(model.num_tokens[m] for m in modalities_in_block(model, row.modalities))
+        tokens_BTD = make(row.batch, num_tokens, model.width)
         return _Case(partial(block, tokens_BTD), partial(fusion_peak, block, tokens_BTD), [tokens_BTD])
     inputs = {m: make(row.batch, *input_shape(m, model.inputs)) for m in row.modalities}
     present_BM = torch.tensor([[m in row.modalities for m in model.modalities]] * row.batch)

@@ -325,3 +325,16 @@ def test_what_makes_no_sense_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_model_without_a_fusion_block_is_measured_whole_and_refused_in_part(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["profile", "demo/video", "--set", DEMO, "--set", "model.fusion=mean"]
+    assert main([*command, "--measure", "--repeats", "1", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["tokens"] == {V: 1}
+    assert row["latency_ms"] > 0
+    assert main([*command, "--part", "fusion"]) == 2
+    assert capsys.readouterr().err == "error: a model with model.fusion mean has no fusion block\n"
