@@ -84,7 +84,6 @@ def train_side_by_side(out: Path, recipes: Mapping[str, Recipe], report: Report)
     for name, recipe in recipes.items():
         earlier = [str(recipes[other].run_dir / "recipe.yaml") for other in recipe.after]
         runs.append(StudyRun(recipe.model_copy(update={"after": earlier}), tuple(recipe.after), name))
-    runs = [run for run in runs if run.state() != "finished"]
     failed = train_runs(runs, out / "training", min(2, len(os.sched_getaffinity(0))), lambda _: None, report)
     for name, reason in failed.items():
         raise UserError(f"{name}: {reason}")

@@ -269,6 +269,11 @@ class DistillRecipe(Settings):
     """Keep the teacher's parameters in pieces over the ranks (ZeRO-3) and gather them layer by layer: for teachers that
     do not fit on one device. Off: every rank holds all of it."""
 
+    @property
+    def names(self) -> list[str]:
+        """Runs that teach: the one teacher, or the experts."""
+        return self.teachers or [str(self.teacher)]
+
     @model_validator(mode="after")
     def _one_teacher_or_several(self) -> DistillRecipe:
         if (self.teacher is None) == (not self.teachers):
@@ -495,7 +500,6 @@ class Recipe(Settings):
         if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             raise ValueError(f"name '{self.name}' must stay inside runs_dir")
         return self
-
 
     def _check_modalities(self) -> None:
         own, shown = self.modalities, self.data.modalities

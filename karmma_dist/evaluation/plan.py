@@ -18,7 +18,7 @@ from karmma_dist.models.pretrained import ModelCard, load_model
 from karmma_dist.recipe import DataRecipe, ViewsRecipe, read_run_recipe
 from karmma_dist.shards import ShardFolder
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
-from karmma_dist.training.run_log import BEST
+from karmma_dist.training.run_log import BEST, run_places
 
 Choose = Callable[[Sequence[str]], list[Condition]]
 """Given a model's modalities, what is there at inference."""
@@ -134,12 +134,6 @@ def run_name(run: Path) -> str:
         return run.stem
     name = read_run_recipe(home).name
     return name if home == folder else f"{name}/{BEST}"
-
-
-def run_places(run: Path) -> tuple[Path, Path]:
-    """The folder of the weights, and that of the run: the one above where these are its best."""
-    folder = run if run.is_dir() else run.parent
-    return folder, folder.resolve().parent if folder.resolve().name == BEST else folder
 
 
 def check_classes(card: ModelCard, folder: ShardFolder) -> None:

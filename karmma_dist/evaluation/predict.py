@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.evaluation.plan import check_classes, run_places
+from karmma_dist.evaluation.plan import check_classes
 from karmma_dist.evaluation.predict_media import KEY, check_file, packed_media
 from karmma_dist.evaluation.scores import ranked
 from karmma_dist.modality import parse_modalities
@@ -34,6 +34,7 @@ from karmma_dist.streaming.order import Slice
 from karmma_dist.streaming.reader import length_s
 from karmma_dist.training.device import device_of
 from karmma_dist.training.rendezvous import ALONE
+from karmma_dist.training.run_log import run_places
 
 NUM_ACTIONS = 5
 """Actions shown."""

@@ -24,7 +24,7 @@ from karmma_dist.modality import MODALITIES
 from karmma_dist.models.fusion import FusionBlock
 from karmma_dist.models.layout import build_encoder, input_shape
 from karmma_dist.models.tokens import tau_average
-from karmma_dist.models.transformer import INIT_STD, init_linears
+from karmma_dist.models.transformer import INIT_STD, at_least_float32, init_linears
 from karmma_dist.recipe import InputRecipe, ModelRecipe
 
 
@@ -94,21 +94,21 @@ class KarmmaModel(nn.Module):
         self.modalities, self.heads = tuple(modalities), dict(heads)
         encoders = {m: build_encoder(m, model.encoders[m], inputs) for m in modalities}
         self.encoders = nn.ModuleDict(encoders)
-        self.is_pooled = model.fusion == "mean"
-        self.num_tokens = {m: 1 if self.is_pooled else min(e.num_tokens, model.tau) for m, e in encoders.items()}
+        is_pooled = model.fusion == "mean"
+        self.num_tokens = {m: 1 if is_pooled else min(e.num_tokens, model.tau) for m, e in encoders.items()}
         self.frozen = frozenset(m for m in modalities if model.encoders[m].frozen)
-        self.width = encoders[modalities[0]].width if self.is_pooled else model.width
+        self.width = encoders[modalities[0]].width if is_pooled else model.width
         self.projections = nn.ModuleDict(
-            {m: nn.Identity() if self.is_pooled else nn.Linear(e.width, model.width) for m, e in encoders.items()}
+            {m: nn.Identity() if is_pooled else nn.Linear(e.width, model.width) for m, e in encoders.items()}
         )
         self.leaves_out = model.missing == "leave_out"
         standing_in = () if self.leaves_out or len(modalities) == 1 else modalities
         self.stand_ins = nn.ModuleDict({m: StandIn(self.num_tokens[m], model.width) for m in standing_in})
-        self.fusion = None if self.is_pooled else FusionBlock(
+        self.fusion = None if is_pooled else FusionBlock(
             model.width, model.num_heads, model.num_layers, model.feedforward, model.attention_dropout
         )
-        self.shared = None if self.is_pooled else nn.Linear(model.width, model.fc_width)
-        features = self.width if self.is_pooled else model.fc_width
+        self.shared = None if is_pooled else nn.Linear(model.width, model.fc_width)
+        features = self.width if is_pooled else model.fc_width
         self.classifiers = nn.ModuleDict({head: nn.Linear(features, num) for head, num in heads.items()})
         # Tells device and dtype. Asking a parameter would gather it where parameters are sharded over ranks.
         self.register_buffer("_like", torch.zeros(()), persistent=False)
@@ -181,7 +181,7 @@ class KarmmaModel(nn.Module):
         """Inputs of N clips -> (N, T, D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and modality not in self.frozen):
             tokens = self.encoders[modality](x)
-            if self.is_pooled:
+            if self.fusion is None:
                 tokens = tokens.mean(dim=1, keepdim=True)
             else:
                 tokens = tau_average(tokens, self.recipe.tau, self.recipe.grouping)
@@ -248,11 +248,10 @@ class KarmmaModel(nn.Module):
         weights = weights_BM[:, :, None]
         if self.recipe.average == "logits":
             return {head: (classifier(hidden) * weights).sum(dim=1) for head, classifier in self.classifiers.items()}
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        log_weights = weights.to(wide).log()  # -inf for tokens that do not count, which then get no gradient either
+        log_weights = at_least_float32(weights).log()  # -inf for tokens that do not count: no gradient for them either
         return {
-            head: torch.logsumexp(classifier(hidden).to(wide).log_softmax(dim=-1) + log_weights, dim=1).to(hidden.dtype)
-            for head, classifier in self.classifiers.items()
+            head: torch.logsumexp(at_least_float32(logits).log_softmax(dim=-1) + log_weights, dim=1).to(hidden.dtype)
+            for head, logits in ((head, classifier(hidden)) for head, classifier in self.classifiers.items())
         }
 
     def _check_inputs(self, inputs: dict[str, Tensor]) -> None:

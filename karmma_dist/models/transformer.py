@@ -5,11 +5,17 @@ Legend: B sequences, T tokens, D width, H heads.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 INIT_STD = 0.02
 """Standard deviation of the truncated normal that learnable tokens start from."""
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return `x` in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class SelfAttention(nn.Module):

@@ -68,11 +68,11 @@ class Counter:
 
     def model(self, recipe: Recipe, modalities: Sequence[str] | None = None) -> KarmmaModel:
         """Return a recipe's model without weights, or one that holds only some of its modalities."""
-        return meta_model(recipe.model, recipe.inputs, modalities or own_modalities(recipe), self.heads(recipe))
+        return meta_model(recipe.model, recipe.inputs, modalities or recipe.modalities, self.heads(recipe))
 
     def clip_flops(self, recipe: Recipe) -> ClipFlops:
         """Return FLOPs of one clip, by part."""
-        key = repr((recipe.model.model_dump(), recipe.inputs.model_dump(), own_modalities(recipe), self.heads(recipe)))
+        key = repr((recipe.model.model_dump(), recipe.inputs.model_dump(), recipe.modalities, self.heads(recipe)))
         if key not in self._counted:
             self._counted[key] = flops_per_clip(self.model(recipe))
         return self._counted[key]
@@ -83,13 +83,13 @@ class Counter:
         if clips is None:
             return None
         present = _expected_present(recipe, clips)
-        own = self.clip_flops(recipe).training({m: present[m] for m in own_modalities(recipe)}, clips)
+        own = self.clip_flops(recipe).training({m: present[m] for m in recipe.modalities}, clips)
         taught = sum(_forward(self.clip_flops(runs[name].recipe), present, clips) for name in _teachers(run))
         return float(recipe.training.epochs * (own + taught))
 
     def cost_figure(self, recipe: Recipe, column: Column) -> float | None:
         """Return the figure of a column that needs no training; None: the model lacks the modalities."""
-        modalities = own_modalities(recipe)
+        modalities = recipe.modalities
         shown = column.subset or modalities
         if not set(shown) <= set(modalities):
             return None
@@ -121,11 +121,6 @@ def plan_costs(plan: StudyPlan) -> list[RunCost]:
     ]
 
 
-def own_modalities(recipe: Recipe) -> tuple[str, ...]:
-    """Return the modalities that a recipe's model takes."""
-    return tuple(recipe.modalities)
-
-
 def _shards(recipe: Recipe) -> ShardFolder | None:
     """The recipe's shards, if they lie on this machine."""
     folder = Path(recipe.data.shards)
@@ -149,7 +144,7 @@ def _teachers(run: StudyRun) -> list[str]:
     distill = run.recipe.distill
     if distill is None:
         return []
-    named = [str(name).removesuffix(f"/{BEST}") for name in distill.teachers or [str(distill.teacher)]]
+    named = [name.removesuffix(f"/{BEST}") for name in distill.names]
     return [need for need in run.needs for name in named if name == need or name.endswith(f"/{need}")]
 
 

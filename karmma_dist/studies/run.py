@@ -65,8 +65,7 @@ def check_teachers(plan: StudyPlan) -> None:
     counter = Counter(plan.file.study)
     for run in plan.chosen_runs:
         distill = run.recipe.distill
-        names = [] if distill is None else distill.teachers or [str(distill.teacher)]
-        for path in map(run.recipe.find_run, names):
+        for path in map(run.recipe.find_run, distill.names if distill else []):
             if not (path / CARD).is_file():
                 continue
             card = validate(read_tree(path / CARD), ModelCard, str(path / CARD))

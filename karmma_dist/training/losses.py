@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return `x` in float32, or in float64 if it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from karmma_dist.models.transformer import at_least_float32
 
 
 def cross_entropy(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:

@@ -70,6 +70,12 @@ def write_state(run_dir: Path, state: str, **values: Any) -> None:
     write_json(run_dir / STATE, {"state": state, "time": time.time(), **whereabouts(), **values})
 
 
+def run_places(run: Path) -> tuple[Path, Path]:
+    """Return the folder of the weights, and that of the run: the one above where these are its best."""
+    folder = run if run.is_dir() else run.parent
+    return folder, folder.resolve().parent if folder.resolve().name == BEST else folder
+
+
 def read_state(run_dir: Path) -> dict[str, Any]:
     """state.json of a run folder, or an empty dictionary where there is none."""
     try:

@@ -22,13 +22,13 @@ from karmma_dist.errors import UserError
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.layout import input_shape
 from karmma_dist.models.pretrained import load_model
+from karmma_dist.models.transformer import at_least_float32
 from karmma_dist.recipe import DataRecipe, DistillRecipe, InputRecipe, Recipe, read_run_recipe
 from karmma_dist.shards import write_json
 from karmma_dist.training.collectives import barrier
 from karmma_dist.training.engine import Engine, ShardedModule
-from karmma_dist.training.losses import at_least_float32
 from karmma_dist.training.rendezvous import World
-from karmma_dist.training.run_log import ENSEMBLE
+from karmma_dist.training.run_log import ENSEMBLE, run_places
 
 Measure = Callable[[KarmmaModel, Recipe], dict[str, float]]
 """Validates a model on a recipe's validation split (of the training split, on the clips held out of it); every rank
@@ -150,7 +150,7 @@ def build_teacher(
             it could be weighed on.
     """
     assert recipe.distill is not None
-    paths = [recipe.find_run(name) for name in recipe.distill.teachers or [str(recipe.distill.teacher)]]
+    paths = [recipe.find_run(name) for name in recipe.distill.names]
     members = [load_member(path, recipe, heads).to(dtype=engine.dtype) for path in paths]
     for note in _undropped(paths, recipe) if world.is_main else ():
         _logger.warning(note)
@@ -183,9 +183,9 @@ def _undropped(paths: Sequence[Path], recipe: Recipe) -> list[str]:
 
 
 def _data_of(path: Path) -> DataRecipe | None:
-    """The data that a run, or the run of best weights, was trained on; None: no recipe lies there."""
-    run = path if (path / "recipe.yaml").is_file() else path.parent
-    return read_run_recipe(run).data if (run / "recipe.yaml").is_file() else None
+    """The data that weights were trained on; None: no recipe of their run lies there."""
+    _, home = run_places(path)
+    return read_run_recipe(home).data if (home / "recipe.yaml").is_file() else None
 
 
 def load_member(path: Path, recipe: Recipe, heads: dict[str, int]) -> KarmmaModel:
