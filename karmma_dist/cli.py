@@ -84,9 +84,9 @@ def shard(
     retry_failed: bool, overrides: tuple[str, ...],
 ) -> None:
     """Pack a raw dataset into shards. SPEC is a file of shards/ or its bare name."""
+    from karmma_dist.packing.inspect.tables import print_summary
     from karmma_dist.packing.pack import pack
     from karmma_dist.packing.spec import load_spec
-    from karmma_dist.packing.tables import print_summary
     from karmma_dist.progress import Progress
 
     resolved = load_spec(spec, raw=raw, out=out, overrides=overrides)
@@ -106,9 +106,9 @@ def shard(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) -> None:
     """Show what is in a shards folder: splits, modality subsets, classes; or one clip; or a contact sheet."""
-    from karmma_dist.packing.inspect import contact_sheet, describe, describe_clip
-    from karmma_dist.packing.tables import print_description
-    from karmma_dist.shards import ShardFolder
+    from karmma_dist.packing.inspect.inspect import contact_sheet, describe, describe_clip
+    from karmma_dist.packing.inspect.tables import print_description
+    from karmma_dist.shards.folder import ShardFolder
 
     folder = ShardFolder(shards)
     description = describe(folder) if key is None else describe_clip(folder, key)
@@ -130,9 +130,9 @@ def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) ->
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(shards: Path, full: bool, mend: bool, workers: int, as_json: bool) -> None:
     """Check that a shards folder is what was packed: 0 whole, 1 damaged, each shard, clip and member named."""
-    from karmma_dist.packing.repair import repair
-    from karmma_dist.packing.tables import print_verification
-    from karmma_dist.packing.verify import verify as check
+    from karmma_dist.packing.inspect.tables import print_verification
+    from karmma_dist.packing.verify.repair import repair
+    from karmma_dist.packing.verify.verify import verify as check
     from karmma_dist.progress import Progress
 
     with Progress() as report:
@@ -205,11 +205,11 @@ def train(
 
     traced = () if profile is None else (f"training.profile_steps={profile}",)
     chain = load_chain(recipe, (*overrides, *traced))  # before torch is imported: a wrong recipe is said at once
-    from karmma_dist.training.interruption import parse_duration
+    from karmma_dist.training.fault_tolerance.preemption import parse_duration
 
     deadline = None if max_time is None else _STARTED + parse_duration(max_time)
     from karmma_dist.evaluation.run import validate
-    from karmma_dist.training.session import train_chain
+    from karmma_dist.training.trainer import train_chain
 
     for name, scores in train_chain(chain, validate, resume, deadline=deadline).items():
         shown = ", ".join(f"{metric} {value:.2f}" for metric, value in scores.items() if metric.endswith("top1"))
@@ -262,8 +262,8 @@ def evaluate(
 
         sys.exit(launch_local(local, rank_command(_without_option(context.obj, "--local"))))
     from karmma_dist.evaluation.command import Request, answer, print_answer
-    from karmma_dist.evaluation.epic_challenge import parse_levels
-    from karmma_dist.evaluation.exports import Exports
+    from karmma_dist.evaluation.exports.epic_kitchens import parse_levels
+    from karmma_dist.evaluation.exports.exports import Exports
 
     exports = Exports(predictions, submission, None if sls is None else parse_levels(sls))
     found = answer(
@@ -330,8 +330,8 @@ def predict(
     modalities: str | None, as_json: bool,
 ) -> None:
     """Say what is done in a clip. RUN: a run folder or a weights file. CLIP: a media file, or a key in the shards."""
-    from karmma_dist.evaluation.predict import predict as ask
-    from karmma_dist.evaluation.predict_table import print_predictions
+    from karmma_dist.evaluation.predict.predict import predict as ask
+    from karmma_dist.evaluation.predict.predict import print_predictions
     from karmma_dist.progress import Progress, silent
 
     with Progress() as report:
@@ -366,8 +366,7 @@ def profile(
     """Count what a recipe's models cost: GFLOPs of a clip, parameters, tokens, memory; needs no weights and no data."""
     from karmma_dist.profiling.costs import Workload, profile_recipe
     from karmma_dist.profiling.measure import measure, require_precision
-    from karmma_dist.profiling.plots import cost_bars
-    from karmma_dist.profiling.report import print_profile
+    from karmma_dist.profiling.report import cost_bars, print_profile
     from karmma_dist.progress import Progress
 
     if measured:
@@ -404,10 +403,10 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], distributed: bool, ti
         raise UserError("doctor: --set changes a recipe: name one")
     chain = [] if recipe is None else load_chain(recipe, overrides)
     if distributed:
-        from karmma_dist.training.preflight import preflight_here
+        from karmma_dist.distributed.preflight.preflight import preflight_here
 
         sys.exit(preflight_here(chain, timeout, as_json))
-    from karmma_dist.launching.doctor import diagnose, exit_code, print_checks, to_json
+    from karmma_dist.launching.doctor.doctor import diagnose, exit_code, print_checks, to_json
 
     checks = diagnose(chain, timeout)
     if as_json:
@@ -423,7 +422,7 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], distributed: bool, ti
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def runs_command(folder: Path, as_json: bool) -> None:
     """Show the runs in and below DIR (default: runs): state, step, loss, best accuracy, job, how to go on."""
-    from karmma_dist.runs import find_runs, print_runs, to_json
+    from karmma_dist.runs.listing import find_runs, print_runs, to_json
 
     found = find_runs(folder)
     if as_json:

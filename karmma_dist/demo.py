@@ -23,19 +23,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.compare_runs import COMPARISON, evaluate_and_compare, to_dict
+from karmma_dist.evaluation.command import COMPARISON, evaluate_and_compare, to_dict
 from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.plan import plan_evaluation
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.write import RESULTS, write_report
 from karmma_dist.evaluation.run import Evaluated, carry_out
-from karmma_dist.models.weight_files import own_weights
+from karmma_dist.io.files import write_json
+from karmma_dist.models.weights import own_weights
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
-from karmma_dist.packing.synthetic import write_kitchen
+from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.progress import Report
 from karmma_dist.recipe import Recipe, load_chain
-from karmma_dist.shards import write_json
 from karmma_dist.studies.jobs import train_runs
 from karmma_dist.studies.plan import StudyRun
 

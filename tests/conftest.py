@@ -43,7 +43,7 @@ def _private_extension_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Raw recordings in Epic-Kitchens' layout: 6 for training (one silent, one without picture), 2 for validation."""
-    from karmma_dist.packing.synthetic import write_kitchen
+    from karmma_dist.packing.synthetic.kitchen import write_kitchen
 
     root = tmp_path_factory.mktemp("kitchen")
     write_kitchen(root, seed=0, train_recordings=6, validation_recordings=2, clips_per_recording=5)
@@ -64,7 +64,7 @@ def shards(kitchen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def downloads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow each other without a pause, and no proxy stands before loopback."""
-    from karmma_dist import download
+    from karmma_dist.io import download
 
     monkeypatch.setattr(download, "FIRST_WAIT_S", 0.0)
     monkeypatch.setenv("NO_PROXY", "*")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from karmma_dist.evaluation.conditions import build_conditions, keep
-from karmma_dist.evaluation.corruptions import KINDS
+from karmma_dist.evaluation.corruptions.kinds import KINDS
 from karmma_dist.evaluation.scores import BatchScores, score_rows
 
 HEADS = {"verb": 97, "noun": 300}

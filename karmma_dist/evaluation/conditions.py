@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.corruptions import parse_corruption, parse_corruptions
+from karmma_dist.evaluation.corruptions.kinds import parse_corruption, parse_corruptions
 from karmma_dist.modality import subsets as all_subsets
 
 DROP_PROBS: tuple[float, ...] = tuple(tenth / 10 for tenth in range(10))

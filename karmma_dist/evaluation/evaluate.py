@@ -1,4 +1,8 @@
-"""Evaluate one model under many conditions in one pass over the clips.
+"""What evaluation needs of a model.
+
+Legend: B clips of a batch, M modalities, C classes.
+
+Evaluate one model under many conditions in one pass over the clips.
 
     conditions = build_conditions(model.modalities, subsets=True, sweep=True, num_seeds=3)
     results = evaluate(model, batches, conditions, device="cuda")
@@ -23,8 +27,16 @@ from torch import Tensor
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.conditions import Condition, keep
+from karmma_dist.evaluation.corruptions.batches import (
+    EncodeOnce,
+    SensorModel,
+    Sensors,
+    side_by_side,
+    states_of,
+    variants,
+)
+from karmma_dist.evaluation.exports.predictions import PredictionCollector
 from karmma_dist.evaluation.groups import Groups
-from karmma_dist.evaluation.predictions import PredictionCollector
 from karmma_dist.evaluation.scores import (
     BatchScores,
     Results,
@@ -34,8 +46,6 @@ from karmma_dist.evaluation.scores import (
     ranked,
     score_rows,
 )
-from karmma_dist.evaluation.sensor_model import SensorModel
-from karmma_dist.evaluation.variants import EncodeOnce, Sensors, side_by_side, states_of, variants
 from karmma_dist.evaluation.views import mean_over_views, one_row_per_clip, rows_of_views
 from karmma_dist.streaming.batch import Batch
 

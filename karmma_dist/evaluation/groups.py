@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from karmma_dist.errors import UserError
-from karmma_dist.shards import Clip, DamageError, ShardFolder
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import Clip, DamageError
 
 TAIL_FILES = {"verb": "EPIC_100_tail_verbs.csv", "noun": "EPIC_100_tail_nouns.csv"}
 """Published list of rare classes per head; its one column is named like the head."""

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.evaluation.exports import Exports
+from karmma_dist.evaluation.exports.exports import Exports
 from karmma_dist.evaluation.groups import Groups, participants, read_groups
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.pretrained import ModelCard, load_model
+from karmma_dist.models.model_card import ModelCard, load_model
 from karmma_dist.recipe import DataRecipe, ViewsRecipe, read_run_recipe
-from karmma_dist.shards import ShardFolder
+from karmma_dist.runs.folder import BEST, run_places
+from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
-from karmma_dist.training.run_log import BEST, run_places
 
 Choose = Callable[[Sequence[str]], list[Condition]]
 """Given a model's modalities, what is there at inference."""

@@ -1,36 +1,104 @@
-"""From a run folder to its results: find the run, plan its evaluation, stream the split, evaluate.
+"""The ranks of one evaluation: each sees its share of the clips, and all come to the same results.
+
+Torch's process group is joined only where there is more than one rank.
+
+From a run folder to its results: find the run, plan its evaluation, stream the split, evaluate.
 
 `validate` is the same for a model that is being trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from karmma_dist.distributed import heartbeat as presence
+from karmma_dist.distributed.process_group import device_of
+from karmma_dist.distributed.world import ALONE, World, find_world
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.bootstrap import add_intervals
 from karmma_dist.evaluation.conditions import Condition
+from karmma_dist.evaluation.corruptions.batches import Sensors, breaks_sound
 from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.exports.predictions import PredictionCollector
 from karmma_dist.evaluation.plan import Plan
-from karmma_dist.evaluation.predictions import PredictionCollector
-from karmma_dist.evaluation.ranks import check_same, gather_when_done, note_progress
 from karmma_dist.evaluation.scores import Results
-from karmma_dist.evaluation.variants import Sensors, breaks_sound
+from karmma_dist.evaluation.statistics.bootstrap import add_intervals
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import DataRecipe, Recipe
+from karmma_dist.runs.folder import STATE, read_state
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.prefetch import on_device
-from karmma_dist.training.device import device_of
-from karmma_dist.training.rendezvous import ALONE, World
-from karmma_dist.training.run_log import STATE, read_state
+
+_APART_S = 3600.0
+"""How long ranks may wait at the end for the slowest: they do not meet before."""
+
+
+@contextmanager
+def joined_ranks() -> Iterator[World]:
+    """Join the ranks that torchrun's or Slurm's variables describe. Every rank must call this.
+
+    Raises:
+        UserError: the variables do not fit together.
+        Stopped: another rank died, hangs or left because of an error.
+    """
+    world = find_world(os.environ)
+    if world.size == 1:
+        yield world
+        return
+    from karmma_dist.distributed.process_group import process_group
+
+    if not world.is_main:
+        logging.getLogger("karmma_dist").setLevel(logging.ERROR)  # rank 0 says it
+    with process_group(world):
+        yield world
+
+
+def note_progress(doing: str) -> None:
+    """Show the other ranks that this one moves. Every rank must call this equally often."""
+    presence.mark(doing, presence.START_S)
+
+
+def check_same(what: str, world: World) -> None:
+    """Refuse to put results together that are not of the same evaluation. Every rank must call this.
+
+    Args:
+        what: this rank evaluates, in words.
+        world: this rank.
+
+    Raises:
+        UserError: another rank evaluates something else.
+    """
+    if world.size == 1:
+        return
+    from karmma_dist.distributed.collectives import gather
+
+    found = gather([what])
+    odd = next((rank for rank, of in enumerate(found) if of != found[0]), None)
+    if odd is not None:
+        raise UserError(
+            f"the ranks of this job share one evaluation, but rank {odd} was given {found[odd]} and rank 0 "
+            f"{found[0]}: start one job step per evaluation (srun --ntasks=1)"
+        )
+
+
+def gather_when_done(items: list[Any]) -> list[Any]:
+    """The lists of all ranks, in rank order. Every rank must call this, the slowest up to an hour after the first."""
+    from karmma_dist.distributed.collectives import barrier, gather
+
+    barrier(_APART_S)
+    presence.mark("gathering results", presence.START_S)
+    return gather(items)
 
 
 @dataclass(frozen=True)
@@ -142,7 +210,7 @@ def validate(
     Every rank must call this and takes its share of the clips; all return the same numbers. Damaged clips are left
     out and counted in `num_damaged`. `between` is called after each batch, equally often on every rank, and may raise.
     """
-    from karmma_dist.training.collectives import gather
+    from karmma_dist.distributed.collectives import gather
 
     parameter = next(model.parameters())
     size = recipe.evaluation.batch_size
@@ -164,4 +232,3 @@ def validate(
     measured = ("_top1", "_top5", "_loss")
     scores = {name: value for name, value in row.items() if name.endswith(measured) and value is not None}
     return {**scores, "num_clips": row["num_clips"], "num_damaged": results.summary["num_damaged"]}
-

@@ -1,4 +1,6 @@
-"""What evaluation keeps of each clip - ranks, not predictions - and the rows and counts that follow from it.
+"""Clip by clip what became of an evaluation: too much for results.json, needed for intervals and paired tests.
+
+What evaluation keeps of each clip - ranks, not predictions - and the rows and counts that follow from it.
 
 Legend: B clips of a batch, N clips of the split, M modalities, K conditions.
 """
@@ -15,11 +17,23 @@ import torch
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation import metrics
-from karmma_dist.evaluation.calibration import calibration_error
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.groups import Groups
-from karmma_dist.evaluation.outcomes import Outcomes
+from karmma_dist.evaluation.metrics import calibration_error
 from karmma_dist.evaluation.summary import summarise
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The counted clips of one model under every condition. N clips, K conditions."""
+
+    keys: list[str]
+    """In ascending order."""
+    conditions: list[Condition]
+    """Columns of `ranks`."""
+    ranks: dict[str, np.ndarray]
+    """Rank of the true class, int32 (N, K), for "action" and per head; -1 = the clip has none of the modalities."""
+
 
 _DAMAGE_SHOWN = 20
 """Damaged members listed one by one in a summary."""

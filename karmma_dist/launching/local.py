@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from karmma_dist.distributed.world import free_port
 from karmma_dist.errors import ERROR_FILE, LOST_RANK
 from karmma_dist.micro_batches import check_batches
 from karmma_dist.recipe import Recipe
-from karmma_dist.training.rendezvous import free_port
-from karmma_dist.training.run_log import finished_names
+from karmma_dist.runs.folder import finished_names
 
 _GRACE_S = 15.0
 """How long ranks may go on once one of them has failed, or after Ctrl-C."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from karmma_dist.errors import UserError
 from karmma_dist.micro_batches import check_batches
 from karmma_dist.recipe import SlurmRecipe, load_chain, shared_overrides
+from karmma_dist.runs.folder import finished_names
 from karmma_dist.settings import find_file
-from karmma_dist.training.run_log import finished_names
 
 _SHAPE_FLAGS = ("-N", "-n", "-G", "--nodes", "--ntasks", "--gpus", "--gres")
 """Beginnings of the sbatch flags that change how many ranks there are."""

@@ -1,4 +1,12 @@
-"""The KARMMA model, teacher and student alike (arXiv 2504.08578, Sec. III).
+"""Token reduction: average an encoder's tokens down to at most tau (paper, Sec. III-C). It has no parameters.
+
+Legend: B clips, T tokens, D width.
+
+The fusion block: a small transformer over [CLS] and the tokens of all modalities (paper, Sec. III-B).
+
+Legend: B clips, T tokens, D width.
+
+The KARMMA model, teacher and student alike (arXiv 2504.08578, Sec. III).
 
     encoders -> tau-average -> one Linear per modality -> fusion block over [CLS] and all tokens
       -> M + 1 output tokens: [CLS] and the mean of each modality's -> shared FC -> one classifier per head on each,
@@ -13,7 +21,7 @@ Legend: B clips, M modalities, N clips that have a modality, T tokens, D width, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +29,93 @@ from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
 from karmma_dist.modality import MODALITIES
-from karmma_dist.models.fusion import FusionBlock
-from karmma_dist.models.layout import build_encoder, input_shape
-from karmma_dist.models.tokens import tau_average
-from karmma_dist.models.transformer import INIT_STD, at_least_float32, init_linears
+from karmma_dist.models.encoders.table import build_encoder, input_shape
+from karmma_dist.models.encoders.transformer import INIT_STD, TransformerLayer, at_least_float32, init_linears
 from karmma_dist.recipe import InputRecipe, ModelRecipe
+
+Grouping = Literal["paper", "even"]
+
+
+def tau_average(tokens_BTD: Tensor, tau: int, grouping: Grouping = "paper") -> Tensor:
+    """Average consecutive tokens in `tau` groups; `tau` tokens or fewer pass unchanged.
+
+    Args:
+        tokens_BTD: Tokens, floating point.
+        tau: Most tokens that come out, at least 1.
+        grouping: "paper": groups of floor(T / tau) and a last one that takes the rest (784 -> 300: 299 pairs and one
+            of 186); "even": sizes differ by one at most, larger ones first.
+
+    Returns:
+        (B, min(T, tau), D) in the dtype of `tokens_BTD`.
+
+    Raises:
+        ValueError: `tau` below 1, or an unknown grouping.
+    """
+    if tau < 1:
+        raise ValueError(f"tau is {tau}: it must be at least 1")
+    if grouping not in ("paper", "even"):
+        raise ValueError(f"grouping is '{grouping}': it must be 'paper' or 'even'")
+    num_tokens = tokens_BTD.shape[1]
+    if num_tokens <= tau:
+        return tokens_BTD
+    size, rest = divmod(num_tokens, tau)
+    if grouping == "paper":
+        first, last = tokens_BTD.split([size * (tau - 1), size + rest], dim=1)
+        parts = [_group_means(first, tau - 1), _group_means(last, 1)]
+    else:
+        first, last = tokens_BTD.split([(size + 1) * rest, size * (tau - rest)], dim=1)
+        parts = [_group_means(first, rest), _group_means(last, tau - rest)]
+    return torch.cat([part for part in parts if part.shape[1]], dim=1)
+
+
+def _group_means(tokens_BTD: Tensor, num_groups: int) -> Tensor:
+    """Means of `num_groups` equal runs of tokens; no tokens where there are no groups."""
+    if num_groups == 0:
+        return tokens_BTD
+    return tokens_BTD.unflatten(1, (num_groups, -1)).mean(dim=2)  # (B, num_groups, D)
+
+
+class FusionBlock(nn.Module):
+    """Pre-norm transformer with GELU and a final norm [ours: the paper names neither].
+
+    Args:
+        width: D.
+        num_heads: Attention heads.
+        num_layers: Layers.
+        feedforward: Feed-forward width.
+        attention_dropout: Dropout on attention weights while training [paper: teacher 0.3, student 0].
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, num_layers: int, feedforward: int, attention_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, num_heads, feedforward, pre_norm=True, attention_dropout=attention_dropout)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        init_linears(self)
+        nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
+
+    def forward(self, tokens_BTD: Tensor, attend_BT: Tensor | None = None) -> Tensor:
+        """Mix the tokens of each clip.
+
+        Args:
+            tokens_BTD: Tokens of all modalities.
+            attend_BT: bool, True = attend to this token; outputs at the others mean nothing. None: to all.
+
+        Returns:
+            (B, 1 + T, D), [CLS] first.
+        """
+        cls = self.cls_token.expand(len(tokens_BTD), -1, -1)
+        x = torch.cat([cls, tokens_BTD], dim=1)  # (B, 1 + T, D)
+        keys = None if attend_BT is None else nn.functional.pad(attend_BT, (1, 0), value=True)[:, None]  # (B, 1, 1 + T)
+        for layer in self.layers:
+            x = layer(x, keys)
+        out: Tensor = self.norm(x)
+        return out
 
 
 class StandIn(nn.Module):

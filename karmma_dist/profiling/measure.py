@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
 from karmma_dist.modality import letters
+from karmma_dist.models.encoders.table import input_shape
+from karmma_dist.models.encoders.transformer import INIT_STD
+from karmma_dist.models.flops import meta_model
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.layout import input_shape
-from karmma_dist.models.transformer import INIT_STD
-from karmma_dist.profiling.costs import DTYPES, Cost, Profile, modalities_in_block
-from karmma_dist.profiling.flops import meta_model
+from karmma_dist.profiling.costs import DTYPES, Cost, Profile, Subject, modalities_in_block
 from karmma_dist.profiling.memory import attention, fusion_peak, inference_peak
-from karmma_dist.profiling.subjects import Subject
 from karmma_dist.progress import Report, silent
 
 _NO_ALLOCATOR = (

@@ -13,7 +13,7 @@ from torch import Tensor
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.decode import ClipSound
 from karmma_dist.streaming.spectrogram import mel_spectrogram
-from karmma_dist.streaming.watch import LoadStats
+from karmma_dist.streaming.worker_status import LoadStats
 
 UNLABELLED = -1
 """Label of a clip whose split carries none."""

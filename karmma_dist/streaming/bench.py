@@ -14,12 +14,12 @@ import torch
 from karmma_dist.errors import UserError
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import DataRecipe, InputRecipe, load_recipe
+from karmma_dist.shards.remote import open_folder
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches, usable_clips
 from karmma_dist.streaming.order import Position, Schedule
 from karmma_dist.streaming.prefetch import on_device
-from karmma_dist.streaming.remote import open_folder
-from karmma_dist.streaming.watch import LoadStats
+from karmma_dist.streaming.worker_status import LoadStats
 
 _BATCH_SIZE = 32
 _REPLAYED = 4

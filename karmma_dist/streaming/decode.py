@@ -19,8 +19,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from karmma_dist.recipe import AudioInput, DetectionsInput, VideoInput
-from karmma_dist.streaming.augment import View
 from karmma_dist.streaming.frames import chosen_frames
+from karmma_dist.streaming.views import View
 
 SAMPLE_RATE = 16_000
 """Of every stored audio member, Hz."""

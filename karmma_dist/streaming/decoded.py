@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from karmma_dist.shards import Clip
+from karmma_dist.shards.format import Clip
 
 
 class DecodedClips:

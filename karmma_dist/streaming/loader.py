@@ -17,15 +17,16 @@ import numpy as np
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import DataRecipe, InputRecipe, ViewsRecipe
-from karmma_dist.shards import Clip, DamageError, ShardFolder
-from karmma_dist.streaming.augment import View, evaluation_views, training_view
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import Clip, DamageError
+from karmma_dist.shards.remote import open_folder
 from karmma_dist.streaming.batch import Batch, Damage, Sample, collate
 from karmma_dist.streaming.decoded import DecodedClips
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
 from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, evaluation_slices, random_words
 from karmma_dist.streaming.reader import is_wide, num_stored_frames, read_samples
-from karmma_dist.streaming.remote import open_folder
-from karmma_dist.streaming.watch import Activity
+from karmma_dist.streaming.views import View, evaluation_views, training_view
+from karmma_dist.streaming.worker_status import Activity
 from karmma_dist.streaming.workers import Batches
 
 _MAX_REPLACEMENTS = 100

@@ -9,8 +9,8 @@ import av
 import numpy as np
 
 from karmma_dist.recipe import InputRecipe
-from karmma_dist.shards import Clip, DamageError, ShardFolder, member_name
-from karmma_dist.streaming.augment import View
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import Clip, DamageError, member_name
 from karmma_dist.streaming.batch import Sample
 from karmma_dist.streaming.decode import (
     ClipSound,
@@ -24,7 +24,8 @@ from karmma_dist.streaming.decode import (
     sample_boxes,
 )
 from karmma_dist.streaming.decoded import DecodedClips
-from karmma_dist.streaming.watch import Activity
+from karmma_dist.streaming.views import View
+from karmma_dist.streaming.worker_status import Activity
 
 
 def num_stored_frames(metadata: dict[str, Any]) -> int:

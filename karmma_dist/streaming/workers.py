@@ -27,7 +27,7 @@ import webdataset as wds
 from karmma_dist.errors import UserError
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.order import Slice
-from karmma_dist.streaming.watch import Activity, Board, Doing
+from karmma_dist.streaming.worker_status import Activity, Board, Doing
 
 _POLL_S = 5.0
 """How often a waiting trainer looks whether its workers live."""

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 
 from karmma_dist.errors import UserError
+from karmma_dist.models.flops import ClipFlops, flops_per_clip, meta_clip, meta_model, meta_tokens
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.profiling.flops import ClipFlops, flops_per_clip, meta_clip, meta_model, meta_tokens
 from karmma_dist.profiling.memory import FUSION_CLIPS, fusion_peak, inference_peak
 from karmma_dist.recipe import Recipe
-from karmma_dist.shards import MANIFEST, ShardFolder
+from karmma_dist.runs.folder import BEST
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import MANIFEST
 from karmma_dist.studies.plan import State, StudyPlan, StudyRun
 from karmma_dist.studies.study import Column, Study
-from karmma_dist.training.run_log import BEST
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import IO
 
 from karmma_dist.errors import ERROR_FILE, LOST_RANK, Stopped
+from karmma_dist.io.files import write_whole
 from karmma_dist.launching.local import in_the_child, rank_command, signal_name
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import save_recipe
-from karmma_dist.shards import write_whole
+from karmma_dist.runs.folder import epoch_under_way
 from karmma_dist.studies.plan import StudyRun
-from karmma_dist.training.run_log import epoch_under_way
 
 LOCK = ".study.lock"
 """File in a run's folder that a study holds while it trains the run."""

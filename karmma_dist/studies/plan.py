@@ -18,10 +18,10 @@ from typing import Literal
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe, load_recipe, read_run_recipe
+from karmma_dist.runs.folder import BEST, read_state
 from karmma_dist.studies.study import FOLDER, Row, StudyFile, choose_rows
-from karmma_dist.training.checkpoint import checkpoints
-from karmma_dist.training.run_folder import differing_fields, refuse_other_recipe
-from karmma_dist.training.run_log import BEST, read_state
+from karmma_dist.training.checkpoint.checkpoint import checkpoints
+from karmma_dist.training.checkpoint.resume import differing_fields, refuse_other_recipe
 
 State = Literal["finished", "to resume", "to train"]
 

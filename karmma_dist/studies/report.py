@@ -20,7 +20,7 @@ from karmma_dist.evaluation.report.html_sections import figure
 from karmma_dist.evaluation.report.html_tables import Cell, Section, Table, bullets, note
 from karmma_dist.evaluation.report.plots import Curve, drop_curves
 from karmma_dist.evaluation.report.svg import Point, legend, line_plot
-from karmma_dist.shards import write_json, write_whole
+from karmma_dist.io.files import write_json, write_whole
 from karmma_dist.studies.statistics import Summary, Test
 from karmma_dist.studies.study import Column, Row, Study
 

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from karmma_dist.evaluation.conditions import Condition, build_conditions
-from karmma_dist.evaluation.outcomes import Outcomes
 from karmma_dist.evaluation.plan import default_split, plan_evaluation
 from karmma_dist.evaluation.report.write import write_results
 from karmma_dist.evaluation.run import carry_out
+from karmma_dist.evaluation.scores import Outcomes
+from karmma_dist.io.files import write_whole
 from karmma_dist.modality import parse_modalities
-from karmma_dist.models.weight_files import own_weights
+from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Report
 from karmma_dist.recipe import Recipe
-from karmma_dist.shards import write_whole
 from karmma_dist.studies.study import Evaluate, Study
 
 FOLDER = "eval-study"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.outcomes import Outcomes
 from karmma_dist.evaluation.plan import check_folder
-from karmma_dist.models.pretrained import CARD, ModelCard
+from karmma_dist.evaluation.scores import Outcomes
+from karmma_dist.models.model_card import CARD, ModelCard
 from karmma_dist.progress import Report
 from karmma_dist.settings import read_tree, validate
 from karmma_dist.studies.costs import Counter

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from karmma_dist.evaluation.bootstrap import interval, percent_right, weighted
-from karmma_dist.evaluation.compare import holm
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.metrics import curve_areas
-from karmma_dist.evaluation.outcomes import Outcomes
+from karmma_dist.evaluation.scores import Outcomes
+from karmma_dist.evaluation.statistics.bootstrap import interval, percent_right, weighted
+from karmma_dist.evaluation.statistics.compare import holm
 from karmma_dist.studies.study import Column
 
 NUM_DRAWS = 2000

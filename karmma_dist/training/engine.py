@@ -8,33 +8,25 @@ Every method must be called by every rank unless it says otherwise.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from karmma_dist.errors import Stopped, UserError
+from karmma_dist.distributed.process_group import device_of
+from karmma_dist.distributed.world import World
+from karmma_dist.errors import UserError
 from karmma_dist.micro_batches import divide_batch
+from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.recipe import Recipe
-from karmma_dist.training import presence
-from karmma_dist.training.collectives import part, store
-from karmma_dist.training.device import device_of
-from karmma_dist.training.optimizer import build_optimizer
-from karmma_dist.training.pieces import Pieces, SavedPieces
-from karmma_dist.training.presence import Presence
-from karmma_dist.training.rendezvous import World
+from karmma_dist.training.checkpoint.zero_state import Pieces, SavedPieces
+from karmma_dist.training.optim import build_optimizer
 
-_TIMEOUT = datetime.timedelta(minutes=15)
-"""Torch's own limit on a collective, which ends a process without a word on who was missing: `Presence` comes first."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 if not torch.cuda.is_available():
@@ -45,87 +37,11 @@ import deepspeed  # noqa: E402  (reads DS_ACCELERATOR at import)
 import deepspeed.ops  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# Without this, DeepSpeed compiles a shared-memory extension at first use; a killed build blocks every later run.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 _logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def process_group(
-    world: World, collective_timeout_s: float = 60.0, on_loss: Callable[[str], None] | None = None
-) -> Iterator[None]:
-    """Join the ranks of `world` for as long as the block lasts.
-
-    Ranks leave in order: without a barrier one can abort the others at exit, but after an error the others may never
-    arrive, so only a clean end or an agreed stop waits for them. A process that is alone keeps its group: DeepSpeed
-    remembers the first one it saw and cannot use another in the same process.
-
-    Args:
-        world: this rank.
-        collective_timeout_s: see `TrainingRecipe`.
-        on_loss: called, in a thread, before a rank is ended that waits for one that is gone.
-
-    Raises:
-        Stopped: another rank died, hangs or left because of an error.
-    """
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Without this, DeepSpeed compiles a shared-memory extension at first use; a killed build blocks every later run.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    variables = {
-        "RANK": world.rank, "LOCAL_RANK": world.local_rank, "WORLD_SIZE": world.size,
-        "MASTER_ADDR": world.address, "MASTER_PORT": world.port,
-    }
-    with _environment({name: str(value) for name, value in variables.items()}):
-        if torch.cuda.is_available():
-            torch.cuda.set_device(device_of(world))
-        if not dist.is_initialized():
-            deepspeed.init_distributed(
-                dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-                auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT,
-            )
-        if world.size == 1:
-            yield
-            return
-        with Presence(store(), world.rank, world.size, collective_timeout_s, on_loss) as present:
-            presence.begin(present)
-            try:
-                yield
-                part()
-            except BaseException as error:
-                _leave(present, error)
-                raise
-            finally:
-                presence.begin(None)
-                if present.lost is None:
-                    dist.destroy_process_group()
-
-
-def _leave(present: Presence, error: BaseException) -> None:
-    """End this rank's part in good order where the others still are.
-
-    Raises:
-        Stopped: instead of `error`, where that is only what a collective says of another rank's end.
-    """
-    if isinstance(error, Stopped) and present.lost is None:
-        part()  # agreed: every rank comes here
-        return
-    lost = present.explain(error)
-    present.leave(str(lost or error) or type(error).__name__)
-    if lost is not None:
-        raise lost from None
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the length of the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @dataclass(frozen=True)
@@ -241,6 +157,21 @@ class Engine:
                 "(model.encoders.*.weights) has changed: bring it back, or start over with --resume never"
             )
         self._pieces.restore(saved, whole["scalars"])
+
+
+def whole_model(engine: Engine, recipe: Recipe, classes: dict[str, list[str]]) -> KarmmaModel:
+    """The model in training, or under ZeRO-3 a whole copy of it. Every rank must call this.
+
+    Its forward hooks would gather parameters layer by layer, which needs every rank to make the same calls; in
+    validation a rank whose last batch is all padding makes none.
+    """
+    model = engine.model
+    if recipe.training.zero_stage == 3:
+        heads = {head: len(names) for head, names in classes.items()}
+        model = KarmmaModel(recipe.model, recipe.inputs, recipe.modalities, heads)
+        model.to(device=engine.device, dtype=engine.dtype).load_state_dict(engine.whole_state())
+    assert isinstance(model, KarmmaModel)
+    return model
 
 
 def _crc32_of_frozen(model: nn.Module) -> int:

@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from karmma_dist.distributed.collectives import barrier
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
+from karmma_dist.io.files import write_json
+from karmma_dist.models.encoders.table import input_shape
+from karmma_dist.models.encoders.transformer import at_least_float32
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.layout import input_shape
-from karmma_dist.models.pretrained import load_model
-from karmma_dist.models.transformer import at_least_float32
+from karmma_dist.models.model_card import load_model
 from karmma_dist.recipe import DataRecipe, DistillRecipe, InputRecipe, Recipe, read_run_recipe
-from karmma_dist.shards import write_json
-from karmma_dist.training.collectives import barrier
+from karmma_dist.runs.folder import ENSEMBLE, run_places
 from karmma_dist.training.engine import Engine, ShardedModule
-from karmma_dist.training.rendezvous import World
-from karmma_dist.training.run_log import ENSEMBLE, run_places
 
 Measure = Callable[[KarmmaModel, Recipe], dict[str, float]]
 """Validates a model on a recipe's validation split (of the training split, on the clips held out of it); every rank

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from karmma_dist.models.flops import ClipFlops, flops_per_clip
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.profiling.flops import ClipFlops, flops_per_clip
 from karmma_dist.streaming.batch import Batch
 
 _logger = logging.getLogger(__name__)

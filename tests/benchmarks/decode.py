@@ -28,13 +28,13 @@ from karmma_dist.packing.flow import ComputedFlow
 from karmma_dist.packing.media import VideoEncoder, encode_flac
 from karmma_dist.packing.movie import Movie
 from karmma_dist.packing.spec import FlowSpec, VideoSpec
-from karmma_dist.packing.synthetic import write_kitchen
+from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.packing.yuv import ToI420
 from karmma_dist.recipe import InputRecipe
-from karmma_dist.streaming.augment import View, training_view
 from karmma_dist.streaming.batch import Sample, collate, prepare
 from karmma_dist.streaming.decode import decode_audio, decode_flow, decode_video, frame_numbers
 from karmma_dist.streaming.frames import chosen_frames
+from karmma_dist.streaming.views import View, training_view
 
 FPS = 30
 SIZES = {"456x256": (456, 256), "70x56": (70, 56)}

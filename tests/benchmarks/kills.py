@@ -24,7 +24,7 @@ import torch
 
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
-from karmma_dist.packing.synthetic import write_kitchen
+from karmma_dist.packing.synthetic.kitchen import write_kitchen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests are no package that is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))

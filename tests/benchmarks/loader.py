@@ -38,9 +38,10 @@ from loaders.work import Dropout, LookedAt, Work, collate_clips, decode_alone, f
 
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
-from karmma_dist.packing.synthetic import write_kitchen
+from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.recipe import load_recipe
-from karmma_dist.shards import MANIFEST, ShardFolder
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import MANIFEST
 
 
 @dataclass

@@ -25,8 +25,8 @@ import torch
 
 from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
 from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.layout import input_shape
 from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe, load_recipe
 from karmma_dist.streaming.batch import Batch
 

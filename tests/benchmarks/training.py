@@ -30,23 +30,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from karmma_dist.distributed.collectives import highest
+from karmma_dist.distributed.process_group import process_group
+from karmma_dist.distributed.world import World, find_world
+from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.layout import input_shape
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
-from karmma_dist.packing.synthetic import write_kitchen
+from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.recipe import DistillRecipe, ModelRecipe, Recipe, load_recipe
-from karmma_dist.shards import ShardFolder
+from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
 from karmma_dist.streaming.loader import TrainingClips
 from karmma_dist.streaming.order import Slice
-from karmma_dist.training import loop
-from karmma_dist.training.collectives import highest
-from karmma_dist.training.engine import Engine, process_group
-from karmma_dist.training.interruption import Interruption
-from karmma_dist.training.rendezvous import World, find_world
-from karmma_dist.training.stages import Distill
+from karmma_dist.training import trainer as loop
+from karmma_dist.training.engine import Engine
+from karmma_dist.training.fault_tolerance.preemption import Interruption
+from karmma_dist.training.objectives import Distill
 
 SHORT_CLIPS = ["inputs.video.num_frames=8", "inputs.video.short_side=56", "inputs.video.crop=56",
                "inputs.audio.num_windows=8"]  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
-from karmma_dist.models.video_swin import SwinOptions, VideoSwin
+from karmma_dist.models.encoders.swin3d import SwinOptions, VideoSwin
 
 SWIN_T = {"width": 96, "depths": [2, 2, 6, 2], "heads": [3, 6, 12, 24]}
 SIZES = {"swin3d_t, 16 x 112 x 112": (16, 112), "swin3d_t, 32 x 224 x 224": (32, 224)}

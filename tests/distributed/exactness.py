@@ -28,16 +28,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from karmma_dist.io.files import write_json
 from karmma_dist.launching.local import launch_local
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.pretrained import load_model, save_model
-from karmma_dist.packing.manifest import facts_of
+from karmma_dist.models.model_card import load_model, save_model
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
-from karmma_dist.packing.synthetic import write_kitchen
-from karmma_dist.packing.writer import write_shard
+from karmma_dist.packing.synthetic.kitchen import write_kitchen
+from karmma_dist.packing.tars.writer import write_shard
 from karmma_dist.recipe import Recipe
-from karmma_dist.shards import Clip, ShardFolder, write_json
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import Clip, facts_of
 from karmma_dist.streaming import loader
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips
@@ -326,9 +327,9 @@ def launch_ranks(cases: list[Case], zero_stage: int, shards: Path, folder: Path,
 
 def run_rank(job: dict[str, Any]) -> None:
     """What every rank of `launch_ranks` does."""
-    from karmma_dist.training import loop
-    from karmma_dist.training.engine import process_group
-    from karmma_dist.training.rendezvous import find_world
+    from karmma_dist.distributed.process_group import process_group
+    from karmma_dist.distributed.world import find_world
+    from karmma_dist.training import trainer as loop
 
     world = find_world(os.environ)
     folder = Path(job["folder"])

@@ -15,10 +15,10 @@ import yaml
 from patience import HANGS_S
 
 from karmma_dist.launching.local import rank_command, rank_environments
-from karmma_dist.models.pretrained import save_model
+from karmma_dist.models.model_card import save_model
+from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe
-from karmma_dist.shards import ShardFolder
-from karmma_dist.training.starting_model import build_model
+from karmma_dist.shards.folder import ShardFolder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kit import RECIPE, karmma_dist

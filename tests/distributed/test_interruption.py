@@ -16,7 +16,7 @@ from patience import HANGS_S
 from recipe_kit import tiny_recipe
 from safetensors.torch import load_file
 
-from karmma_dist.training.rendezvous import free_port
+from karmma_dist.distributed.world import free_port
 
 RECIPE = tiny_recipe(
     ["video", "audio"],

@@ -11,7 +11,7 @@ from pathlib import Path
 from patience import HANGS_S
 from test_ranks import command
 
-from karmma_dist.training.rendezvous import free_port
+from karmma_dist.distributed.world import free_port
 
 HANGING = """
 import sys, threading

@@ -12,7 +12,7 @@ from pathlib import Path
 from kit import command
 from patience import HANGS_S
 
-from karmma_dist.shards import ShardFolder
+from karmma_dist.shards.folder import ShardFolder
 
 
 def test_the_damage_budget_counts_the_clips_of_all_ranks(shards: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import torch
 from kit import RECIPE, command, karmma_dist, outcome
 from patience import HANGS_S
 
+from karmma_dist.distributed.world import free_port
+from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe
-from karmma_dist.shards import ShardFolder
-from karmma_dist.training.rendezvous import free_port
-from karmma_dist.training.starting_model import build_model
+from karmma_dist.shards.folder import ShardFolder
 
 ADAMW = ("optimizer.name=adamw", "optimizer.lr=0.003", "optimizer.weight_decay=0.01")
 OFTEN = ("training.checkpoint_every_steps=1", "training.log_every_steps=2")

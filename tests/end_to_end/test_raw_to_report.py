@@ -16,7 +16,7 @@ import yaml
 from karmma_dist.cli import main
 from karmma_dist.demo import Timings, compare_students
 from karmma_dist.errors import UserError
-from karmma_dist.shards import ShardFolder
+from karmma_dist.shards.folder import ShardFolder
 
 BASE = {
     "data": {"shards": "shards", "modalities": ["video", "audio"], "num_workers": 0},

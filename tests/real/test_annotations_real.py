@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from real_data import real
 
-from karmma_dist.packing.planning import make_plan
+from karmma_dist.packing.pack import make_plan
+from karmma_dist.packing.readers.something_something import read_something_something
 from karmma_dist.packing.records import ClipRecord, Plan, Recording
-from karmma_dist.packing.something_something import read_something_something
 from karmma_dist.packing.spec import load_spec
 
 EPIC = {

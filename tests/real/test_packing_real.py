@@ -19,7 +19,7 @@ import webdataset as wds
 from real_data import real
 
 from karmma_dist.packing.boxes import detections_json
-from karmma_dist.packing.cut import cut_recording
+from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.movie import Movie
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.records import ClipRecord, CutClip, Failure, Recording

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from slurm_cluster import Cluster
 from study_kit import write_study
 
-from karmma_dist.shards import ShardFolder
+from karmma_dist.shards.folder import ShardFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "slurm"

@@ -11,7 +11,7 @@ import torch
 from packing_kit import write_movie
 
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.pretrained import save_model
+from karmma_dist.models.model_card import save_model
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.recipe import InputRecipe, ModelRecipe

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from karmma_dist.cli import main
-from karmma_dist.launching import doctor, machine, probes
-from karmma_dist.launching.check import Check, bounded
+from karmma_dist.launching.doctor import doctor, machine, probes
+from karmma_dist.launching.doctor.check import Check, bounded
 from karmma_dist.recipe import Recipe
 
 LIMIT_S = 120.0
@@ -67,7 +67,7 @@ def test_a_check_that_raises_is_a_finding() -> None:
 
 
 def test_a_check_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("karmma_dist.launching.check._PROBE_GRACE_S", 0.0)
+    monkeypatch.setattr("karmma_dist.launching.doctor.doctor._PROBE_GRACE_S", 0.0)
     release = threading.Event()
     try:
         (check,) = bounded("disk", lambda: [Check("disk", "ok", str(release.wait(100)))], 0.1)()

@@ -24,13 +24,13 @@ from test_evaluation_views import INPUTS as KITCHEN_INPUTS
 from test_evaluation_views import clips_of
 from torch import Tensor
 
-from karmma_dist.evaluation.bootstrap import add_intervals
-from karmma_dist.evaluation.compare import compare
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.evaluation.corruptions import parse_corruption
+from karmma_dist.evaluation.corruptions.kinds import parse_corruption
 from karmma_dist.evaluation.evaluate import evaluate
-from karmma_dist.evaluation.predictions import PredictionCollector, Predictions
+from karmma_dist.evaluation.exports.predictions import PredictionCollector, Predictions
 from karmma_dist.evaluation.report.comparison_section import comparison_section
+from karmma_dist.evaluation.statistics.bootstrap import add_intervals
+from karmma_dist.evaluation.statistics.compare import compare
 from karmma_dist.recipe import ViewsRecipe
 from karmma_dist.streaming.batch import Batch, Sample, collate
 from karmma_dist.streaming.loader import evaluation_batches

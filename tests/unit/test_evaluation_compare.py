@@ -12,9 +12,6 @@ from test_evaluation_evaluate import HEADS, MODALITIES, Fusion, make_batches, si
 from test_evaluation_html import Page
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation import bootstrap
-from karmma_dist.evaluation.bootstrap import add_intervals
-from karmma_dist.evaluation.compare import compare, holm, mcnemar
 from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.report.comparison_section import comparison_section, sentences
@@ -23,6 +20,9 @@ from karmma_dist.evaluation.report.findings import findings
 from karmma_dist.evaluation.report.html_report import html_report
 from karmma_dist.evaluation.report.write import write_report
 from karmma_dist.evaluation.scores import BatchScores, Results, score_rows
+from karmma_dist.evaluation.statistics import bootstrap
+from karmma_dist.evaluation.statistics.bootstrap import add_intervals
+from karmma_dist.evaluation.statistics.compare import compare, holm, mcnemar
 
 CONDITIONS = build_conditions(MODALITIES, subsets=True, sweep=True, num_seeds=2)
 

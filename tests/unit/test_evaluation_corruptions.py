@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.broken_sensors import span, spoil_boxes, spoil_pixels, spoil_sound
 from karmma_dist.evaluation.conditions import Condition, build_conditions
-from karmma_dist.evaluation.corruptions import KINDS, Corruption, parse_corruption, parse_corruptions
+from karmma_dist.evaluation.corruptions.apply import span, spoil_boxes, spoil_pixels, spoil_sound
+from karmma_dist.evaluation.corruptions.batches import Sensors
+from karmma_dist.evaluation.corruptions.kinds import KINDS, Corruption, parse_corruption, parse_corruptions
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.write import results_table, write_report
 from karmma_dist.evaluation.summary import summarise
-from karmma_dist.evaluation.variants import Sensors
 from karmma_dist.packing.flow import quantise_flow
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.batch import Batch, Sample, collate

@@ -14,8 +14,10 @@ from karmma_dist.cli import main
 from karmma_dist.evaluation import run as evaluation_run
 from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.plan import plan_evaluation
+from karmma_dist.io.files import sha256_of
 from karmma_dist.recipe import Recipe, save_recipe
-from karmma_dist.shards import ShardFolder, index_path, sha256_of
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import index_path
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from packing_kit import write_movie
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation import predict_media
 from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.plan import plan_evaluation
-from karmma_dist.evaluation.predict import Prediction, likeliest, predict
+from karmma_dist.evaluation.predict import media as predict_media
+from karmma_dist.evaluation.predict.predict import Prediction, likeliest, predict
 from karmma_dist.evaluation.run import carry_out
 from karmma_dist.models.karmma import KarmmaModel
 

@@ -20,7 +20,7 @@ from test_evaluation_evaluate import CONDITIONS, HEADS, MODALITIES, Fusion, make
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import build_conditions, keep
 from karmma_dist.evaluation.evaluate import evaluate
-from karmma_dist.evaluation.predictions import PredictionCollector, Predictions, check_path, write_predictions
+from karmma_dist.evaluation.exports.predictions import PredictionCollector, Predictions, check_path, write_predictions
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.streaming.batch import Batch
 
@@ -262,7 +262,7 @@ def test_a_kill_while_writing_leaves_the_earlier_file_as_it_was(tmp_path: Path, 
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from test_evaluation_predictions import predict\n"
-        "from karmma_dist.evaluation.predictions import write_predictions\n"
+        "from karmma_dist.evaluation.exports.predictions import write_predictions\n"
         "path = Path(sys.argv[1])\n"
         "write_predictions(predict(num=3)[0], path)\n"
         "print(path.stat().st_size, flush=True)\n"

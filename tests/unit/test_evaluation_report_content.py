@@ -8,10 +8,10 @@ import pytest
 from test_evaluation_compare import MODALITIES, make_results
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.compare import compare
 from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.report.content import MOST_BROKEN, ReportContent, condense
 from karmma_dist.evaluation.report.write import results_table, write_report
+from karmma_dist.evaluation.statistics.compare import compare
 
 FULL = ["video", "flow", "audio"]
 

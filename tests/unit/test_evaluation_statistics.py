@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karmma_dist.evaluation import bootstrap
-from karmma_dist.evaluation.calibration import calibration_error
-from karmma_dist.evaluation.compare import holm, mcnemar
 from karmma_dist.evaluation.conditions import Condition, build_conditions
-from karmma_dist.evaluation.outcomes import Outcomes
+from karmma_dist.evaluation.metrics import calibration_error
+from karmma_dist.evaluation.scores import Outcomes
+from karmma_dist.evaluation.statistics import bootstrap
+from karmma_dist.evaluation.statistics.compare import holm, mcnemar
 from karmma_dist.evaluation.summary import summarise
 
 MODALITIES = ["video", "flow", "audio"]

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation import epic_challenge, ssv2_submission
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.evaluation.epic_challenge import SupervisionLevels, parse_levels
-from karmma_dist.evaluation.exports import Exports
-from karmma_dist.evaluation.predictions import PredictionCollector, Predictions
+from karmma_dist.evaluation.exports import epic_kitchens as epic_challenge
+from karmma_dist.evaluation.exports import something_something as ssv2_submission
+from karmma_dist.evaluation.exports.epic_kitchens import SupervisionLevels, parse_levels
+from karmma_dist.evaluation.exports.exports import Exports
+from karmma_dist.evaluation.exports.predictions import PredictionCollector, Predictions
 
 IDS = ["P01_11_0", "P01_11_1", "P02_03_12"]
 EPIC = {"verb": 97, "noun": 300}

@@ -15,14 +15,14 @@ from test_evaluation_evaluate import CONDITIONS, HEADS, MODALITIES, Fusion, make
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.evaluate import evaluate
-from karmma_dist.evaluation.predictions import PredictionCollector, Predictions
+from karmma_dist.evaluation.exports.predictions import PredictionCollector, Predictions
 from karmma_dist.evaluation.views import mean_over_views, parse_views
 from karmma_dist.recipe import DataRecipe, InputRecipe, VideoInput, ViewsRecipe
-from karmma_dist.streaming.augment import evaluation_view, evaluation_views
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.decode import _cut
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.reader import is_wide, num_stored_frames, read_sample
+from karmma_dist.streaming.views import evaluation_view, evaluation_views
 
 INPUTS = InputRecipe.model_validate(
     {

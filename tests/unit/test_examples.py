@@ -33,7 +33,7 @@ def test_examples_do_not_depend_on_what_is_imported(tmp_path: Path, monkeypatch:
     (tmp_path / "constants.py").write_text(f"SIZE, SHARE, NAME = {CONSTANT}, 0.7071, 'a shard'\n")
     (tmp_path / "draw.py").write_text(DRAW)
     conftest = Path(__file__).parents[1] / "conftest.py"
-    modules: tuple[tuple[str, ...], ...] = ((), ("constants",), ("karmma_dist.shards", "constants"))
+    modules: tuple[tuple[str, ...], ...] = ((), ("constants",), ("karmma_dist.shards.format", "constants"))
     shown = set()
     for imported in modules:
         words = [sys.executable, "draw.py", str(conftest), str(tmp_path), *imported]

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 import pytest
 from patience import HANGS_S
 
+from karmma_dist.distributed.world import World, find_world
 from karmma_dist.errors import ERROR_FILE, say
 from karmma_dist.launching.local import launch_local, rank_command, shown_commands
-from karmma_dist.training.rendezvous import World, find_world
 
 LAUNCHER = """
 import sys

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
-from karmma_dist.launching import doctor, machine
+from karmma_dist.launching.doctor import doctor, machine
 from karmma_dist.micro_batches import check_batches, divide_batch, indivisible, nearest_divisible
 from karmma_dist.recipe import Recipe, load_recipe
+from karmma_dist.runs.folder import write_state
 from karmma_dist.streaming.order import Position, Schedule
-from karmma_dist.training.run_folder import differing_fields
-from karmma_dist.training.run_log import write_state
-from karmma_dist.training.session import train_chain
+from karmma_dist.training.checkpoint.resume import differing_fields
+from karmma_dist.training.trainer import train_chain
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(

@@ -12,9 +12,9 @@ from torchvision.models.video import swin3d_t
 
 from karmma_dist.errors import UserError
 from karmma_dist.modality import MODALITIES
-from karmma_dist.models.encoder import Encoder
-from karmma_dist.models.layout import ENCODERS, build_encoder, input_shape
-from karmma_dist.models.small import shift_in_time
+from karmma_dist.models.encoders.encoder import Encoder
+from karmma_dist.models.encoders.small import shift_in_time
+from karmma_dist.models.encoders.table import ENCODERS, build_encoder, input_shape
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
 
 TINY = InputRecipe.model_validate(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from karmma_dist.errors import UserError
+from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.layout import input_shape
 from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe
 
 INPUTS = InputRecipe.model_validate(

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from karmma_dist.models.fusion import FusionBlock
-from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.layout import input_shape
-from karmma_dist.models.tokens import tau_average
+from karmma_dist.models.encoders.table import input_shape
+from karmma_dist.models.karmma import FusionBlock, KarmmaModel, tau_average
 from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe
 
 INPUTS = InputRecipe.model_validate(

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
-from karmma_dist.models import pretrained
-from karmma_dist.models.encoder import Encoder
+from karmma_dist.models import model_card as pretrained
+from karmma_dist.models.encoders.encoder import Encoder
+from karmma_dist.models.encoders.table import build_encoder, input_shape
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.layout import build_encoder, input_shape
-from karmma_dist.models.pretrained import load_model, save_model
-from karmma_dist.models.starting_weights import load_encoder_weights
+from karmma_dist.models.model_card import load_model, save_model
+from karmma_dist.models.weights import load_encoder_weights
 from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe
 
 INPUTS = InputRecipe.model_validate(

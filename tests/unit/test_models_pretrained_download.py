@@ -14,16 +14,15 @@ import torch
 from http_kit import Fault, Handler, Server, cut, serving, short, status
 from torch import nn
 
-from karmma_dist import cache, download
 from karmma_dist.errors import UserError
-from karmma_dist.models.encoder import Encoder
-from karmma_dist.models.layout import build_encoder
-from karmma_dist.models.pretrained import ModelCard, save_model
-from karmma_dist.models.starting_weights import load_encoder_weights
+from karmma_dist.io import cache, download
+from karmma_dist.io.files import sha256_of
+from karmma_dist.models.encoders.encoder import Encoder
+from karmma_dist.models.encoders.table import build_encoder
+from karmma_dist.models.model_card import ModelCard, save_model
+from karmma_dist.models.weights import build_model, load_encoder_weights
 from karmma_dist.recipe import EncoderRecipe, InputRecipe, Recipe, read_run_recipe, save_recipe
-from karmma_dist.shards import sha256_of
-from karmma_dist.training.run_folder import refuse_other_recipe
-from karmma_dist.training.starting_model import build_model
+from karmma_dist.training.checkpoint.resume import refuse_other_recipe
 
 INPUTS = InputRecipe.model_validate(
     {"video": {"num_frames": 4, "crop": 32, "short_side": 32}, "audio": {"num_windows": 4, "window_s": 0.3}}

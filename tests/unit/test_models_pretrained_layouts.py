@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torchvision.models.video.swin_transformer import SwinTransformer3d, swin3d_t
 
 from karmma_dist.errors import UserError
-from karmma_dist.models.encoder import Encoder
-from karmma_dist.models.layout import build_encoder, input_shape
-from karmma_dist.models.starting_weights import check_published, load_encoder_weights
+from karmma_dist.models.encoders.encoder import Encoder
+from karmma_dist.models.encoders.table import build_encoder, input_shape
+from karmma_dist.models.weights import check_published, load_encoder_weights
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
 
 INPUTS = InputRecipe.model_validate(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from karmma_dist.models.tokens import Grouping, tau_average
+from karmma_dist.models.karmma import Grouping, tau_average
 
 GROUPINGS: tuple[Grouping, ...] = ("paper", "even")
 

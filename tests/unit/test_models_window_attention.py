@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from karmma_dist.errors import UserError
-from karmma_dist.models import window_attention
-from karmma_dist.models.encoder import Encoder
-from karmma_dist.models.layout import ENCODERS, build_encoder, input_shape
-from karmma_dist.models.video_swin import SwinOptions, VideoSwin
+from karmma_dist.models.encoders import window_attention
+from karmma_dist.models.encoders.encoder import Encoder
+from karmma_dist.models.encoders.swin3d import SwinOptions, VideoSwin
+from karmma_dist.models.encoders.table import ENCODERS, build_encoder, input_shape
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
 
 TWO_STAGES = {"width": 12, "depths": [2, 2], "heads": [2, 4], "drop_path": 0.3}

@@ -21,7 +21,7 @@ from packing_kit import (
     write_movie,
 )
 
-from karmma_dist.packing.cut import cut_recording
+from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.flow import quantise_flow
 from karmma_dist.packing.media import Geometry, encode_flac
 from karmma_dist.packing.pictures import ClipPictures

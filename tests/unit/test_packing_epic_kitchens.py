@@ -21,9 +21,9 @@ from packing_kit import (
 )
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.cut import cut_recording
-from karmma_dist.packing.epic_kitchens import nominal_fps, read_epic_kitchens
-from karmma_dist.packing.planning import make_plan
+from karmma_dist.packing.clip_cutter import cut_recording
+from karmma_dist.packing.pack import make_plan
+from karmma_dist.packing.readers.epic_kitchens import nominal_fps, read_epic_kitchens
 from karmma_dist.packing.records import ClipRecord, CutClip, Plan, Recording
 
 

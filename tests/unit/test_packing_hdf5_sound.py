@@ -10,8 +10,8 @@ import pytest
 from packing_kit import decode_sound, epic_spec, movie_path, row, write_epic, write_movie
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.cut import cut_recording
-from karmma_dist.packing.planning import make_plan
+from karmma_dist.packing.clip_cutter import cut_recording
+from karmma_dist.packing.pack import make_plan
 from karmma_dist.packing.records import CutClip, Failure
 
 RATE = 24_000

@@ -14,11 +14,12 @@ from packing_kit import write_frames
 
 from karmma_dist.errors import UserError
 from karmma_dist.packing.boxes import HAND, OBJECT
-from karmma_dist.packing.inspect import contact_sheet, describe, describe_clip
+from karmma_dist.packing.inspect.inspect import contact_sheet, describe, describe_clip
+from karmma_dist.packing.inspect.sheet import draw_box, flow_colours
 from karmma_dist.packing.pack import pack
-from karmma_dist.packing.sheet import draw_box, flow_colours
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.shards import ShardFolder, index_path
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import index_path
 
 
 def test_the_description_adds_up_and_is_json(shards: Path) -> None:

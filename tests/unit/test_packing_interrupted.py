@@ -23,18 +23,18 @@ from hypothesis import strategies as st
 from packing_kit import epic_spec, folder_bytes, movie_path, row, write_epic, write_frames, write_movie
 from patience import HANGS_S
 
-from karmma_dist import shards
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
-from karmma_dist.packing import lock, staging, writer
 from karmma_dist.packing import pack as pack_module
-from karmma_dist.packing.cut import cut_recording
-from karmma_dist.packing.lock import folder_lock
+from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.records import ClipRecord, CutClip, Recording
-from karmma_dist.packing.repair import repair
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.packing.verify import verify
+from karmma_dist.packing.tars import lock, staging, writer
+from karmma_dist.packing.tars.lock import folder_lock
+from karmma_dist.packing.verify.repair import repair
+from karmma_dist.packing.verify.verify import verify
+from karmma_dist.shards import format as shards
 
 UNIT_CLIPS = 32
 """A recording with as many is a unit of its own: two of them keep two workers busy."""

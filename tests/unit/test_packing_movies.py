@@ -23,7 +23,7 @@ from packing_kit import (
     write_movie,
 )
 
-from karmma_dist.packing.cut import cut_recording
+from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.records import ClipRecord, CutClip, Recording
 
 EARLY_S = 0.003

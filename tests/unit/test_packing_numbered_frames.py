@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from packing_kit import decode, number_picture, read_number, write_movie
 
-from karmma_dist.packing.cut import cut_recording
+from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.numbered_frames import NumberedFrames
 from karmma_dist.packing.records import ClipRecord, CutClip, Failure, Recording, frames_of
 from karmma_dist.packing.spec import PackingSpec

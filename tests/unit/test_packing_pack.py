@@ -25,13 +25,15 @@ from packing_kit import (
 )
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.files import sha256_of
 from karmma_dist.packing import pack as pack_module
-from karmma_dist.packing import staging
-from karmma_dist.packing.assemble import shard_keys
-from karmma_dist.packing.lock import folder_lock
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.shards import ShardFolder, member_name, sha256_of
+from karmma_dist.packing.tars import staging
+from karmma_dist.packing.tars.assemble import shard_keys
+from karmma_dist.packing.tars.lock import folder_lock
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import member_name
 
 RECORDINGS = ("P01_01", "P01_02", "P02_01")
 CLIPS = 4

@@ -12,10 +12,10 @@ from packing_kit import decode, decode_sound, read_number, write_movie
 
 from karmma_dist.errors import UserError
 from karmma_dist.packing.pack import pack
-from karmma_dist.packing.plain import _collected_classes, _label, read_plain
+from karmma_dist.packing.readers.csv_table import _collected_classes, _label, read_plain
 from karmma_dist.packing.spec import PackingSpec, load_spec
-from karmma_dist.packing.verify import verify
-from karmma_dist.shards import ShardFolder
+from karmma_dist.packing.verify.verify import verify
+from karmma_dist.shards.folder import ShardFolder
 
 FULL = ("key", "media", "start", "stop", "action", "recording", "participant", "narration")
 

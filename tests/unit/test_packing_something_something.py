@@ -11,9 +11,9 @@ from packing_kit import decode, write_frames, write_movie
 
 from karmma_dist.errors import UserError
 from karmma_dist.packing.pack import pack
-from karmma_dist.packing.something_something import read_something_something
+from karmma_dist.packing.readers.something_something import read_something_something
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.shards import ShardFolder
+from karmma_dist.shards.folder import ShardFolder
 
 LABELS = {"Pushing something down": "1", "Holding something": "0"}
 TRAIN = [

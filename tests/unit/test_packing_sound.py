@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing_kit import Beeps, decode, decode_sound, epic_spec, heard_late_s, number_picture, write_movie
 
-from karmma_dist.packing.cut import cut_recording
+from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.records import ClipRecord, CutClip, Recording
 from karmma_dist.packing.sound import Sound
 

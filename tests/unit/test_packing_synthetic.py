@@ -9,11 +9,11 @@ import av
 import numpy as np
 import pytest
 
-from karmma_dist.packing.planning import make_plan
+from karmma_dist.packing.pack import make_plan
 from karmma_dist.packing.spec import load_spec
-from karmma_dist.packing.synthetic import write_kitchen
-from karmma_dist.packing.synthetic_scene import NOUNS, VERBS, Event, Scene, sound
-from karmma_dist.shards import ShardFolder
+from karmma_dist.packing.synthetic.kitchen import write_kitchen
+from karmma_dist.packing.synthetic.scene import NOUNS, VERBS, Event, Scene, sound
+from karmma_dist.shards.folder import ShardFolder
 
 SMALL = {"train_recordings": 6, "validation_recordings": 1, "clips_per_recording": 2}
 

@@ -20,14 +20,17 @@ from packing_kit import epic_spec, folder_bytes, movie_path, row, write_epic, wr
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
-from karmma_dist.packing.check_clip import Shown, early_ends
-from karmma_dist.packing.lock import folder_lock
+from karmma_dist.io.files import sha256_of, write_json
 from karmma_dist.packing.pack import pack
-from karmma_dist.packing.repair import repair
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.packing.verify import verify
-from karmma_dist.packing.writer import write_tar
-from karmma_dist.shards import ShardFolder, build_index, index_path, member_name, sha256_of, write_json
+from karmma_dist.packing.tars.lock import folder_lock
+from karmma_dist.packing.tars.writer import write_tar
+from karmma_dist.packing.verify.clip import Shown, early_ends
+from karmma_dist.packing.verify.repair import repair
+from karmma_dist.packing.verify.verify import verify
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import index_path, member_name
+from karmma_dist.shards.index import build_index
 
 SHARDS = ("train-000000.tar", "train-000001.tar", "validation-000000.tar")
 

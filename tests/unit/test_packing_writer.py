@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from karmma_dist.modality import MODALITIES
-from karmma_dist.packing.writer import write_tar
+from karmma_dist.packing.tars.writer import write_tar
 
 keys = st.text("abcXYZ019_-", min_size=1, max_size=120)
 members = st.dictionaries(st.sampled_from([*MODALITIES, "json"]), st.binary(max_size=2000), min_size=1)

@@ -17,21 +17,19 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from karmma_dist.cli import main
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.modality import MODALITIES, subsets
-from karmma_dist.models.fusion import FusionBlock
-from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.pretrained import save_model
-from karmma_dist.profiling.costs import Cost, Profile, cost, profile_recipe
-from karmma_dist.profiling.flops import ClipFlops, flops_per_clip, meta_clip, meta_model
+from karmma_dist.models.flops import ClipFlops, flops_per_clip, meta_clip, meta_model
+from karmma_dist.models.karmma import FusionBlock, KarmmaModel
+from karmma_dist.models.model_card import save_model
+from karmma_dist.profiling.costs import Cost, Profile, Subject, cost, find_subjects, profile_recipe
 from karmma_dist.profiling.memory import FusedAttention, PeakMemory, inference_peak
 from karmma_dist.profiling.report import print_profile
-from karmma_dist.profiling.subjects import Subject, find_subjects
 from karmma_dist.recipe import load_recipe
-from karmma_dist.shards import ShardFolder
+from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.loader import check_heads
-from karmma_dist.training.loop import train
-from karmma_dist.training.rendezvous import World
+from karmma_dist.training.trainer import train
 
 V, F_, A, D = MODALITIES
 ALL = ((V,), (F_,), (A,), (V, F_), (V, A), (F_, A), (V, F_, A))

@@ -16,15 +16,22 @@ from rich.console import Console
 
 from karmma_dist.cli import main
 from karmma_dist.modality import MODALITIES, subsets
-from karmma_dist.models.fusion import FusionBlock
-from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.flops import ClipFlops, count_flops, flops_per_clip, meta_model, meta_tokens
+from karmma_dist.models.karmma import FusionBlock, KarmmaModel
 from karmma_dist.profiling import measure as measuring
-from karmma_dist.profiling.costs import Cost, Profile, Workload, cost, fusion_cost, profile_recipe
-from karmma_dist.profiling.flops import ClipFlops, count_flops, flops_per_clip, meta_model, meta_tokens
+from karmma_dist.profiling.costs import (
+    Cost,
+    Profile,
+    Subject,
+    Workload,
+    cost,
+    find_subjects,
+    fusion_cost,
+    profile_recipe,
+)
 from karmma_dist.profiling.measure import allocator_peaks
 from karmma_dist.profiling.memory import FUSION_CLIPS, attention, fusion_peak
 from karmma_dist.profiling.report import print_profile
-from karmma_dist.profiling.subjects import Subject, find_subjects
 from karmma_dist.recipe import load_recipe
 from karmma_dist.studies.costs import Counter
 from karmma_dist.studies.study import Column, load_study

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from karmma_dist.distributed.world import World, find_world
 from karmma_dist.errors import UserError
-from karmma_dist.training.rendezvous import World, find_world
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "1234"}
 SLURM = {

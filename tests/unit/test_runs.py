@@ -17,9 +17,9 @@ from rich.console import Console
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
-from karmma_dist.runs import Run, find_runs, print_runs
-from karmma_dist.training.run_log import STATE, write_state
-from karmma_dist.training.whereabouts import is_alive, whereabouts
+from karmma_dist.runs.folder import STATE, write_state
+from karmma_dist.runs.listing import Run, find_runs, print_runs
+from karmma_dist.runs.process import is_alive, whereabouts
 
 HOUR = 3600.0
 
@@ -52,7 +52,7 @@ def elsewhere() -> dict[str, Any]:
 
 def ended_process() -> dict[str, Any]:
     """The whereabouts of a process of this machine that has ended by now."""
-    script = "import json; from karmma_dist.training.whereabouts import whereabouts; print(json.dumps(whereabouts()))"
+    script = "import json; from karmma_dist.runs.process import whereabouts; print(json.dumps(whereabouts()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS_S, check=True)
     return dict(json.loads(done.stdout))
 

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karmma_dist.errors import UserError
-from karmma_dist.shards import MANIFEST, ShardFolder, write_json, write_whole
+from karmma_dist.io.files import write_json, write_whole
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import MANIFEST
 
 BEFORE, AFTER = b"what was there before", b"what comes after it"
 
@@ -117,5 +119,5 @@ def test_json_is_one_line_of_utf8_that_reads_back(tmp_path_factory: pytest.TempP
 
 
 def test_reading_and_writing_shards_needs_no_torch() -> None:
-    code = "import sys, karmma_dist.shards; sys.exit('torch' in sys.modules)"
+    code = "import sys, karmma_dist.shards.format; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

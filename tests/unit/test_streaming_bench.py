@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from karmma_dist.cli import main
-from karmma_dist.shards import ShardFolder
+from karmma_dist.shards.folder import ShardFolder
 
 
 def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:

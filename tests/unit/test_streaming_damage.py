@@ -21,7 +21,8 @@ from karmma_dist.errors import UserError
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
 from karmma_dist.recipe import DataRecipe, InputRecipe
-from karmma_dist.shards import Clip, ShardFolder
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import Clip
 from karmma_dist.streaming import reader
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.loader import EvaluationClips, TrainingClips, open_shards

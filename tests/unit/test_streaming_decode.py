@@ -17,11 +17,12 @@ from karmma_dist.packing.media import VideoEncoder, encode_flac
 from karmma_dist.packing.spec import VideoSpec
 from karmma_dist.packing.yuv import ToI420
 from karmma_dist.recipe import AudioInput, InputRecipe, VideoInput
-from karmma_dist.shards import DamageError, ShardFolder
-from karmma_dist.streaming.augment import View, evaluation_view, training_view
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import DamageError
 from karmma_dist.streaming.decode import decode_audio, decode_flow, decode_video, frame_numbers
 from karmma_dist.streaming.frames import chosen_frames, group_starts
 from karmma_dist.streaming.reader import length_s, num_stored_frames, read_sample
+from karmma_dist.streaming.views import View, evaluation_view, training_view
 from tests.unit.packing_kit import number_picture, read_number
 
 CENTRE = View(np.array([0.5]), 0.5, 0.5, False, np.ones(3, np.float32))

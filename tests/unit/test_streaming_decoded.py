@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from karmma_dist.recipe import DataRecipe, InputRecipe
-from karmma_dist.shards import Clip, ShardFolder
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import Clip
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.decode import decode_all_boxes, sample_boxes
 from karmma_dist.streaming.decoded import DecodedClips
@@ -81,7 +82,7 @@ def test_the_limit_holds_and_what_is_in_stays() -> None:
 
 def test_boxes_sampled_from_all_frames_are_the_best_of_the_chosen_ones() -> None:
     from karmma_dist.recipe import DetectionsInput
-    from karmma_dist.streaming.augment import View
+    from karmma_dist.streaming.views import View
 
     settings = DetectionsInput(num_frames=2, max_boxes=1)
     view = View(np.array([0.0, 0.9]), 0.5, 0.5, True, np.ones(3, np.float32))

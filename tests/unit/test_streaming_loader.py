@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import DataRecipe, InputRecipe
-from karmma_dist.shards import Clip, DamageError, ShardFolder
-from karmma_dist.streaming.augment import evaluation_view
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import Clip, DamageError
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import (
     EvaluationClips,
@@ -26,6 +26,7 @@ from karmma_dist.streaming.loader import (
 )
 from karmma_dist.streaming.order import Position, Schedule
 from karmma_dist.streaming.reader import num_stored_frames, read_sample
+from karmma_dist.streaming.views import evaluation_view
 
 INPUTS = InputRecipe.model_validate(
     {

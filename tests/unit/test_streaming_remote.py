@@ -24,17 +24,19 @@ from http_kit import Fault, Handler, Server, cut, serving, short, status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from karmma_dist import cache as cache_module
-from karmma_dist import download
-from karmma_dist.cache import Cache, Content, FetchError
-from karmma_dist.download import masked
 from karmma_dist.errors import UserError
+from karmma_dist.io import cache as cache_module
+from karmma_dist.io import download
+from karmma_dist.io.cache import Cache, Content, FetchError
+from karmma_dist.io.download import masked
+from karmma_dist.io.files import sha256_of, write_json
 from karmma_dist.recipe import DataRecipe, InputRecipe, Recipe
-from karmma_dist.shards import MANIFEST, DamageError, ShardFolder, index_path, sha256_of, write_json
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import MANIFEST, DamageError, index_path
+from karmma_dist.shards.remote import RemoteShards, open_folder
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule
-from karmma_dist.streaming.remote import RemoteShards, open_folder
 
 INPUTS = InputRecipe.model_validate(
     {
@@ -432,7 +434,7 @@ def test_secrets_in_a_url_reach_the_server_and_no_message(server: Server, tmp_pa
 
 
 def test_a_run_goes_on_with_a_new_password_or_signature_but_not_with_other_shards() -> None:
-    from karmma_dist.training.run_folder import refuse_other_recipe
+    from karmma_dist.training.checkpoint.resume import refuse_other_recipe
 
     def recipe(shards: str, cache_dir: str | None = None) -> Recipe:
         data = {"shards": shards, "modalities": ["video"], "cache_dir": cache_dir}

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karmma_dist.recipe import AudioInput, VideoInput
-from karmma_dist.streaming.augment import evaluation_view, training_view
 from karmma_dist.streaming.spectrogram import HOP, RATE, mel_filters, mel_spectrogram
+from karmma_dist.streaming.views import evaluation_view, training_view
 
 
 @given(st.integers(1, 40), st.integers(0, 9), st.text("abc_0", min_size=1))
@@ -91,7 +91,7 @@ def test_a_clip_without_pictures_is_heard_all_over_also_in_dense_sampling() -> N
 
 def test_another_process_has_the_same_view() -> None:
     script = (
-        "from karmma_dist.recipe import VideoInput; from karmma_dist.streaming.augment import training_view;"
+        "from karmma_dist.recipe import VideoInput; from karmma_dist.streaming.views import training_view;"
         "print(repr(training_view(VideoInput(num_frames=3, horizontal_flip=True), 50, 7, 3, 'P01_01_3')))"
     )
     here = repr(training_view(VideoInput(num_frames=3, horizontal_flip=True), 50, 7, 3, "P01_01_3"))

@@ -12,15 +12,15 @@ from study_kit import STUDY, write_study
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
-from karmma_dist.models.pretrained import CARD, ModelCard
+from karmma_dist.models.model_card import CARD, ModelCard
 from karmma_dist.recipe import load_chain, load_recipe, save_recipe
+from karmma_dist.runs.folder import write_state
 from karmma_dist.settings import dump
 from karmma_dist.studies.costs import plan_costs
 from karmma_dist.studies.jobs import recipe_file, write_recipe
 from karmma_dist.studies.plan import StudyPlan, plan_study
 from karmma_dist.studies.slurm import plan_arrays, shown_arrays
 from karmma_dist.studies.study import load_study
-from karmma_dist.training.run_log import write_state
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(f"{path.parent.parent.name}/{path.stem}" for path in ROOT.glob("recipes/*/studies/*.yaml"))

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from karmma_dist.evaluation.conditions import build_conditions
-from karmma_dist.evaluation.outcomes import Outcomes
-from karmma_dist.evaluation.scores import Results
+from karmma_dist.evaluation.scores import Outcomes, Results
 from karmma_dist.evaluation.summary import summarise
 from karmma_dist.studies.results import read_outcomes, write_outcomes
 from karmma_dist.studies.statistics import Resampled, curve_points, incomplete_beta, paired_t, student_t_p

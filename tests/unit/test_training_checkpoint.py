@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe, save_recipe
-from karmma_dist.shards import ShardFolder
+from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.order import Position
-from karmma_dist.training import run_folder, saver
-from karmma_dist.training.checkpoint import Saved, checkpoints, data_state, load_checkpoint, newest_whole
-from karmma_dist.training.pieces import SavedPieces
-from karmma_dist.training.rendezvous import World
-from karmma_dist.training.run_folder import prepare_run_dir
-from karmma_dist.training.saver import Saver
+from karmma_dist.training.checkpoint import async_saver as saver
+from karmma_dist.training.checkpoint import resume as run_folder
+from karmma_dist.training.checkpoint.async_saver import Saver
+from karmma_dist.training.checkpoint.checkpoint import Saved, checkpoints, data_state, load_checkpoint, newest_whole
+from karmma_dist.training.checkpoint.resume import prepare_run_dir
+from karmma_dist.training.checkpoint.zero_state import SavedPieces
 
 WORLD = World(0, 0, 1, "127.0.0.1", 1)
 

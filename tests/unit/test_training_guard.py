@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from karmma_dist.distributed.graph_check import Guard, difference, gradient_order
 from karmma_dist.errors import UserError
-from karmma_dist.training.guard import Guard, difference, gradient_order
 
 
 class Branches(nn.Module):

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from karmma_dist import cli
 from karmma_dist.errors import Stopped, UserError
-from karmma_dist.training.interruption import STOP_FILE, Interruption, Stop, parse_duration, refuse_stop_file
+from karmma_dist.training.fault_tolerance.preemption import (
+    STOP_FILE,
+    Interruption,
+    Stop,
+    parse_duration,
+    refuse_stop_file,
+)
 
 
 @pytest.mark.parametrize(

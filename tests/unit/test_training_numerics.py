@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from karmma_dist.distributed.process_group import process_group
+from karmma_dist.distributed.world import World, free_port
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.run import validate
 from karmma_dist.recipe import Recipe
-from karmma_dist.training.engine import Engine, process_group
-from karmma_dist.training.loop import train
-from karmma_dist.training.numerics import Skips, Suspect, describe
-from karmma_dist.training.rendezvous import World, free_port
-from karmma_dist.training.stages import Supervised
+from karmma_dist.training.engine import Engine
+from karmma_dist.training.fault_tolerance.skipped_steps import Skips, Suspect, describe
+from karmma_dist.training.objectives import Supervised
+from karmma_dist.training.trainer import train
 
 RECIPE: dict[str, Any] = {
     "name": "run",

@@ -8,7 +8,7 @@ from torch import nn
 
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.recipe import load_recipe
-from karmma_dist.training.optimizer import build_optimizer
+from karmma_dist.training.optim import build_optimizer
 
 
 @pytest.mark.parametrize("decay_norms", [False, True])

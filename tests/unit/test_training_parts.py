@@ -10,15 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from karmma_dist.distributed.world import World, find_world
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import OptimizerRecipe
 from karmma_dist.streaming.batch import Batch, Damage, collate
-from karmma_dist.streaming.watch import LoadStats
-from karmma_dist.training.damage import DamageLog
-from karmma_dist.training.losses import cross_entropy, distillation
-from karmma_dist.training.rendezvous import World, find_world
-from karmma_dist.training.schedule import learning_rate
-from karmma_dist.training.telemetry import Averages, loading_metrics, loading_sums
+from karmma_dist.streaming.worker_status import LoadStats
+from karmma_dist.training.fault_tolerance.damaged_clips import DamageLog
+from karmma_dist.training.objectives import cross_entropy, distillation
+from karmma_dist.training.optim import learning_rate
+from karmma_dist.training.tracking import Averages, loading_metrics, loading_sums
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "1234"}
 

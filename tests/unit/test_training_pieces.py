@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from karmma_dist.errors import UserError
-from karmma_dist.training.pieces import Pieces, SavedPieces
+from karmma_dist.training.checkpoint.zero_state import Pieces, SavedPieces
 
 
 @given(st.integers(1, 60), st.lists(st.integers(0, 60), max_size=6), st.integers(0, 60), st.integers(0, 60))

@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 from patience import HANGS_S
 
+from karmma_dist.distributed.preflight import preflight as module
+from karmma_dist.distributed.preflight.facts import attempt, device_facts, differences
+from karmma_dist.distributed.preflight.preflight import Outcome, preflight, report
+from karmma_dist.distributed.preflight.probes import MeetingFolder, planned_hosts, tasks_per_node
+from karmma_dist.distributed.world import World, free_port
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe
-from karmma_dist.training import preflight as module
-from karmma_dist.training.meeting_folder import MeetingFolder
-from karmma_dist.training.placement import planned_hosts, tasks_per_node
-from karmma_dist.training.preflight import Outcome, preflight, report
-from karmma_dist.training.rank_facts import attempt, device_facts, differences
-from karmma_dist.training.rendezvous import World, free_port
-from karmma_dist.training.whereabouts import node_name
+from karmma_dist.runs.process import node_name
 
 TIMEOUT_S = 20.0
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from karmma_dist.distributed import collectives
+from karmma_dist.distributed import heartbeat as presence
+from karmma_dist.distributed.heartbeat import Presence, wait_for
 from karmma_dist.errors import Stopped
-from karmma_dist.training import collectives, presence
-from karmma_dist.training.presence import Presence, wait_for
 
 FOREVER = 1e9
 

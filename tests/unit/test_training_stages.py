@@ -13,18 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
+from karmma_dist.models.encoders.table import input_shape
+from karmma_dist.models.flops import meta_model
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.layout import input_shape
-from karmma_dist.models.pretrained import save_model
-from karmma_dist.profiling.flops import meta_model
+from karmma_dist.models.model_card import save_model
 from karmma_dist.recipe import DistillRecipe, Recipe, load_chain, save_recipe
+from karmma_dist.runs.folder import write_state
 from karmma_dist.streaming.batch import collate
 from karmma_dist.training import teacher as teacher_module
-from karmma_dist.training.losses import cross_entropy
-from karmma_dist.training.rendezvous import World
-from karmma_dist.training.run_log import write_state
-from karmma_dist.training.stages import Distill
+from karmma_dist.training.objectives import Distill, cross_entropy
 from karmma_dist.training.teacher import Teacher, build_teacher
 
 MODALITIES = ["video", "flow", "audio"]

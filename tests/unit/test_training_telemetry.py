@@ -19,22 +19,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from karmma_dist.distributed.process_group import process_group
+from karmma_dist.distributed.world import World, find_world
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.plan import plan_evaluation
 from karmma_dist.evaluation.run import carry_out
 from karmma_dist.evaluation.run import validate as measure
+from karmma_dist.models.flops import flops_per_clip
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.profiling.flops import flops_per_clip
 from karmma_dist.recipe import Recipe
+from karmma_dist.runs.folder import read_state
 from karmma_dist.streaming.batch import collate
-from karmma_dist.training.best import BestWeights
-from karmma_dist.training.engine import process_group
-from karmma_dist.training.loop import train
-from karmma_dist.training.rendezvous import World, find_world
-from karmma_dist.training.run_log import read_state
-from karmma_dist.training.telemetry import Averages, accuracies, agreements, entropies
+from karmma_dist.training.checkpoint.best import BestWeights
 from karmma_dist.training.throughput import Throughput, peak_tflops
+from karmma_dist.training.tracking import Averages, accuracies, agreements, entropies
+from karmma_dist.training.trainer import train
 
 CLASSES = {"verb": ["a", "b"], "noun": ["c", "d", "e"]}
 

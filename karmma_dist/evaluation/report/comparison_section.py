@@ -7,7 +7,7 @@ from typing import Any
 
 from karmma_dist.evaluation.report import markdown
 from karmma_dist.evaluation.report.html_tables import Cell, Table
-from karmma_dist.evaluation.standings import LEVEL
+from karmma_dist.evaluation.summary import LEVEL
 from karmma_dist.modality import letters
 
 _FALL = "drop_curve_fall"

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.evaluation import metrics
-from karmma_dist.evaluation.corruptions import parse_corruption
+from karmma_dist.evaluation.corruptions.kinds import parse_corruption
 from karmma_dist.evaluation.report import markdown
 from karmma_dist.evaluation.report.plots import severity_curves
-from karmma_dist.evaluation.standings import METRIC
-from karmma_dist.evaluation.summary import Row, mean_over_seeds
+from karmma_dist.evaluation.summary import METRIC, Row, mean_over_seeds
 from karmma_dist.modality import letters
 
 CORRUPTION_PLOT = "corruptions.png"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from karmma_dist.evaluation.report import markdown
-from karmma_dist.evaluation.standings import LEVEL, METRIC
+from karmma_dist.evaluation.summary import LEVEL, METRIC
 from karmma_dist.modality import letters
 
 _TIE = 0.005

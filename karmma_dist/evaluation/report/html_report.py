@@ -29,7 +29,7 @@ from karmma_dist.evaluation.report.html_sections import (
     what_was_measured,
 )
 from karmma_dist.evaluation.report.html_tables import Section, Table, bullets
-from karmma_dist.shards import write_whole
+from karmma_dist.io.files import write_whole
 
 HTML_REPORT = "report.html"
 

@@ -25,7 +25,7 @@ from karmma_dist.evaluation.report.readings import (
     uncorrupted,
 )
 from karmma_dist.evaluation.report.svg import Point, bar_plot, legend, line_plot
-from karmma_dist.evaluation.standings import METRIC, model_ranks, subset_values
+from karmma_dist.evaluation.summary import METRIC, model_ranks, subset_values
 from karmma_dist.modality import letters
 
 WIDE, NARROW = 720, 326

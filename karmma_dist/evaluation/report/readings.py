@@ -8,7 +8,7 @@ from typing import Any
 from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.report.html_tables import number
 from karmma_dist.evaluation.report.svg import Point
-from karmma_dist.evaluation.standings import METRIC
+from karmma_dist.evaluation.summary import METRIC
 
 Models = Mapping[str, dict[str, Any]]
 Row = dict[str, Any]

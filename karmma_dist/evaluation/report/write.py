@@ -21,10 +21,9 @@ from karmma_dist.evaluation.report.html_report import write_html_report
 from karmma_dist.evaluation.report.plots import Curve, drop_curves, subset_bars
 from karmma_dist.evaluation.report.readings import Models, clips_per_model
 from karmma_dist.evaluation.scores import Results
-from karmma_dist.evaluation.standings import METRIC, model_ranks, subset_values
-from karmma_dist.evaluation.summary import error_names, metric_names, whole_sensors
+from karmma_dist.evaluation.summary import METRIC, error_names, metric_names, model_ranks, subset_values, whole_sensors
+from karmma_dist.io.files import write_json, write_whole
 from karmma_dist.modality import letters
-from karmma_dist.shards import write_json, write_whole
 
 RESULTS = "results.json"
 REPORT = "report.md"

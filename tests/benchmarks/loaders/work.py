@@ -13,10 +13,11 @@ import numpy as np
 
 from karmma_dist.modality import MODALITIES
 from karmma_dist.recipe import InputRecipe
-from karmma_dist.shards import Clip, Member, ShardFolder
-from karmma_dist.streaming.augment import View, training_view
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import Clip, Member
 from karmma_dist.streaming.batch import Batch, Sample, collate
 from karmma_dist.streaming.reader import num_stored_frames, read_sample
+from karmma_dist.streaming.views import View, training_view
 
 DROP_PROB = 0.5
 """Of the arms with modality dropout, per modality; one is always kept."""

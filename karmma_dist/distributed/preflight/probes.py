@@ -1,0 +1,186 @@
+"""Is a folder the same one on all nodes, and can every rank write it? A folder of the moment in it, a file per rank.
+
+One all-reduce over the ranks of a job, as training makes them, checked and timed; and the store they meet in.
+
+Which node a rank should be on, as the launcher planned it: to name the node of a rank that never came.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from karmma_dist.distributed.process_group import device_of
+from karmma_dist.distributed.world import World
+from karmma_dist.errors import UserError
+
+
+class MeetingFolder:
+    """Rank 0 makes it and removes it, with what it had to make above it; the others write and look.
+
+    Args:
+        parent: the folder in question; it need not exist yet.
+        token: of this meeting, equal on all ranks.
+    """
+
+    def __init__(self, parent: Path, token: str) -> None:
+        self.parent = parent.absolute()
+        self._token = token
+        self._folder = self.parent / f".preflight-{token}"
+        self._made: list[Path] = []
+
+    def make(self) -> None:
+        """Make it, with rank 0's file.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._made = [path for path in (self.parent, *self.parent.parents) if not path.exists()]
+        try:
+            self._folder.mkdir(parents=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self.write(0)
+
+    def write(self, rank: int) -> None:
+        """Write a rank's file, down to the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            with open(self._folder / str(rank), "w") as file:
+                file.write(f"{self._token} {rank}")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def sees(self, rank: int) -> bool:
+        """Whether a rank's file is there, with what it wrote."""
+        try:
+            return (self._folder / str(rank)).read_text() == f"{self._token} {rank}"
+        except OSError:
+            return False
+
+    def join(self, rank: int) -> bool:
+        """Look for rank 0's file and write one's own.
+
+        Raises:
+            UserError: one of them is impossible.
+        """
+        if not self.sees(0):
+            raise UserError(
+                f"{self.parent}: does not show what rank 0 wrote into it, so it is not the same folder on all nodes: "
+                "set runs_dir to one on a shared file system"
+            )
+        if rank:
+            self.write(rank)
+        return True
+
+    def remove(self) -> None:
+        """Leave nothing that was not there before, except what others put there meanwhile."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        for path in self._made:
+            try:
+                path.rmdir()
+            except OSError:
+                return
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.parent}: cannot be written ({error.strerror}): change its rights or set runs_dir")
+
+
+ALL_REDUCE_BYTES = 64 * 2**20
+
+
+def connect(world: World, timeout_s: float, *, keep: bool) -> dist.Store:
+    """A connection of its own to the job's store, at the address where training will meet; `keep`: it is kept here."""
+    store = dist.TCPStore(
+        world.address, world.port, is_master=keep, wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )  # fmt: skip
+    return dist.PrefixStore("karmma_dist/preflight", store)
+
+
+def time_all_reduce(world: World, limit_s: float) -> float | None:
+    """Sum 64 MB over the ranks as training would; returns the bus bandwidth in GB/s, None for a single rank.
+
+    Raises:
+        UserError: a sum is wrong.
+        RuntimeError: the backend failed.
+    """
+    device = device_of(world)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    store = dist.PrefixStore("group", connect(world, limit_s, keep=False))  # waits in it must not block the others
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", store=store, rank=world.rank, world_size=world.size,
+        timeout=datetime.timedelta(seconds=10 * limit_s),  # torch's own limit ends the process: ours comes first
+    )  # fmt: skip
+    values = torch.empty(ALL_REDUCE_BYTES // 4, device=device)
+    fastest_s = float("inf")
+    for _ in range(3):  # the first one also connects
+        values.fill_(world.rank + 1)
+        if cuda:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        dist.all_reduce(values)
+        if cuda:
+            torch.cuda.synchronize()
+        fastest_s = min(fastest_s, time.perf_counter() - began)
+        expected = world.size * (world.size + 1) / 2
+        wrong = int((values != expected).sum())
+        if wrong:
+            raise UserError(f"all-reduce: {wrong} of {values.numel()} sums are wrong: check the node's network and GPU")
+    share = 2 * (world.size - 1) / world.size
+    return share * ALL_REDUCE_BYTES / fastest_s / 1e9 if world.size > 1 else None
+
+
+def planned_hosts(environment: Mapping[str, str], size: int, arrived: Mapping[int, str]) -> dict[int, str]:
+    """Host by rank, from Slurm's variables, or from torchrun's and the ranks that are there; may be empty.
+
+    Args:
+        environment: of any rank.
+        size: number of ranks.
+        arrived: hosts of the ranks that came.
+    """
+    local = environment.get("LOCAL_WORLD_SIZE", "")
+    if local.isdigit() and int(local):
+        nodes = {rank // int(local): host for rank, host in arrived.items()}
+        return {rank: nodes.get(rank // int(local), f"node number {rank // int(local)}") for rank in range(size)}
+    names, tasks = _step_hosts(environment), tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if len(names) != len(tasks) or sum(tasks) != size:
+        return {}
+    if environment.get("SLURM_DISTRIBUTION", "block").startswith("cyclic"):
+        order = sorted((turn, node) for node, count in enumerate(tasks) for turn in range(count))
+        return {rank: names[node] for rank, (_, node) in enumerate(order)}
+    return dict(enumerate(name for name, count in zip(names, tasks, strict=True) for _ in range(count)))
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` -> [2, 2, 2, 1]: how SLURM_STEP_TASKS_PER_NODE is written."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]
+
+
+def _step_hosts(environment: Mapping[str, str]) -> list[str]:
+    nodes = environment.get("SLURM_STEP_NODELIST")
+    if not nodes:
+        return []
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.split()

@@ -1,0 +1,232 @@
+"""`doctor`'s checks of the machine around Python: compiler, Slurm, disks, shards, shared memory, limits."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from karmma_dist.errors import UserError
+from karmma_dist.io.cache import cache_root
+from karmma_dist.io.download import is_url, masked
+from karmma_dist.launching.doctor.check import Check, State
+from karmma_dist.launching.slurm import slurm_ranks
+from karmma_dist.micro_batches import check_batches, divide_batch
+from karmma_dist.recipe import InputRecipe, Recipe
+from karmma_dist.runs.folder import finished_names
+from karmma_dist.shards.folder import ShardFolder
+
+BATCH = "batch"
+"""Name of the check whose failure is the user's input, not the machine's state."""
+_COMMAND_LIMIT_S = 15.0
+_COMPILE_LIMIT_S = 60.0
+_GB = 1e9
+_LOW_BYTES = 1 * _GB
+"""Less free space than this will not hold one checkpoint."""
+_SCARCE_BYTES = 20 * _GB
+_BATCHES_AHEAD = 3
+"""Batches of a worker that lie in shared memory: two prefetched and one in use."""
+_LEAST_SHARED_BYTES = 2**28
+
+
+def check_compiler() -> list[Check]:
+    """A C++ compiler that finds Python's headers: torch.compile and DeepSpeed's own operators are built with it."""
+    compiler = os.environ.get("CXX") or next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+    needed = "only torch.compile and DeepSpeed's compiled operators need it"
+    if compiler is None:
+        return [Check("compiler", "note", "none", f"{needed}: apt install g++ python3-dev, or module load gcc")]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <Python.h>\nint answer() { return PY_MAJOR_VERSION; }\n")
+        command = [
+            *compiler.split(), "-shared", "-fPIC", f"-I{sysconfig.get_paths()['include']}", str(source), "-o",
+            str(source.with_suffix(".so")),
+        ]  # fmt: skip
+        code, out, err = _run(command, _COMPILE_LIMIT_S)
+    if code:
+        missing = "Python.h" in err
+        advice = "install Python's headers: apt install python3-dev" if missing else f"see: {compiler} --version"
+        why = "no Python.h" if missing else _first(err or out)
+        return [Check("compiler", "note", f"{compiler} cannot build an extension ({why})", f"{needed}; {advice}")]
+    ninja = "" if shutil.which("ninja") else "; no ninja"
+    _, version, _ = _run([*compiler.split(), "--version"], _COMMAND_LIMIT_S)
+    return [Check("compiler", "ok", f"{_first(version)}{ninja}")]
+
+
+def check_slurm() -> list[Check]:
+    """Slurm's commands, and whether its controller answers."""
+    commands = ("sbatch", "srun", "scontrol", "squeue")
+    missing = [name for name in commands if shutil.which(name) is None]
+    if len(missing) == len(commands):
+        return [Check("Slurm", "note", "not on this machine", "for a cluster run this on its login node")]
+    if missing:
+        return [Check("Slurm", "fix", f"no {', '.join(missing)} on PATH", "install Slurm's client commands whole")]
+    code, out, err = _run(["scontrol", "ping"], _COMMAND_LIMIT_S)
+    if "configuration source" in err:
+        return [Check("Slurm", "note", "installed, but set up for no cluster", "to submit jobs, set SLURM_CONF")]
+    _, version, _ = _run(["sbatch", "--version"], _COMMAND_LIMIT_S)
+    if code or " UP" not in out:
+        why = _first(out if "DOWN" in out else err or out)
+        advice = "the controller does not answer: ask the administrator, or see slurmctld's log"
+        return [Check("Slurm", "fix", f"{_first(version)}: {why}", advice)]
+    code, nodes, err = _run(["sinfo", "--noheader", "--format=%P %D %t"], _COMMAND_LIMIT_S)
+    partitions = ", ".join(" ".join(line.split()) for line in nodes.splitlines()[:8]) or "no partition"
+    job = os.environ.get("SLURM_JOB_ID")
+    return [Check("Slurm", "ok", f"{_first(version)}, {partitions}" + (f", inside job {job}" if job else ""))]
+
+
+def check_disk(chain: Sequence[Recipe]) -> list[Check]:
+    """Room for runs, caches and temporary files."""
+    places: dict[str, Path] = {"runs": Path(chain[-1].runs_dir) if chain else Path("runs")}
+    remote = [recipe for recipe in chain if is_url(recipe.data.shards)]
+    if remote:
+        places["cache"] = cache_root(remote[0].data.cache_dir)
+    places["temporary files"] = Path(tempfile.gettempdir())
+    return [check_room(name, path) for name, path in places.items()]
+
+
+def check_room(name: str, path: Path) -> Check:
+    """Whether a folder can be written and how much it holds, looked up at its nearest existing parent."""
+    path = path.expanduser().absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return Check(name, "fix", f"{path} cannot be written", f"change the rights of {there}, or name another folder")
+    free = shutil.disk_usage(there).free
+    shown = f"{path}: {free / _GB:,.1f} GB free"
+    if free < _LOW_BYTES:
+        return Check(name, "fix", shown, "no room for a checkpoint: free some space or name another folder")
+    if free < _SCARCE_BYTES and name != "temporary files":
+        return Check(name, "note", shown, "little room: the paper's runs keep two checkpoints and their weights")
+    return Check(name, "ok", shown)
+
+
+def check_shards(chain: Sequence[Recipe]) -> list[Check]:
+    """Whether the shards of the recipes are there; those behind a URL are left to the run, which names what fails."""
+    checks = []
+    for where in dict.fromkeys(recipe.data.shards for recipe in chain):
+        if is_url(where):
+            checks.append(Check("shards", "ok", f"{masked(where)}, fetched when asked for"))
+            continue
+        try:
+            folder = ShardFolder(where)
+            counts = ", ".join(f"{split} {len(folder.clips(split)):,}" for split in folder.splits)
+            checks.append(Check("shards", "ok", f"{where}: {counts} clips"))
+        except UserError as error:
+            checks.append(Check("shards", "fix", f"{where} cannot be opened", str(error)))
+    return checks
+
+
+def check_batch(chain: Sequence[Recipe], num_gpus: int) -> list[Check]:
+    """Check that the ranks here, one per GPU, divide the batches left to train; note where those of a Slurm job do not.
+
+    Args:
+        chain: the recipes.
+        num_gpus: of this machine; without any, one rank trains.
+    """
+    done = finished_names(chain)
+    if all(recipe.name in done for recipe in chain):
+        return []
+    checks = []
+    try:
+        divisions = check_batches(chain, num_gpus or 1, done)
+        warnings = dict.fromkeys(division.warning for division in divisions if division.warning)
+        shown = "; ".join(dict.fromkeys(map(str, divisions)))
+        checks.append(Check(BATCH, "note" if warnings else "ok", shown, "; ".join(warnings)))
+    except UserError as error:
+        checks.append(Check(BATCH, "fix", f"does not divide over {num_gpus or 1} ranks, one per GPU", str(error)))
+    submitted = slurm_ranks(chain[-1].slurm)
+    try:
+        check_batches(chain if submitted else (), submitted or 1, done)
+    except UserError as error:
+        shown = f"does not divide over the {submitted} ranks of its Slurm job"
+        checks.append(Check(f"{BATCH}, Slurm", "note", shown, str(error)))
+    return checks
+
+
+def check_shared_memory(chain: Sequence[Recipe], folder: Path = Path("/dev/shm")) -> Check:
+    """Whether /dev/shm holds the batches that decoding processes hand over."""
+    name, advice = str(folder), "make it larger: docker run --shm-size=16g, or mount -o remount,size=16g /dev/shm"
+    if not folder.is_dir():
+        return Check(name, "fix", "missing", "mount a tmpfs there, or set data.num_workers=0")
+    room = os.statvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    needed = max((shared_memory_bytes(recipe) for recipe in chain), default=_LEAST_SHARED_BYTES)
+    shown = f"{free / 2**20:,.0f} MiB free"
+    if chain:
+        shown += f", decoding needs up to {needed / 2**20:,.0f} MiB a node"
+    if free < needed:
+        return Check(name, "fix", shown, f"{advice}; or lower data.num_workers")
+    return Check(name, "ok", shown)
+
+
+def shared_memory_bytes(recipe: Recipe) -> int:
+    """Bytes in shared memory of one node, with every clip of every batch whole.
+
+    All ranks of a node together hold its share of a batch, once per worker and batch ahead.
+    """
+    if not recipe.data.num_workers:
+        return 0
+    nodes = min(recipe.slurm.nodes, recipe.training.batch_size)
+    try:
+        accumulation = divide_batch(recipe, slurm_ranks(recipe.slurm) or nodes).accumulation
+    except UserError:  # said where batches are checked
+        accumulation = recipe.training.accumulation or 1
+    clips = math.ceil(recipe.training.batch_size / (accumulation * nodes))
+    return clips * clip_bytes(recipe.inputs, recipe.data.modalities) * recipe.data.num_workers * _BATCHES_AHEAD
+
+
+def clip_bytes(inputs: InputRecipe, modalities: Sequence[str]) -> int:
+    """Bytes of a decoded clip that has all these modalities, as `streaming.decode` makes them."""
+    pixels = inputs.video.num_frames * inputs.video.crop**2
+    sizes = {
+        "video": 3 * pixels,
+        "flow": 2 * pixels,
+        "audio": 2 * inputs.audio.num_windows * inputs.audio.window_samples,
+        "detections": 4 * 6 * inputs.detections.num_frames * inputs.detections.max_boxes,
+    }
+    return sum(sizes[modality] for modality in modalities)
+
+
+def check_limits() -> list[Check]:
+    """What the kernel allows a process: open files, and on InfiniBand locked memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shown = f"{_limit(soft)} (hard limit {_limit(hard)})"
+    advice = f"ulimit -n {min(65536, hard) if hard != resource.RLIM_INFINITY else 65536} in the job script or shell"
+    state: State = "ok"
+    if soft != resource.RLIM_INFINITY and soft < 4096:
+        state = "note" if soft >= 1024 else "fix"
+        advice = f"batches travel as open files, many workers need more: {advice}"
+    checks = [Check("open files", state, shown, "" if state == "ok" else advice)]
+    if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
+        locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        if locked == resource.RLIM_INFINITY:
+            checks.append(Check("locked memory", "ok", "unlimited"))
+        else:
+            advice = "InfiniBand needs it: ulimit -l unlimited (limits.conf; Slurm: LimitMEMLOCK of slurmd)"
+            checks.append(Check("locked memory", "note", f"{locked / 2**20:.0f} MiB", advice))
+    return checks
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}"
+
+
+def _run(command: Sequence[str], limit_s: float) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; a command that cannot start or does not end has code 127 or 124."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return 124, "", f"no answer within {limit_s:.0f} s"
+    except OSError as error:
+        return 127, "", f"{command[0]}: {error.strerror}"
+    return done.returncode, done.stdout, done.stderr
+
+
+def _first(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no output")[:200]

@@ -1,0 +1,129 @@
+"""What `doctor` tries in a process of its own, since a broken driver or library may crash or hang the one that asks.
+
+    python -m karmma_dist.launching.doctor.probes packages|devices|decoder
+
+Prints one JSON object per line; whatever libraries print themselves goes to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+_MODULES = {
+    "torch": "torch", "torchvision": "torchvision", "deepspeed": "deepspeed", "webdataset": "webdataset",
+    "timm": "timm", "av": "av", "opencv-python-headless": "cv2", "numpy": "numpy", "pydantic": "pydantic",
+}  # fmt: skip
+"""Packages whose import can fail on a machine where pip was content, by the name pip knows, and their modules."""
+
+
+def packages() -> Iterator[dict[str, Any]]:
+    """Import each package: its version, the lowest that is required, and why it cannot be imported."""
+    required = _required()
+    for package, module in _MODULES.items():
+        yield {"package": package, "begun": True}  # a crash is then known to be this one's
+        found: dict[str, Any] = {"package": package, "required": required.get(package), "version": None, "error": None}
+        try:
+            found["version"] = importlib.metadata.version(package)
+            importlib.import_module(module)
+            if module == "torch":
+                _choose_accelerator()
+        except Exception as error:  # an import runs a library's own code, which may raise anything
+            found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        yield found
+
+
+def devices() -> Iterator[dict[str, Any]]:
+    """What torch computes on: its GPUs, each after adding up ones, and NCCL."""
+    import torch
+    import torch.distributed as dist
+
+    found: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": [], "nccl": None, "available": False}
+    found["available"] = torch.cuda.is_available()
+    if torch.version.cuda and dist.is_nccl_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    for number in range(torch.cuda.device_count() if found["available"] else 0):
+        properties = torch.cuda.get_device_properties(number)
+        gpu = {
+            "name": properties.name, "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}", "error": None,
+        }  # fmt: skip
+        try:
+            total = float(torch.ones(1024, device=f"cuda:{number}").sum())
+            gpu["error"] = None if total == 1024 else f"adds 1024 ones to {total}"
+        except RuntimeError as error:
+            gpu["error"] = " ".join(str(error).split())[:300]
+        found["gpus"].append(gpu)
+    yield found
+
+
+def decoder() -> Iterator[dict[str, Any]]:
+    """Encode and decode a second of picture and sound in the formats of shards."""
+    import io
+
+    import av
+    import numpy as np
+    from av.video.reformatter import Colorspace
+
+    from karmma_dist.packing.media import VideoEncoder, encode_flac
+    from karmma_dist.packing.spec import VideoSpec
+
+    encoder = VideoEncoder(64, 48, Fraction(10), 23, VideoSpec(), Colorspace.ITU709)
+    shades = np.linspace(40, 200, 10).astype(np.uint8)
+    for shade in shades:
+        picture = np.full((72, 64), 128, np.uint8)
+        picture[:48] = shade
+        encoder.add(picture)
+    with av.open(io.BytesIO(encoder.finish()), "r") as video:
+        decoded = [frame.to_ndarray(format="gray").mean() for frame in video.decode(video=0)]
+    close = len(decoded) == 10 and bool(np.allclose(_expanded(decoded), shades, atol=12))
+    samples = (1000 * np.sin(np.arange(16_000) / 20)).astype(np.int16)
+    with av.open(io.BytesIO(encode_flac(samples)), "r") as sound:
+        heard = np.concatenate([frame.to_ndarray()[0] for frame in sound.decode(audio=0)])
+    yield {
+        "ffmpeg": av.ffmpeg_version_info, "video": close, "sound": bool(np.array_equal(heard, samples)),
+        "frames": len(decoded),
+    }  # fmt: skip
+
+
+def _expanded(gray: list[float]) -> list[float]:
+    """Gray of the full range back to the limited one that was encoded."""
+    return [16 + value * 219 / 255 for value in gray]
+
+
+def _required() -> dict[str, str]:
+    """Lowest version of each package that this one asks for."""
+    try:
+        wanted = importlib.metadata.requires("karmma-dist") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}  # run from a checkout that is not installed
+    found = (re.match(r"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?\s*>=\s*([0-9.]+)", line) for line in wanted)
+    return {match[1].lower(): match[2] for match in found if match}
+
+
+def _choose_accelerator() -> None:
+    """As `training.engine`: without a GPU DeepSpeed must be told so before its import."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def main() -> None:
+    """Run the probe that the command line names."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    probe = {"packages": packages, "devices": devices, "decoder": decoder}[sys.argv[1]]
+    for found in probe():
+        print(json.dumps(found), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The table of encoders, and the shape of what each modality gives them.
+
+A new encoder is one module with an `EncoderType` and one line in `ENCODERS`.
+"""
+
+from __future__ import annotations
+
+from karmma_dist.errors import UserError, nearest
+from karmma_dist.models.encoders import ast as audio_spectrogram
+from karmma_dist.models.encoders import small, stlt, temporal
+from karmma_dist.models.encoders import swin3d as video_swin
+from karmma_dist.models.encoders.encoder import Encoder, EncoderType
+from karmma_dist.recipe import EncoderRecipe, InputRecipe
+from karmma_dist.settings import validate
+
+ENCODERS: dict[str, EncoderType] = {
+    "swin3d_t": video_swin.SWIN3D_T,
+    "swin3d_b": video_swin.SWIN3D_B,
+    "swin3d_small": video_swin.SWIN3D_SMALL,
+    "ast_t": audio_spectrogram.AST_T,
+    "stlt": stlt.STLT,
+    "small_video": small.SMALL_VIDEO,
+    "small_audio": small.SMALL_AUDIO,
+    "temporal_video": temporal.TEMPORAL_VIDEO,
+}
+
+
+def build_encoder(modality: str, recipe: EncoderRecipe, inputs: InputRecipe) -> Encoder:
+    """Build an encoder with random weights (from torch's global generator); `recipe.weights` is not read here.
+
+    Raises:
+        UserError: no such encoder, one that does not take this modality, options it does not know, or activation
+            checkpointing where the encoder has none.
+    """
+    where = f"model.encoders.{modality}"
+    kind = ENCODERS.get(recipe.name)
+    if kind is None:
+        known = ", ".join(ENCODERS)
+        raise UserError(f"{where}.name: unknown encoder '{recipe.name}'{nearest(recipe.name, list(ENCODERS))}; "
+                        f"there are {known}")
+    if modality not in kind.modalities:
+        fitting = ", ".join(name for name, other in ENCODERS.items() if modality in other.modalities)
+        raise UserError(f"{where}.name: '{recipe.name}' does not take {modality}; these do: {fitting}")
+    options = validate(recipe.options, kind.options, f"{where}.options ({recipe.name})")
+    encoder = kind.build(modality, inputs, options)
+    if recipe.activation_checkpointing:
+        try:
+            encoder.checkpoint_activations()
+        except UserError as error:
+            raise UserError(f"{where}.activation_checkpointing: {error}") from None
+    if recipe.compile:
+        encoder.compile()  # in place: parameters keep their names
+    return encoder
+
+
+def input_shape(modality: str, inputs: InputRecipe) -> tuple[int, ...]:
+    """Shape of one clip's tensor, without the batch dimension (see `karmma_dist.modality.MODALITIES`).
+
+    Raises:
+        UserError: an unknown modality.
+    """
+    video, audio, detections = inputs.video, inputs.audio, inputs.detections
+    shapes: dict[str, tuple[int, ...]] = {
+        "video": (3, video.num_frames, video.crop, video.crop),
+        "flow": (3, video.num_frames, video.crop, video.crop),
+        "audio": (audio.num_windows, audio.num_mels, audio.num_steps),
+        "detections": (detections.num_frames, detections.max_boxes, 6),
+    }
+    if modality not in shapes:
+        raise UserError(f"unknown modality '{modality}'{nearest(modality, list(shapes))}")
+    return shapes[modality]

@@ -1,0 +1,119 @@
+"""FLOPs of a KARMMA model: 2 x the multiply-accumulates of convolutions, linear layers and attention products.
+
+Counted on the meta device, without weights and without computing: on a CPU PyTorch's counter sees nothing of fused
+attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from karmma_dist.modality import subsets
+from karmma_dist.models.encoders.encoder import Encoder
+from karmma_dist.models.encoders.table import input_shape
+from karmma_dist.models.karmma import FusionBlock, KarmmaModel
+from karmma_dist.recipe import InputRecipe, ModelRecipe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ClipFlops:
+    """Forward FLOPs of one clip, by part of the model."""
+
+    encoders: dict[str, int]
+    """Per modality, of a clip that has it."""
+    projections: dict[str, int]
+    """Per modality, its Linear to the fusion block's width."""
+    fusion: dict[tuple[str, ...], int]
+    """Fusion block and heads, per set of modalities whose tokens are in the block."""
+    frozen: frozenset[str]
+    """Modalities whose encoder is not trained."""
+    leaves_out: bool
+    """Absent tokens are left out; otherwise learnable ones stand in for them."""
+
+    def alone(self, subset: tuple[str, ...]) -> int:
+        """FLOPs of one clip in a model of the same sizes that holds only the modalities of `subset`."""
+        return sum(self.encoders[m] + self.projections[m] for m in subset) + self.fusion[subset]
+
+    def forward(self, num_present: Mapping[str, int], num_clips: int) -> int:
+        """FLOPs of a forward pass without gradients.
+
+        Args:
+            num_present: Clips that have each modality.
+            num_clips: Clips of the batch.
+        """
+        everything = tuple(self.encoders)
+        in_block = tuple(m for m in everything if num_present.get(m, 0)) if self.leaves_out else everything
+        encoded = sum(num_present.get(m, 0) * (self.encoders[m] + self.projections[m]) for m in everything)
+        return encoded + num_clips * self.fusion[in_block]
+
+    def training(self, num_present: Mapping[str, int], num_clips: int) -> int:
+        """FLOPs of a forward and a backward pass of a model in training.
+
+        The backward pass counts as 2 x the forward pass for what is trained and nothing for frozen encoders. A
+        modality that no clip has is run on one clip of zeros, and absent tokens keep their place in the fusion block.
+
+        Args:
+            num_present: Clips that have each modality.
+            num_clips: Clips of the batch.
+        """
+        total = 3 * num_clips * self.fusion[tuple(self.encoders)]
+        for modality, encoder in self.encoders.items():
+            passes = 1 if modality in self.frozen else 3
+            total += max(1, num_present.get(modality, 0)) * (passes * encoder + 3 * self.projections[modality])
+        return total
+
+
+def flops_per_clip(model: KarmmaModel) -> ClipFlops:
+    """Count a model's FLOPs on a twin of it on the meta device; `model` itself may be anywhere and is not touched."""
+    # A twin that leaves absent tokens out tells what any set of modalities costs in the fusion block: stand-in tokens
+    # are only added.
+    recipe = model.recipe.model_copy(update={"missing": "leave_out"})
+    twin = meta_model(recipe, model.inputs, model.modalities, model.heads).eval()
+    encoders, projections, tokens = {}, {}, {}
+    for modality, x in meta_clip(twin.inputs, twin.modalities).items():
+        encoder, projection = twin.encoders[modality], twin.projections[modality]
+        assert isinstance(encoder, Encoder)
+        reduced = x.new_empty(1, twin.num_tokens[modality], encoder.width)
+        encoders[modality] = count_flops(encoder, x)[1]
+        tokens[modality], projections[modality] = count_flops(projection, reduced)
+    fusion = {}
+    for subset in subsets(twin.modalities):
+        present = torch.tensor([[m in subset for m in twin.modalities]])
+        fusion[subset] = count_flops(twin.fuse, {m: tokens[m] for m in subset}, present)[1]
+    return ClipFlops(encoders, projections, fusion, model.frozen, model.leaves_out)
+
+
+def count_flops(forward: Callable[..., T], *inputs: Any) -> tuple[T, int]:
+    """Run `forward` without gradients; returns what it returned, and its FLOPs."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        out = forward(*inputs)
+    return out, int(counter.get_total_flops())
+
+
+def meta_model(
+    model: ModelRecipe, inputs: InputRecipe, modalities: Sequence[str], heads: dict[str, int]
+) -> KarmmaModel:
+    """A model that has sizes but no weights."""
+    with torch.device("meta"):
+        return KarmmaModel(model, inputs, modalities, heads)
+
+
+def meta_clip(
+    inputs: InputRecipe, modalities: Sequence[str], dtype: torch.dtype = torch.float32, num_clips: int = 1
+) -> dict[str, Tensor]:
+    """Return inputs of clips (B, ...) that have all of `modalities`, without values."""
+    return {m: torch.empty(num_clips, *input_shape(m, inputs), dtype=dtype, device="meta") for m in modalities}
+
+
+def meta_tokens(block: FusionBlock, num_tokens: int, num_clips: int = 1) -> Tensor:
+    """Return projected tokens (B, T, D) of the block's width and dtype, without values."""
+    width, dtype = block.cls_token.shape[-1], block.cls_token.dtype
+    return torch.empty(num_clips, num_tokens, width, dtype=dtype, device="meta")

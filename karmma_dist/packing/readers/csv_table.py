@@ -1,0 +1,162 @@
+"""Any dataset as one CSV per split -> recordings with their clips.
+
+    key,media,start,stop,action
+    kitchen1_0,videos/kitchen1.mp4,0.5,2.25,open
+    kitchen1_1,videos/kitchen1.mp4,2.0,,close
+
+Clips of one media file form one recording, decoded once. `start` and `stop` are seconds; empty: from its start, to its
+end. One more column per head holds a class name or id; `recording`, `participant` and `narration` are optional.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from karmma_dist.errors import UserError, nearest
+from karmma_dist.packing.readers.tables import UniqueKeys, check_name, read_classes, rows, split_tables
+from karmma_dist.packing.records import ClipRecord, Plan, Recording, inside
+from karmma_dist.packing.spec import PackingSpec
+
+_COLUMNS = ("key", "media", "start", "stop")
+_LONGEST_NAME = 100
+_MOST_CLASSES = 100_000
+"""Ids beyond this are no class ids: without a class file they would ask for as many classes."""
+
+
+@dataclass(slots=True)
+class _Media:
+    """One media file while the tables are read."""
+
+    name: str
+    participant: str
+    where: str
+    """File and row that named it first."""
+    clips: list[ClipRecord] = field(default_factory=list)
+
+
+def read_plain(spec: PackingSpec) -> Plan:
+    """Read the table of every split and look which media files exist.
+
+    Raises:
+        UserError: no raw folder, no tables, or a bad row, with file and row.
+    """
+    paths = spec.plain
+    assert paths is not None
+    tables = split_tables(spec.raw, paths.splits, "plain")
+    raw, notes = tables.raw, list(tables.notes)
+    labelled = {split: table for split, table in tables.there.items() if split not in paths.unlabelled_splits}
+    first = next(iter(labelled.values()), None)
+    classes = {
+        head: read_classes(raw, name, head, "plain") if name else _collected_classes(first, head)
+        for head, name in paths.heads.items()
+    }
+    media: dict[Path, _Media] = {}
+    keys = UniqueKeys("key")
+    for split, table in tables.there.items():
+        columns = (*_COLUMNS, *(classes if split in labelled else ()))
+        for where, row in rows(table, columns):
+            clip = _clip(where, row, split, classes, split in labelled)
+            keys.add(clip.key, where)
+            entry = _media(where, row, raw, media)
+            if not spec.participants or entry.participant in spec.participants:
+                entry.clips.append(clip)
+    if unknown := set(spec.participants) - {entry.participant for entry in media.values()}:
+        notes.append(f"participants without any clip: {', '.join(sorted(unknown))}")
+    _check_names(media)
+    recordings = tuple(
+        Recording(entry.name, entry.participant, tuple(entry.clips), movie=path if path.is_file() else None)
+        for path, entry in media.items()
+        if entry.clips
+    )
+    return Plan(recordings, classes, tuple(tables.there), tuple(notes))
+
+
+def _media(where: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]) -> _Media:
+    """The entry of a row's media file; all rows of one file must agree on what is said of it."""
+    if not row["media"].strip():
+        raise UserError(f"{where}: media is empty: give a path inside the raw folder")
+    path = inside(raw, row["media"], where)
+    if path == inside(raw, ".", where):
+        raise UserError(f"{where}: media '{row['media']}' is the raw folder itself, not a file in it")
+    name = row.get("recording") or ""
+    if name:
+        check_name(where, "recording", name)
+        if len(name) > _LONGEST_NAME:
+            raise UserError(f"{where}: recording '{name}' has more than {_LONGEST_NAME} characters")
+    if row.get("participant"):
+        check_name(where, "participant", row["participant"])
+    relative = path.relative_to(inside(raw, ".", where))
+    automatic = re.sub(r"[^A-Za-z0-9_-]+", "-", str(relative.with_suffix("")))[-_LONGEST_NAME:]
+    entry = _Media(name or automatic, row.get("participant") or "", where)
+    former = known.setdefault(path, entry)
+    for column, old, new in (
+        ("recording", former.name, entry.name),
+        ("participant", former.participant, entry.participant),
+    ):
+        if old != new:
+            raise UserError(f"{where}: {column} '{new}' of {row['media']} is '{old}' in {former.where}")
+    return former
+
+
+def _check_names(media: dict[Path, _Media]) -> None:
+    named: dict[str, _Media] = {}
+    for entry in media.values():
+        former = named.setdefault(entry.name, entry)
+        if former is not entry:
+            raise UserError(
+                f"{entry.where}: recording '{entry.name}' is another media file in {former.where}: "
+                "tell them apart in the column 'recording'"
+            )
+
+
+def _clip(where: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: bool) -> ClipRecord:
+    check_name(where, "key", row["key"])
+    start_s, stop_s = _seconds(where, "start", row["start"]), _seconds(where, "stop", row["stop"])
+    start_s = 0.0 if start_s is None else start_s
+    if stop_s is not None and stop_s <= start_s:
+        raise UserError(f"{where}: stop {row['stop']} is not after {row['start'] or 0}")
+    labels: dict[str, int | None] = dict.fromkeys(classes)
+    if labelled:
+        labels = {head: _label(where, head, row[head].strip(), names) for head, names in classes.items()}
+    return ClipRecord(row["key"], split, start_s, stop_s, labels, row.get("narration") or "")
+
+
+def _label(where: str, head: str, text: str, names: list[str]) -> int:
+    """A class by its name or, where no class has that name, by its id."""
+    if text in names:
+        return names.index(text)
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    raise UserError(f"{where}: {head} '{text}' is none of its {len(names)} classes{nearest(text, names)}")
+
+
+def _collected_classes(table: Path | None, head: str) -> list[str]:
+    """Class names of a head without class file: what the first labelled split has, sorted; 0, 1, 2, ... for ids."""
+    if table is None:
+        return []
+    found: dict[str, str] = {}
+    for where, row in rows(table, (head,)):
+        if not row[head].strip():
+            raise UserError(f"{where}: {head} is empty")
+        found.setdefault(row[head].strip(), where)
+    if not all(name.isdecimal() for name in found):
+        return sorted(found)
+    largest = max(found, key=int, default="-1")
+    if int(largest) > _MOST_CLASSES:
+        raise UserError(f"{found[largest]}: {head} '{largest}' is too large for a class id: give a class file")
+    return [str(number) for number in range(int(largest) + 1)]
+
+
+def _seconds(where: str, column: str, text: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{where}: {column} '{text}' is not a number of seconds")
+    return seconds

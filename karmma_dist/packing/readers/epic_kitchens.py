@@ -1,0 +1,196 @@
+"""Epic-Kitchens-100 (and anything in its layout) -> recordings with their clips.
+
+Movies are cut by the timestamps in seconds. Numbered frames are cut by frame number: 1-based, at a nominal 60 frames/s
+for recordings PXX_YY and 50 for PXX_1YY, whatever the movie's own rate; flow of PXX_YY is at half that rate.
+Columns: https://github.com/epic-kitchens/epic-kitchens-100-annotations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from karmma_dist.errors import UserError
+from karmma_dist.packing.hdf5_sound import recordings_with_sound
+from karmma_dist.packing.readers.tables import (
+    SplitTables,
+    UniqueKeys,
+    check_name,
+    integer,
+    read_classes,
+    rows,
+    split_tables,
+)
+from karmma_dist.packing.records import ClipRecord, Plan, Recording, frames_of, inside
+from karmma_dist.packing.spec import EpicKitchensPaths, PackingSpec
+
+_Annotated = tuple[str, str, ClipRecord]
+"""Participant, recording and one clip of it."""
+
+_COLUMNS = (
+    "narration_id",
+    "participant_id",
+    "video_id",
+    "start_timestamp",
+    "stop_timestamp",
+    "start_frame",
+    "stop_frame",
+)
+_TIMESTAMP = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d(?:\.\d+)?)")
+
+
+def read_epic_kitchens(spec: PackingSpec) -> Plan:
+    """Read the annotations of every split and look which media files exist.
+
+    Raises:
+        UserError: no raw folder, no annotations, or a bad row, with file and row.
+    """
+    paths = spec.epic_kitchens
+    assert paths is not None
+    tables = split_tables(spec.raw, paths.splits, "epic_kitchens")
+    classes = {head: read_classes(tables.raw, name, head, "epic_kitchens") for head, name in paths.heads.items()}
+    found, pruned = _pruned(_annotated(tables, paths, classes), paths)
+    found, notes = _held_out(found, paths), [*tables.notes, *pruned]
+    clips: dict[tuple[str, str], list[ClipRecord]] = {}
+    for participant, recording, clip in found:
+        if not spec.participants or participant in spec.participants:
+            clips.setdefault((participant, recording), []).append(clip)
+    if unknown := set(spec.participants) - {participant for participant, _ in clips}:
+        notes.append(f"participants without any clip: {', '.join(sorted(unknown))}")
+    with_sound = _sound_file(tables.raw, spec, notes)
+    recordings = tuple(_recording(tables.raw, paths, *ids, tuple(some), with_sound) for ids, some in clips.items())
+    held_out = tuple(paths.hold_out) if "train" in tables.there else ()
+    return Plan(recordings, classes, (*tables.there, *held_out), tuple(notes))
+
+
+def _annotated(tables: SplitTables, paths: EpicKitchensPaths, classes: dict[str, list[str]]) -> list[_Annotated]:
+    """Every row of every split."""
+    found = []
+    keys = UniqueKeys("narration_id")
+    for split, table in tables.there.items():
+        labelled = {} if split in paths.unlabelled_splits else classes
+        for where, row in rows(table, (*_COLUMNS, *(f"{head}_class" for head in labelled))):
+            annotated = _clip(where, row, split, classes, labelled)
+            keys.add(annotated[2].key, where)
+            found.append(annotated)
+    return found
+
+
+def _held_out(found: list[_Annotated], paths: EpicKitchensPaths) -> list[_Annotated]:
+    """Move whole recordings of `train` to the splits that are held out of it."""
+
+    def split_of(recording: str, clip: ClipRecord) -> str:
+        if clip.split != "train":
+            return clip.split
+        place = int.from_bytes(hashlib.blake2b(recording.encode(), digest_size=8).digest()) / 2**64
+        for split, share in paths.hold_out.items():
+            if place < share:
+                return split
+            place -= share
+        return "train"
+
+    return [(who, recording, replace(clip, split=split_of(recording, clip))) for who, recording, clip in found]
+
+
+def _pruned(found: list[_Annotated], paths: EpicKitchensPaths) -> tuple[list[_Annotated], list[str]]:
+    """Leave out, of the splits to be pruned, clips with a class that no row of `train` has; and say how many."""
+    if not paths.pruned_splits:
+        return found, []
+    if not any(clip.split == "train" for _, _, clip in found):
+        raise UserError("epic_kitchens.pruned_splits: no clip of train is there to say which classes occur")
+    trained: dict[str, set[int | None]] = {head: set() for head in paths.heads}
+    for _, _, clip in found:
+        if clip.split == "train":
+            for head, label in clip.labels.items():
+                trained[head].add(label)
+
+    def unseen(clip: ClipRecord) -> bool:
+        known = all(label in trained[head] for head, label in clip.labels.items())
+        return clip.split in paths.pruned_splits and not known
+
+    notes = []
+    for split in paths.pruned_splits:
+        if num := sum(unseen(clip) for _, _, clip in found if clip.split == split):
+            notes.append(f"split '{split}': {num} clips left out (pruned_splits): train has no clip of their class")
+    return [entry for entry in found if not unseen(entry[2])], notes
+
+
+def _sound_file(raw: Path, spec: PackingSpec, notes: list[str]) -> dict[str, Path]:
+    """The HDF5 file of sound, per recording that has some in it."""
+    assert spec.epic_kitchens is not None
+    if spec.audio.source not in ("auto", "hdf5"):
+        return {}
+    path = inside(raw, spec.epic_kitchens.audio_hdf5, "epic_kitchens.audio_hdf5")
+    if path.is_file():
+        return dict.fromkeys(recordings_with_sound(path), path)
+    if spec.audio.source == "hdf5":
+        notes.append(f"no sound: no {spec.epic_kitchens.audio_hdf5}")
+    return {}
+
+
+def nominal_fps(recording: str) -> int:
+    """Frame rate that the annotations count in: 50 for PXX_1YY, 60 for PXX_YY."""
+    return 50 if re.search(r"_\d{3}$", recording) else 60
+
+
+def _recording(
+    raw: Path, paths: EpicKitchensPaths, participant: str, name: str, clips: tuple[ClipRecord, ...],
+    with_sound: dict[str, Path],
+) -> Recording:  # fmt: skip
+    def place(pattern: str) -> str:
+        return pattern.replace("{participant}", participant).replace("{recording}", name)
+
+    movie = inside(raw, place(paths.movies), "epic_kitchens.movies")
+    fps = nominal_fps(name)
+    return Recording(
+        name,
+        participant,
+        clips,
+        movie=movie if movie.is_file() else None,
+        rgb_frames=frames_of(raw, place(paths.rgb_frames), "epic_kitchens.rgb_frames"),
+        flow_frames=frames_of(raw, place(paths.flow_frames), "epic_kitchens.flow_frames"),
+        sound_hdf5=with_sound.get(name),
+        sound_hdf5_rate=paths.audio_hdf5_rate,
+        nominal_fps=fps,
+        rgb_frames_per_flow_frame=2 if fps == 60 else 1,
+    )
+
+
+def _clip(
+    where: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: dict[str, list[str]]
+) -> _Annotated:
+    """Participant, recording and clip of one row."""
+    for column in ("narration_id", "participant_id", "video_id"):
+        check_name(where, column, row[column])
+    start_s, stop_s = (_seconds(where, column, row[column]) for column in ("start_timestamp", "stop_timestamp"))
+    if stop_s <= start_s:
+        raise UserError(f"{where}: stop_timestamp {row['stop_timestamp']} is not after {row['start_timestamp']}")
+    start_frame, stop_frame = (integer(where, column, row[column]) for column in ("start_frame", "stop_frame"))
+    if stop_frame < start_frame:
+        raise UserError(f"{where}: stop_frame {stop_frame} is before start_frame {start_frame}")
+    labels: dict[str, int | None] = dict.fromkeys(classes)
+    for head, names in labelled.items():
+        label = integer(where, f"{head}_class", row[f"{head}_class"])
+        if not 0 <= label < len(names):
+            raise UserError(f"{where}: {head}_class {label} is not in the class file: it has 0 to {len(names) - 1}")
+        labels[head] = label
+    clip = ClipRecord(
+        row["narration_id"],
+        split,
+        start_s,
+        stop_s,
+        labels,
+        row.get("narration") or "",
+        start_frame=max(start_frame, 1),
+        stop_frame=stop_frame,
+    )
+    return row["participant_id"], row["video_id"], clip
+
+
+def _seconds(where: str, column: str, text: str) -> float:
+    match = _TIMESTAMP.fullmatch(text.strip())
+    if match is None:
+        raise UserError(f"{where}: {column} '{text}' is not HH:MM:SS.ss")
+    return round(int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]), 6)

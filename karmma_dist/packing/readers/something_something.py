@@ -1,0 +1,113 @@
+"""Something-Something V2 -> recordings of one clip each, with Something-Else's boxes where there are any.
+
+Labels are official JSON: entries with `id` and `template` ("Pushing [something] down"); a template without its
+brackets is a key of the class file. Format: https://developer.qualcomm.com/software/ai-datasets/something-something.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from karmma_dist.errors import UserError, nearest
+from karmma_dist.packing.boxes import Span, index_boxes
+from karmma_dist.packing.readers.tables import UniqueKeys, check_name, split_tables
+from karmma_dist.packing.records import ClipRecord, Plan, Recording, frames_of, inside, raw_file
+from karmma_dist.packing.spec import PackingSpec, SomethingSomethingPaths
+
+
+def read_something_something(spec: PackingSpec) -> Plan:
+    """Read the labels of every split and look which media files exist.
+
+    Raises:
+        UserError: no raw folder, no labels, or a bad entry, with file and entry.
+    """
+    paths = spec.something_something
+    assert paths is not None
+    tables = split_tables(spec.raw, paths.splits, "something_something")
+    raw, notes = tables.raw, list(tables.notes)
+    classes = {head: _read_classes(raw, name, head) for head, name in paths.heads.items()}
+    ids = {head: {name: number for number, name in enumerate(names)} for head, names in classes.items()}
+    boxes = _find_boxes(raw, paths, notes) if spec.detections.source != "none" else {}
+    recordings: dict[str, Recording] = {}
+    keys = UniqueKeys("id")
+    for split, table in tables.there.items():
+        for number, entry in enumerate(_read_json(table, list), start=1):
+            where = f"{table}, entry {number}"
+            clip = _clip(where, entry, split, ids, split not in paths.unlabelled_splits)
+            keys.add(clip.key, where)
+            recordings[clip.key] = _recording(raw, paths, clip, boxes.get(clip.key))
+    if boxes and not any(recording.boxes for recording in recordings.values()):
+        notes.append(f"no detections: none of the {len(boxes)} clips in {paths.boxes} is in a split")
+    return Plan(tuple(recordings.values()), classes, tuple(tables.there), tuple(notes))
+
+
+def _find_boxes(raw: Path, paths: SomethingSomethingPaths, notes: list[str]) -> dict[str, tuple[Path, Span]]:
+    path = inside(raw, paths.boxes, "something_something.boxes")
+    if path.exists():
+        return index_boxes(path)
+    packed = path.with_name(f"{path.name}.gz")
+    if packed.exists():
+        raise UserError(f"{packed}: boxes are read clip by clip, which gzip does not allow: unpack it (gunzip)")
+    notes.append(f"no detections: no {paths.boxes}")
+    return {}
+
+
+def _recording(
+    raw: Path, paths: SomethingSomethingPaths, clip: ClipRecord, boxes: tuple[Path, Span] | None
+) -> Recording:
+    movie = inside(raw, paths.movies.replace("{recording}", clip.key), "something_something.movies")
+    flow = paths.flow_frames.replace("{recording}", clip.key)
+    return Recording(
+        clip.key, "", (replace(clip, boxes=boxes[1] if boxes else None),),
+        movie=movie if movie.is_file() else None,
+        flow_frames=frames_of(raw, flow, "something_something.flow_frames"),
+        boxes=boxes[0] if boxes else None,
+        nominal_fps=paths.frames_per_second,
+    )  # fmt: skip
+
+
+def _clip(where: str, entry: Any, split: str, ids: dict[str, dict[str, int]], labelled: bool) -> ClipRecord:
+    if not isinstance(entry, dict) or "id" not in entry:
+        raise UserError(f"{where}: expected an object with 'id'")
+    key = str(entry["id"])
+    check_name(where, "id", key)
+    labels: dict[str, int | None] = dict.fromkeys(ids)
+    if labelled:
+        if not isinstance(entry.get("template"), str):
+            raise UserError(f"{where}: 'template' is missing")
+        name = entry["template"].replace("[", "").replace("]", "")
+        for head, known in ids.items():
+            if name not in known:
+                raise UserError(f"{where}: template '{name}' is not in the class file{nearest(name, list(known))}")
+            labels[head] = known[name]
+    narration = entry.get("label") or entry.get("template") or ""
+    return ClipRecord(key, split, 0.0, None, labels, narration, start_frame=0)
+
+
+def _read_classes(raw: Path, name: str, head: str) -> list[str]:
+    """Class names by id; ids must be 0, 1, 2, ..."""
+    path = raw_file(raw, name, f"something_something.heads.{head}")
+    if path is None:
+        raise UserError(f"{inside(raw, name, head)}: no such class file (head '{head}')")
+    try:
+        numbers = {int(number): template for template, number in _read_json(path, dict).items()}
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: expected template -> id, whole numbers") from None
+    if sorted(numbers) != list(range(len(numbers))) or not numbers:
+        raise UserError(f"{path}: ids are not 0 to {len(numbers) - 1} without a hole")
+    return [numbers[number] for number in range(len(numbers))]
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        value = json.loads(text)
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
+    return value

@@ -1,0 +1,147 @@
+"""Cut clips -> shards, in an order that depends on the plan and the seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+
+from karmma_dist import __version__
+from karmma_dist.io.files import sync, write_json
+from karmma_dist.packing.records import Plan, is_of_the_machine
+from karmma_dist.packing.spec import PackingSpec
+from karmma_dist.packing.tars.writer import Sample, shard_entry, write_shard
+from karmma_dist.progress import Report
+from karmma_dist.shards.format import Clip, DamageError, count_labels, facts_of, index_path, shard_name
+from karmma_dist.shards.index import copied_facts, indexed_clips, shard_index, with_facts
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a cut clip lies: in a unit's tar, or in a shard that is already there."""
+
+    tar: Path
+    clip: Clip
+
+
+def shard_keys(keys: list[str], split: str, seed: int, clips_per_shard: int) -> list[list[str]]:
+    """Spread a split's planned keys over shards of nearly equal size, by a permutation of their sorted order."""
+    digest = hashlib.blake2b(f"{seed}/{split}".encode(), digest_size=16).digest()
+    random = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+    ordered = [sorted(keys)[place] for place in random.permutation(len(keys))]
+    num_shards = -(-len(keys) // clips_per_shard)
+    return [
+        ordered[number * len(keys) // num_shards : (number + 1) * len(keys) // num_shards]
+        for number in range(num_shards)
+    ]
+
+
+def assemble(
+    out: Path, plan: Plan, sources: dict[str, Source], spec: PackingSpec, facts: dict[str, Any], progress: Report
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write every shard that is not there already, and remove those of an earlier attempt.
+
+    Each index gets a copy of the manifest's `facts`.
+
+    Returns:
+        The manifest's `splits`, and its `label_counts`: per split and head, clips per class.
+
+    Raises:
+        DamageError: a cut clip cannot be read back as it was written.
+    """
+    total, done = sum(len(plan.keys(split)) for split in plan.splits), 0
+    splits: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    for split in plan.splits:
+        entries = []
+        written: list[Source] = []
+        for number, planned in enumerate(shard_keys(plan.keys(split), split, spec.seed, spec.clips_per_shard)):
+            tar = out / shard_name(split, number)
+            there = [sources[key] for key in planned if key in sources]
+            if there:
+                entries.append(_write(tar, there, facts))
+            written += there
+            done += len(planned)
+            progress("write", done, total)
+        counts[split] = count_labels(plan.classes, (source.clip.labels for source in written))
+        splits[split] = {"clips": sum(entry["clips"] for entry in entries), "shards": entries}
+        _remove_others(out, split, {entry["name"] for entry in entries})
+    sync(out)
+    return splits, counts
+
+
+def packed_clips(out: Path, manifest: dict[str, Any]) -> dict[str, Source]:
+    """Every clip of the shards that can be read to their end; a damaged shard's clips are not among them."""
+    sources: dict[str, Source] = {}
+    for entry in (shard for split in manifest["splits"].values() for shard in split["shards"]):
+        tar = out / entry["name"]
+        try:
+            index = shard_index(tar, facts_of(manifest))
+        except (DamageError, OSError, ValueError) as error:
+            if is_of_the_machine(error):
+                raise
+            continue
+        write_json(index_path(tar), index)
+        sources |= {clip.key: Source(tar, clip) for clip in indexed_clips(index)}
+    return sources
+
+
+def shards_are_whole(out: Path, manifest: dict[str, Any]) -> bool:
+    """Whether every tar and index is there with the manifest's size. What is in them is `verify`'s to check."""
+    try:
+        for entry in (shard for split in manifest["splits"].values() for shard in split["shards"]):
+            tar = out / entry["name"]
+            index = json.loads(index_path(tar).read_text())
+            if tar.stat().st_size != entry["bytes"] or len(index["clips"]) != entry["clips"]:
+                return False
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def made_with() -> dict[str, str]:
+    """Versions that the bytes depend on."""
+    return {"karmma_dist": __version__, "av": av.__version__, "opencv": cv2.__version__}
+
+
+def _write(tar: Path, there: list[Source], facts: dict[str, Any]) -> dict[str, Any]:
+    if all(source.tar == tar for source in there):
+        index = json.loads(index_path(tar).read_text())
+        if [entry["key"] for entry in index["clips"]] == [source.clip.key for source in there]:
+            if copied_facts(index) != facts:
+                index = with_facts(index, facts)
+                write_json(index_path(tar), index)
+            return shard_entry(tar, index)
+    return write_shard(tar, _samples(there), facts)
+
+
+def _samples(there: list[Source]) -> Iterator[tuple[str, Sample]]:
+    for source in there:
+        names = [name for name, member in source.clip.members.items() if member is not None]
+        yield source.clip.key, {name: _read(source, name) for name in names}
+
+
+def _read(source: Source, name: str) -> bytes:
+    member = source.clip.members[name]
+    assert member is not None
+    with open(source.tar, "rb") as file:
+        data = os.pread(file.fileno(), member.size, member.offset)
+    if len(data) != member.size or zlib.crc32(data) != member.crc32:
+        raise DamageError(source.tar.name, source.clip.key, name, "not the bytes that were written: pack again")
+    return data
+
+
+def _remove_others(out: Path, split: str, kept: set[str]) -> None:
+    for tar in out.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
+        if tar.name not in kept:
+            index_path(tar).unlink(missing_ok=True)
+            tar.unlink()

@@ -1,0 +1,141 @@
+"""Work that survives a kill: each unit of recordings is cut into a tar of its own, whole once its result is there.
+
+OUT/.staging/
+  UNIT.tar            the unit's clips
+  UNIT.result.json    digest of settings and raw files, index of the tar, failures; written last
+  manifest.json       the former manifest while shards are being mended
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+
+from karmma_dist.io.files import write_json
+from karmma_dist.packing.clip_cutter import cut_recording
+from karmma_dist.packing.records import Failure, Plan, Recording, is_of_the_machine
+from karmma_dist.packing.spec import PackingSpec
+from karmma_dist.packing.tars.writer import Sample, clip_sample, write_tar
+from karmma_dist.shards.format import Clip
+from karmma_dist.shards.index import build_index, indexed_clips
+
+_UNIT_CLIPS = 32
+"""Recordings are put together until they have this many clips: single-clip recordings would make countless files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Recordings that are cut together by one worker."""
+
+    number: int
+    """Place in the plan."""
+    name: str
+    recordings: tuple[Recording, ...]
+    digest: str
+    """Of everything that decides on its bytes: settings, clips, raw files' sizes and times."""
+
+    @property
+    def keys(self) -> set[str]:
+        """Keys of its planned clips."""
+        return {clip.key for recording in self.recordings for clip in recording.clips}
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A unit's result."""
+
+    tar: Path
+    clips: list[Clip]
+    failures: list[Failure]
+
+
+def units(plan: Plan, spec: PackingSpec) -> list[Unit]:
+    """Divide the plan into units, always the same way."""
+    groups: list[list[Recording]] = [[]]
+    for recording in plan.recordings:
+        groups[-1].append(recording)
+        if sum(len(r.clips) for r in groups[-1]) >= _UNIT_CLIPS:
+            groups.append([])
+    settings = {name: getattr(spec, name).model_dump() for name in ("video", "flow", "audio", "detections")}
+    return [
+        Unit(number, f"{number:06d}-{group[0].name}", tuple(group), _digest(group, settings))
+        for number, group in enumerate(groups)
+        if group
+    ]
+
+
+def load_staged(folder: Path, unit: Unit) -> Staged | None:
+    """A unit's result, or None when it is not there, of other settings or raw files, or its tar is not whole."""
+    tar = folder / f"{unit.name}.tar"
+    try:
+        result = json.loads(_result_path(folder, unit).read_text())
+        whole = result["digest"] == unit.digest and tar.stat().st_size == result["index"]["bytes"]
+    except (OSError, ValueError, KeyError) as error:
+        if is_of_the_machine(error):
+            raise
+        return None
+    if not whole:
+        return None
+    return Staged(tar, indexed_clips(result["index"]), [Failure(**failure) for failure in result["failures"]])
+
+
+def stage(folder: Path, unit: Unit, spec: PackingSpec) -> int:
+    """Cut a unit's clips into its tar, then write its result. Returns the number of clips; runs in a worker process."""
+    threads, level = cv2.getNumThreads(), av.logging.get_level()
+    cv2.setNumThreads(1)
+    av.logging.set_level(av.logging.PANIC)  # each clip's trouble is in its failure; FFmpeg's own lines would repeat it
+    try:
+        return _stage(folder, unit, spec)
+    finally:
+        cv2.setNumThreads(threads)
+        av.logging.set_level(level)
+
+
+def _stage(folder: Path, unit: Unit, spec: PackingSpec) -> int:
+    tar = folder / f"{unit.name}.tar"
+    failures: list[Failure] = []
+
+    def samples() -> Iterator[tuple[str, Sample]]:
+        for recording in unit.recordings:
+            for cut in cut_recording(recording, spec):
+                if isinstance(cut, Failure):
+                    failures.append(cut)
+                else:
+                    yield cut.record.key, clip_sample(cut, recording, spec.modalities)
+
+    num = write_tar(tar, samples())
+    index = build_index(tar, spec.modalities)
+    failed = [asdict(failure) for failure in sorted(failures, key=lambda failure: failure.key)]
+    write_json(_result_path(folder, unit), {"digest": unit.digest, "index": index, "failures": failed})
+    return num + len(failures)
+
+
+def forget(folder: Path, unit: Unit) -> None:
+    """Remove a unit's result, so that it is cut again."""
+    _result_path(folder, unit).unlink(missing_ok=True)
+
+
+def _result_path(folder: Path, unit: Unit) -> Path:
+    return folder / f"{unit.name}.result.json"
+
+
+def _digest(recordings: Sequence[Recording], settings: dict[str, Any]) -> str:
+    described = []
+    for recording in recordings:
+        media = {}
+        for field in ("movie", "rgb_frames", "flow_frames", "sound_hdf5", "boxes"):
+            path = getattr(recording, field)
+            media[field] = None if path is None else [path.stat().st_size, path.stat().st_mtime_ns]
+        clips = [dataclasses.asdict(clip) for clip in recording.clips]
+        rates = [recording.nominal_fps, recording.rgb_frames_per_flow_frame, recording.sound_hdf5_rate]
+        described.append([recording.name, *rates, media, clips])
+    text = json.dumps([settings, described], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

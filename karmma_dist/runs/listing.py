@@ -1,0 +1,325 @@
+"""What became of every run: its state, how far it is, how good it was, and the command that goes on with it.
+
+Read from the run folders alone (`recipe.yaml`, `state.json`, `metrics.jsonl`, `best/state.json`). A run that was killed
+cannot say so: state.json still says `running`, so its process, its Slurm job and its last sign of life are looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from karmma_dist.errors import UserError
+from karmma_dist.runs.folder import STATE
+from karmma_dist.runs.process import is_alive
+
+_NO_RUNS = {"checkpoints", "eval", "best", "trace"}
+"""Folders inside a run's that hold no other run."""
+_SILENT_S = 1800.0
+"""Without a word for longer than this, and for longer than twenty log lines take, a run is thought dead."""
+_QUEUE_TIMEOUT_S = 10.0
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"}
+"""Slurm's states of a job that has not started (again) yet."""
+_ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT", "gone",
+}  # fmt: skip
+"""Slurm's states of a job that will not run again; a job that it has forgotten is gone."""
+
+JobStates = Callable[[list[str]], dict[str, str] | None]
+"""States of Slurm jobs by id, without those that Slurm no longer knows; None: Slurm cannot be asked."""
+
+
+@dataclass
+class Run:
+    """One run folder."""
+
+    name: str
+    folder: str
+    state: str
+    """running, preempted, interrupted, stopped, finished or failed, as the run wrote it; died: it wrote running, but
+    its process or job is gone; died?: it has been silent for long and nobody here can tell; damaged: state.json or
+    recipe.yaml cannot be read."""
+    why: str | None
+    """What is known of the state's cause, in one line."""
+    step: int | None
+    total_steps: int | None
+    """None until one epoch is over: only then is its length known."""
+    epochs: int | None
+    loss: float | None
+    """Of the last train line of metrics.jsonl."""
+    best: dict[str, Any] | None
+    """`metric` and `value` of the best validation."""
+    job_id: str | None
+    host: str | None
+    age_s: float
+    """Seconds since the last sign of life."""
+    resume: str | None
+    """The command that goes on with it; None: there is nothing to go on with, or it goes on by itself."""
+
+
+@dataclass
+class _Metrics:
+    """What metrics.jsonl says in the end."""
+
+    step: int | None = None
+    loss: float | None = None
+    clips_per_s: float | None = None
+    steps_per_epoch: int | None = None
+    best: dict[str, Any] | None = None
+
+
+def find_runs(folder: Path, job_states: JobStates | None = None, now: float | None = None) -> list[Run]:
+    """All runs in and below `folder`, the latest sign of life first.
+
+    Args:
+        folder: a folder of runs, or one run.
+        job_states: asks Slurm; None: squeue, where there is one.
+        now: `time.time()`.
+
+    Raises:
+        UserError: no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: name one that holds runs, or start one: karmma-dist train RECIPE")
+    now = time.time() if now is None else now
+    read = {run: (_read_recipe(run), _read_state(run)) for run in _run_folders(folder)}
+    unsettled = {
+        str(state["job_id"])
+        for _, state in read.values()
+        if state.get("state") in ("running", "preempted") and "job_id" in state
+    }
+    jobs = (job_states or ask_squeue)(sorted(unsettled)) if unsettled else None
+    runs = [_describe(folder, run, recipe, state, jobs, now) for run, (recipe, state) in read.items()]
+    return sorted(runs, key=lambda run: run.age_s)
+
+
+def ask_squeue(ids: list[str]) -> dict[str, str] | None:
+    """States of these jobs, as `JobStates`."""
+    command = ["squeue", "--noheader", "--format=%A %T", f"--jobs={','.join(ids)}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_QUEUE_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return None
+    return {job: state for job, _, state in (line.partition(" ") for line in done.stdout.splitlines())}
+
+
+def print_runs(runs: Iterable[Run], console: Console | None = None) -> None:
+    """A table, and below it what to type for each run that can go on."""
+    runs = list(runs)
+    console = console or Console(highlight=False, markup=False)
+    table = Table()
+    for heading in ("run", "state", "step", "loss", "best", "job", "host", "last sign"):
+        table.add_column(heading, justify="right" if heading in ("step", "loss", "last sign") else "left")
+    for run in runs:
+        best = "" if run.best is None else f"{run.best['metric']} {run.best['value']:.2f}"
+        loss = "" if run.loss is None else f"{run.loss:.4f}"
+        table.add_row(
+            run.name, run.state, _progress(run), loss, best, run.job_id or "", run.host or "", _age(run.age_s)
+        )
+    console.print(table)
+    for run in runs:
+        if run.why:
+            console.print(f"{run.name}: {run.state}: {run.why}", soft_wrap=True)
+        if run.resume:
+            console.print(f"{run.name}: go on with: {run.resume}", soft_wrap=True)
+
+
+def to_json(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """The fields of each run."""
+    return [asdict(run) for run in runs]
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        if STATE in files or "recipe.yaml" in files:
+            yield Path(parent)
+            folders[:] = [name for name in folders if name not in _NO_RUNS]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def _read_state(run: Path) -> dict[str, Any]:
+    """state.json; where it is missing or cannot be read, a state that says so."""
+    path = run / STATE
+    try:
+        state = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {"state": "damaged", "why": f"{path} is missing"}
+    except (OSError, ValueError) as error:
+        return {"state": "damaged", "why": f"{path} cannot be read: {error}"}
+    return state if isinstance(state, dict) else {"state": "damaged", "why": f"{path} holds no object"}
+
+
+def _read_recipe(run: Path) -> dict[str, Any] | None:
+    """recipe.yaml as it is: recipes of other versions are shown too. None: it cannot be read."""
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return recipe if isinstance(recipe, dict) and "name" in recipe else None
+
+
+def _describe(
+    top: Path, run: Path, recipe: dict[str, Any] | None, state: dict[str, Any], jobs: dict[str, str] | None, now: float
+) -> Run:
+    metrics = _read_metrics(run)
+    training = (recipe or {}).get("training") or {}
+    epochs = training.get("epochs")
+    job_id = None if state.get("job_id") is None else str(state["job_id"])
+    age_s = max(0.0, now - _last_sign(run, state))
+    shown, why = _settle(state, jobs, age_s, _patience_s(training, metrics))
+    if recipe is None:
+        shown, why = "damaged", f"{run / 'recipe.yaml'} is missing or no recipe"
+    finished = shown == "finished"
+    step = state.get("step", metrics.step)
+    total = step if finished else epochs * metrics.steps_per_epoch if epochs and metrics.steps_per_epoch else None
+    waits = shown == "preempted" and jobs is not None and jobs.get(job_id or "", "gone") not in _ENDED
+    goes_on = recipe is not None and not finished and shown not in ("running", "damaged") and not waits
+    return Run(
+        name=str(run.relative_to(top)) if run != top else run.resolve().name, folder=str(run), state=shown, why=why,
+        step=step, total_steps=total, epochs=epochs, loss=metrics.loss, best=_best(run, state) or metrics.best,
+        job_id=job_id, host=state.get("host"), age_s=age_s,
+        resume=_resume_command(run, recipe, state) if goes_on and recipe else None,
+    )  # fmt: skip
+
+
+def _settle(
+    state: Mapping[str, Any], jobs: Mapping[str, str] | None, age_s: float, patience_s: float
+) -> tuple[str, str | None]:
+    """The state to show and its cause, after asking who could know better than state.json."""
+    written = str(state.get("state", "damaged"))
+    why = next((_one_line(state[name]) for name in ("why", "error", "reason") if state.get(name)), None)
+    job_id = state.get("job_id")
+    job = None if jobs is None or job_id is None else jobs.get(str(job_id), "gone")
+    if job in _WAITING and written in ("running", "preempted"):
+        lost = why if written == "preempted" else "its job was requeued while it ran"
+        return "preempted", f"{f'{lost}; ' if lost else ''}job {job_id} waits in the queue and goes on by itself"
+    if written != "running":
+        return written, why
+    alive = is_alive(state)
+    if alive:
+        return "running", None
+    where = f"{state.get('host', 'its host')}"
+    if alive is False:
+        return "died", f"process {state['pid']} on {where} is gone"
+    if job in _ENDED:
+        return "died", f"its job {job_id} is {'no longer known to Slurm' if job == 'gone' else job}"
+    if job is None and age_s > patience_s:
+        return "died?", f"no word for {_age(age_s)} from {where}, where its process cannot be seen from here"
+    return "running", None
+
+
+def _patience_s(training: Mapping[str, Any], metrics: _Metrics) -> float:
+    if not metrics.clips_per_s:
+        return _SILENT_S
+    line_s = training.get("batch_size", 1) * training.get("log_every_steps", 1) / metrics.clips_per_s
+    return max(_SILENT_S, 20 * line_s)
+
+
+def _last_sign(run: Path, state: Mapping[str, Any]) -> float:
+    """When the run last wrote: its state, or a line of metrics, which it does every few steps."""
+    written = [_modified(run / "metrics.jsonl"), float(state.get("time", 0.0))]
+    return max(written) or _modified(run / "recipe.yaml")
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0  # not written yet; damage is named elsewhere
+
+
+def _read_metrics(run: Path) -> _Metrics:
+    found = _Metrics()
+    try:
+        lines = (run / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return found  # before the first line is written there is none
+    for line in reversed(lines):
+        entry = _entry(line)
+        if entry.get("kind") == "train":
+            found.step, found.loss, found.clips_per_s = entry["step"], entry.get("loss"), entry.get("clips_per_s")
+            break
+    validations = [entry for line in lines if b'"validation"' in line and (entry := _entry(line))]
+    found.best = _best_of(validations)
+    if validations:  # only at the end of an epoch
+        found.steps_per_epoch = validations[0]["step"] // (validations[0]["epoch"] + 1)
+        return found
+    before = 0
+    for entry in map(_entry, lines):
+        if entry.get("epoch", 0) > 0:
+            found.steps_per_epoch = before or None
+            break
+        before = entry.get("step", before)
+    return found
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    """A line of metrics; an empty one for a line that a crash cut."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) and {"kind", "step", "epoch"} <= entry.keys() else {}
+
+
+def _best_of(validations: list[dict[str, Any]]) -> dict[str, Any] | None:
+    names = [name for entry in validations for name in entry if name.endswith("_top1")]
+    if not names:
+        return None
+    metric = "action_top1" if "action_top1" in names else names[0]
+    return {"metric": metric, "value": max(entry[metric] for entry in validations if metric in entry)}
+
+
+def _best(run: Path, state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the run itself holds to be its best."""
+    for record in (state.get("best"), _read_state(run / "best")):
+        if isinstance(record, dict) and {"metric", "value"} <= record.keys():
+            return {"metric": record["metric"], "value": record["value"]}
+    return None
+
+
+def _resume_command(run: Path, recipe: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    """Starts the run's own recipe again, in the way it was started: through Slurm, on several ranks here, or alone."""
+    words = [str(run / "recipe.yaml")]
+    if (Path(recipe.get("runs_dir", "runs")) / recipe["name"]).resolve() != run.resolve():
+        runs_dir = run.resolve()
+        for _ in Path(recipe["name"]).parts:
+            runs_dir = runs_dir.parent
+        words += ["--set", f"runs_dir={runs_dir}"]
+    if state.get("job_id"):
+        command = ["launch", *words, "--slurm", "--nodes", str(state.get("nodes", 1))]
+    elif state.get("ranks", 1) > 1:
+        command = ["launch", *words, "--local", str(state["ranks"])]
+    else:
+        command = ["train", *words]
+    line, stop = shlex.join(["karmma-dist", *command]), run / "STOP"
+    return f"rm {shlex.quote(str(stop))} && {line}" if stop.exists() else line
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
+def _progress(run: Run) -> str:
+    return "" if run.step is None else f"{run.step:,}/{'?' if run.total_steps is None else f'{run.total_steps:,}'}"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,149 @@
+"""A folder of packed shards, opened for reading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from karmma_dist.errors import UserError
+from karmma_dist.shards.format import MANIFEST, Clip, DamageError, Member, index_path, member_name, parse_manifest
+
+
+class ShardFolder:
+    """A folder of packed shards, opened for reading. Cheap to pickle: it holds no open file.
+
+    Shards that lie elsewhere override where a tar and an index come from: `open_tar` and `read_index`.
+
+    Attributes:
+        root: The folder.
+        where: What messages call it.
+
+    Raises:
+        UserError: the folder is missing, empty, half packed, or of another schema.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root, self.where = Path(root), str(root)
+        path = self.root / MANIFEST
+        if not self.root.is_dir():
+            raise UserError(f"{self.root}: no such shards folder (pack one with: karmma-dist shard)")
+        if not path.is_file():
+            raise UserError(f"{self.root}: no {MANIFEST}, so no packed shards (pack some with: karmma-dist shard)")
+        content = path.read_bytes()
+        self.manifest: dict[str, Any] = parse_manifest(content, str(path))
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        """Of the manifest's bytes, which name every shard's sha256: equal only for the same clips in the same order."""
+
+    @property
+    def modalities(self) -> list[str]:
+        """Modalities every clip declares, present or null."""
+        return list(self.manifest["modalities"])
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """Class names per head, in the order of their ids."""
+        return {head: list(names) for head, names in self.manifest["heads"].items()}
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits."""
+        return list(self.manifest["splits"])
+
+    def clips(self, split: str) -> list[Clip]:
+        """All clips of a split, in shard order.
+
+        Raises:
+            UserError: no such split, or an index that is missing or does not belong to its tar.
+        """
+        if split not in self.manifest["splits"]:
+            raise UserError(f"{self.where}: no split '{split}'; there are {', '.join(self.splits) or 'none'}")
+        return [clip for shard in self.manifest["splits"][split]["shards"] for clip in self._shard_clips(shard)]
+
+    def _shard_clips(self, shard: dict[str, Any]) -> Iterator[Clip]:
+        name = shard["name"]
+        path = f"{self.where}/{index_path(Path(name))}"
+        self._check_tar(shard)
+        try:
+            content = self.read_index(shard)
+        except OSError as error:
+            raise UserError(
+                f"{path}: index cannot be read ({error}): write it again with karmma-dist verify --repair {self.where}"
+            ) from None
+        if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+            raise UserError(
+                f"{path}: not the index that the manifest names, but one of another packing, older or cut: "
+                f"write it again with karmma-dist verify --repair {self.where}"
+            )
+        index = json.loads(content)
+        for entry in index["clips"]:
+            members = {name: None if m is None else Member(*m) for name, m in entry["members"].items()}
+            yield Clip(entry["key"], name, entry["labels"], members)
+
+    def read_index(self, shard: dict[str, Any]) -> bytes:
+        """The index of a shard, given the shard's entry in the manifest.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return index_path(self.root / shard["name"]).read_bytes()
+
+    def open_tar(self, name: str) -> int:
+        """Return a descriptor of a shard, open for reading; the caller closes it.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        return os.open(self.root / name, os.O_RDONLY)
+
+    def _check_tar(self, shard: dict[str, Any]) -> None:
+        """Refuse a tar that was never the manifest's. One that is too short is damage, found clip by clip."""
+        tar = self.root / shard["name"]
+        if not tar.is_file():
+            raise UserError(f"{tar}: no such shard, but the manifest names it: copy it here or pack again")
+        size = tar.stat().st_size
+        if size > shard["bytes"]:
+            raise UserError(
+                f"{tar}: {size} bytes, {shard['bytes']} by the manifest and the index, so they are of another tar: "
+                "copy the folder again or pack again"
+            )
+
+    def read(self, clip: Clip, modality: str) -> bytes:
+        """Return one member's bytes, checked against its crc32. `modality` may be "json".
+
+        Raises:
+            DamageError: the tar is missing or cut, or the bytes are not the ones that were written.
+            KeyError: the clip has no such member.
+        """
+        member = clip.members[modality]
+        if member is None:
+            raise KeyError(f"clip {clip.key} has no {modality}")
+        name = member_name(clip.key, modality)
+        try:
+            descriptor = self.open_tar(clip.shard)
+        except OSError as error:
+            raise DamageError(clip.shard, clip.key, name, f"shard cannot be opened: {error.strerror}") from None
+        try:
+            data = os.pread(descriptor, member.size, member.offset)
+        except OSError as error:
+            raise DamageError(clip.shard, clip.key, name, f"cannot be read: {error.strerror}") from None
+        finally:
+            os.close(descriptor)
+        if len(data) != member.size:
+            raise DamageError(clip.shard, clip.key, name, f"cut: {len(data)} of {member.size} bytes")
+        if zlib.crc32(data) != member.crc32:
+            raise DamageError(clip.shard, clip.key, name, "crc32 differs")
+        return data
+
+    def metadata(self, clip: Clip) -> dict[str, Any]:
+        """The clip's KEY.json.
+
+        Raises:
+            DamageError: it cannot be read as written.
+        """
+        result: dict[str, Any] = json.loads(self.read(clip, "json"))
+        return result

@@ -1,0 +1,165 @@
+"""Shards on a web server or an object store: manifest and indexes first, then each shard whole, into a local cache.
+
+    folder = open_folder(DataRecipe(shards="https://data.example.org/epic_kitchens"))
+
+The URL is that of a packed folder as it is: manifest.json, tars and indexes side by side. Everything but the manifest
+is checked against the sha256 that the manifest gives, and is cached under it (see `cache`), so versions never mix.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from karmma_dist.errors import UserError
+from karmma_dist.io.cache import Cache, Content, FetchError, cache_root
+from karmma_dist.io.download import fetch, fetch_json, is_url, masked
+from karmma_dist.recipe import DataRecipe
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import MANIFEST, Clip, DamageError, index_path, parse_manifest
+
+_INDEXES_AT_ONCE = 8
+_logger = logging.getLogger(__name__)
+
+
+def open_folder(data: DataRecipe) -> ShardFolder:
+    """Open the recipe's shards, a folder or the URL of one.
+
+    Raises:
+        UserError: they are not there, cannot be reached, or do not fit into the cache.
+    """
+    if not is_url(data.shards):
+        return ShardFolder(data.shards)
+    return RemoteShards(data.shards, Cache(cache_root(data.cache_dir), data.cache_bytes))
+
+
+class RemoteShards(ShardFolder):
+    """A folder of packed shards under a URL, opened for reading. Cheap to pickle: it holds no connection.
+
+    Raises:
+        UserError: the server cannot be reached, has no manifest there, or its manifest is not one of packed shards;
+            the cache is smaller than the largest shard.
+    """
+
+    def __init__(self, url: str, cache: Cache) -> None:
+        self._url, self._cache = url, cache
+        self.root, self.where = cache.root, masked(url).rstrip("/")
+        text = self._fetch_manifest()
+        self.manifest = parse_manifest(text, f"{self.where}/{MANIFEST}")
+        self.sha256 = hashlib.sha256(text).hexdigest()
+        self._tars = _contents(self.manifest)
+        self._lost: dict[str, str] = {}
+        self._rechecked: set[str] = set()
+        sizes = {name: content.size or 0 for name, content in self._tars.items()}
+        largest = max(sizes, key=lambda name: sizes[name], default="")
+        if largest and sizes[largest] > cache.limit_bytes:
+            raise UserError(
+                f"{self.where}: {largest} has {sizes[largest]} bytes, data.cache_bytes is {cache.limit_bytes}: "
+                f"{sizes[largest] - cache.limit_bytes} too few to hold even one shard"
+            )
+
+    def clips(self, split: str) -> list[Clip]:
+        """All clips of a split, in shard order. Fetches the indexes that are not in the cache yet.
+
+        Raises:
+            UserError: no such split, or an index that cannot be had.
+        """
+        shards = self.manifest["splits"].get(split, {"shards": []})["shards"]
+        with ThreadPoolExecutor(_INDEXES_AT_ONCE) as pool:
+            list(pool.map(self.read_index, shards))
+        total = sum(shard["bytes"] for shard in shards)
+        if total > self._cache.limit_bytes:
+            _say_once(
+                f"{self.where}: the {len(shards)} shards of {split} have {total} bytes, data.cache_bytes is "
+                f"{self._cache.limit_bytes}: each epoch downloads again what was removed; raise it if the disk allows"
+            )
+        return super().clips(split)
+
+    def read_index(self, shard: dict[str, Any]) -> bytes:
+        """The checked index of a shard, given the shard's entry in the manifest.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+        name = index_path(Path(shard["name"])).name
+        content = Content(shard["index_sha256"], None)
+        self._cache.remove_if_damaged(content)
+        try:
+            descriptor = self._open(name, content)
+        except FetchError as error:
+            raise UserError(f"{self.where}/{name}: index cannot be read ({error.what})") from None
+        with open(descriptor, "rb") as file:
+            return file.read()
+
+    def open_tar(self, name: str) -> int:
+        """Return a descriptor of a shard in the cache.
+
+        Raises:
+            OSError: the server is there, but the shard is gone or is not the one that the manifest describes.
+            UserError: the server cannot be reached, or has other shards by now.
+        """
+        if name not in self._lost:
+            try:
+                return self._open(name, self._tars[name])
+            except FetchError as error:
+                if not error.damaged:
+                    raise UserError(f"{self.where}/{name}: {error.what}") from None
+                if hashlib.sha256(self._fetch_manifest()).hexdigest() != self.sha256:
+                    raise UserError(
+                        f"{self.where}: the shards on the server are other ones than when they were opened: start again"
+                    ) from None
+                self._lost[name] = error.what
+        raise OSError(errno.EIO, self._lost[name])
+
+    def read(self, clip: Clip, modality: str) -> bytes:
+        """As `ShardFolder.read`; damage done to a shard in the cache since its download is mended by another one."""
+        try:
+            return super().read(clip, modality)
+        except DamageError:
+            if clip.shard in self._lost or clip.shard in self._rechecked:
+                raise
+            self._rechecked.add(clip.shard)  # once: reading a whole shard is dear, and its clips are many
+            if not self._cache.remove_if_damaged(self._tars[clip.shard]):
+                raise
+            return super().read(clip, modality)
+
+    def _open(self, name: str, content: Content) -> int:
+        return self._cache.open(content, partial(fetch, _join(self._url, name), content))
+
+    def _check_tar(self, shard: dict[str, Any]) -> None:
+        """Nothing to see from afar: a tar is checked when it is downloaded."""
+
+    def _fetch_manifest(self) -> bytes:
+        url = _join(self._url, MANIFEST)
+        try:
+            return fetch_json(url)
+        except FetchError as error:
+            advice = "is this the URL of a packed folder?" if error.damaged else "check URL, network and password"
+            raise UserError(f"{masked(url)}: {error.what}: {advice}") from None
+
+
+def _contents(manifest: dict[str, Any]) -> dict[str, Content]:
+    """What each tar must hold."""
+    return {
+        shard["name"]: Content(shard["sha256"], shard["bytes"])
+        for split in manifest["splits"].values()
+        for shard in split["shards"]
+    }
+
+
+def _join(url: str, name: str) -> str:
+    """The URL of a file in the folder; a query, such as a storage service's signature, stays at the end."""
+    scheme, host, path, query, _ = urlsplit(url)
+    return urlunsplit((scheme, host, f"{path.rstrip('/')}/{name}", query, ""))
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning(message)

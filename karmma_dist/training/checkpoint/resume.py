@@ -1,0 +1,111 @@
+"""A run's folder before training: is it new, another run's, finished, or one to resume?"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from karmma_dist.distributed.collectives import gather
+from karmma_dist.distributed.world import World
+from karmma_dist.errors import UserError
+from karmma_dist.io.download import masked
+from karmma_dist.progress import Report, silent
+from karmma_dist.recipe import Recipe, read_run_recipe, save_recipe
+from karmma_dist.runs.folder import BEST, ENSEMBLE, read_state, write_state
+from karmma_dist.training.checkpoint.checkpoint import checkpoints, find_damage, newest_whole, point_to
+
+
+def prepare_run_dir(recipe: Recipe, world: World, resume: str, report: Report = silent) -> str:
+    """Make or check the run folder; returns the checkpoint to resume from, "" to start fresh, or "finished".
+
+    Every rank must call this; the main rank looks and decides for all.
+
+    Raises:
+        UserError: the folder holds another run, or what is to be resumed is damaged.
+    """
+    try:
+        decided = [_look_and_prepare(recipe, resume, report), ""] if world.is_main else []
+    except (OSError, UserError) as error:
+        decided = ["", f"{recipe.run_dir}: {error}" if isinstance(error, OSError) else str(error)]
+    start, complaint = gather(decided)
+    if complaint:
+        raise UserError(complaint)
+    return str(start)
+
+
+def _look_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
+    run_dir = recipe.run_dir
+    saved = read_run_recipe(run_dir) if (run_dir / "recipe.yaml").is_file() else None
+    start = ""
+    if resume == "auto" and saved is not None:
+        finished = read_state(run_dir).get("state") == "finished"
+        if finished or checkpoints(run_dir):
+            refuse_other_recipe(saved, recipe)
+        if finished:
+            return "finished"
+
+        def leave_aside(name: str, damage: str) -> None:
+            report(f"{recipe.name}: {name}", 0, 1, f"is damaged and left aside: {damage}")
+
+        start = str(newest_whole(run_dir, leave_aside) or "")
+    elif resume not in ("auto", "never"):
+        start = resume
+        if damage := find_damage(Path(start)):
+            raise UserError(f"{start}: not a whole checkpoint: {damage}: resume another one, or with --resume auto")
+    if not start:
+        names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
+        for left in (run_dir / name for name in names):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, run_dir / "recipe.yaml")
+    write_state(run_dir, "running")
+    if start and Path(start).resolve().parent == (run_dir / "checkpoints").resolve():
+        point_to(Path(start))
+    return start
+
+
+_NOT_LEARNED = {
+    "slurm", "evaluation", "data.heads", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
+    "training.accumulation", "training.max_micro_batch_size",
+    "training.threads", "training.keep_checkpoints", "training.offload", "training.peak_tflops",
+    "training.profile_steps", "training.max_skipped_steps", "training.guard_every_steps",
+    "training.collective_timeout_s", "distill.shard_teacher",
+    "training.keep_every_epochs", "training.zero_stage",
+    "training.checkpoint_every_epochs", "training.checkpoint_every_steps",
+}  # fmt: skip
+"""Fields and sections that do not change what is learned."""
+
+
+def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
+    """Raise where the run folder holds another run: fields that change what is computed differ."""
+    differing = [f"{key}: {before} -> {now}" for key, (before, now) in differing_fields(saved, recipe).items()]
+    if differing:
+        raise UserError(
+            f"{recipe.run_dir}: holds a run of another recipe ({'; '.join(differing[:5])}): "
+            "give this one another name (--set name=...) or start over with --resume never"
+        )
+
+
+def differing_fields(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that change what is learned and differ, with both values, in alphabetical order."""
+    before, now = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
+    for flat in (before, now):
+        for key, value in flat.items():
+            if isinstance(value, str):
+                flat[key] = masked(value)  # a new password or signature is no other run
+    return {
+        key: (before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == i or key.startswith(f"{i}.") for i in _NOT_LEARNED)
+    }
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
