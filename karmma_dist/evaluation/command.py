@@ -1,6 +1,4 @@
-"""What `karmma-dist eval` does: evaluate one run, or compare several, as it was asked to, write it down and say it.
-
-Several runs in one command: check that they can be compared, evaluate each, compare, write one report.
+"""Carries out `karmma-dist eval`: evaluates one run, or compares several, writes reports and prints them.
 
     RUN/eval/          each run's own results and report
     runs/comparison/   comparison.json, report.md and its plots

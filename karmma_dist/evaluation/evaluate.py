@@ -1,8 +1,4 @@
-"""What evaluation needs of a model.
-
-Legend: B clips of a batch, M modalities, C classes.
-
-Evaluate one model under many conditions in one pass over the clips.
+"""Evaluate one model under many conditions in one pass over the clips.
 
     conditions = build_conditions(model.modalities, subsets=True, sweep=True, num_seeds=3)
     results = evaluate(model, batches, conditions, device="cuda")

@@ -1,6 +1,4 @@
-"""How far a model's confidence is from how often it is right (Guo et al., On Calibration of Modern Neural Networks).
-
-The figures: from scores to ranks of the true class, from ranks to percentages, from percentages to averages.
+"""Figures: from scores to ranks of the true class, from ranks to percentages, from percentages to averages.
 
 A rank is the number of classes placed before the true one, 0 = right. Equal scores are ordered by class id, as argmax
 does: a model that scores all classes alike says class 0 of every clip, and is right where that is true. (Epic-Kitchens
@@ -8,6 +6,9 @@ numbers its classes by frequency, so there it is as good as naming the most freq
 in an order that leaves equal scores to the sorting algorithm, and equals this one where no scores do.) What is no
 number comes before the true class, so it never helps. Counting is in integers, percentages are float64; a figure over
 no clips is None.
+
+Calibration compares a model's confidence with how often it is right (Guo et al., On Calibration of Modern Neural
+Networks).
 
 Legend: B clips, C classes, N clips of a whole split.
 """

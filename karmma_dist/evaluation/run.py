@@ -1,10 +1,7 @@
-"""The ranks of one evaluation: each sees its share of the clips, and all come to the same results.
+"""Takes a run folder to its results: finds the run, plans its evaluation, streams the split, evaluates.
 
-Torch's process group is joined only where there is more than one rank.
-
-From a run folder to its results: find the run, plan its evaluation, stream the split, evaluate.
-
-`validate` is the same for a model that is being trained.
+With several ranks each sees its share of the clips, and all come to the same results; torch's process group is joined
+only then. `validate` is the same for a model that is being trained.
 """
 
 from __future__ import annotations

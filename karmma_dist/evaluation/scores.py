@@ -1,6 +1,6 @@
-"""Clip by clip what became of an evaluation: too much for results.json, needed for intervals and paired tests.
+"""The ranks that evaluation keeps of each clip, and the rows and counts that follow from them.
 
-What evaluation keeps of each clip - ranks, not predictions - and the rows and counts that follow from it.
+Ranks, not predictions: too much for results.json, but needed for intervals and paired tests.
 
 Legend: B clips of a batch, N clips of the split, M modalities, K conditions.
 """

@@ -1,6 +1,6 @@
-"""How several models stand to each other: the figure they are compared by, subset by subset, and their average rank.
+"""Figures over the rows of one model, and the standing of several models to each other.
 
-Figures over the rows of one model: averages over subsets, and the curve over the drop probability.
+Averages over subsets, relative drop, the curve over the drop probability; average rank between models.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Io."""
+"""Files, the cache of a node, downloads."""

@@ -1,19 +1,12 @@
-"""Token reduction: average an encoder's tokens down to at most tau (paper, Sec. III-C). It has no parameters.
-
-Legend: B clips, T tokens, D width.
-
-The fusion block: a small transformer over [CLS] and the tokens of all modalities (paper, Sec. III-B).
-
-Legend: B clips, T tokens, D width.
-
-The KARMMA model, teacher and student alike (arXiv 2504.08578, Sec. III).
+"""The KARMMA model, teacher and student alike (arXiv 2504.08578, Sec. III).
 
     encoders -> tau-average -> one Linear per modality -> fusion block over [CLS] and all tokens
       -> M + 1 output tokens: [CLS] and the mean of each modality's -> shared FC -> one classifier per head on each,
       their predictions averaged per head (`ModelRecipe.average`)
 
-`encode` looks at each modality alone and `fuse` puts them together, so that evaluation encodes a clip once and fuses
-it once per subset of modalities.
+Token reduction (Sec. III-C) averages an encoder's tokens down to at most tau and has no parameters. `encode` looks at
+each modality alone and `fuse` puts them together, so that evaluation encodes a clip once and fuses it once per subset
+of modalities.
 
 Legend: B clips, M modalities, N clips that have a modality, T tokens, D width, C classes.
 """

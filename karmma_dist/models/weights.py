@@ -1,9 +1,8 @@
-"""Files of weights: read without running any code in them, loaded key by key or not at all.
+"""Weights: files read without running any code in them, loaded key by key or not at all, and models that start there.
 
-Starting weights of one encoder: from a run, a published checkpoint, or the URL of either.
-
-A URL is downloaded once per node into CACHE/weights (see `karmma_dist.io.cache`) and stays there: name its
-`weights_sha256` where the file behind a URL may change.
+Starting weights of an encoder come from a run, a published checkpoint, or the URL of either. A URL is downloaded once
+per node into CACHE/weights (see `karmma_dist.io.cache`) and stays there: name its `weights_sha256` where the file
+behind a URL may change.
 """
 
 from __future__ import annotations

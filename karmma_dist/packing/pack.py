@@ -1,6 +1,4 @@
-"""From a specification to the plan of one run, and what tells one run's shards from another's.
-
-Raw dataset -> shards folder: cut in parallel, assemble in a fixed order, resume after anything.
+"""Packs a raw dataset into a folder of shards: cut in parallel, assemble in a fixed order, resume after anything.
 
     summary = pack(load_spec("epic_kitchens"), workers=8)
 

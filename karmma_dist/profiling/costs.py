@@ -1,6 +1,4 @@
-"""Which models a recipe has, and what is known of them before anything is trained.
-
-A recipe's models, or their fusion blocks alone, and what each costs on every subset of modalities.
+"""Costs of a recipe's models, or of their fusion blocks alone, on every subset of modalities.
 
 Counted on the meta device, whatever the batch: no tensor holds a value. See `memory.py` for what counts as memory.
 """

@@ -1,7 +1,4 @@
-"""A profile as tables for a terminal of 80 columns.
-
-What subsets of modalities cost, as bars (the form of the paper's Fig. 6).
-"""
+"""A profile as tables for a terminal of 80 columns, and as bars (the form of the paper's Fig. 6)."""
 
 from __future__ import annotations
 

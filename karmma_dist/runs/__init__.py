@@ -1,1 +1,1 @@
-"""Runs."""
+"""Run folders: their files, their processes, their listing."""

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events and its state."""
+"""Files of a run's folder: its state, its best weights, where it stands."""
 
 from __future__ import annotations
 

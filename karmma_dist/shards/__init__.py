@@ -1,1 +1,1 @@
-"""Shards."""
+"""The on-disk contract between packing and streaming."""

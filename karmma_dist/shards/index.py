@@ -1,7 +1,7 @@
-"""What a shards folder says of itself: the manifest, and the copy of its facts that every index carries.
+"""The index of a shard: each clip's labels, and offset, size and crc32 of every member.
 
-The tars hold no class names and no settings. With a copy in each index a lost manifest can be written again, byte for
-byte, from any index and the tars; with a manifest, any index.
+Each index carries a copy of the manifest's facts, which the tars do not hold: a lost manifest can be written again,
+byte for byte, from any index and the tars; with a manifest, any index.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Losses over heads: cross-entropy, and the distillation of a teacher's class distributions.
-
-The three stages: what a batch's loss is, and what has to be loaded for it.
+"""Losses over heads, and the three stages that use them.
 
     supervised   cross-entropy on labels: unimodal encoders, Baseline, Baseline with modality dropout
     teacher      the same, every encoder frozen

@@ -1,6 +1,6 @@
-"""The optimizer, in parameter groups with and without weight decay.
+"""The optimizer, in parameter groups with and without weight decay, and its learning rate at each step.
 
-Learning rate as a function of the optimizer step (paper, Sec. IV: linear warm-up, cosine to the start value).
+Learning rate: linear warm-up, then cosine to the start value or linear to zero (paper, Sec. IV).
 """
 
 from __future__ import annotations

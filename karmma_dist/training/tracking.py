@@ -1,4 +1,4 @@
-"""What is measured while training: running means, how model and teacher do on the batches, and what loading cost."""
+"""Tracks a training: running means, accuracy of model and teacher, cost of loading; metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,12 +1,10 @@
-"""One loop for all stages: batches in, optimizer steps, validation, checkpoints, weights out.
+"""Trains: joins the ranks, and for each recipe of a chain streams batches, steps, validates, saves, writes weights.
 
     runs/NAME/
       recipe.yaml  state.json  metrics.jsonl  events.out.tfevents.*  damage.jsonl  ensemble.json  trace/
       checkpoints/step-N/      to resume from
       weights.safetensors      model.yaml         to evaluate and to teach with
       best/                    the same, of the best validation
-
-What every rank of a job does: join the others, train a chain of recipes, leave in order.
 """
 
 from __future__ import annotations

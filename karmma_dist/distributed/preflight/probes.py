@@ -1,9 +1,4 @@
-"""Is a folder the same one on all nodes, and can every rank write it? A folder of the moment in it, a file per rank.
-
-One all-reduce over the ranks of a job, as training makes them, checked and timed; and the store they meet in.
-
-Which node a rank should be on, as the launcher planned it: to name the node of a rank that never came.
-"""
+"""Probes of a job before it trains: a folder that all nodes share, one all-reduce, the node planned for each rank."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Corruptions."""
+"""Broken sensors: kinds of corruption, their effect on arrays, and batches under them."""

@@ -1,6 +1,8 @@
 """One batch of clips under several states of the sensors: whole, and once more per corruption.
 
 Only what a corruption reaches is made and encoded again; the tokens of everything else are those of the whole batch.
+
+Legend: B clips of a batch, M modalities, C classes.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Exports."""
+"""Files for other programs: predictions and submissions to the official challenges."""

@@ -1,1 +1,1 @@
-"""Predict."""
+"""Predictions of a trained model for single clips."""

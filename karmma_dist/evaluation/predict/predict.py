@@ -1,6 +1,4 @@
-"""Predictions for the terminal.
-
-What a trained model says of one clip: a media file, or a key in the shards it was trained on.
+"""Asks a trained model about clips: media files, or keys in the shards it was trained on.
 
     predictions = predict(Path("runs/epic_kitchens/distill"), ["kitchen.mp4", "P01_11_3"])
 

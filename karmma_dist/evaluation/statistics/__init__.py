@@ -1,1 +1,1 @@
-"""Statistics."""
+"""Intervals and paired tests."""

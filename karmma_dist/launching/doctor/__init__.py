@@ -1,1 +1,1 @@
-"""Doctor."""
+"""The diagnosis of a machine."""

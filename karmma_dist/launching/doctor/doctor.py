@@ -1,8 +1,6 @@
-"""One line of `doctor`'s diagnosis, and how a check is kept from raising and from lasting for ever.
+"""Diagnoses whether this machine is fit to pack and train. Every check has a time limit, never raises, says what to do.
 
-Is this machine fit to pack and train? Every check has a time limit, never raises, and says what to do.
-
-Here what belongs to Python: packages, devices, decoder, each tried in a process of its own; the rest is `machine.py`.
+Python's part is here: packages, devices, decoder, each tried in a process of its own; the rest is `machine.py`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Encoders."""
+"""Encoders of one modality each."""

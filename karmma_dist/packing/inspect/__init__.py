@@ -1,1 +1,1 @@
-"""Inspect."""
+"""Tables and contact sheets of packed clips."""

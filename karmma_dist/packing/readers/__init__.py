@@ -1,1 +1,1 @@
-"""Readers."""
+"""Readers of raw datasets: annotations and files into clip records."""

@@ -1,1 +1,1 @@
-"""Tars."""
+"""Tars: staged clips, assembled in a fixed order, written whole, one writer per folder."""

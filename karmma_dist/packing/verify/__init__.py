@@ -1,1 +1,1 @@
-"""Verify."""
+"""Verification and repair of a folder of shards."""

@@ -1,9 +1,7 @@
-"""A tar against its index, reading headers only: every member where the index says, and nothing else in the file.
+"""Checks one shard against its manifest entry, its index and its tar headers: all that needs no other shard.
 
 Format: POSIX.1-2001 pax interchange, blocks of 512 bytes (https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html).
 A name of more than 100 bytes has an extended header before its own.
-
-One shard against its manifest entry, its index and its own bytes: all that can be said without the other shards.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What verification finds: one line of damage each, and what was looked at.
-
-Is a folder of shards what was packed? Every difference is one finding; damage is never mistaken for absence.
+"""Compares a folder of shards with what was packed. Every difference is one finding; damage is never taken for absence.
 
     verification = verify(Path("shards/epic_kitchens"), full=True)
 

@@ -1,1 +1,1 @@
-"""Checkpoint."""
+"""Checkpoints: saved in the background, loaded on any number of ranks."""

@@ -1,1 +1,1 @@
-"""Fault tolerance."""
+"""Preemption, steps that are skipped, clips that are damaged."""
