@@ -12,78 +12,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, ConfigDict, Field, model_validator
 
-from karmma_dist.errors import UserError
-from karmma_dist.modality import MODALITIES
-from karmma_dist.settings import Settings, dump, find_file, load_settings
+from karmma_dist.errors import UserError, nearest
+from karmma_dist.modalities import MODALITIES
+from karmma_dist.modalities.audio import AudioInput
+from karmma_dist.modalities.detections import DetectionsInput
+from karmma_dist.modalities.video import VideoInput
+from karmma_dist.settings import Positive, Settings, dump, find_file, load_settings, validate
 
 _SHARED_OVERRIDES = ("runs_dir", "data.shards", "data.cache_dir", "data.cache_bytes", "data.num_workers")
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-
-
-class VideoInput(Settings):
-    """How many frames of video and flow a model sees, and which pixels of them."""
-
-    num_frames: Positive = 32
-    """Frames taken from a clip [fit]."""
-    sampling: Literal["segments", "dense"] = "segments"
-    """`segments`: one frame from each of num_frames equal parts of the clip; `dense`: a window with a stride [ours]."""
-    stride: Positive = 2
-    """Stored frames from one sampled frame to the next in dense sampling."""
-    short_side: Positive = 256
-    """Frames are resized so that their short side has this many pixels, before cropping [ours]."""
-    crop: Positive = 224
-    """Side of the square crop: random in training, centred in evaluation [fit]."""
-    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    """Strength of the colour jitter in training: brightness, contrast and saturation within 1 +- jitter [ours]."""
-    flow_scale: Literal["centred", "imagenet"] = "centred"
-    """What flow becomes: `centred`: (u - 1/2) / 0.226, the third channel 0 [ours]; `imagenet`: the picture (u, v, 0)
-    normalised like video, the third channel included (-1.80) [Radevski], which encoders trained on video expect."""
-    horizontal_flip: bool = False
-    """Mirror half of the training clips. Leave off for datasets whose classes know left from right."""
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> VideoInput:
-        if self.crop > self.short_side:
-            raise ValueError(f"crop {self.crop} is larger than short_side {self.short_side}")
-        return self
-
-
-class AudioInput(Settings):
-    """The mel spectrogram: n_fft 1024, window 160, hop 80, power 2, at 16 kHz [fit]."""
-
-    num_windows: Positive = 32
-    """Windows spread over the clip, one centred on each video frame [fit]."""
-    window_s: Annotated[float, Field(gt=0.01)] = 1.116
-    """Length of one window in seconds, padded with silence at the clip's borders [fit]."""
-    num_mels: Positive = 128
-    """Mel bands [fit]."""
-
-    @property
-    def window_samples(self) -> int:
-        """Samples of one window at 16 kHz."""
-        return round(self.window_s * 16_000)
-
-    @property
-    def num_steps(self) -> int:
-        """Spectrogram columns of one window, at 80 samples a hop."""
-        return self.window_samples // 80 + 1
-
-
-class DetectionsInput(Settings):
-    """Detected boxes of hands and objects."""
-
-    num_frames: Positive = 32
-    """Frames whose boxes are taken, at the same times as the video's [ours]."""
-    max_boxes: Positive = 14
-    """Boxes kept per frame, best score first [Radevski]."""
 
 
 class InputRecipe(Settings):
-    """What each modality's tensor looks like. Teacher and student of a distillation share it."""
+    """What each modality's tensor looks like. Teacher and student of a distillation share it.
+
+    Modalities of other packages have sections of their own, checked by their `settings`.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     video: VideoInput = VideoInput()
     """Video and flow: same frames, same crop."""
@@ -91,6 +40,23 @@ class InputRecipe(Settings):
     """Sound."""
     detections: DetectionsInput = DetectionsInput()
     """Boxes."""
+
+    @model_validator(mode="after")
+    def _other_sections(self) -> InputRecipe:
+        known = {m.section: m.settings for m in MODALITIES.values()}
+        extra = self.__pydantic_extra__
+        assert extra is not None
+        for name in extra:
+            if name not in known:
+                raise ValueError(f"unknown section '{name}'{nearest(name, list(known))}; there are {', '.join(known)}")
+            extra[name] = validate(extra[name], known[name], f"inputs.{name}")
+        return self
+
+    def section(self, modality: str) -> Any:
+        """Return the settings of a modality."""
+        kind = MODALITIES[modality]
+        found = getattr(self, kind.section, None)
+        return kind.settings() if found is None else found
 
 
 class ModalityDropout(Settings):

@@ -9,12 +9,14 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from karmma_dist.errors import UserError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
 
 
 class Settings(BaseModel):

@@ -27,7 +27,7 @@ from karmma_dist.evaluation.run import Evaluated, carry_out, joined_ranks, newes
 from karmma_dist.evaluation.statistics.compare import check_same_clips, check_same_keys, check_shared, compare
 from karmma_dist.evaluation.views import parse_views
 from karmma_dist.io.files import write_json
-from karmma_dist.modality import parse_modalities
+from karmma_dist.modalities import parse_modalities
 from karmma_dist.models.model_card import CARD, ModelCard
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Progress, Report, silent

@@ -100,7 +100,7 @@ def participants(folder: ShardFolder, clips: Sequence[Clip]) -> Callable[[str], 
 
     def participant_of(key: str) -> str | None:
         try:
-            participant = folder.metadata(by_key[key]).get("participant")
+            participant = folder.metadata(by_key[key]).participant
         except DamageError as error:
             raise UserError(f"{error}: the shard changed during the evaluation: run it again") from None
         return None if participant is None else str(participant)

@@ -23,7 +23,7 @@ from karmma_dist.distributed.process_group import device_of
 from karmma_dist.distributed.world import ALONE, World, find_world
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.evaluation.corruptions.batches import Sensors, breaks_sound
+from karmma_dist.evaluation.corruptions.batches import Sensors, uncut_modalities
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector
 from karmma_dist.evaluation.plan import Plan
@@ -166,7 +166,7 @@ def _evaluate(
 ) -> Results:
     """Every rank its share of the clips."""
     clips, num_views = plan.clips, plan.clips.views.num
-    clips.keeps_sound = any(breaks_sound(condition) for condition in plan.conditions)
+    clips.uncut = uncut_modalities(plan.conditions)
     total = len(clips.clips)
     done = 0
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from karmma_dist.modality import subsets
+from karmma_dist.modalities import subsets
 from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import FusionBlock, KarmmaModel

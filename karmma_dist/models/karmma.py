@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
-from karmma_dist.modality import MODALITIES
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders.table import build_encoder, input_shape
 from karmma_dist.models.encoders.transformer import INIT_STD, TransformerLayer, at_least_float32, init_linears
 from karmma_dist.recipe import InputRecipe, ModelRecipe

@@ -24,7 +24,7 @@ from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_json, write_whole
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 from karmma_dist.packing.flow import check_method
 from karmma_dist.packing.readers.csv_table import read_plain
 from karmma_dist.packing.readers.epic_kitchens import read_epic_kitchens

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from karmma_dist.errors import UserError
-from karmma_dist.modality import parse_modalities, subsets
+from karmma_dist.modalities import parse_modalities, subsets
 from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.flops import ClipFlops, count_flops, flops_per_clip, meta_clip, meta_model, meta_tokens

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.encoders.transformer import INIT_STD
 from karmma_dist.models.flops import meta_model

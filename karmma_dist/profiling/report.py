@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from karmma_dist.evaluation.report.plots import COLOURS, save_figure, style_axes
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 from karmma_dist.profiling.costs import Cost, Profile
 
 

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.shards.format import MANIFEST, Clip, DamageError, Member, index_path, member_name, parse_manifest
+from karmma_dist.shards.format import (
+    MANIFEST,
+    Clip,
+    ClipMetadata,
+    DamageError,
+    Member,
+    index_path,
+    member_name,
+    metadata_problems,
+    parse_manifest,
+    parse_metadata,
+)
 
 
 class ShardFolder:
@@ -139,11 +150,23 @@ class ShardFolder:
             raise DamageError(clip.shard, clip.key, name, "crc32 differs")
         return data
 
-    def metadata(self, clip: Clip) -> dict[str, Any]:
-        """The clip's KEY.json.
+    def metadata(self, clip: Clip) -> ClipMetadata:
+        """Return the clip's KEY.json, compared with the index and the manifest.
 
         Raises:
-            DamageError: it cannot be read as written.
+            DamageError: it cannot be read as written, or they do not agree: what one of them lost is no absence.
         """
-        result: dict[str, Any] = json.loads(self.read(clip, "json"))
-        return result
+        name = member_name(clip.key, "json")
+        try:
+            metadata = parse_metadata(self.read(clip, "json"))
+        except ValueError as error:
+            raise DamageError(clip.shard, clip.key, name, f"not a clip's metadata: {error}") from None
+        problem = next(metadata_problems(metadata, clip), "")
+        if not problem and set(metadata.labels) != set(self.manifest["heads"]):
+            heads, known = (", ".join(sorted(names)) or "none" for names in (metadata.labels, self.manifest["heads"]))
+            problem = f"its heads are {heads}, the manifest's {known}"
+        if not problem and not set(self.manifest["modalities"]) <= set(metadata.members):
+            problem = f"declares {', '.join(metadata.members) or 'nothing'}, the manifest {', '.join(self.modalities)}"
+        if problem:
+            raise DamageError(clip.shard, clip.key, name, problem)
+        return metadata

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.modality import MODALITIES
+from karmma_dist.modalities import MODALITIES, Description, Pictures
 
 SCHEMA = 1
 """Version of the layout; readers refuse any other."""
@@ -73,6 +73,134 @@ class Clip:
     def has(self, modality: str) -> bool:
         """Whether the dataset has this modality for this clip."""
         return self.members.get(modality) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMember:
+    """A member as KEY.json declares it."""
+
+    size: int
+    """Bytes."""
+    crc32: int
+    """zlib.crc32 of its bytes."""
+    description: Description
+    """The rest of its entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipMetadata:
+    """A clip's KEY.json."""
+
+    key: str
+    split: str
+    recording: str
+    participant: str
+    start_s: float
+    """Seconds from the start of the recording."""
+    stop_s: float | None
+    """None: nothing in the clip tells where it ends."""
+    narration: str
+    labels: dict[str, int | None]
+    """Class per head; None where the split is unlabelled."""
+    members: dict[str, StoredMember | None]
+    """Per modality of the dataset; None: the dataset has none for this clip."""
+
+    def description(self, modality: str) -> Description:
+        """Return the description of a modality that the clip has.
+
+        Raises:
+            KeyError: it has none.
+        """
+        member = self.members[modality]
+        if member is None:
+            raise KeyError(f"clip {self.key} has no {modality}")
+        return member.description
+
+    @property
+    def pictures(self) -> Pictures | None:
+        """The pictures that the clip's frames are counted by: those of the first modality that is seen."""
+        shown = (self.description(name).pictures for name in MODALITIES if self.members.get(name) is not None)
+        return next((pictures for pictures in shown if pictures is not None), None)
+
+    @property
+    def length_s(self) -> float:
+        """Seconds that a view's moments are fractions of: the first modality's that tells, else 0.
+
+        One length for all modalities: they may be stored at different rates, and one may end before another.
+        """
+        lengths = (self.description(name).length_s for name in MODALITIES if self.members.get(name) is not None)
+        return next((length_s for length_s in lengths if length_s is not None), 0.0)
+
+
+def parse_metadata(text: bytes) -> ClipMetadata:
+    """Read a clip's KEY.json.
+
+    Raises:
+        ValueError: it is none, or a field is missing or of another type.
+    """
+    fields = _object(json.loads(text), "not an object")
+    for name in ("start_s", "stop_s"):
+        time_s = fields.get(name)
+        is_missing = time_s is None and name == "start_s"
+        if is_missing or isinstance(time_s, bool) or not isinstance(time_s, int | float | None):
+            raise ValueError(f"{name} is {time_s!r}")
+    for name in ("key", "split", "recording", "participant", "narration"):
+        if not isinstance(fields.get(name), str):
+            raise ValueError(f"{name} is {fields.get(name)!r}")
+    members = {
+        name: None if entry is None else _stored_member(name, _object(entry, f"modalities.{name}: not an object"))
+        for name, entry in _object(fields.get("modalities"), "modalities: not an object").items()
+    }
+    labels = _object(fields.get("labels"), "labels: not an object")
+    return ClipMetadata(
+        fields["key"], fields["split"], fields["recording"], fields["participant"], fields["start_s"], fields["stop_s"],
+        fields["narration"],
+        {head: optional_int(label, f"labels.{head}") for head, label in labels.items()}, members,
+    )  # fmt: skip
+
+
+def _stored_member(name: str, entry: dict[str, Any]) -> StoredMember:
+    if name not in MODALITIES:
+        raise ValueError(f"modality {name!r}")
+    for field in ("bytes", "crc32"):
+        if type(entry.get(field)) is not int:
+            raise ValueError(f"modalities.{name}.{field} is {entry.get(field)!r}")
+    try:
+        description = MODALITIES[name].description.parse(entry)
+    except ValueError as error:
+        raise ValueError(f"modalities.{name}.{error}") from None
+    return StoredMember(entry["bytes"], entry["crc32"], description)
+
+
+def metadata_problems(metadata: ClipMetadata, clip: Clip) -> Iterator[str]:
+    """Yield where a clip's KEY.json and its entry in the index do not agree."""
+    if metadata.key != clip.key:
+        yield f"key is {metadata.key!r}, elsewhere {clip.key!r}"
+    if metadata.labels != clip.labels:
+        yield f"labels is {metadata.labels!r}, elsewhere {clip.labels!r}"
+    for name in sorted({*metadata.members, *clip.members} - {"json"}):
+        declared, member = metadata.members.get(name), clip.members.get(name)
+        here = "absent" if declared is None else f"with {declared.size} bytes and crc32 {declared.crc32}"
+        there = "absent" if member is None else f"with {member.size} bytes and crc32 {member.crc32}"
+        if here != there:
+            yield f"{name} is declared {here}, in the index {there}"
+
+
+def optional_int(value: Any, name: str) -> int | None:
+    """Return a value that is an int or None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value is not None and type(value) is not int:
+        raise ValueError(f"{name} is {value!r}, not a whole number")
+    return value
+
+
+def _object(value: Any, message: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(message)
+    return value
 
 
 def check_key(key: str) -> str:

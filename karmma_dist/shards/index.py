@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.modality import MODALITIES
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.shards.format import (
     _FACTS,
     SCHEMA,

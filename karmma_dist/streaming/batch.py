@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from karmma_dist.modalities import MODALITIES, Decoder, Description, View
 from karmma_dist.recipe import InputRecipe
-from karmma_dist.streaming.decode import ClipSound
-from karmma_dist.streaming.spectrogram import mel_spectrogram
 from karmma_dist.streaming.worker_status import LoadStats
 
 UNLABELLED = -1
 """Label of a clip whose split carries none."""
-
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
-_FLOW_STD = 0.226
-_LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass
@@ -38,6 +32,23 @@ class Damage:
         return f"{self.shard}: clip {self.key}: {self.member}: {self.what}"
 
 
+@dataclass(frozen=True)
+class UncutSignal:
+    """All that was decoded of a clip's member, and how a view is cut from it."""
+
+    decoded: np.ndarray
+    """What the modality's decoder made of the whole member; views of a clip share it."""
+    description: Description
+    view: View
+    length_s: float
+    """Seconds that the view's times are fractions of."""
+
+    def cut(self, decoder: Decoder, settings: Any, decoded: np.ndarray | None = None) -> np.ndarray:
+        """Return the view's array, cut by the modality's decoder from the signal, or from another in its place."""
+        whole = self.decoded if decoded is None else decoded
+        return decoder.cut(whole, self.description, settings, [self.view], self.length_s)[0]  # type: ignore[no-any-return]
+
+
 @dataclass
 class Sample:
     """One decoded clip: arrays of the modalities it brings, all others absent."""
@@ -46,13 +57,13 @@ class Sample:
     labels: dict[str, int | None]
     arrays: dict[str, np.ndarray]
     jitter_3: np.ndarray
-    sound: ClipSound | None = None
-    """The whole sound that its windows are cut from, where it is asked for."""
+    uncut: dict[str, UncutSignal] = field(default_factory=dict)
+    """The whole signals that arrays are cut from, of modalities where it is asked for."""
 
 
 @dataclass
 class Batch:
-    """B clips. As it leaves the loader the inputs are uint8 / int16; `prepare` makes them what models take."""
+    """B clips. As it leaves the loader the inputs are arrays as decoded; `prepare` makes them what models take."""
 
     keys: list[str]
     """Clip keys, "" for padding."""
@@ -64,21 +75,20 @@ class Batch:
     """Per head int64 (B,), -1 where unlabelled."""
     valid_B: Tensor
     """bool, False = padding in evaluation."""
-    jitter_N3: Tensor | None
-    """float32, colour jitter of the clips of inputs["video"]; None where none is jittered."""
+    jitter: dict[str, Tensor]
+    """float32 (N, 3), colour jitter of the clips of each modality that takes it; left out where no clip is jittered."""
     epoch: int = 0
     step: int = 0
     damage: list[Damage] = field(default_factory=list)
     """What was found unreadable while this batch was put together."""
     stats: LoadStats = field(default_factory=LoadStats)
     """What it cost its worker."""
-    sounds: list[ClipSound] = field(default_factory=list)
-    """The whole sounds of the clips of inputs["audio"], where they are asked for."""
+    uncut: dict[str, list[UncutSignal]] = field(default_factory=dict)
+    """The whole signals of the present clips, in batch order, of modalities where they are asked for."""
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that `map` changes."""
-        jitter = [] if self.jitter_N3 is None else [self.jitter_N3]
-        return [*jitter, *self.inputs.values(), *self.labels.values()]
+        return [*self.jitter.values(), *self.inputs.values(), *self.labels.values()]
 
     def only(self, modalities: Sequence[str], columns: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the inputs and present_BM of some modalities, for a model that takes no others.
@@ -101,7 +111,7 @@ class Batch:
             self,
             inputs={name: change(tensor) for name, tensor in self.inputs.items()},
             labels={head: change(label) for head, label in self.labels.items()},
-            jitter_N3=None if self.jitter_N3 is None else change(self.jitter_N3),
+            jitter={name: change(factors) for name, factors in self.jitter.items()},
         )
 
 
@@ -118,19 +128,30 @@ def collate(
     labels = {
         head: torch.tensor([_label(sample, head) for sample in samples], dtype=torch.int64) for head in heads
     }
-    jitter = [sample.jitter_3 for sample in samples if sample is not None and "video" in sample.arrays]
-    is_jittered = any((factors_3 != 1).any() for factors_3 in jitter)
     return Batch(
         keys=["" if sample is None else sample.key for sample in samples],
         present_BM=torch.tensor(present, dtype=torch.bool).reshape(len(samples), len(modalities)),
         inputs=inputs,
         labels=labels,
         valid_B=torch.tensor([sample is not None for sample in samples]),
-        jitter_N3=torch.from_numpy(np.stack(jitter)) if is_jittered else None,
+        jitter=_jitter([sample for sample in samples if sample is not None], modalities),
         epoch=epoch,
         step=step,
-        sounds=[sample.sound for sample in samples if sample is not None and sample.sound is not None],
+        uncut={
+            name: signals
+            for name in modalities
+            if (signals := [sample.uncut[name] for sample in samples if sample is not None and name in sample.uncut])
+        },
     )
+
+
+def _jitter(samples: Sequence[Sample], modalities: Sequence[str]) -> dict[str, Tensor]:
+    jitter = {}
+    for name in modalities:
+        factors_N3 = [sample.jitter_3 for sample in samples if name in sample.arrays]
+        if MODALITIES[name].is_jittered and any((factors_3 != 1).any() for factors_3 in factors_N3):
+            jitter[name] = torch.from_numpy(np.stack(factors_N3))
+    return jitter
 
 
 def _label(sample: Sample | None, head: str) -> int:
@@ -141,45 +162,13 @@ def _label(sample: Sample | None, head: str) -> int:
 def prepare(
     batch: Batch, inputs: InputRecipe, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Batch:
-    """Move a batch to `device` and turn raw pixels and samples into the normalised floats models take.
+    """Move a batch to `device` and make the tensors that models take of its arrays, as each modality says.
 
-    video: (N, F, H, W, 3) uint8 -> (N, 3, F, H, W), jittered, ImageNet-normalised. flow: (N, F, H, W, 2) uint8 ->
-    (N, 3, F, H, W), scaled as `VideoInput.flow_scale` says. audio: int16 windows -> mel spectrograms. All of it is
-    computed in float32 and then cast to `dtype`, the model's precision.
+    All of it is computed in float32 and then cast to `dtype`, the model's precision.
     """
     moved = batch.map(lambda tensor: tensor.to(device, non_blocking=True))
-    made = dict(moved.inputs)
-    if "video" in made:
-        made["video"] = _normalise_video(made["video"], moved.jitter_N3)
-    if "flow" in made:
-        made["flow"] = _normalise_flow(made["flow"], inputs.video.flow_scale)
-    if "audio" in made:
-        made["audio"] = mel_spectrogram(made["audio"], inputs.audio.num_mels)
-    return replace(moved, inputs={name: tensor.to(dtype) for name, tensor in made.items()})
-
-
-def _normalise_video(video: Tensor, jitter_N3: Tensor | None) -> Tensor:
-    """Brightness, contrast and saturation as in torchvision's ColorJitter (in this order), then ImageNet statistics."""
-    pixels = video.float() / 255  # (N, F, H, W, 3)
-    if jitter_N3 is not None:
-        brightness, contrast, saturation = jitter_N3[:, :, None, None, None, None].unbind(1)
-        luma = pixels.new_tensor(_LUMA)
-        # In place: a CPU takes four times as long where every step asks for new memory.
-        pixels.mul_(brightness).clamp_(0, 1)
-        mean = (pixels @ luma).mean(dim=(1, 2, 3), keepdim=True)[..., None]
-        pixels.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1)
-        gray = (pixels @ luma)[..., None]
-        pixels.sub_(gray).mul_(saturation).add_(gray).clamp_(0, 1)
-    pixels.sub_(pixels.new_tensor(_IMAGENET_MEAN)).div_(pixels.new_tensor(_IMAGENET_STD))
-    return pixels.permute(0, 4, 1, 2, 3).contiguous()
-
-
-def _normalise_flow(flow: Tensor, scale: Literal["centred", "imagenet"]) -> Tensor:
-    num, *sizes, _ = flow.shape
-    channels = torch.zeros(num, 3, *sizes, device=flow.device)  # (N, 3, F, H, W)
-    channels[:, :2] = flow.permute(0, 4, 1, 2, 3)
-    if scale == "imagenet":
-        mean, std = (channels.new_tensor(of)[:, None, None, None] for of in (_IMAGENET_MEAN, _IMAGENET_STD))
-        return channels.div_(255).sub_(mean).div_(std)
-    channels[:, :2].div_(255).sub_(0.5).div_(_FLOW_STD)
-    return channels
+    made = {
+        name: MODALITIES[name].tensors.make(arrays_N, inputs.section(name), moved.jitter.get(name)).to(dtype)
+        for name, arrays_N in moved.inputs.items()
+    }
+    return replace(moved, inputs=made)

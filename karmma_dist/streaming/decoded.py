@@ -1,19 +1,18 @@
 """Clips decoded once and kept in memory, for datasets that fit: everything a view may ask for, before it is chosen.
 
-What is kept of a clip: all frames of video and flow, resized to `short_side` and not yet cropped; all samples of its
-sound; all its boxes; its metadata. Views cut from these are bit for bit those of a fresh decode. The first pass decodes
-whole clips where it would decode the frames of one view alone, so a clip that is damaged anywhere is damaged then.
+What is kept of a clip: what its modalities' decoders make of whole members (all frames, resized to `short_side` and
+not yet cropped; all samples; all boxes), and its metadata. Views cut from these are bit for bit those of a fresh
+decode. The first pass decodes whole clips where it would decode the frames of one view alone, so a clip that is damaged
+anywhere is damaged then.
 
 Every decoding process keeps its own: with W workers a clip is decoded up to W times and takes W times the memory.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from karmma_dist.shards.format import Clip
+from karmma_dist.shards.format import Clip, ClipMetadata
 
 
 class DecodedClips:
@@ -30,7 +29,7 @@ class DecodedClips:
         self.num_bytes = 0
         self._is_full = max_bytes == 0
         self._arrays: dict[tuple[str, str, str], np.ndarray] = {}
-        self._metadata: dict[tuple[str, str], dict[str, Any]] = {}
+        self._metadata: dict[tuple[str, str], ClipMetadata] = {}
 
     @property
     def takes_more(self) -> bool:
@@ -49,11 +48,11 @@ class DecodedClips:
         self.num_bytes += whole.nbytes
         self._arrays[clip.shard, clip.key, modality] = whole
 
-    def metadata(self, clip: Clip) -> dict[str, Any] | None:
+    def metadata(self, clip: Clip) -> ClipMetadata | None:
         """Return a clip's metadata, or None where it was not kept."""
         return self._metadata.get((clip.shard, clip.key))
 
-    def keep_metadata(self, clip: Clip, metadata: dict[str, Any]) -> None:
+    def keep_metadata(self, clip: Clip, metadata: ClipMetadata) -> None:
         """Keep a clip's metadata as long as clips are kept; it is small beside them and not counted."""
         if not self._is_full:
             self._metadata[clip.shard, clip.key] = metadata

@@ -9,22 +9,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import DataRecipe, InputRecipe, ViewsRecipe
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import Clip, DamageError
+from karmma_dist.shards.format import Clip, ClipMetadata, DamageError
 from karmma_dist.shards.remote import open_folder
 from karmma_dist.streaming.batch import Batch, Damage, Sample, collate
 from karmma_dist.streaming.decoded import DecodedClips
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
 from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, evaluation_slices, random_words
-from karmma_dist.streaming.reader import is_wide, num_stored_frames, read_samples
+from karmma_dist.streaming.reader import read_samples
 from karmma_dist.streaming.views import View, evaluation_views, training_view
 from karmma_dist.streaming.worker_status import Activity
 from karmma_dist.streaming.workers import Batches
@@ -68,8 +67,8 @@ def check_heads(data: DataRecipe, folder: ShardFolder) -> dict[str, int]:
 class _Clips(ABC):
     """The clips of a split and the frame of every batch: find each place's clip, read it, put all together."""
 
-    keeps_sound = False
-    """Whether batches bring the whole sound of their clips."""
+    uncut: Collection[str] = ()
+    """Modalities of which batches bring also the whole signals."""
 
     def __init__(
         self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str, needed: Sequence[str] = (),
@@ -94,7 +93,7 @@ class _Clips(ABC):
     def _drawn(self) -> list[tuple[Clip, bool]]:
         """Return each clip with True if its recording is held out; reads every clip's metadata once."""
         try:
-            named = [(clip, str(self.folder.metadata(clip)["recording"])) for clip in self.clips]
+            named = [(clip, self.folder.metadata(clip).recording) for clip in self.clips]
         except DamageError as error:
             raise UserError(
                 f"{error}: data.hold_out goes by the recording of every clip: karmma-dist verify --repair "
@@ -128,7 +127,7 @@ class _Clips(ABC):
         """The views of the clip at `place`, or None for padding; what was found damaged is added to `damage`."""
 
     @abstractmethod
-    def _views(self, metadata: dict[str, Any], epoch: int, key: str) -> list[View]:
+    def _views(self, metadata: ClipMetadata, epoch: int, key: str) -> list[View]:
         """How a clip is looked at."""
 
     def _read(
@@ -139,7 +138,7 @@ class _Clips(ABC):
             metadata = self._metadata(clip, activity)
             views = self._views(metadata, epoch, clip.key)
             return read_samples(
-                self.folder, clip, metadata, wanted, self.inputs, views, activity, keeps_sound=self.keeps_sound,
+                self.folder, clip, metadata, wanted, self.inputs, views, activity, uncut=self.uncut,
                 decoded=self._decoded,
             )  # fmt: skip
         except DamageError as error:
@@ -147,7 +146,7 @@ class _Clips(ABC):
             return None
 
 
-    def _metadata(self, clip: Clip, activity: Activity) -> dict[str, Any]:
+    def _metadata(self, clip: Clip, activity: Activity) -> ClipMetadata:
         metadata = self._decoded.metadata(clip)
         if metadata is None:
             with activity.reading(clip, "json"):
@@ -197,7 +196,7 @@ class TrainingClips(_Clips):
         tried = min(_MAX_REPLACEMENTS, len(self.clips))
         raise UserError(f"{self.folder.where}: {tried} clips in a row are damaged, the last: {damage[-1]}")
 
-    def _views(self, metadata: dict[str, Any], epoch: int, key: str) -> list[View]:
+    def _views(self, metadata: ClipMetadata, epoch: int, key: str) -> list[View]:
         return [training_view(self.inputs.video, num_stored_frames(metadata), self.seed, epoch, key)]
 
 
@@ -225,10 +224,20 @@ class EvaluationClips(_Clips):
         wanted = [m for m in self.data.modalities if clip.has(m)]
         return self._read(clip, wanted, epoch, damage, activity) or padding
 
-    def _views(self, metadata: dict[str, Any], epoch: int, key: str) -> list[View]:  # noqa: ARG002
+    def _views(self, metadata: ClipMetadata, epoch: int, key: str) -> list[View]:  # noqa: ARG002
         return evaluation_views(
             self.inputs.video, num_stored_frames(metadata), self.views, is_wide=is_wide(metadata)
         )
+
+
+def num_stored_frames(metadata: ClipMetadata) -> int:
+    """Return the frames stored for a clip, 0 where nothing of it is seen."""
+    return 0 if metadata.pictures is None else metadata.pictures.num_frames
+
+
+def is_wide(metadata: ClipMetadata) -> bool:
+    """Return True if the clip's picture is at least as wide as high, or there is none."""
+    return metadata.pictures is None or metadata.pictures.width >= metadata.pictures.height
 
 
 def is_held_out(recording: str, fraction: float) -> bool:

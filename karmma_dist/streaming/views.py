@@ -6,30 +6,15 @@ Video and flow share one `View`; audio windows are centred on the same moments.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 
-from karmma_dist.recipe import VideoInput, ViewsRecipe
+from karmma_dist.modalities.contract import View
+from karmma_dist.modalities.video import VideoInput
+from karmma_dist.recipe import ViewsRecipe
 
 _LAST = float(np.nextafter(1.0, 0.0))
 """The last of a crop's places, which are counted in [0, 1)."""
-
-
-@dataclass(frozen=True)
-class View:
-    """How one clip is looked at."""
-
-    times_F: np.ndarray
-    """Moments of the frames, as fractions of the clip in [0, 1)."""
-    top: float
-    """In [0, 1): the crop's upper edge among the places there are, each of the same chance."""
-    left: float
-    """The crop's left edge, likewise."""
-    flip: bool
-    """Mirror horizontally."""
-    jitter_3: np.ndarray
-    """Factors of brightness, contrast, saturation; float32."""
 
 
 def unit_draws(num: int, seed: int, epoch: int, key: str) -> np.ndarray:

@@ -25,7 +25,7 @@ from karmma_dist.evaluation.report.write import write_results
 from karmma_dist.evaluation.run import carry_out
 from karmma_dist.evaluation.scores import Outcomes
 from karmma_dist.io.files import write_whole
-from karmma_dist.modality import parse_modalities
+from karmma_dist.modalities import parse_modalities
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Report
 from karmma_dist.recipe import Recipe

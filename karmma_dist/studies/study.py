@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.modality import LETTERS
+from karmma_dist.modalities import LETTERS
 from karmma_dist.settings import Settings, find_file, load_settings
 
 FOLDER = "studies"

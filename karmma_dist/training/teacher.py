@@ -22,11 +22,12 @@ from karmma_dist.distributed.collectives import barrier
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_json
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.encoders.transformer import at_least_float32
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import load_model
-from karmma_dist.recipe import DataRecipe, DistillRecipe, InputRecipe, Recipe, read_run_recipe
+from karmma_dist.recipe import DataRecipe, DistillRecipe, Recipe, read_run_recipe
 from karmma_dist.runs.folder import ENSEMBLE, run_places
 from karmma_dist.training.engine import Engine, ShardedModule
 
@@ -35,8 +36,6 @@ Measure = Callable[[KarmmaModel, Recipe], dict[str, float]]
 calls it and gets the same numbers."""
 
 _logger = logging.getLogger(__name__)
-
-_INPUTS = {"video": "video", "flow": "video", "audio": "audio", "detections": "detections"}
 
 
 class Teacher(nn.Module):
@@ -200,17 +199,13 @@ def load_member(path: Path, recipe: Recipe, heads: dict[str, int]) -> KarmmaMode
             f"{path}: the teacher's modalities {', '.join(mine)} are not those of data.modalities, {', '.join(shown)}"
             " (a student of fewer: model.modalities)"
         )
-    differing = [name for name in mine if _input_of(name, card.inputs) != _input_of(name, recipe.inputs)]
+    differing = [name for name in mine if card.inputs.section(name) != recipe.inputs.section(name)]
     if differing:
         raise UserError(
-            f"{path}: the teacher was trained on other inputs: inputs.{_INPUTS[differing[0]]} must be equal in the two "
-            "recipes"
+            f"{path}: the teacher was trained on other inputs: "
+            f"inputs.{MODALITIES[differing[0]].section} must be equal in the two recipes"
         )
     return member.requires_grad_(False).eval()
-
-
-def _input_of(modality: str, inputs: InputRecipe) -> object:
-    return getattr(inputs, _INPUTS[modality])
 
 
 def _check_every_modality(members: Sequence[KarmmaModel], recipe: Recipe) -> None:

@@ -23,7 +23,9 @@ import av
 import cv2
 import numpy as np
 import torch
+from karmma_dist.streaming.frames import chosen_frames
 
+from karmma_dist.modalities.stored_frames import frame_numbers
 from karmma_dist.packing.flow import ComputedFlow
 from karmma_dist.packing.media import VideoEncoder, encode_flac
 from karmma_dist.packing.movie import Movie
@@ -32,9 +34,9 @@ from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.packing.yuv import ToI420
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.batch import Sample, collate, prepare
-from karmma_dist.streaming.decode import decode_audio, decode_flow, decode_video, frame_numbers
-from karmma_dist.streaming.frames import chosen_frames
 from karmma_dist.streaming.views import View, training_view
+from tests.unit.decoding_kit import decode_audio, decode_flow, decode_video
+from tests.unit.decoding_kit import described as described_frames
 
 FPS = 30
 SIZES = {"456x256": (456, 256), "70x56": (70, 56)}
@@ -96,11 +98,11 @@ def table(what: str, medians: dict[str, float], per: int) -> None:
 
 def compare_decoding(clips: list[Stored], length_s: int, size: str, repeats: int) -> None:
     """Both ways of getting at frames, for video and flow, without any conversion of pixels."""
-    described = {"num_frames": length_s * FPS, "fps": FPS}
+    described = described_frames(length_s * FPS, FPS)
     for num_frames in (8, 16, 32):
         recipe = InputRecipe.model_validate({"video": {"num_frames": num_frames}}).video
         views = [training_view(recipe, length_s * FPS, 0, 0, f"clip_{k}") for k in range(len(clips))]
-        chosen = [np.unique(frame_numbers(view.times_F * length_s, described)) for view in views]
+        chosen = [np.unique(frame_numbers(view.times_F * length_s, described.pictures)) for view in views]
         for modality in ("video", "flow"):
             movies = [(clip[modality], numbers) for clip, numbers in zip(clips, chosen, strict=True)]
             for data, numbers in movies:
@@ -119,11 +121,11 @@ def compare_decoding(clips: list[Stored], length_s: int, size: str, repeats: int
 
 def decode_all(clip: Stored, view: View, inputs: InputRecipe, length_s: int) -> dict[str, np.ndarray]:
     """Arrays of one clip as they leave a worker."""
-    moments_s, described = view.times_F * length_s, {"num_frames": length_s * FPS, "fps": FPS}
+    moments_s, described = view.times_F * length_s, described_frames(length_s * FPS, FPS)
     return {
         "video": decode_video(clip["video"], described, moments_s, inputs.video, view),
         "flow": decode_flow(clip["flow"], described, moments_s, inputs.video, view),
-        "audio": decode_audio(clip["audio"], {"num_samples": length_s * 16_000}, moments_s, inputs.audio),
+        "audio": decode_audio(clip["audio"], length_s * 16_000, moments_s, inputs.audio),
     }
 
 
@@ -160,12 +162,12 @@ def compare_preparing(clips: list[Stored], length_s: int, repeats: int) -> None:
 def compare_modalities(clips: list[Stored], length_s: int, size: str, inputs: InputRecipe, repeats: int) -> None:
     """What each modality of a clip costs a worker, all in all."""
     view = training_view(inputs.video, length_s * FPS, 0, 0, "clip")
-    moments_s, described = view.times_F * length_s, {"num_frames": length_s * FPS, "fps": FPS}
+    moments_s, described = view.times_F * length_s, described_frames(length_s * FPS, FPS)
     arms: dict[str, Callable[[], object]] = {
         "video": lambda: [decode_video(c["video"], described, moments_s, inputs.video, view) for c in clips],
         "flow": lambda: [decode_flow(c["flow"], described, moments_s, inputs.video, view) for c in clips],
         "audio": lambda: [
-            decode_audio(c["audio"], {"num_samples": length_s * 16_000}, moments_s, inputs.audio) for c in clips
+            decode_audio(c["audio"], length_s * 16_000, moments_s, inputs.audio) for c in clips
         ],
     }
     medians = in_turn(arms, repeats, time.process_time)

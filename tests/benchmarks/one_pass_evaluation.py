@@ -63,7 +63,7 @@ def make_batches(model: KarmmaModel, num_clips: int, batch_size: int) -> list[Ba
                 inputs={m: torch.randn(size, *input_shape(m, model.inputs)) for m in model.modalities},
                 labels={head: torch.randint(0, num, (size,)) for head, num in model.heads.items()},
                 valid_B=torch.ones(size, dtype=torch.bool),
-                jitter_N3=torch.ones(size, 3),
+                jitter={},
             )
         )
     return batches

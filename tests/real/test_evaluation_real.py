@@ -49,7 +49,7 @@ def make_batches(rows: list[dict[str, str]], scores_NC: np.ndarray, size: int = 
             inputs={"video": torch.from_numpy(scores_NC[first : first + size])},
             labels={head: torch.tensor([int(row[f"{head}_class"]) for row in part]) for head in HEADS},
             valid_B=torch.ones(len(part), dtype=torch.bool),
-            jitter_N3=torch.ones(0, 3),
+            jitter={},
         )
 
 

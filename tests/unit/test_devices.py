@@ -127,7 +127,7 @@ def test_raw_clips_of_training_are_made_into_inputs_there(shards: Path, inputs: 
     data = DataRecipe(shards=str(shards), modalities=["video", "flow", "audio"], num_workers=0)
     clips_of = TrainingClips(ShardFolder(shards), data, inputs, seed=3, batch_size=8)
     raw = next(iter(training_batches(clips_of, Schedule(len(clips_of.clips), 8, 1), 0, Position(0, 0), 1)))
-    assert raw.jitter_N3 is not None
+    assert raw.jitter
 
     def made(device: torch.device) -> Batch:
         return prepare(raw, inputs, device).map(lambda tensor: tensor.cpu())
@@ -143,7 +143,7 @@ def test_an_evaluation_with_broken_sensors_and_several_views_runs_there(
 ) -> None:
     data = DataRecipe(shards=str(shards), modalities=list(model.modalities), num_workers=0)
     seen = EvaluationClips(ShardFolder(shards), data, inputs, "validation", ViewsRecipe(temporal=2))
-    seen.keeps_sound = True
+    seen.uncut = ["audio"]
     conditions = build_conditions(model.modalities, subsets=True, sweep=True, corrupt=["suite"])
     whole = [condition for condition in conditions if condition.corrupt is None]
 

@@ -169,14 +169,16 @@ def test_models_are_paired_failure_by_failure_and_averaged_with_whole_sensors():
 def test_every_view_brings_the_clips_whole_sound_and_its_own_moments(shards: Path, num_workers: int):
     clips = clips_of(shards, ViewsRecipe(temporal=2, spatial=3))
     clips.data = clips.data.model_copy(update={"num_workers": num_workers})
-    clips.keeps_sound = True
+    clips.uncut = ["audio"]
     with evaluation_batches(clips, 4) as batches:
         for batch in batches:
             there = batch.present_BM[:, clips.data.modalities.index("audio")].tolist()
             keys = [key for key, has in zip(batch.keys, there, strict=True) if has]
-            for sound, windows in zip(batch.sounds, batch.inputs["audio"], strict=True):
-                assert torch.equal(torch.from_numpy(sound.windows(KITCHEN_INPUTS.audio)), windows)
+            sounds = batch.uncut["audio"]
+            for sound, windows in zip(sounds, batch.inputs["audio"], strict=True):
+                cut = sound.cut(MODALITIES["audio"].decoder, KITCHEN_INPUTS.audio)
+                assert torch.equal(torch.from_numpy(cut), windows)
             # One copy of the samples per clip, whatever the number of views.
-            assert len({id(sound.samples) for sound in batch.sounds}) == len(set(keys))
-            moments = {tuple(sound.moments_s.tolist()) for sound in batch.sounds[:6]}
+            assert len({id(sound.decoded) for sound in sounds}) == len(set(keys))
+            moments = {tuple(sound.view.times_F.tolist()) for sound in sounds[:6]}
             assert len(moments) == 2

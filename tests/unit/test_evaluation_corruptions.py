@@ -16,17 +16,20 @@ from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition, build_conditions
-from karmma_dist.evaluation.corruptions.apply import span, spoil_boxes, spoil_pixels, spoil_sound
 from karmma_dist.evaluation.corruptions.batches import Sensors
 from karmma_dist.evaluation.corruptions.kinds import KINDS, Corruption, parse_corruption, parse_corruptions
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.write import results_table, write_report
 from karmma_dist.evaluation.summary import summarise
+from karmma_dist.modalities import MODALITIES as ALL
+from karmma_dist.modalities import View
+from karmma_dist.modalities.audio import SAMPLE_RATE, AudioDescription
+from karmma_dist.modalities.breaking import span
 from karmma_dist.packing.flow import quantise_flow
 from karmma_dist.recipe import InputRecipe
-from karmma_dist.streaming.batch import Batch, Sample, collate
-from karmma_dist.streaming.decode import SAMPLE_RATE, ClipSound
+from karmma_dist.streaming.batch import Batch, Sample, UncutSignal, collate
+from tests.unit.decoding_kit import break_arrays, break_sound
 
 MODALITIES = ["video", "flow", "audio", "detections"]
 HEADS = {"verb": 3, "noun": 4}
@@ -55,6 +58,15 @@ def sound(num: int = SAMPLE_RATE, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(-3000, 3000, num).astype(np.int16)
 
 
+def uncut(samples: np.ndarray, moments_s: tuple[float, ...] = (0.2, 0.5, 0.8)) -> UncutSignal:
+    view = View(np.array(moments_s), 0.5, 0.5, False, np.ones(3, np.float32))
+    return UncutSignal(samples, AudioDescription(SAMPLE_RATE, len(samples)), view, 1.0)
+
+
+def windows_of(signal: UncutSignal) -> np.ndarray:
+    return signal.cut(ALL["audio"].decoder, INPUTS.audio)
+
+
 def boxes(num: int = 3, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(num, 6, 4, 6, generator=generator) + 0.5
@@ -66,11 +78,11 @@ def sample(number: int, has: list[str]) -> Sample:
         "flow": pixels("flow", 1, number)[0].numpy(),
         "detections": boxes(1, number)[0].numpy(),
     }
-    heard = ClipSound(sound(seed=number), np.array([0.2, 0.5, 0.8]))
-    arrays["audio"] = heard.windows(INPUTS.audio)
+    heard = uncut(sound(seed=number))
+    arrays["audio"] = windows_of(heard)
     labels: dict[str, int | None] = {"verb": number % 3, "noun": number % 4}
     kept = {name: arrays[name] for name in has}
-    return Sample(f"clip_{number}", labels, kept, np.ones(3, np.float32), heard if "audio" in has else None)
+    return Sample(f"clip_{number}", labels, kept, np.ones(3, np.float32), {"audio": heard} if "audio" in has else {})
 
 
 def make_batches(num: int = 10, batch_size: int = 4) -> list[Batch]:
@@ -133,9 +145,9 @@ def test_pictures_are_broken_clip_by_clip_and_more_so_with_every_severity(name, 
     clips, names = pixels(modality, num_frames=10), ["a", "b", "c"]
     before, last = clips.clone(), 0.0
     for amount in KINDS[name].amounts:
-        broken = spoil_pixels(modality, effect, amount, clips, names, 5)
+        broken = break_arrays(modality, effect, amount, clips, names, 5)
         assert (broken.dtype, broken.shape) == (clips.dtype, clips.shape)
-        alone = [spoil_pixels(modality, effect, amount, clips[n : n + 1], names[n : n + 1], 5)[0] for n in (2, 0, 1)]
+        alone = [break_arrays(modality, effect, amount, clips[n : n + 1], names[n : n + 1], 5)[0] for n in (2, 0, 1)]
         assert torch.equal(broken, torch.stack([alone[1], alone[2], alone[0]]))
         distance = float((broken.float() - clips.float()).abs().mean())
         assert distance > last
@@ -147,9 +159,9 @@ def test_pictures_are_broken_clip_by_clip_and_more_so_with_every_severity(name, 
 @settings(max_examples=30)
 def test_a_frozen_camera_holds_the_frame_it_hung_on_and_nothing_else_changes(share, seed, key):
     clip, held = pixels("video", 1), span(6, share, f"{seed}/{key}")
-    frozen = spoil_pixels("video", "frozen", share, clip, [key], seed)[0]
-    black = spoil_pixels("video", "black", share, clip, [key], seed)[0]
-    still = spoil_pixels("flow", "still", share, pixels("flow", 1), [key], seed)[0]
+    frozen = break_arrays("video", "frozen", share, clip, [key], seed)[0]
+    black = break_arrays("video", "black", share, clip, [key], seed)[0]
+    still = break_arrays("flow", "still", share, pixels("flow", 1), [key], seed)[0]
     for number in range(6):
         hit = held.start <= number < held.stop
         assert torch.equal(frozen[number], clip[0, held.start if hit else number])
@@ -158,16 +170,16 @@ def test_a_frozen_camera_holds_the_frame_it_hung_on_and_nothing_else_changes(sha
 
 
 def test_no_motion_is_what_packing_stores_for_it():
-    still = spoil_pixels("flow", "still", 1.0, pixels("flow", 1), ["k"], 0)
+    still = break_arrays("flow", "still", 1.0, pixels("flow", 1), ["k"], 0)
     assert set(quantise_flow(np.zeros((4, 4, 2), np.float32), 8.0).flatten().tolist()) == set(still.flatten().tolist())
 
 
 def test_blur_keeps_a_flat_picture_and_the_mean_of_any_within_rounding():
     flat = torch.full((1, 2, 20, 30, 3), 77, dtype=torch.uint8)
-    assert torch.equal(spoil_pixels("video", "blur", 0.08, flat, ["k"], 0), flat)
+    assert torch.equal(break_arrays("video", "blur", 0.08, flat, ["k"], 0), flat)
     dot = torch.zeros(1, 1, 41, 41, 3, dtype=torch.uint8)
     dot[:, :, 20, 20] = 255
-    spread = spoil_pixels("video", "blur", 0.02, dot, ["k"], 0)[0, 0, :, :, 0].double()
+    spread = break_arrays("video", "blur", 0.02, dot, ["k"], 0)[0, 0, :, :, 0].double()
     for other in (spread.T, spread.flip(0)):
         assert float((spread - other).abs().max()) <= 1  # columns are averaged after rows: a half may round either way
     assert float(spread.sum()) == pytest.approx(255, rel=0.05)
@@ -178,16 +190,16 @@ def test_blur_keeps_a_flat_picture_and_the_mean_of_any_within_rounding():
 @pytest.mark.parametrize("ratio_db", KINDS["audio:noise"].amounts)
 def test_noise_in_the_sound_has_the_ratio_it_says(ratio_db):
     clean = sound(5 * SAMPLE_RATE)
-    noise = spoil_sound("noise", ratio_db, clean, "k", 0).astype(float) - clean
+    noise = break_sound("noise", ratio_db, clean, "k", 0).astype(float) - clean
     measured = 10 * np.log10(np.mean(clean.astype(float) ** 2) / np.mean(noise**2))
     assert measured == pytest.approx(ratio_db, abs=0.1)
 
 
 def test_silence_stays_silence_and_loud_sound_is_clipped_not_wrapped():
     silence = np.zeros(1000, np.int16)
-    assert not spoil_sound("noise", -5, silence, "k", 0).any()
+    assert not break_sound("noise", -5, silence, "k", 0).any()
     loud = np.full(20_000, 32_767, np.int16)
-    assert spoil_sound("noise", 20, loud, "k", 0).min() > 0
+    assert break_sound("noise", 20, loud, "k", 0).min() > 0
 
 
 @given(st.integers(1, 5), seeds, keys)
@@ -195,7 +207,7 @@ def test_silence_stays_silence_and_loud_sound_is_clipped_not_wrapped():
 def test_a_muted_microphone_is_silent_for_its_share_of_the_clip(severity, seed, key):
     clean = np.full(4000, 9, np.int16)
     share = Corruption("audio:mute", severity).amount
-    assert int((spoil_sound("mute", share, clean, key, seed) == 0).sum()) == round(4000 * share)
+    assert int((break_sound("mute", share, clean, key, seed) == 0).sum()) == round(4000 * share)
 
 
 @given(st.floats(0, 1.5))
@@ -203,19 +215,19 @@ def test_a_muted_microphone_is_silent_for_its_share_of_the_clip(severity, seed, 
 def test_desynchronised_windows_are_those_of_an_earlier_moment(seconds):
     clean, moments_s = sound(2 * SAMPLE_RATE), np.array([0.9, 1.2, 1.7])
     seconds = round(seconds * SAMPLE_RATE) / SAMPLE_RATE
-    late = spoil_sound("late", seconds, clean, "k", 0)
-    heard = ClipSound(late, moments_s).windows(INPUTS.audio)
-    assert np.array_equal(heard, ClipSound(clean, moments_s - seconds).windows(INPUTS.audio))
+    late = break_sound("late", seconds, clean, "k", 0)
+    heard = windows_of(uncut(late, tuple(moments_s)))
+    assert np.array_equal(heard, windows_of(uncut(clean, tuple(moments_s - seconds))))
 
 
 def test_sound_later_than_the_clip_is_long_is_silence():
-    assert not spoil_sound("late", 2.0, sound(SAMPLE_RATE), "k", 0).any()
+    assert not break_sound("late", 2.0, sound(SAMPLE_RATE), "k", 0).any()
 
 
 def test_lost_boxes_read_as_none_and_are_lost_at_every_higher_severity_too():
     clean, lost = boxes(40), torch.zeros(40, 6, 4, dtype=torch.bool)
     for amount in KINDS["detections:dropped"].amounts:
-        kept = spoil_boxes(amount, clean, [f"clip_{number}" for number in range(40)], 3)
+        kept = break_arrays("detections", "dropped", amount, clean, [f"clip_{number}" for number in range(40)], 3)
         gone = (kept == 0).all(dim=-1)
         assert torch.equal(kept[~gone], clean[~gone])
         assert (gone | ~lost).all()
@@ -226,7 +238,7 @@ def test_lost_boxes_read_as_none_and_are_lost_at_every_higher_severity_too():
 def test_another_seed_breaks_otherwise_only_what_is_random():
     for name, modality, effect in PIXELS:
         amount = KINDS[name].amounts[1]
-        first, second = (spoil_pixels(modality, effect, amount, pixels(modality), ["a", "b", "c"], n) for n in (0, 1))
+        first, second = (break_arrays(modality, effect, amount, pixels(modality), ["a", "b", "c"], n) for n in (0, 1))
         assert torch.equal(first, second) != KINDS[name].is_random
 
 
@@ -260,16 +272,13 @@ def recorded_with(batch: Batch, condition: Condition) -> Batch:
         seed, amount, clips = condition.seed, corruption.amount, batch.inputs[modality]
         if modality == "audio":
             numbers = [int(name.removeprefix("clip_")) for name in names]
-            heard = [ClipSound(sound(seed=number), np.array([0.2, 0.5, 0.8])) for number in numbers]
             changed = [
-                replace(of, samples=spoil_sound(effect, amount, of.samples, name, seed)).windows(INPUTS.audio)
-                for of, name in zip(heard, names, strict=True)
+                windows_of(uncut(break_sound(effect, amount, sound(seed=number), name, seed)))
+                for number, name in zip(numbers, names, strict=True)
             ]
             spoiled[modality] = torch.from_numpy(np.stack(changed))
-        elif modality == "detections":
-            spoiled[modality] = spoil_boxes(amount, clips, names, seed)
         else:
-            spoiled[modality] = spoil_pixels(modality, effect, amount, clips, names, seed)
+            spoiled[modality] = break_arrays(modality, effect, amount, clips, names, seed)
     return SENSORS.whole(replace(batch, inputs=spoiled))
 
 

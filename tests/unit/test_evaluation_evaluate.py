@@ -85,7 +85,7 @@ def make_batch(clips: list, batch_size: int, heads: dict[str, int]) -> Batch:
         inputs={m: torch.from_numpy(np.stack(values)).float() for m, values in inputs.items() if values},
         labels={head: torch.tensor([labels[head] for _, _, labels in rows]) for head in heads},
         valid_B=torch.tensor([key != "" for key, _, _ in rows]),
-        jitter_N3=torch.ones(0, 3),
+        jitter={},
     )
 
 

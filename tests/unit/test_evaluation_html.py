@@ -22,7 +22,7 @@ from karmma_dist.evaluation.report.html_report import embeddable_json, html_repo
 from karmma_dist.evaluation.report.plots import COLOURS
 from karmma_dist.evaluation.report.svg import Point, _ticks, bar_plot, line_plot
 from karmma_dist.evaluation.report.write import write_report
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "wbr"}
 CSS = files("karmma_dist.evaluation.report").joinpath("report.css").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from karmma_dist.evaluation.report.plots import _spread
 from karmma_dist.evaluation.report.write import results_table, write_report, write_results
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import summarise
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 
 MODALITIES = ["video", "flow", "audio"]
 NUM_CLIPS = 9644

@@ -17,11 +17,11 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector, Predictions
 from karmma_dist.evaluation.views import mean_over_views, parse_views
+from karmma_dist.modalities.stored_frames import _crop
 from karmma_dist.recipe import DataRecipe, InputRecipe, VideoInput, ViewsRecipe
 from karmma_dist.streaming.batch import Batch
-from karmma_dist.streaming.decode import _cut
-from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
-from karmma_dist.streaming.reader import is_wide, num_stored_frames, read_sample
+from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, is_wide, num_stored_frames, open_shards
+from karmma_dist.streaming.reader import read_sample
 from karmma_dist.streaming.views import evaluation_view, evaluation_views
 
 INPUTS = InputRecipe.model_validate(
@@ -125,7 +125,7 @@ def test_dense_windows_keep_their_stride_and_move_from_start_to_end(temporal: in
 def test_three_crops_are_the_start_centre_and_end_of_the_longer_side(width: int, height: int, size: int):
     picture = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.uint8)  # (x, y) of each pixel
     views = evaluation_views(VideoInput(), 9, ViewsRecipe(spatial=3), is_wide=width >= height)
-    corners = [tuple(_cut(picture, size, view)[0, 0].tolist()) for view in views]
+    corners = [tuple(_crop(picture, size, view)[0, 0].tolist()) for view in views]
     middle_x, middle_y = (width - size + 1) // 2, (height - size + 1) // 2
     if width >= height:
         assert corners == [(0, middle_y), (middle_x, middle_y), (width - size, middle_y)]

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video import swin3d_t
 
 from karmma_dist.errors import UserError
-from karmma_dist.modality import MODALITIES
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.encoders.small import shift_in_time
 from karmma_dist.models.encoders.table import ENCODERS, build_encoder, input_shape

@@ -105,6 +105,6 @@ def test_a_clip_of_unknown_length_with_a_dollar_in_its_narration_is_drawn(tmp_pa
     base = {"reader": "something_something", "dataset": "ss", "raw": str(tmp_path), "out": str(tmp_path / "out")}
     pack(PackingSpec.model_validate(base))
     folder = ShardFolder(tmp_path / "out")
-    assert folder.metadata(folder.clips("train")[0])["stop_s"] is None
+    assert folder.metadata(folder.clips("train")[0]).stop_s is None
     contact_sheet(folder, tmp_path / "sheet.png")
     assert imread(tmp_path / "sheet.png").min() < 0.5

@@ -10,7 +10,7 @@ import webdataset as wds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from karmma_dist.modality import MODALITIES
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.packing.tars.writer import write_tar
 
 keys = st.text("abcXYZ019_-", min_size=1, max_size=120)

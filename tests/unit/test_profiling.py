@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from karmma_dist.cli import main
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
-from karmma_dist.modality import MODALITIES, subsets
+from karmma_dist.modalities import MODALITIES, subsets
 from karmma_dist.models.flops import ClipFlops, flops_per_clip, meta_clip, meta_model
 from karmma_dist.models.karmma import FusionBlock, KarmmaModel
 from karmma_dist.models.model_card import save_model

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from karmma_dist.cli import main
-from karmma_dist.modality import MODALITIES, subsets
+from karmma_dist.modalities import MODALITIES, subsets
 from karmma_dist.models.flops import ClipFlops, count_flops, flops_per_clip, meta_model, meta_tokens
 from karmma_dist.models.karmma import FusionBlock, KarmmaModel
 from karmma_dist.profiling import measure as measuring

@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from karmma_dist.streaming.frames import chosen_frames, group_starts
 
+from karmma_dist.modalities import DecodeError
+from karmma_dist.modalities.stored_frames import frame_numbers
 from karmma_dist.packing.media import VideoEncoder, encode_flac
 from karmma_dist.packing.spec import VideoSpec
 from karmma_dist.packing.yuv import ToI420
 from karmma_dist.recipe import AudioInput, InputRecipe, VideoInput
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import DamageError
-from karmma_dist.streaming.decode import decode_audio, decode_flow, decode_video, frame_numbers
-from karmma_dist.streaming.frames import chosen_frames, group_starts
-from karmma_dist.streaming.reader import length_s, num_stored_frames, read_sample
+from karmma_dist.streaming.loader import num_stored_frames
+from karmma_dist.streaming.reader import read_sample
 from karmma_dist.streaming.views import View, evaluation_view, training_view
+from tests.unit.decoding_kit import CENTRE, decode_audio, decode_flow, decode_video, described
 from tests.unit.packing_kit import number_picture, read_number
-
-CENTRE = View(np.array([0.5]), 0.5, 0.5, False, np.ones(3, np.float32))
 
 
 def moving_picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
@@ -163,7 +164,7 @@ def test_a_damaged_packet_before_a_chosen_frame_of_its_group_is_an_error_never_a
 ) -> None:
     movie = with_a_damaged_packet(stored([moving_picture(number) for number in range(45)]), damaged, fill)
     last_of_group = damaged // 15 * 15 + 14
-    with pytest.raises((ValueError, av.error.FFmpegError)):
+    with pytest.raises((DecodeError, av.error.FFmpegError)):
         list(chosen_frames(movie, np.array([last_of_group]), 45))
 
 
@@ -179,7 +180,7 @@ def test_a_group_without_a_chosen_frame_is_not_decoded() -> None:
 @pytest.mark.parametrize("declared", [44, 46])
 def test_a_movie_with_another_number_of_frames_than_declared_is_an_error(declared: int) -> None:
     movie = stored([moving_picture(number) for number in range(45)])
-    with pytest.raises(ValueError, match=f"45 frames in it, declared {declared}"):
+    with pytest.raises(DecodeError, match=f"45 frames in it, declared {declared}"):
         list(chosen_frames(movie, np.array([0]), declared))
 
 
@@ -188,7 +189,7 @@ def test_a_movie_with_another_number_of_frames_than_declared_is_an_error(declare
 def test_a_cut_movie_is_an_error_even_if_the_chosen_frame_is_still_there(share: float) -> None:
     pictures = [moving_picture(number) for number in range(20)]
     for movie in (stored(pictures), foreign(20, suffix="mkv", bf="0")):
-        with pytest.raises((ValueError, IndexError, av.error.FFmpegError)):
+        with pytest.raises((DecodeError, av.error.FFmpegError)):
             list(chosen_frames(movie[: int(share * len(movie))], np.array([0]), 20))
 
 
@@ -203,11 +204,6 @@ def test_a_cut_member_is_damage_named_by_clip_and_member(shards: Path, monkeypat
         with pytest.raises(DamageError, match=rf"{clip.key}\.{modality}.*does not decode") as caught:
             read_sample(folder, clip, metadata, [modality], InputRecipe(), view)
         assert "\n" not in str(caught.value)
-
-
-def described(num_frames: int, fps: Fraction | int) -> dict[str, object]:
-    """What packing writes beside a member."""
-    return {"num_frames": num_frames, "fps": round(float(fps), 6)}
 
 
 RATES = [Fraction(12), Fraction(25), Fraction(30), Fraction(30000, 1001), Fraction(50), Fraction(60000, 1001)]
@@ -227,9 +223,9 @@ def test_video_and_flow_of_any_two_rates_show_the_same_moment(
     view = (
         evaluation_view(recipe, num_stored) if epoch is None else training_view(recipe, num_stored, 0, epoch, "key")
     )
-    metadata = {"modalities": {"video": described(num_stored, video_fps), "flow": described(10**6, flow_fps)}}
-    moments_s = view.times_F * length_s(metadata)
-    shown = [frame_numbers(moments_s, metadata["modalities"][name]) for name in ("video", "flow")]
+    stored_video, stored_flow = described(num_stored, video_fps), described(10**6, flow_fps)
+    moments_s = view.times_F * stored_video.length_s
+    shown = [frame_numbers(moments_s, member.pictures) for member in (stored_video, stored_flow)]
     for numbers, fps in zip(shown, (video_fps, flow_fps), strict=True):
         assert (numbers <= moments_s * float(fps) + 1e-3).all()
         assert (moments_s * float(fps) < numbers + 1 + 1e-3).all()
@@ -337,7 +333,7 @@ def test_each_window_of_sound_is_centred_on_its_frames_moment_whatever_the_sound
     moments_s = np.array([0.1, 0.3, moment_s])
     at = data.draw(st.integers(0, num_samples - 1))
     samples = with_click(num_samples, at)
-    windows = decode_audio(encode_flac(samples), {"num_samples": num_samples}, moments_s, audio)
+    windows = decode_audio(encode_flac(samples), num_samples, moments_s, audio)
     assert windows.shape == (3, 1600)
     assert windows.dtype == np.int16
     padded = np.pad(samples, (1600, 1600 + 40_000))
@@ -349,7 +345,7 @@ def test_each_window_of_sound_is_centred_on_its_frames_moment_whatever_the_sound
 def test_fewer_windows_than_frames_are_spread_evenly_over_the_sound() -> None:
     samples = np.arange(20_000, dtype=np.int16)
     audio = AudioInput(num_windows=2, window_s=0.25)
-    windows = decode_audio(encode_flac(samples), {"num_samples": 20_000}, np.linspace(0, 1, 8), audio)
+    windows = decode_audio(encode_flac(samples), 20_000, np.linspace(0, 1, 8), audio)
     assert windows[:, 2000].tolist() == [5_000, 15_000]
 
 
@@ -367,8 +363,8 @@ def foreign_flac(rate: int, layout: str) -> bytes:
 
 @pytest.mark.parametrize(("rate", "layout"), [(44_100, "mono"), (16_000, "stereo")])
 def test_sound_in_another_form_than_stored_sound_is_an_error_and_not_misread(rate: int, layout: str) -> None:
-    with pytest.raises(ValueError, match="not mono s16 at 16000 Hz"):
-        decode_audio(foreign_flac(rate, layout), {"num_samples": 4000}, np.array([0.1]), AudioInput(num_windows=1))
+    with pytest.raises(DecodeError, match="not mono s16 at 16000 Hz"):
+        decode_audio(foreign_flac(rate, layout), 4000, np.array([0.1]), AudioInput(num_windows=1))
 
 
 def test_sound_that_is_cut_damaged_or_of_another_length_is_an_error() -> None:
@@ -377,7 +373,7 @@ def test_sound_that_is_cut_damaged_or_of_another_length_is_an_error() -> None:
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     for data in (whole[: len(whole) // 2], bytes(flipped)):
-        with pytest.raises((ValueError, av.error.FFmpegError)):
-            decode_audio(data, {"num_samples": 32_000}, np.array([1.0]), AudioInput(num_windows=1))
-    with pytest.raises(ValueError, match="32000 samples in it, declared 31999"):
-        decode_audio(whole, {"num_samples": 31_999}, np.array([1.0]), AudioInput(num_windows=1))
+        with pytest.raises((DecodeError, av.error.FFmpegError)):
+            decode_audio(data, 32_000, np.array([1.0]), AudioInput(num_windows=1))
+    with pytest.raises(DecodeError, match="32000 samples in it, declared 31999"):
+        decode_audio(whole, 31_999, np.array([1.0]), AudioInput(num_windows=1))

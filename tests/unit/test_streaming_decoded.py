@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from karmma_dist.modalities import MODALITIES, View
+from karmma_dist.modalities.detections import DetectionsDescription, DetectionsInput
 from karmma_dist.recipe import DataRecipe, InputRecipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip
 from karmma_dist.streaming.batch import Batch
-from karmma_dist.streaming.decode import decode_all_boxes, sample_boxes
 from karmma_dist.streaming.decoded import DecodedClips
 from karmma_dist.streaming.loader import EvaluationClips, TrainingClips, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule
@@ -81,14 +83,12 @@ def test_the_limit_holds_and_what_is_in_stays() -> None:
 
 
 def test_boxes_sampled_from_all_frames_are_the_best_of_the_chosen_ones() -> None:
-    from karmma_dist.recipe import DetectionsInput
-    from karmma_dist.streaming.views import View
-
     settings = DetectionsInput(num_frames=2, max_boxes=1)
     view = View(np.array([0.0, 0.9]), 0.5, 0.5, True, np.ones(3, np.float32))
     boxes = [[[0.1, 0, 0.2, 1, 1, 0.5], [0.3, 0, 0.5, 1, 2, 0.9]], [], [[0.6, 0, 0.7, 1, 1, 1.0]]]
-    every = decode_all_boxes(repr({"frames": boxes}).replace("'", '"').encode(), settings)
-    sampled = sample_boxes(every, settings, view)
+    decoder, description = MODALITIES["detections"].decoder, DetectionsDescription(3, 3)
+    every = decoder.decode(json.dumps({"frames": boxes}).encode(), description, settings)
+    sampled = decoder.cut(every, description, settings, [view], 1.0)[0]
     np.testing.assert_allclose(sampled[0, 0], [0.5, 0, 0.7, 1, 2, 0.9], atol=1e-6)
     np.testing.assert_allclose(sampled[1, 0], [0.3, 0, 0.4, 1, 1, 1.0], atol=1e-6)
     np.testing.assert_allclose(every[0, 0], [0.3, 0, 0.5, 1, 2, 0.9], atol=1e-6)  # what is kept stays as it was

@@ -21,11 +21,12 @@ from karmma_dist.streaming.loader import (
     TrainingClips,
     evaluation_batches,
     is_held_out,
+    num_stored_frames,
     open_shards,
     training_batches,
 )
 from karmma_dist.streaming.order import Position, Schedule
-from karmma_dist.streaming.reader import num_stored_frames, read_sample
+from karmma_dist.streaming.reader import read_sample
 from karmma_dist.streaming.views import evaluation_view
 
 INPUTS = InputRecipe.model_validate(
@@ -279,13 +280,13 @@ def test_about_the_fraction_asked_for_is_held_out() -> None:
 def test_whole_recordings_are_held_out_and_never_trained_on(shards: Path, num_out: int) -> None:
     folder = open_shards(data_recipe(shards))
     everything = TrainingClips(folder, data_recipe(shards), INPUTS, seed=3, batch_size=2)
-    names = {folder.metadata(clip)["recording"] for clip in everything.clips}
+    names = {folder.metadata(clip).recording for clip in everything.clips}
     steps = np.linspace(0, 1, 10_001).tolist()
     fraction = next(f for f in steps if sum(is_held_out(name, f) for name in names) == num_out % len(names))
     data = data_recipe(shards).model_copy(update={"hold_out": fraction})
     kept = TrainingClips(folder, data, INPUTS, seed=3, batch_size=2)
     out = EvaluationClips(folder, data, INPUTS, "train", held_out=True)
-    recordings = [{folder.metadata(clip)["recording"] for clip in clips.clips} for clips in (kept, out)]
+    recordings = [{folder.metadata(clip).recording for clip in clips.clips} for clips in (kept, out)]
     assert recordings[0].isdisjoint(recordings[1])
     assert len(recordings[1]) == num_out % len(names)
     assert {clip.key for clip in kept.clips} | {clip.key for clip in out.clips} == {c.key for c in everything.clips}

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from karmma_dist.modalities.audio.tensor import HOP, SAMPLE_RATE, mel_filters, mel_spectrogram
 from karmma_dist.recipe import AudioInput, VideoInput
-from karmma_dist.streaming.spectrogram import HOP, RATE, mel_filters, mel_spectrogram
 from karmma_dist.streaming.views import evaluation_view, training_view
 
 
@@ -110,9 +110,9 @@ def test_a_tone_lights_up_the_mel_band_of_its_frequency() -> None:
     num_mels = 64
     filters = mel_filters(num_mels)
     for frequency in (500, 1500, 4000):
-        tone = torch.sin(2 * torch.pi * frequency * torch.arange(RATE) / RATE)[None, None]
+        tone = torch.sin(2 * torch.pi * frequency * torch.arange(SAMPLE_RATE) / SAMPLE_RATE)[None, None]
         brightest = int(mel_spectrogram(tone, num_mels)[0, 0].mean(dim=1).argmax())
-        centre = int(filters[:, brightest].argmax()) * RATE / 1024
+        centre = int(filters[:, brightest].argmax()) * SAMPLE_RATE / 1024
         assert abs(centre - frequency) < 0.12 * frequency
 
 
@@ -142,6 +142,6 @@ def test_silence_is_the_floor_and_finite() -> None:
 
 
 def test_a_click_appears_at_its_time() -> None:
-    wave = torch.zeros(1, 1, RATE)
+    wave = torch.zeros(1, 1, SAMPLE_RATE)
     wave[0, 0, 8000] = 1.0
     assert int(mel_spectrogram(wave, 40)[0, 0].sum(dim=0).argmax()) == pytest.approx(8000 / HOP, abs=1)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.evaluation.corruptions.apply import spoil_boxes, spoil_pixels, spoil_sound
 from karmma_dist.evaluation.corruptions.kinds import Corruption, parse_corruption
 from karmma_dist.evaluation.scores import BatchScores
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.batch import Batch, prepare
 
@@ -74,9 +74,15 @@ def variants(conditions: Sequence[Condition]) -> list[Variant]:
     ]
 
 
-def breaks_sound(condition: Condition) -> bool:
-    """Whether the condition needs the whole sound of its clips."""
-    return condition.corrupt is not None and "audio" in parse_corruption(condition.corrupt).kind.effects
+def uncut_modalities(conditions: Sequence[Condition]) -> set[str]:
+    """Return the modalities of which the conditions need whole signals."""
+    return {
+        modality
+        for condition in conditions
+        if condition.corrupt is not None
+        for modality in parse_corruption(condition.corrupt).modalities
+        if MODALITIES[modality].breaker.needs_uncut
+    }
 
 
 @dataclass(frozen=True)
@@ -97,34 +103,36 @@ class Sensors:
         """The batch with a broken sensor.
 
         Args:
-            batch: As it left the loader; for a corruption of the sound it brings its `sounds`.
+            batch: As it left the loader; with the whole signals that `uncut_modalities` names.
             whole: What `whole` made of it: inputs that the corruption does not reach are taken from there.
             corruption: What is broken.
             seed: Of what is random in it.
         """
         spoiled = {
-            modality: self._spoil(modality, effect, corruption.amount, batch, seed)
+            modality: self._break(modality, effect, corruption.amount, batch, seed)
             for modality, effect in corruption.kind.effects.items()
             if modality in batch.inputs
         }
         made = prepare(replace(batch, inputs=spoiled), self.inputs, self.device, self.dtype)
         return replace(whole, inputs=whole.inputs | made.inputs)
 
-    def _spoil(self, modality: str, effect: str, amount: float, batch: Batch, seed: int) -> Tensor:
+    def _break(self, modality: str, effect: str, amount: float, batch: Batch, seed: int) -> Tensor:
         there_B = batch.present_BM[:, list(self.modalities).index(modality)].tolist()
         keys = [key for key, there in zip(batch.keys, there_B, strict=True) if there]
-        if modality == "detections":
-            return spoil_boxes(amount, batch.inputs[modality], keys, seed)
-        if modality != "audio":
-            return spoil_pixels(modality, effect, amount, batch.inputs[modality], keys, seed)
-        # Views of a clip share its sound, which is spoiled once.
-        sounds = {key: sound.samples for key, sound in zip(keys, batch.sounds, strict=True)}
-        spoiled = {key: spoil_sound(effect, amount, samples, key, seed) for key, samples in sounds.items()}
-        windows = [
-            replace(sound, samples=spoiled[key]).windows(self.inputs.audio)
-            for sound, key in zip(batch.sounds, keys, strict=True)
+        breaker = MODALITIES[modality].breaker
+        if not breaker.needs_uncut:
+            return breaker.break_arrays(effect, amount, batch.inputs[modality], keys, seed)
+        # Views of a clip share its signal, which is broken once.
+        signals = dict(zip(keys, batch.uncut[modality], strict=True))
+        broken = {
+            key: breaker.break_uncut(effect, amount, signal.decoded, key, seed) for key, signal in signals.items()
+        }
+        decoder, settings = MODALITIES[modality].decoder, self.inputs.section(modality)
+        cut = [
+            signal.cut(decoder, settings, broken[key])
+            for signal, key in zip(batch.uncut[modality], keys, strict=True)
         ]
-        return torch.from_numpy(np.stack(windows))
+        return torch.from_numpy(np.stack(cut))
 
 
 class EncodeOnce:

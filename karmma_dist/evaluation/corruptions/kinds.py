@@ -2,7 +2,8 @@
 
     video:blur:3      SENSOR:KIND:SEVERITY, severity 1 (slight) to 5 (severe)
 
-What happens to the signal is in `broken_sensors`. Severities are monotone: what 2 spoils, 3 spoils too or more so.
+Each modality lists its own (`Modality.breakages`) and says what happens to its signal. Severities are monotone: what 2
+spoils, 3 spoils too or more so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.modality import LETTERS
+from karmma_dist.modalities import LETTERS, MODALITIES
 
 NUM_SEVERITIES = 5
 
@@ -21,21 +22,12 @@ SUITE = "suite"
 
 SUITE_SEVERITIES = (1, 3, 5)
 
-_SPANS = (0.2, 0.4, 0.6, 0.8, 1.0)
-_BLURS = (0.01, 0.02, 0.04, 0.06, 0.10)
-_GRAINS = (0.05, 0.10, 0.15, 0.25, 0.40)
-
-_SPAN = "{:.0%} of the clip, from a random moment on"
-_SIGMA = "a Gaussian of {:.1%} of the picture's side (standard deviation)"
-_GRAIN = "Gaussian noise of {:.0%} of the range (standard deviation)"
-
-
 @dataclass(frozen=True)
 class Kind:
     """One way in which a sensor breaks."""
 
     effects: dict[str, str]
-    """What happens to each modality that it reaches: a name in `broken_sensors`."""
+    """What happens to each modality that it reaches: the name of an effect of its breaker."""
     amounts: tuple[float, ...]
     """Per severity."""
     says: str
@@ -44,24 +36,21 @@ class Kind:
     """Whether the outcome depends on the seed."""
 
 
-KINDS: dict[str, Kind] = {
-    "camera:frozen": Kind({"video": "frozen", "flow": "still"}, _SPANS, _SPAN, True),
-    "camera:black": Kind({"video": "black", "flow": "still"}, _SPANS, _SPAN, True),
-    "camera:blur": Kind({"video": "blur", "flow": "blur"}, _BLURS, _SIGMA, False),
-    "camera:noise": Kind({"video": "noise", "flow": "noise"}, _GRAINS, _GRAIN, True),
-    "video:frozen": Kind({"video": "frozen"}, _SPANS, _SPAN, True),
-    "video:black": Kind({"video": "black"}, _SPANS, _SPAN, True),
-    "video:blur": Kind({"video": "blur"}, _BLURS, _SIGMA, False),
-    "video:noise": Kind({"video": "noise"}, _GRAINS, _GRAIN, True),
-    "flow:frozen": Kind({"flow": "still"}, _SPANS, _SPAN, True),
-    "flow:blur": Kind({"flow": "blur"}, _BLURS, _SIGMA, False),
-    "flow:noise": Kind({"flow": "noise"}, _GRAINS, _GRAIN, True),
-    "audio:mute": Kind({"audio": "mute"}, _SPANS, _SPAN, True),
-    "audio:noise": Kind({"audio": "noise"}, (20, 10, 5, 0, -5), "white noise, signal to noise {:g} dB", True),
-    "audio:desync": Kind({"audio": "late"}, (0.1, 0.25, 0.5, 1.0, 2.0), "{:g} s late, silence before it", False),
-    "detections:dropped": Kind({"detections": "dropped"}, (0.10, 0.25, 0.50, 0.75, 0.90), "{:.0%} of the boxes", True),
-}  # fmt: skip
-"""`SENSOR:KIND` -> what it does. `camera` is whatever is seen through the lens, video and flow at once."""
+def _kinds() -> dict[str, Kind]:
+    """Collect every modality's breakages; sensors behind several modalities come first."""
+    kinds: dict[str, Kind] = {}
+    breakages = [(modality.name, breakage) for modality in MODALITIES.values() for breakage in modality.breakages]
+    for name, breakage in sorted(breakages, key=lambda item: item[1].sensor == item[0]):
+        kind = kinds.setdefault(
+            f"{breakage.sensor}:{breakage.kind}",
+            Kind({}, breakage.amounts, breakage.meaning, breakage.is_random),
+        )
+        kind.effects[name] = breakage.effect
+    return kinds
+
+
+KINDS: dict[str, Kind] = _kinds()
+"""`SENSOR:KIND` -> what it does. A sensor behind several modalities, such as the camera, breaks them at once."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +140,6 @@ def parse_corruptions(texts: Sequence[str], available: Sequence[str]) -> list[Co
 
 
 def _suite(available: Sequence[str]) -> list[Corruption]:
-    """Of the camera only where both of its modalities are there: else it would repeat one of them."""
+    """Of a sensor behind several modalities only where all of them are there: else it would repeat one of them."""
     names = [name for name, kind in KINDS.items() if set(kind.effects) <= set(available)]
     return [Corruption(name, severity) for name in names for severity in SUITE_SEVERITIES]

@@ -27,7 +27,7 @@ from karmma_dist.errors import UserError, nearest
 from karmma_dist.evaluation.plan import check_classes
 from karmma_dist.evaluation.predict.media import KEY, check_file, packed_media
 from karmma_dist.evaluation.scores import ranked
-from karmma_dist.modality import MODALITIES, letters, parse_modalities
+from karmma_dist.modalities import MODALITIES, letters, parse_modalities
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import ModelCard, load_model
 from karmma_dist.packing.inspect.inspect import label_names
@@ -39,7 +39,6 @@ from karmma_dist.shards.format import Clip
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
 from karmma_dist.streaming.order import Slice
-from karmma_dist.streaming.reader import length_s
 
 
 def print_predictions(predictions: list[Prediction]) -> None:
@@ -199,7 +198,7 @@ class _Predictor:
             raise UserError(f"clip {clip}: --start and --stop cut files; a clip of the shards is cut already")
         with self._opened(clip, is_file, start_s or 0.0, stop_s) as folder:
             stored, batch = self._read(folder, KEY if is_file else clip, clip)
-            seconds = length_s(folder.metadata(stored))
+            seconds = folder.metadata(stored).length_s
             labels = {} if is_file else label_names(folder, stored)
         found = [modality for modality in self._chosen if modality in batch.inputs]
         has = set(found) if is_file else {modality for modality in self._card.modalities if stored.has(modality)}

@@ -8,7 +8,7 @@ from typing import Any
 from karmma_dist.evaluation.report import markdown
 from karmma_dist.evaluation.report.html_tables import Cell, Table
 from karmma_dist.evaluation.summary import LEVEL
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 
 _FALL = "drop_curve_fall"
 _FIGURES = {

@@ -9,7 +9,7 @@ from typing import Any
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.report.corruption_section import corruption_values
 from karmma_dist.evaluation.report.readings import Models, Row
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 
 MOST_BROKEN = 200
 """Rows of a model with a broken sensor that a report shows under all their conditions."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from karmma_dist.evaluation.report import markdown
 from karmma_dist.evaluation.summary import LEVEL, METRIC
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 
 _TIE = 0.005
 """Points below which two figures are the same to the report's two digits."""

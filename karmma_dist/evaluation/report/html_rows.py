@@ -14,7 +14,7 @@ from karmma_dist.evaluation.report.readings import (
     row_interval,
     uncorrupted,
 )
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 
 _FEW = 12
 """Lines that a table may have to be unfolded from the start."""

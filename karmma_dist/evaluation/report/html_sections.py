@@ -26,7 +26,7 @@ from karmma_dist.evaluation.report.readings import (
 )
 from karmma_dist.evaluation.report.svg import Point, bar_plot, legend, line_plot
 from karmma_dist.evaluation.summary import METRIC, model_ranks, subset_values
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 
 WIDE, NARROW = 720, 326
 """Widths of the two drawings of each plot, in pixels: a desk's, and that of a phone of 360."""

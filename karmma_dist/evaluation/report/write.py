@@ -23,7 +23,7 @@ from karmma_dist.evaluation.report.readings import Models, clips_per_model
 from karmma_dist.evaluation.scores import Results
 from karmma_dist.evaluation.summary import METRIC, error_names, metric_names, model_ranks, subset_values, whole_sensors
 from karmma_dist.io.files import write_json, write_whole
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 
 RESULTS = "results.json"
 REPORT = "report.md"

@@ -18,6 +18,7 @@ from karmma_dist.io.download import is_url, masked
 from karmma_dist.launching.doctor.check import Check, State
 from karmma_dist.launching.slurm import slurm_ranks
 from karmma_dist.micro_batches import check_batches, divide_batch
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.recipe import InputRecipe, Recipe
 from karmma_dist.runs.folder import finished_names
 from karmma_dist.shards.folder import ShardFolder
@@ -182,15 +183,8 @@ def shared_memory_bytes(recipe: Recipe) -> int:
 
 
 def clip_bytes(inputs: InputRecipe, modalities: Sequence[str]) -> int:
-    """Bytes of a decoded clip that has all these modalities, as `streaming.decode` makes them."""
-    pixels = inputs.video.num_frames * inputs.video.crop**2
-    sizes = {
-        "video": 3 * pixels,
-        "flow": 2 * pixels,
-        "audio": 2 * inputs.audio.num_windows * inputs.audio.window_samples,
-        "detections": 4 * 6 * inputs.detections.num_frames * inputs.detections.max_boxes,
-    }
-    return sum(sizes[modality] for modality in modalities)
+    """Bytes of a decoded clip that has all these modalities, as its decoders make them."""
+    return sum(MODALITIES[name].decoder.num_bytes(inputs.section(name)) for name in modalities)
 
 
 def check_limits() -> list[Check]:

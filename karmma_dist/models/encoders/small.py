@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
 from karmma_dist.models.encoders.transformer import INIT_STD
-from karmma_dist.recipe import InputRecipe, Positive
-from karmma_dist.settings import Settings
+from karmma_dist.recipe import InputRecipe
+from karmma_dist.settings import Positive, Settings
 
 _EPSILON = 1e-4
 _GRID = 2

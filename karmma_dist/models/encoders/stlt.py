@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
 from karmma_dist.models.encoders.transformer import INIT_STD, TransformerLayer, init_linears
-from karmma_dist.recipe import InputRecipe, Positive
-from karmma_dist.settings import Settings
+from karmma_dist.recipe import InputRecipe
+from karmma_dist.settings import Positive, Settings
 
 _NUM_CATEGORIES, _WHOLE_FRAME = 4, 3
 """Padding, hand, object, and the box around the whole frame."""

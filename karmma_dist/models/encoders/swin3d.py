@@ -30,8 +30,8 @@ from karmma_dist.models.encoders.window_attention import (
     WindowOrder,
     home_positions,
 )
-from karmma_dist.recipe import InputRecipe, Positive
-from karmma_dist.settings import Settings
+from karmma_dist.recipe import InputRecipe
+from karmma_dist.settings import Positive, Settings
 
 _PATCH = (2, 4, 4)
 _WINDOW = (8, 7, 7)

@@ -6,6 +6,7 @@ A new encoder is one module with an `EncoderType` and one line in `ENCODERS`.
 from __future__ import annotations
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders import ast as audio_spectrogram
 from karmma_dist.models.encoders import small, stlt, temporal
 from karmma_dist.models.encoders import swin3d as video_swin
@@ -54,18 +55,11 @@ def build_encoder(modality: str, recipe: EncoderRecipe, inputs: InputRecipe) -> 
 
 
 def input_shape(modality: str, inputs: InputRecipe) -> tuple[int, ...]:
-    """Shape of one clip's tensor, without the batch dimension (see `karmma_dist.modality.MODALITIES`).
+    """Shape of one clip's tensor, without the batch dimension (see `karmma_dist.modalities.MODALITIES`).
 
     Raises:
         UserError: an unknown modality.
     """
-    video, audio, detections = inputs.video, inputs.audio, inputs.detections
-    shapes: dict[str, tuple[int, ...]] = {
-        "video": (3, video.num_frames, video.crop, video.crop),
-        "flow": (3, video.num_frames, video.crop, video.crop),
-        "audio": (audio.num_windows, audio.num_mels, audio.num_steps),
-        "detections": (detections.num_frames, detections.max_boxes, 6),
-    }
-    if modality not in shapes:
-        raise UserError(f"unknown modality '{modality}'{nearest(modality, list(shapes))}")
-    return shapes[modality]
+    if modality not in MODALITIES:
+        raise UserError(f"unknown modality '{modality}'{nearest(modality, list(MODALITIES))}")
+    return MODALITIES[modality].tensors.shape(inputs.section(modality))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
 from karmma_dist.models.encoders.small import standardise
 from karmma_dist.models.encoders.transformer import INIT_STD
-from karmma_dist.recipe import InputRecipe, Positive
-from karmma_dist.settings import Settings
+from karmma_dist.recipe import InputRecipe
+from karmma_dist.settings import Positive, Settings
 
 
 class TemporalOptions(Settings):

@@ -6,16 +6,17 @@ contact_sheet(ShardFolder("shards/epic_kitchens"), Path("sheet.png"))
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 from karmma_dist.packing.inspect.sheet import draw_sheet
 from karmma_dist.packing.pack import FAILURES
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import Clip, DamageError
+from karmma_dist.shards.format import Clip, ClipMetadata, DamageError
 
 
 def describe(folder: ShardFolder) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def describe_clip(folder: ShardFolder, key: str) -> dict[str, Any]:
         DamageError: its metadata cannot be read.
     """
     clip = find_clip(folder, key)
-    described = folder.metadata(clip)
+    folder.metadata(clip)
+    described: dict[str, Any] = json.loads(folder.read(clip, "json"))
     described["shard"] = clip.shard
     described["offsets"] = {name: member.offset for name, member in clip.members.items() if member is not None}
     described["label_names"] = label_names(folder, clip)
@@ -77,7 +79,7 @@ def contact_sheet(folder: ShardFolder, out_png: Path, keys: list[str] | None = N
     rows = []
     for clip in chosen:
         try:
-            metadata: dict[str, Any] | None = folder.metadata(clip)
+            metadata: ClipMetadata | None = folder.metadata(clip)
         except DamageError:
             metadata = None
         rows.append((clip, metadata, label_names(folder, clip)))
@@ -111,8 +113,8 @@ def _describe_split(folder: ShardFolder, split: str) -> dict[str, Any]:
     seconds = 0.0
     for clip in clips:
         metadata = folder.metadata(clip)
-        if metadata["stop_s"] is not None:
-            seconds += metadata["stop_s"] - metadata["start_s"]
+        if metadata.stop_s is not None:
+            seconds += metadata.stop_s - metadata.start_s
     sizes: Counter[str] = Counter()
     for clip in clips:
         sizes.update({m: clip.members[m].size for m in folder.modalities if clip.has(m)})  # type: ignore[union-attr]

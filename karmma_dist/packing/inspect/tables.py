@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from karmma_dist.modality import letters
+from karmma_dist.modalities import letters
 from karmma_dist.packing.pack import FAILURES, PackSummary
 from karmma_dist.packing.verify.problems import Verification
 from karmma_dist.packing.verify.verify import damaged_files

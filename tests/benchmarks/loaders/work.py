@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,13 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from karmma_dist.modality import MODALITIES
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import Clip, Member
+from karmma_dist.shards.format import Clip, ClipMetadata, Member, parse_metadata
 from karmma_dist.streaming.batch import Batch, Sample, collate
-from karmma_dist.streaming.reader import num_stored_frames, read_sample
+from karmma_dist.streaming.loader import num_stored_frames
+from karmma_dist.streaming.reader import read_sample
 from karmma_dist.streaming.views import View, training_view
 
 DROP_PROB = 0.5
@@ -86,7 +86,7 @@ class LookedAt:
     """A clip of which all is known but its pixels and samples."""
 
     stored: Clip
-    described: dict[str, Any]
+    described: ClipMetadata
     """Its KEY.json, parsed."""
     view: View
     wanted: list[str]
@@ -97,10 +97,10 @@ def look_at(
     work: Work, key: str, metadata: bytes, members: Mapping[str, bytes], wanted: list[str] | None = None
 ) -> LookedAt:
     """All that comes before decoding; `wanted` is everything the clip has unless it is given."""
-    described = json.loads(metadata)
+    described = parse_metadata(metadata)
     view = training_view(work.inputs.video, num_stored_frames(described), work.seed, 0, key)
     entries: dict[str, Member | None] = {modality: Member(0, len(data), 0) for modality, data in members.items()}
-    stored = Clip(key, "", described["labels"], entries)
+    stored = Clip(key, "", described.labels, entries)
     return LookedAt(stored, described, view, list(members) if wanted is None else wanted, members)
 
 

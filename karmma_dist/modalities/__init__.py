@@ -1,4 +1,4 @@
-"""The one table of modalities: what each is called, its letter on the command line, and how it is stored.
+"""The one table of modalities: a folder each, and those of other packages (entry points `karmma_dist.modalities`).
 
 Everything that iterates over modalities does so in the order of a dataset's own list, which is a
 sub-sequence of :data:`MODALITIES`.
@@ -8,34 +8,47 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.modalities.audio import AUDIO
+from karmma_dist.modalities.contract import (
+    DecodeError,
+    Decoder,
+    Description,
+    Drawing,
+    Modality,
+    Pictures,
+    Sheet,
+    StoredError,
+    TensorMaker,
+    View,
+)
+from karmma_dist.modalities.detections import DETECTIONS
+from karmma_dist.modalities.flow import FLOW
+from karmma_dist.modalities.video import VIDEO
+from karmma_dist.plugins import load_plugins
+
+__all__ = [
+    "LETTERS", "MODALITIES", "DecodeError", "Decoder", "Description", "Drawing", "Modality", "Pictures", "Sheet",
+    "StoredError", "TensorMaker", "View", "letters", "parse_modalities", "subsets",
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Modality:
-    """One kind of sensor signal."""
+def _table() -> dict[str, Modality]:
+    table: dict[str, Modality] = {}
+    for modality in (VIDEO, FLOW, AUDIO, DETECTIONS, *load_plugins("karmma_dist.modalities", Modality).values()):
+        for other in table.values():
+            for name in ("name", "letter", "member"):
+                if getattr(other, name) == getattr(modality, name):
+                    value = getattr(modality, name)
+                    raise UserError(
+                        f"modality '{modality.name}': its {name} '{value}' is that of '{other.name}': give it another"
+                    )
+        table[modality.name] = modality
+    return table
 
-    name: str
-    """Name in recipes, manifests and batches."""
-    letter: str
-    """Letter on the command line and in tables (`--modalities V,F`)."""
-    member: str
-    """Suffix of the clip's member in the tar: `KEY.<member>`."""
-    layout: str
-    """Array a model receives, N present clips."""
 
-
-MODALITIES: dict[str, Modality] = {
-    m.name: m
-    for m in (
-        Modality("video", "V", "video.mp4", "float (N, 3, frames, height, width), ImageNet-normalised RGB"),
-        Modality("flow", "F", "flow.mp4", "float (N, 3, frames, height, width): u, v, 0, by inputs.video.flow_scale"),
-        Modality("audio", "A", "audio.flac", "float (N, windows, mels, time), normalised dB"),
-        Modality("detections", "D", "detections.json", "float (N, frames, boxes, 6): x0 y0 x1 y1 category score"),
-    )
-}
+MODALITIES: dict[str, Modality] = _table()
 
 LETTERS: dict[str, str] = {m.letter: m.name for m in MODALITIES.values()}
 
@@ -63,12 +76,12 @@ def parse_modalities(text: str, available: Sequence[str]) -> tuple[str, ...]:
 
 
 def letters(modalities: Iterable[str]) -> str:
-    """`("video", "audio")` -> `"V+A"`, for tables and plots."""
+    """Return `"V+A"` for `("video", "audio")`, for tables and plots."""
     return "+".join(MODALITIES[name].letter for name in modalities)
 
 
 def subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
-    """All 2^M - 1 non-empty subsets, smallest first, each in the order of `modalities`."""
+    """Return all 2^M - 1 non-empty subsets, smallest first, each in the order of `modalities`."""
     return [
         subset for size in range(1, len(modalities) + 1) for subset in itertools.combinations(modalities, size)
     ]

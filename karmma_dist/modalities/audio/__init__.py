@@ -1,0 +1,80 @@
+"""Audio: sound at 16 kHz, mono, stored as FLAC, seen as a mel spectrogram."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from karmma_dist.modalities.contract import Breakage, Description, Modality
+from karmma_dist.settings import Positive, Settings
+
+SAMPLE_RATE = 16_000
+"""Of every stored member, Hz."""
+
+HOP = 80
+"""Samples from one column of a spectrogram to the next."""
+
+
+class AudioInput(Settings):
+    """The mel spectrogram: n_fft 1024, window 160, hop 80, power 2, at 16 kHz [fit]."""
+
+    num_windows: Positive = 32
+    """Windows spread over the clip, one centred on each video frame [fit]."""
+    window_s: Annotated[float, Field(gt=0.01)] = 1.116
+    """Length of one window in seconds, padded with silence at the clip's borders [fit]."""
+    num_mels: Positive = 128
+    """Mel bands [fit]."""
+
+    @property
+    def window_samples(self) -> int:
+        """Samples of one window at 16 kHz."""
+        return round(self.window_s * SAMPLE_RATE)
+
+    @property
+    def num_steps(self) -> int:
+        """Spectrogram columns of one window, at 80 samples a hop."""
+        return self.window_samples // HOP + 1
+
+
+@dataclass(frozen=True)
+class AudioDescription(Description):
+    """Rate and number of the stored samples."""
+
+    sample_rate: int
+    """Hz."""
+    num_samples: int
+
+    @property
+    def length_s(self) -> float:
+        """Seconds of sound."""
+        return float(self.num_samples / self.sample_rate)
+
+
+AUDIO = Modality(
+    name="audio",
+    letter="A",
+    member="audio.flac",
+    layout="float (N, windows, mels, time), normalised dB",
+    settings=AudioInput,
+    section="audio",
+    description=AudioDescription,
+    decoder_part="karmma_dist.modalities.audio.decode:DECODER",
+    tensors_part="karmma_dist.modalities.audio.tensor:TENSORS",
+    drawing_part="karmma_dist.modalities.audio.draw:DRAWING",
+    breaker_part="karmma_dist.modalities.audio.breaks:BREAKER",
+    breakages=(
+        Breakage(
+            "audio", "mute", "mute", (0.2, 0.4, 0.6, 0.8, 1.0), "{:.0%} of the clip, from a random moment on",
+            is_random=True,
+        ),
+        Breakage(
+            "audio", "noise", "noise", (20, 10, 5, 0, -5), "white noise, signal to noise {:g} dB", is_random=True
+        ),
+        Breakage(
+            "audio", "desync", "late", (0.1, 0.25, 0.5, 1.0, 2.0), "{:g} s late, silence before it", is_random=False
+        ),
+    ),
+    fills_clip=True,
+)

@@ -1,0 +1,23 @@
+"""Boxes -> tensors, as they are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from karmma_dist.modalities.contract import TensorMaker
+from karmma_dist.modalities.detections import NUM_VALUES, DetectionsInput
+
+
+class DetectionsTensors(TensorMaker):
+    """Makes (N, F, boxes, 6) of float32 (N, F, boxes, 6)."""
+
+    def shape(self, settings: DetectionsInput) -> tuple[int, ...]:
+        """Return (F, boxes, 6)."""
+        return (settings.num_frames, settings.max_boxes, NUM_VALUES)
+
+    def make(self, arrays_N: Tensor, settings: DetectionsInput, jitter_N3: Tensor | None) -> Tensor:  # noqa: ARG002
+        """Return the boxes themselves."""
+        return arrays_N.float()
+
+
+TENSORS = DetectionsTensors()

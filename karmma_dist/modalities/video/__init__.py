@@ -1,0 +1,99 @@
+"""Video: RGB pictures, stored as H.264 in MP4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from karmma_dist.modalities.contract import Breakage, Description, Modality, Pictures
+from karmma_dist.settings import Positive, Settings
+
+
+class VideoInput(Settings):
+    """How many frames of video and flow a model sees, and which pixels of them."""
+
+    num_frames: Positive = 32
+    """Frames taken from a clip [fit]."""
+    sampling: Literal["segments", "dense"] = "segments"
+    """`segments`: one frame from each of num_frames equal parts of the clip; `dense`: a window with a stride [ours]."""
+    stride: Positive = 2
+    """Stored frames from one sampled frame to the next in dense sampling."""
+    short_side: Positive = 256
+    """Frames are resized so that their short side has this many pixels, before cropping [ours]."""
+    crop: Positive = 224
+    """Side of the square crop: random in training, centred in evaluation [fit]."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """Strength of the colour jitter in training: brightness, contrast and saturation within 1 +- jitter [ours]."""
+    flow_scale: Literal["centred", "imagenet"] = "centred"
+    """What flow becomes: `centred`: (u - 1/2) / 0.226, the third channel 0 [ours]; `imagenet`: the picture (u, v, 0)
+    normalised like video, the third channel included (-1.80) [Radevski], which encoders trained on video expect."""
+    horizontal_flip: bool = False
+    """Mirror half of the training clips. Leave off for datasets whose classes know left from right."""
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> VideoInput:
+        if self.crop > self.short_side:
+            raise ValueError(f"crop {self.crop} is larger than short_side {self.short_side}")
+        return self
+
+
+CAMERA = "camera"
+"""The sensor behind all that is seen through the lens: it breaks its modalities at once."""
+
+SPANS = (0.2, 0.4, 0.6, 0.8, 1.0)
+BLURS = (0.01, 0.02, 0.04, 0.06, 0.10)
+GRAINS = (0.05, 0.10, 0.15, 0.25, 0.40)
+"""Amounts per severity of what breaks pictures: shares of the clip, of the picture's side, of the range."""
+
+SPAN = "{:.0%} of the clip, from a random moment on"
+SIGMA = "a Gaussian of {:.1%} of the picture's side (standard deviation)"
+GRAIN = "Gaussian noise of {:.0%} of the range (standard deviation)"
+
+
+@dataclass(frozen=True)
+class VideoDescription(Description):
+    """Size, rate and number of the stored frames."""
+
+    width: int
+    """Pixels."""
+    height: int
+    fps: float
+    num_frames: int
+
+    @property
+    def length_s(self) -> float:
+        """Seconds from the first frame to the end of the last."""
+        return self.pictures.length_s
+
+    @property
+    def pictures(self) -> Pictures:
+        """The stored frames."""
+        return Pictures(self.num_frames, self.width, self.height, self.fps)
+
+
+VIDEO = Modality(
+    name="video",
+    letter="V",
+    member="video.mp4",
+    layout="float (N, 3, frames, height, width), ImageNet-normalised RGB",
+    settings=VideoInput,
+    section="video",
+    description=VideoDescription,
+    decoder_part="karmma_dist.modalities.video.decode:DECODER",
+    tensors_part="karmma_dist.modalities.video.tensor:TENSORS",
+    drawing_part="karmma_dist.modalities.video.draw:DRAWING",
+    breaker_part="karmma_dist.modalities.video.breaks:BREAKER",
+    breakages=tuple(
+        breakage
+        for sensor in (CAMERA, "video")
+        for breakage in (
+            Breakage(sensor, "frozen", "frozen", SPANS, SPAN, is_random=True),
+            Breakage(sensor, "black", "black", SPANS, SPAN, is_random=True),
+            Breakage(sensor, "blur", "blur", BLURS, SIGMA, is_random=False),
+            Breakage(sensor, "noise", "noise", GRAINS, GRAIN, is_random=True),
+        )
+    ),
+    is_jittered=True,
+)

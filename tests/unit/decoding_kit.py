@@ -1,0 +1,56 @@
+"""Decoders of single members, for tests that make the members themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+from torch import Tensor
+
+from karmma_dist.modalities import MODALITIES, View
+from karmma_dist.modalities.audio import AudioDescription, AudioInput
+from karmma_dist.modalities.flow import FlowDescription
+from karmma_dist.modalities.video import VideoInput
+
+CENTRE = View(np.array([0.5]), 0.5, 0.5, False, np.ones(3, np.float32))
+
+
+def described(num_frames: int, fps: Fraction | int) -> FlowDescription:
+    """What packing writes beside video and flow."""
+    return FlowDescription(64, 48, round(float(fps), 6), num_frames, 2.0, "files")
+
+
+def decode_video(
+    data: bytes, description: FlowDescription, moments_s: np.ndarray, settings: VideoInput, view: View
+) -> np.ndarray:
+    """uint8 (F, crop, crop, 3)."""
+    views = [replace(view, times_F=moments_s)]
+    return MODALITIES["video"].decoder.decode_views(data, description, settings, views, 1.0)[0]
+
+
+def decode_flow(
+    data: bytes, description: FlowDescription, moments_s: np.ndarray, settings: VideoInput, view: View
+) -> np.ndarray:
+    """uint8 (F, crop, crop, 2)."""
+    views = [replace(view, times_F=moments_s)]
+    return MODALITIES["flow"].decoder.decode_views(data, description, settings, views, 1.0)[0]
+
+
+def decode_audio(data: bytes, num_samples: int, moments_s: np.ndarray, settings: AudioInput) -> np.ndarray:
+    """int16 (windows, samples)."""
+    views, description = [replace(CENTRE, times_F=moments_s)], AudioDescription(16_000, num_samples)
+    return MODALITIES["audio"].decoder.decode_views(data, description, settings, views, 1.0)[0]
+
+
+def break_arrays(
+    modality: str, effect: str, amount: float, arrays_N: Tensor, keys: Sequence[str], seed: int
+) -> Tensor:
+    """What a broken sensor gives of N clips."""
+    return MODALITIES[modality].breaker.break_arrays(effect, amount, arrays_N, keys, seed)
+
+
+def break_sound(effect: str, amount: float, samples: np.ndarray, key: str, seed: int) -> np.ndarray:
+    """What a broken microphone gives of a whole clip, int16."""
+    return MODALITIES["audio"].breaker.break_uncut(effect, amount, samples, key, seed)
