@@ -23,9 +23,8 @@ import av
 import cv2
 import numpy as np
 import torch
-from karmma_dist.streaming.frames import chosen_frames
 
-from karmma_dist.modalities.stored_frames import frame_numbers
+from karmma_dist.modalities.stored_frames import chosen_frames, frame_numbers
 from karmma_dist.packing.flow import ComputedFlow
 from karmma_dist.packing.media import VideoEncoder, encode_flac
 from karmma_dist.packing.movie import Movie

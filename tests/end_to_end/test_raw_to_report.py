@@ -224,7 +224,7 @@ def test_unseen_participants_get_figures_of_their_own(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shards = ShardFolder(workplace / "shards")
-    people = [shards.metadata(clip)["participant"] for clip in shards.clips("validation")]
+    people = [shards.metadata(clip).participant for clip in shards.clips("validation")]
     unseen = max(people)
     lists = tmp_path / "lists"
     lists.mkdir()

@@ -67,7 +67,7 @@ def test_a_check_that_raises_is_a_finding() -> None:
 
 
 def test_a_check_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("karmma_dist.launching.doctor.doctor._PROBE_GRACE_S", 0.0)
+    monkeypatch.setattr("karmma_dist.launching.doctor.check._PROBE_GRACE_S", 0.0)
     release = threading.Event()
     try:
         (check,) = bounded("disk", lambda: [Check("disk", "ok", str(release.wait(100)))], 0.1)()

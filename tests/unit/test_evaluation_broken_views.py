@@ -12,13 +12,13 @@ from evaluation_kit import flat
 from test_evaluation_corruptions import (
     EVERY,
     HEADS,
-    INPUTS,
     MODALITIES,
     SENSORS,
     Average,
     conditions_for,
     make_batches,
     sample,
+    windows_of,
 )
 from test_evaluation_views import INPUTS as KITCHEN_INPUTS
 from test_evaluation_views import clips_of
@@ -31,6 +31,7 @@ from karmma_dist.evaluation.exports.predictions import PredictionCollector, Pred
 from karmma_dist.evaluation.report.comparison_section import comparison_section
 from karmma_dist.evaluation.statistics.bootstrap import add_intervals
 from karmma_dist.evaluation.statistics.compare import compare
+from karmma_dist.modalities import MODALITIES as ALL
 from karmma_dist.recipe import ViewsRecipe
 from karmma_dist.streaming.batch import Batch, Sample, collate
 from karmma_dist.streaming.loader import evaluation_batches
@@ -54,11 +55,11 @@ def look(number: int, view: int) -> Sample:
     lacking = MODALITIES[number % 5] if number % 5 < 4 else None
     has = [name for name in MODALITIES if name != lacking]
     seen, heard = sample(number + 100 * view, has), sample(number, has)
-    arrays, sound = dict(seen.arrays), heard.sound
-    if sound is not None:
-        sound = replace(sound, moments_s=sound.moments_s + 0.06 * view)
-        arrays["audio"] = sound.windows(INPUTS.audio)
-    return replace(heard, arrays=arrays, sound=sound)
+    arrays, signals = dict(seen.arrays), dict(heard.uncut)
+    for sound in signals.values():
+        moved = replace(sound, view=replace(sound.view, times_F=sound.view.times_F + 0.06 * view))
+        signals["audio"], arrays["audio"] = moved, windows_of(moved)
+    return replace(heard, arrays=arrays, uncut=signals)
 
 
 def batches_of(views: list[int], num: int = 10) -> list[Batch]:
@@ -176,7 +177,7 @@ def test_every_view_brings_the_clips_whole_sound_and_its_own_moments(shards: Pat
             keys = [key for key, has in zip(batch.keys, there, strict=True) if has]
             sounds = batch.uncut["audio"]
             for sound, windows in zip(sounds, batch.inputs["audio"], strict=True):
-                cut = sound.cut(MODALITIES["audio"].decoder, KITCHEN_INPUTS.audio)
+                cut = sound.cut(ALL["audio"].decoder, KITCHEN_INPUTS.audio)
                 assert torch.equal(torch.from_numpy(cut), windows)
             # One copy of the samples per clip, whatever the number of views.
             assert len({id(sound.decoded) for sound in sounds}) == len(set(keys))

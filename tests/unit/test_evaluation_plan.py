@@ -14,10 +14,12 @@ from karmma_dist.cli import main
 from karmma_dist.evaluation import run as evaluation_run
 from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.plan import plan_evaluation
-from karmma_dist.io.files import sha256_of
+from karmma_dist.io.files import sha256_of, write_json
+from karmma_dist.packing.tars.writer import write_tar
 from karmma_dist.recipe import Recipe, save_recipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import index_path
+from karmma_dist.shards.index import build_index
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +154,18 @@ def test_a_split_without_labels_needs_no_place_for_a_report(place: Path, tmp_pat
     """The run may be somebody else's, who lets nobody write into it."""
     shards = tmp_path / "shards"
     shutil.copytree(place / "shards", shards)
-    manifest = json.loads((shards / "manifest.json").read_text())
-    for shard in manifest["splits"]["train"]["shards"]:
-        index = index_path(shards / shard["name"])
-        content = json.loads(index.read_text())
-        for clip in content["clips"]:
-            clip["labels"] = {"verb": None, "noun": None}
-        index.write_text(json.dumps(content))
-        shard["index_sha256"] = sha256_of(index)
-    (shards / "manifest.json").write_text(json.dumps(manifest))
+    folder = ShardFolder(shards)
+    for entry in folder.manifest["splits"]["train"]["shards"]:
+        tar = shards / entry["name"]
+        samples = []
+        for clip in (clip for clip in folder.clips("train") if clip.shard == tar.name):
+            members = {name: folder.read(clip, name) for name, member in clip.members.items() if member}
+            metadata = json.loads(members["json"]) | {"labels": {"verb": None, "noun": None}}
+            samples.append((clip.key, members | {"json": json.dumps(metadata).encode()}))
+        write_tar(tar, samples)
+        write_json(index_path(tar), build_index(tar, folder.modalities))
+        entry |= {"bytes": tar.stat().st_size, "index_sha256": sha256_of(index_path(tar))}
+    write_json(shards / "manifest.json", folder.manifest)
     predictions = tmp_path / "p.npz"
     line = ["eval", f"{place}/student", "--shards", str(shards), "--split", "train"]
     assert main([*line, "--predictions", str(predictions), "--out", "/proc/nothing"]) == 0

@@ -55,7 +55,7 @@ def test_other_spans_and_other_packing_settings_give_other_predictions(place: Pa
     for short_side in (40, 24):
         changed = {**settings, "video": {**settings["video"], "short_side": short_side}}
         with predict_media.packed_media(path, changed, ["video"]) as folder:
-            sizes.append(folder.metadata(folder.clips("clip")[0])["modalities"]["video"]["height"])
+            sizes.append(folder.metadata(folder.clips("clip")[0]).pictures.height)
     assert sizes == [40, 24]
 
 

@@ -61,7 +61,7 @@ def test_clips_come_out_as_the_table_says(raw: Path, tmp_path: Path) -> None:
     assert frames == {"k0": list(range(5, 30)), "k1": list(range(50)), "k3": list(range(25, 30))}
     assert not clips["k2"].has("video")
     assert len(decode_sound(folder.read(clips["k2"], "audio"))) == pytest.approx(16_000, abs=800)
-    assert folder.metadata(clips["k0"])["recording"] == "a-one"
+    assert folder.metadata(clips["k0"]).recording == "a-one"
 
 
 def test_clips_of_one_file_are_one_recording_over_all_splits(raw: Path) -> None:

@@ -142,7 +142,7 @@ def test_flow_files_are_taken_where_there_are_any(tmp_path: Path) -> None:
     pack(_spec(raw))
     folder = ShardFolder(raw / "out")
     clips = {clip.key: clip for clip in folder.clips("train")}
-    sources = {key: folder.metadata(clip)["modalities"]["flow"]["source"] for key, clip in clips.items()}
+    sources = {key: folder.metadata(clip).description("flow").source for key, clip in clips.items()}
     assert sources == {"7": "computed", "12": "files"}
     stored = [picture[:40].mean() for picture in decode(folder.read(clips["12"], "flow"), "gray")]
     assert np.abs(np.array(stored) - (20 + np.minimum(np.arange(20), 18))).max() < 1.5

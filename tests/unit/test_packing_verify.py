@@ -308,7 +308,7 @@ def spoil(modality: str) -> Callable[[str, dict[str, bytes], dict[str, Any]], No
         (declare("video", num_frames=24), "video", "length"),
         (declare("flow", num_frames=26), "flow", "length"),
         (declare("video", width=78), "video", "decode"),
-        (declare("video", fps=0), "video", "decode"),
+        (declare("video", fps=0), "json", "metadata"),
         (declare("audio", num_samples=15_999), "audio", "length"),
         (declare("audio", sample_rate=8_000), "audio", "decode"),
         (spoil("video"), "video", "decode"),

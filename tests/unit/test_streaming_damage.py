@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from karmma_dist.errors import UserError
+from karmma_dist.modalities.stored_frames import FramesDecoder
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
 from karmma_dist.recipe import DataRecipe, InputRecipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip
-from karmma_dist.streaming import reader
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.loader import EvaluationClips, TrainingClips, open_shards
 from karmma_dist.streaming.order import Slice
@@ -114,11 +114,11 @@ def readers(tiny: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     root = tmp_path_factory.mktemp("damaged") / "s"
     shutil.copytree(tiny, root)
     decode = cache(lambda arguments: reader_decode(*pickle.loads(arguments)))
-    monkeypatch.setattr(reader, "_look", lambda *arguments: decode(pickle.dumps(arguments)))
+    monkeypatch.setattr(FramesDecoder, "decode_views", lambda *arguments: decode(pickle.dumps(arguments)))
     return Readers(root)
 
 
-reader_decode: Callable[..., np.ndarray] = reader._look
+reader_decode: Callable[..., np.ndarray] = FramesDecoder.decode_views
 
 
 @pytest.fixture(scope="module")

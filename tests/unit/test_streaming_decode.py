@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from karmma_dist.streaming.frames import chosen_frames, group_starts
 
 from karmma_dist.modalities import DecodeError
-from karmma_dist.modalities.stored_frames import frame_numbers
+from karmma_dist.modalities.stored_frames import chosen_frames, frame_numbers, group_starts
 from karmma_dist.packing.media import VideoEncoder, encode_flac
 from karmma_dist.packing.spec import VideoSpec
 from karmma_dist.packing.yuv import ToI420

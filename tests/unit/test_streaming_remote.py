@@ -104,9 +104,9 @@ def entry_bytes(root: Path) -> int:
 READER = """
 import hashlib, sys
 from pathlib import Path
-from karmma_dist import download
-from karmma_dist.cache import Cache
-from karmma_dist.streaming import remote
+from karmma_dist.io import download
+from karmma_dist.io.cache import Cache
+from karmma_dist.shards import remote
 download.FIRST_WAIT_S = 0.0
 folder = remote.RemoteShards(sys.argv[1], Cache(Path(sys.argv[2]), 10**12))
 print("ready", flush=True)

@@ -18,8 +18,8 @@ import torch
 from patience import HANGS_S
 
 from karmma_dist.errors import UserError
+from karmma_dist.modalities.stored_frames import FramesDecoder
 from karmma_dist.recipe import DataRecipe, InputRecipe
-from karmma_dist.streaming import reader
 from karmma_dist.streaming import workers as workers_module
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
@@ -74,7 +74,7 @@ class Blocked:
 @pytest.fixture
 def blocked(monkeypatch: pytest.MonkeyPatch) -> Blocked:
     decoder = Blocked()
-    monkeypatch.setattr(reader, "_look", decoder)
+    monkeypatch.setattr(FramesDecoder, "decode_views", decoder)
     return decoder
 
 
@@ -106,7 +106,7 @@ def test_a_worker_killed_while_the_trainer_computes_is_the_same_line(shards: Pat
 
 
 def test_a_worker_that_ends_by_itself_is_one_line(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_look", lambda *_: os._exit(3))
+    monkeypatch.setattr(FramesDecoder, "decode_views", lambda *_: os._exit(3))
     with pytest.raises(UserError, match=rf"loader worker 0 \(pid \d+\) ended with exit code 3 while decoding {HELD}"):
         next(make(shards, workers=1))
 
@@ -125,7 +125,7 @@ def test_a_worker_that_stalls_ends_the_run_saying_where_and_for_how_long(shards:
 def test_a_mistake_in_the_program_keeps_its_type_and_names_the_clip(
     shards: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(reader, "_look", refuse(AttributeError("no such thing")))
+    monkeypatch.setattr(FramesDecoder, "decode_views", refuse(AttributeError("no such thing")))
     batches = make(shards, workers)
     with pytest.raises(AttributeError, match="no such thing") as caught:
         next(batches)
@@ -146,7 +146,7 @@ class UnpicklableError(Exception):
 def test_an_error_that_cannot_leave_its_process_is_told_by_another(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "_look", refuse(UnpicklableError("a", "b")))
+    monkeypatch.setattr(FramesDecoder, "decode_views", refuse(UnpicklableError("a", "b")))
     with pytest.raises(RuntimeError, match="UnpicklableError: a b") as caught:
         next(make(shards, workers=1))
     assert "while decoding " in "\n".join(caught.value.__notes__)
