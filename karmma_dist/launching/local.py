@@ -26,6 +26,9 @@ from karmma_dist.runs.folder import finished_names
 
 _GRACE_S = 15.0
 """How long ranks may go on once one of them has failed, or after Ctrl-C."""
+_LOOK_EVERY_S = 1.0
+"""Ranks are looked at this often whatever signals come: where the process has other threads, one of them may take the
+signal of a rank's end."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 _AWAITED = {signal.SIGCHLD, *_FORWARDED}
 _PR_SET_PDEATHSIG = 1
@@ -120,7 +123,7 @@ class Ranks:
         """Wait for all ranks, passing signals on; returns early when the others of a failed rank do not end."""
         deadline = float("inf")
         while len(self.ended) < len(self._processes):
-            left = min(deadline - time.monotonic(), 3600.0)
+            left = min(deadline - time.monotonic(), _LOOK_EVERY_S)
             received = signal.sigtimedwait(_AWAITED, left) if left > 0 else None
             if received is None and time.monotonic() >= deadline:
                 return

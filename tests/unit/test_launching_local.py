@@ -180,6 +180,22 @@ signal.pause()
     assert (process.returncode, err) == (130, "interrupted: the ranks were ended before they said anything\n")
 
 
+def test_the_end_of_a_rank_is_noticed_where_another_thread_takes_its_signal() -> None:
+    program = """
+import signal, sys, threading, time
+from karmma_dist.launching import local
+threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()  # does not hold SIGCHLD back
+collect = local.Ranks._collect
+def collect_slowly(ranks):
+    collect(ranks)
+    time.sleep(1)  # the second rank ends in here
+local.Ranks._collect = collect_slowly
+body = "import os, time; time.sleep(0.5 * int(os.environ['RANK']))"
+sys.exit(local.launch_local(2, [sys.executable, "-c", body]))
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=HANGS_S).returncode == 0
+
+
 def test_a_command_that_cannot_start_leaves_the_callers_signals_as_they_were() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with pytest.raises(FileNotFoundError):
