@@ -111,8 +111,8 @@ def test_clips_without_boxes_have_none_and_boxes_lie_on_their_frames(tmp_path: P
     assert [len(boxes) for boxes in detections["frames"]] == [2, 2, 0, 0, 2] + [0] * 15
     assert detections["frames"][0] == [[0.0, 0.0, 1.0, 1.0, 1, 1.0], [0.1, 0.25, 0.5, 0.5, 2, 1.0]]
     metadata = folder.metadata(clips["7"])
-    assert metadata["modalities"]["detections"]["num_frames"] == metadata["modalities"]["video"]["num_frames"] == 20
-    assert metadata["stop_s"] == pytest.approx(20 / 12, abs=1e-3)
+    assert metadata.description("detections").num_frames == metadata.description("video").num_frames == 20
+    assert metadata.stop_s == pytest.approx(20 / 12, abs=1e-3)
 
 
 def test_boxes_of_several_files_in_both_formats_reach_their_clips(tmp_path: Path) -> None:
