@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from karmma_dist.models.karmma import FusionBlock, KarmmaModel
-from karmma_dist.training.objectives import cross_entropy
+from karmma_dist.models.losses import cross_entropy
 
 FUSION_CLIPS = 32
 """Clips of the batch at which a fusion block's memory reproduces the paper's Tab. V [fit]."""

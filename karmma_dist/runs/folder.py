@@ -11,7 +11,6 @@ from typing import Any
 from karmma_dist.io.files import write_json
 from karmma_dist.recipe import Recipe
 from karmma_dist.runs.process import whereabouts
-from karmma_dist.training.tracking import _TAIL_BYTES, _step_of
 
 STATE = "state.json"
 """File name of a run's state."""
@@ -19,6 +18,17 @@ BEST = "best"
 """Folder, in a run's, of the weights that did best in validation."""
 ENSEMBLE = "ensemble.json"
 """File of a distillation from several experts: their losses and weights, decided when it began."""
+
+_TAIL_BYTES = 16_384
+
+
+def step_of(line: str) -> int:
+    """The step of a metrics line; a line cut by a crash counts as later than any."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 2**62
+
 
 def write_state(run_dir: Path, state: str, **values: Any) -> None:
     """Write state.json: a state, the time, who wrote it and what else is known.
@@ -65,6 +75,6 @@ def validation_at(run_dir: Path, step: int) -> dict[str, float] | None:
     path = run_dir / "metrics.jsonl"
     found = None
     for line in path.read_text().splitlines() if path.exists() else []:
-        if _step_of(line) == step and json.loads(line)["kind"] == "validation":
+        if step_of(line) == step and json.loads(line)["kind"] == "validation":
             found = {name: v for name, v in json.loads(line).items() if name not in ("kind", "step", "epoch")}
     return found

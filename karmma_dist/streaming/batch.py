@@ -46,7 +46,7 @@ class UncutSignal:
     def cut(self, decoder: Decoder, settings: Any, decoded: np.ndarray | None = None) -> np.ndarray:
         """Return the view's array, cut by the modality's decoder from the signal, or from another in its place."""
         whole = self.decoded if decoded is None else decoded
-        return decoder.cut(whole, self.description, settings, [self.view], self.length_s)[0]  # type: ignore[no-any-return]
+        return decoder.cut(whole, self.description, settings, [self.view], self.length_s)[0]
 
 
 @dataclass

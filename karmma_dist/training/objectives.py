@@ -1,4 +1,4 @@
-"""Losses over heads, and the three stages that use them.
+"""The three stages of training: the loss of a batch, and what has to be loaded for it.
 
     supervised   cross-entropy on labels: unimodal encoders, Baseline, Baseline with modality dropout
     teacher      the same, every encoder frozen
@@ -10,45 +10,16 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from karmma_dist.distributed.world import World
-from karmma_dist.models.encoders.transformer import at_least_float32
 from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.losses import cross_entropy, distillation
 from karmma_dist.recipe import DistillRecipe, Recipe
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.training.engine import Engine, ShardedModule
 from karmma_dist.training.teacher import Measure, Teacher, build_teacher
 from karmma_dist.training.tracking import accuracies, agreements, entropies
-
-
-def cross_entropy(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    """Mean over clips and heads. logits_BC per head, int64 labels (B,) per head; computed in float32 or more."""
-    losses = [F.cross_entropy(at_least_float32(logits[head]), labels[head]) for head in logits]
-    return sum(losses[1:], losses[0]) / len(losses)
-
-
-def distillation(student: dict[str, Tensor], teacher: dict[str, Tensor], temperature: float) -> Tensor:
-    """KL(teacher || student) of the class distributions, mean over clips and heads, times temperature squared.
-
-    Args:
-        student: logits_BC per head.
-        teacher: log-probabilities (B, C) per head, at this temperature; a mixture's have no logits.
-        temperature: softens the student's distribution.
-
-    Source: paper, Sec. III-D; Hinton et al., arXiv 1503.02531, for the temperature.
-    """
-    losses = [
-        F.kl_div(
-            F.log_softmax(at_least_float32(student[head]) / temperature, dim=-1),
-            at_least_float32(teacher[head]),
-            reduction="batchmean",
-            log_target=True,
-        )
-        for head in student
-    ]
-    return sum(losses[1:], losses[0]) / len(losses) * temperature**2
 
 
 class Stage(Protocol):

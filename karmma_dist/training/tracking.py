@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from karmma_dist.recipe import Recipe
+from karmma_dist.runs.folder import step_of
 from karmma_dist.streaming.batch import Batch
-
-_TAIL_BYTES = 16_384
 
 
 class RunLog:
@@ -28,7 +27,7 @@ class RunLog:
 
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resumed]
+            kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= resumed]
             self.path.write_text("".join(line + "\n" for line in kept if resumed))
         self._events = SummaryWriter(str(run_dir), purge_step=resumed + 1)
 
@@ -47,14 +46,6 @@ class RunLog:
     def close(self) -> None:
         """Flush TensorBoard's file."""
         self._events.close()
-
-
-def _step_of(line: str) -> int:
-    """The step of a metrics line; a line cut by a crash counts as later than any."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return 2**62
 
 
 _PER_STEP = ("wait_s", "step_s", "flops", "grad_norm")

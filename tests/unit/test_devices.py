@@ -20,13 +20,14 @@ from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector
 from karmma_dist.evaluation.predict.predict import _Predictor
 from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.losses import cross_entropy
 from karmma_dist.models.model_card import ModelCard
 from karmma_dist.recipe import DataRecipe, DistillRecipe, InputRecipe, ModelRecipe, ViewsRecipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.batch import Batch, collate, prepare
 from karmma_dist.streaming.loader import EvaluationClips, TrainingClips, evaluation_batches, training_batches
 from karmma_dist.streaming.order import Position, Schedule
-from karmma_dist.training.objectives import Distill, cross_entropy
+from karmma_dist.training.objectives import Distill
 from karmma_dist.training.teacher import Teacher
 from karmma_dist.training.tracking import Averages
 

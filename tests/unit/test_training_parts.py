@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from karmma_dist.distributed.world import World, find_world
 from karmma_dist.errors import UserError
+from karmma_dist.models.losses import cross_entropy, distillation
 from karmma_dist.recipe import OptimizerRecipe
 from karmma_dist.streaming.batch import Batch, Damage, collate
 from karmma_dist.streaming.worker_status import LoadStats
 from karmma_dist.training.fault_tolerance.damaged_clips import DamageLog
-from karmma_dist.training.objectives import cross_entropy, distillation
 from karmma_dist.training.optim import learning_rate
 from karmma_dist.training.tracking import Averages, loading_metrics, loading_sums
 

@@ -18,12 +18,13 @@ from karmma_dist.errors import UserError
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.flops import meta_model
 from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.losses import cross_entropy
 from karmma_dist.models.model_card import save_model
 from karmma_dist.recipe import DistillRecipe, Recipe, load_chain, save_recipe
 from karmma_dist.runs.folder import write_state
 from karmma_dist.streaming.batch import collate
 from karmma_dist.training import teacher as teacher_module
-from karmma_dist.training.objectives import Distill, cross_entropy
+from karmma_dist.training.objectives import Distill
 from karmma_dist.training.teacher import Teacher, build_teacher
 
 MODALITIES = ["video", "flow", "audio"]

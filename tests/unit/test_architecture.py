@@ -1,0 +1,89 @@
+"""The rooms of the package: who may import whom, how full a folder may be, where a modality may be named."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import karmma_dist
+from karmma_dist.modalities import MODALITIES
+
+PACKAGE = Path(karmma_dist.__file__).parent
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+MOST_FILES = 12
+NAMELESS = ("distributed", "evaluation", "io", "profiling", "runs", "shards", "streaming", "studies", "training")
+"""Rooms that name no modality."""
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Names, below the package, that a module imports from it anywhere."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "karmma_dist":
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}".removeprefix("karmma_dist.")
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def test_no_two_packages_import_each_other_on_any_way() -> None:
+    needs: dict[str, set[str]] = defaultdict(set)
+    for name, path in MODULES.items():
+        needs[room(name)] |= {room(other) for other in imported(path)} - {room(name)}
+    for start in list(needs):
+        reached, waiting = set[str](), [start]
+        while waiting:
+            new = needs[waiting.pop()] - reached
+            reached |= new
+            waiting += new
+        assert start not in reached, f"{start} imports itself through others"
+
+
+def test_no_folder_has_more_files_than_one_reads_at_a_glance() -> None:
+    counts = {folder: len(list(folder.glob("*.py"))) for folder in PACKAGE.rglob("*") if folder.is_dir()}
+    crowded = {str(folder.relative_to(PACKAGE)): count for folder, count in counts.items() if count > MOST_FILES + 1}
+    assert not crowded  # __init__.py is not counted
+
+
+def constants(path: Path) -> Iterator[str]:
+    """String literals of a module that are not docstrings."""
+    tree = ast.parse(path.read_text())
+    described = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {id(node.body[0]) for node in ast.walk(tree) if isinstance(node, described) and node.body}
+    spoken = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and id(node) in docstrings}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in spoken:
+            yield node.value
+
+
+@pytest.mark.parametrize("name", NAMELESS)
+def test_a_room_that_serves_every_modality_names_none(name: str) -> None:
+    named = {
+        module: sorted(set(constants(path)) & set(MODALITIES))
+        for module, path in MODULES.items()
+        if room(module) == name and not module.startswith("evaluation.predict.media")
+    }
+    assert not {module: names for module, names in named.items() if names}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("karmma_dist.cli", {"torch", "numpy", "av", "cv2", "deepspeed", "matplotlib"}),
+        ("karmma_dist.packing.pack", {"torch", "deepspeed"}),
+        ("karmma_dist.launching.local", {"torch", "deepspeed"}),
+        ("karmma_dist.evaluation.command", {"deepspeed"}),
+        ("karmma_dist.profiling.costs", {"deepspeed"}),
+    ],
+)
+def test_a_module_loads_no_library_that_it_does_not_need(module: str, absent: set[str]) -> None:
+    code = f"import sys; import {module}; print(*sorted(set(sys.modules) & {absent!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
