@@ -9,7 +9,6 @@ Legend: B clips, M modalities (columns in the model's order).
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.corruptions.kinds import parse_corruption, parse_corruptions
 from karmma_dist.modality import subsets as all_subsets
+from karmma_dist.seeding import uniform
 
 DROP_PROBS: tuple[float, ...] = tuple(tenth / 10 for tenth in range(10))
 """The drop probabilities of a sweep (paper, Fig. 4)."""
@@ -136,12 +136,6 @@ def keep(condition: Condition, keys: Sequence[str], present_BM: Tensor, modaliti
     last_B = uniforms_BM.masked_fill(~eligible_BM, -1.0).argmax(dim=1)
     is_last_BM = torch.nn.functional.one_hot(last_B, len(modalities)).bool()
     return eligible_BM & ((uniforms_BM >= condition.drop_prob) | is_last_BM)
-
-
-def uniform(seed: int, key: str, modality: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments: the top 53 bits of a BLAKE2b hash."""
-    digest = hashlib.blake2b(f"{seed}\0{key}\0{modality}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
 @lru_cache(maxsize=64)

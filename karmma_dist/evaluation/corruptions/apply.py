@@ -8,14 +8,13 @@ Legend: N clips that have the modality, F frames, H x W pixels, O boxes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from karmma_dist.evaluation.conditions import uniform
+from karmma_dist.seeding import generator, uniform
 from karmma_dist.streaming.decode import SAMPLE_RATE
 
 _STILL = 128
@@ -42,7 +41,7 @@ def spoil_boxes(amount: float, boxes: Tensor, keys: list[str], seed: int) -> Ten
     """Lose each box of (N, F, O, 6) with probability `amount`, on its own; a lost one reads as no box at all."""
     kept = boxes.clone()
     for clip, key in zip(kept, keys, strict=True):
-        draws_FO = _generator(f"{seed}/{key}/detections").random(clip.shape[:2])
+        draws_FO = generator(f"{seed}/{key}/detections").random(clip.shape[:2])
         clip[torch.from_numpy(draws_FO < amount).to(clip.device)] = 0
     return kept
 
@@ -104,7 +103,7 @@ def _gaussian(num: int, sigma: float) -> Tensor:
 
 def _grain(clip: Tensor, share: float, text: str, modality: str) -> Tensor:
     # Drawn by NumPy on the CPU, whatever the device: the same noise on every machine.
-    noise = _generator(f"{text}/{modality}").standard_normal(tuple(clip.shape), dtype=np.float32)
+    noise = generator(f"{text}/{modality}").standard_normal(tuple(clip.shape), dtype=np.float32)
     noisy = clip.float() + 255 * share * torch.from_numpy(noise).to(clip.device)
     return noisy.round_().clamp_(0, 255).to(torch.uint8)
 
@@ -119,7 +118,7 @@ def _hiss(samples: np.ndarray, ratio_db: float, text: str) -> np.ndarray:
     """White noise at a signal-to-noise ratio over the whole clip; silence has no power to compare with and stays."""
     sound = samples.astype(np.float32)
     power = float(np.mean(np.square(sound, dtype=np.float64)))
-    noise = _generator(f"{text}/audio").standard_normal(len(samples), dtype=np.float32)
+    noise = generator(f"{text}/audio").standard_normal(len(samples), dtype=np.float32)
     noisy = sound + np.float32(np.sqrt(power / 10 ** (ratio_db / 10))) * noise
     return np.rint(noisy).clip(-_LOUDEST - 1, _LOUDEST).astype(np.int16)
 
@@ -136,11 +135,6 @@ def _moment(text: str) -> float:
     """In [0, 1), the same for a clip's video, flow and sound: a camera hangs as a whole."""
     seed, _, key = text.partition("/")
     return uniform(int(seed), key, "moment")
-
-
-def _generator(text: str) -> np.random.Generator:
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
 
 
 _PIXELS: dict[str, Callable[[Tensor, float, str, str], Tensor]] = {
