@@ -481,6 +481,14 @@ def recipe_show(recipe: str, overrides: tuple[str, ...]) -> None:
     click.echo(dump(load_recipe(recipe, overrides)), nl=False)
 
 
+@recipe_group.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes; fields with `not_learned` may change when a run is resumed."""
+    from karmma_dist.recipe import Recipe
+
+    _print_json(Recipe.model_json_schema())
+
+
 def _without_option(arguments: Sequence[str], name: str) -> list[str]:
     """The command line without `name VALUE` and `name=VALUE`."""
     kept: list[str] = []

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from karmma_dist.errors import UserError, nearest
 
@@ -24,6 +25,42 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+def mark(keyword: str) -> Any:
+    """Return a mark for fields, put on one as `Annotated[type, mark]`; the JSON schema shows it as `keyword: true`."""
+    return Field(json_schema_extra={keyword: True})
+
+
+def is_marked(field: FieldInfo, mark: Any) -> bool:
+    """True if the field of a section bears the mark."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and mark.json_schema_extra.items() <= extra.items()
+
+
+def unmarked(settings: Settings, mark: Any) -> dict[str, Any]:
+    """Return the fields that do not bear the mark: JSON values by dotted name, e.g. "training.epochs".
+
+    A marked section is left out with all that is in it. Every key of a dictionary has a name of its own.
+    """
+    dumped = settings.model_dump(mode="json")
+    flat: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        if not is_marked(field, mark):
+            flat |= _flat(name, getattr(settings, name), dumped[name], mark)
+    return flat
+
+
+def _flat(name: str, value: Any, dumped: Any, mark: Any) -> dict[str, Any]:
+    if isinstance(value, Settings):
+        return {f"{name}.{key}": entry for key, entry in unmarked(value, mark).items()}
+    if not isinstance(value, dict) or not value:
+        return {name: dumped}
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        flat |= _flat(f"{name}.{key}", entry, dumped[key], mark)
+    return flat
+
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import torch
 
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
-from karmma_dist.recipe import Recipe, save_recipe
+from karmma_dist.recipe import NOT_LEARNED, DistillRecipe, Recipe, load_recipe, save_recipe
+from karmma_dist.settings import Settings, is_marked
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.checkpoint import async_saver as saver
@@ -242,6 +245,94 @@ def test_a_run_taken_back_to_an_earlier_checkpoint_goes_on_from_there_also_after
     save(run, shards, 10)
     assert prepare_run_dir(run, WORLD, "auto") == str(middle)
     assert checkpoints(run.run_dir) == [early, middle, late]
+
+
+def student(tmp_path: Path, shards: Path) -> Recipe:
+    """A recipe in which every section is there."""
+    run = recipe(tmp_path, shards)
+    return run.model_copy(update={"stage": "distill", "distill": DistillRecipe(teacher="t")})
+
+
+def leaves(section: Settings, prefix: str = "", marked: bool = False) -> dict[str, bool]:
+    """Every field of a section and of those in it, by its dotted name: True if it or a section above it is marked."""
+    found: dict[str, bool] = {}
+    for name, field in type(section).model_fields.items():
+        value, is_free = getattr(section, name), marked or is_marked(field, NOT_LEARNED)
+        parts = {name: value}
+        if isinstance(value, dict) and any(isinstance(entry, Settings) for entry in value.values()):
+            parts = {f"{name}.{key}": entry for key, entry in value.items()}
+        for path, part in parts.items():
+            if isinstance(part, Settings):
+                found |= leaves(part, f"{prefix}{path}.", is_free)
+            else:
+                found[f"{prefix}{path}"] = is_free
+    return found
+
+
+def other_value(annotation: Any, value: Any) -> Any:
+    """A value of a field's type that is not `value`."""
+    kind, arguments = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return other_value(arguments[0], value)
+    if kind in (Union, UnionType):
+        return other_value(next(argument for argument in arguments if argument is not type(None)), value)
+    if kind is Literal:
+        return next(argument for argument in arguments if argument != value)
+    if kind is list:
+        return [*(value or []), other_value(arguments[0], None)]
+    if kind is dict:
+        return {**(value or {}), "other": other_value(arguments[1], None)}
+    if kind is tuple:
+        return tuple(other_value(argument, place) for place, argument in enumerate(arguments))
+    if annotation is bool:
+        return not value
+    return f"{value or ''}other" if annotation is str else (value or 0) + 1
+
+
+def with_another(run: Recipe, path: str) -> Recipe:
+    """The recipe with another value in one field."""
+    changed = run.model_copy(deep=True)
+    node: Any = changed
+    *sections, name = path.split(".")
+    for section in sections:
+        node = node[section] if isinstance(node, dict) else getattr(node, section)
+    setattr(node, name, other_value(type(node).model_fields[name].annotation, getattr(node, name)))
+    return changed
+
+
+def test_marked_fields_may_change_on_resume_and_each_other_is_refused_by_name(tmp_path: Path, shards: Path) -> None:
+    run = student(tmp_path, shards)
+    (path,) = save(run, shards, 5)
+    fields = leaves(run)
+    assert {"training.log_every_steps", "slurm.nodes", "optimizer.lr"} < fields.keys()
+    for name, is_free in fields.items():
+        changed = with_another(run, name)
+        if changed.run_dir != run.run_dir:
+            shutil.copytree(run.run_dir, changed.run_dir)
+        save_recipe(run, changed.run_dir / "recipe.yaml")
+        if is_free:
+            start = prepare_run_dir(changed, WORLD, "auto")
+            assert start == str(changed.run_dir / "checkpoints" / path.name), name
+        else:
+            with pytest.raises(UserError, match=rf"another recipe \({re.escape(name)}[:.]"):
+                prepare_run_dir(changed, WORLD, "auto")
+
+
+def test_what_a_position_depends_on_is_not_marked(tmp_path: Path, shards: Path) -> None:
+    run = student(tmp_path, shards)
+    fields = leaves(run)
+    decisive = [name for name in data_state(run, ShardFolder(shards)) if name in fields]
+    assert len(decisive) >= 8
+    assert not [name for name in decisive if fields[name]]
+
+
+def test_a_run_that_was_moved_with_its_folder_of_runs_goes_on(tmp_path: Path, shards: Path) -> None:
+    run = recipe(tmp_path, shards)
+    save(run, shards, 5)
+    save_recipe(run, run.run_dir / "recipe.yaml")
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    moved = load_recipe(str(tmp_path / "moved/run/recipe.yaml"), [f"runs_dir={tmp_path / 'moved'}"])
+    assert prepare_run_dir(moved, WORLD, "auto") == str(tmp_path / "moved/run/checkpoints/step-00000005")
 
 
 def test_other_recipes_are_refused_but_not_what_only_says_where_and_how_often(tmp_path: Path, shards: Path) -> None:
