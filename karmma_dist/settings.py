@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,27 +40,29 @@ def is_marked(field: FieldInfo, mark: Any) -> bool:
 
 
 def unmarked(settings: Settings, mark: Any) -> dict[str, Any]:
-    """Return the fields that do not bear the mark: JSON values by dotted name, e.g. "training.epochs".
-
-    A marked section is left out with all that is in it. Every key of a dictionary has a name of its own.
-    """
+    """Return what the settings are as JSON values, without the fields and sections that bear the mark."""
     dumped = settings.model_dump(mode="json")
-    flat: dict[str, Any] = {}
-    for name, field in type(settings).model_fields.items():
-        if not is_marked(field, mark):
-            flat |= _flat(name, getattr(settings, name), dumped[name], mark)
-    return flat
+    kept = (name for name, field in type(settings).model_fields.items() if not is_marked(field, mark))
+    return {name: _unmarked(getattr(settings, name), dumped[name], mark) for name in kept}
 
 
-def _flat(name: str, value: Any, dumped: Any, mark: Any) -> dict[str, Any]:
+def _unmarked(value: Any, dumped: Any, mark: Any) -> Any:
     if isinstance(value, Settings):
-        return {f"{name}.{key}": entry for key, entry in unmarked(value, mark).items()}
-    if not isinstance(value, dict) or not value:
-        return {name: dumped}
-    flat: dict[str, Any] = {}
-    for key, entry in value.items():
-        flat |= _flat(f"{name}.{key}", entry, dumped[key], mark)
-    return flat
+        return unmarked(value, mark)
+    if isinstance(value, dict):
+        return {key: _unmarked(entry, dumped[key], mark) for key, entry in value.items()}
+    return dumped
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dictionaries by dotted name, e.g. "training.epochs"; an empty one is a value."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

@@ -8,16 +8,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import pytest
 import torch
+from settings_kit import fields_of, with_another
 
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import NOT_LEARNED, DistillRecipe, Recipe, load_recipe, save_recipe
-from karmma_dist.settings import Settings, is_marked
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.checkpoint import async_saver as saver
@@ -253,57 +252,10 @@ def student(tmp_path: Path, shards: Path) -> Recipe:
     return run.model_copy(update={"stage": "distill", "distill": DistillRecipe(teacher="t")})
 
 
-def leaves(section: Settings, prefix: str = "", marked: bool = False) -> dict[str, bool]:
-    """Every field of a section and of those in it, by its dotted name: True if it or a section above it is marked."""
-    found: dict[str, bool] = {}
-    for name, field in type(section).model_fields.items():
-        value, is_free = getattr(section, name), marked or is_marked(field, NOT_LEARNED)
-        parts = {name: value}
-        if isinstance(value, dict) and any(isinstance(entry, Settings) for entry in value.values()):
-            parts = {f"{name}.{key}": entry for key, entry in value.items()}
-        for path, part in parts.items():
-            if isinstance(part, Settings):
-                found |= leaves(part, f"{prefix}{path}.", is_free)
-            else:
-                found[f"{prefix}{path}"] = is_free
-    return found
-
-
-def other_value(annotation: Any, value: Any) -> Any:
-    """A value of a field's type that is not `value`."""
-    kind, arguments = get_origin(annotation), get_args(annotation)
-    if kind is Annotated:
-        return other_value(arguments[0], value)
-    if kind in (Union, UnionType):
-        return other_value(next(argument for argument in arguments if argument is not type(None)), value)
-    if kind is Literal:
-        return next(argument for argument in arguments if argument != value)
-    if kind is list:
-        return [*(value or []), other_value(arguments[0], None)]
-    if kind is dict:
-        return {**(value or {}), "other": other_value(arguments[1], None)}
-    if kind is tuple:
-        return tuple(other_value(argument, place) for place, argument in enumerate(arguments))
-    if annotation is bool:
-        return not value
-    return f"{value or ''}other" if annotation is str else (value or 0) + 1
-
-
-def with_another(run: Recipe, path: str) -> Recipe:
-    """The recipe with another value in one field."""
-    changed = run.model_copy(deep=True)
-    node: Any = changed
-    *sections, name = path.split(".")
-    for section in sections:
-        node = node[section] if isinstance(node, dict) else getattr(node, section)
-    setattr(node, name, other_value(type(node).model_fields[name].annotation, getattr(node, name)))
-    return changed
-
-
 def test_marked_fields_may_change_on_resume_and_each_other_is_refused_by_name(tmp_path: Path, shards: Path) -> None:
     run = student(tmp_path, shards)
     (path,) = save(run, shards, 5)
-    fields = leaves(run)
+    fields = fields_of(run, NOT_LEARNED)
     assert {"training.log_every_steps", "slurm.nodes", "optimizer.lr"} < fields.keys()
     for name, is_free in fields.items():
         changed = with_another(run, name)
@@ -320,7 +272,7 @@ def test_marked_fields_may_change_on_resume_and_each_other_is_refused_by_name(tm
 
 def test_what_a_position_depends_on_is_not_marked(tmp_path: Path, shards: Path) -> None:
     run = student(tmp_path, shards)
-    fields = leaves(run)
+    fields = fields_of(run, NOT_LEARNED)
     decisive = [name for name in data_state(run, ShardFolder(shards)) if name in fields]
     assert len(decisive) >= 8
     assert not [name for name in decisive if fields[name]]

@@ -13,7 +13,7 @@ from karmma_dist.io.download import masked
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
 from karmma_dist.runs.folder import BEST, ENSEMBLE, read_state, write_state
-from karmma_dist.settings import unmarked
+from karmma_dist.settings import flat, unmarked
 from karmma_dist.training.checkpoint.checkpoint import checkpoints, find_damage, newest_whole, point_to
 
 
@@ -82,11 +82,13 @@ def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
 
 def differing_fields(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the fields without the mark NOT_LEARNED that differ, with both values, in alphabetical order."""
-    before, now = unmarked(first, NOT_LEARNED), unmarked(second, NOT_LEARNED)
-    for flat in (before, now):
-        for key, value in flat.items():
-            if isinstance(value, str):
-                flat[key] = masked(value)  # a new password or signature is no other run
+    before, now = (
+        {
+            key: masked(value) if isinstance(value, str) else value  # a new password or signature is no other run
+            for key, value in flat(unmarked(recipe, NOT_LEARNED)).items()
+        }
+        for recipe in (first, second)
+    )
     return {
         key: (before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
