@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from karmma_dist.errors import LostRank, Stopped, UserError, say
+from karmma_dist.errors import LostRank, Stopped, UserError, one_line, say
 
 _STARTED = time.monotonic()
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -481,6 +481,14 @@ def recipe_show(recipe: str, overrides: tuple[str, ...]) -> None:
     click.echo(dump(load_recipe(recipe, overrides)), nl=False)
 
 
+@recipe_group.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes; fields with `not_learned` may change when a run is resumed."""
+    from karmma_dist.recipe import Recipe
+
+    _print_json(Recipe.model_json_schema())
+
+
 def _without_option(arguments: Sequence[str], name: str) -> list[str]:
     """The command line without `name VALUE` and `name=VALUE`."""
     kept: list[str] = []
@@ -532,7 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, exit_code: int = 2) -> int:
-    say(f"error: {' '.join(message.split())}")
+    say(f"error: {one_line(message)}")
     return exit_code
 
 

@@ -19,11 +19,16 @@ from karmma_dist.modalities import MODALITIES
 from karmma_dist.modalities.audio import AudioInput
 from karmma_dist.modalities.detections import DetectionsInput
 from karmma_dist.modalities.video import VideoInput
-from karmma_dist.settings import Positive, Settings, dump, find_file, load_settings, validate
+from karmma_dist.settings import Positive, Settings, dump, find_file, load_settings, mark, validate
 
 _SHARED_OVERRIDES = ("runs_dir", "data.shards", "data.cache_dir", "data.cache_bytes", "data.num_workers")
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+NOT_LEARNED = mark("not_learned")
+"""Mark of the fields and sections that change neither the weights a run ends with (but for rounding) nor those in
+best/: where things are, speed, memory, logs, checkpoints, limits, and what comes after training. They may change when a
+run is resumed, and are no part of the name of a study's run; all others are refused."""
 
 
 class InputRecipe(Settings):
@@ -97,11 +102,11 @@ class DataRecipe(Settings):
 
     shards: str
     """Folder of packed shards, or the URL of one: https://..., s3://..., or another that fsspec opens."""
-    cache_dir: str | None = None
+    cache_dir: Annotated[str | None, NOT_LEARNED] = None
     """Folder on this node that shards from a URL are kept in; None: $KARMMA_DIST_CACHE or ~/.cache/karmma-dist."""
-    cache_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(200_000_000_000)
+    cache_bytes: Annotated[ByteSize, Field(gt=0), NOT_LEARNED] = ByteSize(200_000_000_000)
     """Size the cache stays below: bytes, or a string such as "200 GB". The least recently used shards go first."""
-    keep_decoded: ByteSize = ByteSize(0)
+    keep_decoded: Annotated[ByteSize, NOT_LEARNED] = ByteSize(0)
     """Bytes of decoded clips (frames at short_side, sound, boxes) that each decoding process may keep in memory, or a
     string such as "2 GB": a dataset that fits is decoded once, and batches stay the same bit for bit. 0: none."""
     train_split: str = "train"
@@ -111,23 +116,23 @@ class DataRecipe(Settings):
     clips of one recording stay together. What experts are weighed on (distill.expert_weights)."""
     validation_split: str = "validation"
     """Split to validate on during training. The training split: the clips that hold_out holds out of it."""
-    test_split: str | None = None
+    test_split: Annotated[str | None, NOT_LEARNED] = None
     """Split that `karmma-dist eval` takes by default; None: the validation split."""
     modalities: list[str] = ["video", "flow", "audio"]
     """Modalities the model uses, of those the shards declare."""
-    heads: dict[str, Positive] = {}
+    heads: Annotated[dict[str, Positive], NOT_LEARNED] = {}
     """Number of classes per head, e.g. {verb: 97, noun: 300}: what `profile` goes by before there are shards. Training
     refuses shards of other classes. Empty: whatever the shards have."""
     modality_dropout: ModalityDropout = ModalityDropout()
     """Training-time modality dropout."""
     order: OrderRecipe = OrderRecipe()
     """How clips are mixed."""
-    num_workers: Annotated[int, Field(ge=0)] = 1
+    num_workers: Annotated[int, Field(ge=0), NOT_LEARNED] = 1
     """Decoding processes per rank."""
-    stall_s: Annotated[float, Field(ge=0)] = 120
+    stall_s: Annotated[float, Field(ge=0), NOT_LEARNED] = 120
     """Seconds without a batch after which the run ends and says what the decoding process is at; 0: it waits for ever.
     Needs num_workers of 1 or more."""
-    max_damaged_fraction: Probability = 0.001
+    max_damaged_fraction: Annotated[Probability, NOT_LEARNED] = 0.001
     """Damaged clips tolerated, as a fraction of the split, before the run ends with a list."""
     drop_nouns: list[int] = []
     """Validation clips of these noun classes are left out: Epic-Kitchens nouns that never occur in training [paper]."""
@@ -160,10 +165,10 @@ class EncoderRecipe(Settings):
     weights_ignore: list[str] = []
     """Patterns (`category.*`) of the encoder's keys that need not be in the weights, be of the right size there, or be
     known: they start at random, or stay unused, and are listed. All others must fit."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, NOT_LEARNED] = False
     """Keep only what goes into each block and compute the rest again in the backward pass: same gradients, less memory,
     about a third more time. swin3d_*, ast_t and stlt can."""
-    compile: bool = False
+    compile: Annotated[bool, NOT_LEARNED] = False
     """Run it through torch.compile: takes minutes for the first clips, for another number of them and for a single one;
     after that for no number. Not with ZeRO stage 3, whose sharded parameters come and go while the encoder runs."""
     options: dict[str, Any] = {}
@@ -231,7 +236,7 @@ class DistillRecipe(Settings):
     """Of the experts' weights: low, the best expert counts alone; high, all count alike [ours: 1]."""
     average: Literal["probabilities", "logits"] = "probabilities"
     """What of the experts is averaged: class probabilities [ours], or logits [Radevski]."""
-    shard_teacher: bool = False
+    shard_teacher: Annotated[bool, NOT_LEARNED] = False
     """Keep the teacher's parameters in pieces over the ranks (ZeRO-3) and gather them layer by layer: for teachers that
     do not fit on one device. Off: every rank holds all of it."""
 
@@ -296,45 +301,45 @@ class TrainingRecipe(Settings):
     """Passes over the training clips [paper]."""
     batch_size: Positive = 32
     """Clips per optimizer step, over all ranks and accumulation steps [paper: teacher 32, student 6]."""
-    max_micro_batch_size: Positive | None = None
+    max_micro_batch_size: Annotated[Positive | None, NOT_LEARNED] = None
     """Most clips per rank and forward pass: the accumulation follows from it and the number of ranks, so that a recipe
     runs on one device as on many. None: no limit."""
-    accumulation: Positive | None = None
+    accumulation: Annotated[Positive | None, NOT_LEARNED] = None
     """Forward passes per optimizer step on each rank, whatever max_micro_batch_size says. None: the fewest equal ones
     within that limit; without a limit, 1. The clips of a step are the same for any number."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3), NOT_LEARNED] = 1
     """DeepSpeed ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 + gradients, 3 + parameters."""
-    checkpoint_every_epochs: Positive = 1
+    checkpoint_every_epochs: Annotated[Positive, NOT_LEARNED] = 1
     """Epochs between checkpoints. The last epoch always saves."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Annotated[Positive, NOT_LEARNED] = 2
     """Newest checkpoints kept."""
     validate_every_epochs: Annotated[int, Field(ge=0)] = 5
     """Epochs between validations with every modality present; 0: only after the last epoch."""
-    log_every_steps: Positive = 10
+    log_every_steps: Annotated[Positive, NOT_LEARNED] = 10
     """Optimizer steps between lines of metrics.jsonl."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0), NOT_LEARNED] = 0
     """CPU threads of the model per rank; 0 leaves it to torch."""
     best_metric: str = "action_top1"
     """Validation metric whose best weights are kept in best/, e.g. noun_top5 or verb_loss (of losses the lowest)."""
-    offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload: Annotated[Literal["none", "optimizer", "parameters"], NOT_LEARNED] = "none"
     """What rests in CPU memory instead of the GPU's: nothing, the optimizer state (ZeRO 1 to 3), or the optimizer state
     and the parameters (ZeRO 3)."""
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    peak_tflops: Annotated[Annotated[float, Field(gt=0)] | None, NOT_LEARNED] = None
     """Peak of one device in the training precision, in 1e12 FLOP/s, for the MFU; None: known for common GPUs."""
-    profile_steps: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
+    profile_steps: Annotated[tuple[Annotated[int, Field(ge=0)], Positive] | None, NOT_LEARNED] = None
     """[start, stop]: trace optimizer steps start to stop - 1, counted from 0, into trace/rank0.json.gz."""
-    max_skipped_steps: Positive = 5
+    max_skipped_steps: Annotated[Positive, NOT_LEARNED] = 5
     """Optimizer steps in a row whose loss or gradient is not finite before the run gives up; each is left out."""
-    guard_every_steps: Annotated[int, Field(ge=0)] = 1000
+    guard_every_steps: Annotated[int, Field(ge=0), NOT_LEARNED] = 1000
     """Steps from one comparison of the ranks' graphs to the next, after that of the first step; 0: only that one."""
-    collective_timeout_s: Annotated[float, Field(ge=2)] = 60
+    collective_timeout_s: Annotated[float, Field(ge=2), NOT_LEARNED] = 60
     """Seconds after which a training step that waits for a rank ends the job with that rank's name; a process that is
     gone is noticed in half of it. A process's first step, validation and saving may take ten minutes."""
-    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every_steps: Annotated[int, Field(ge=0), NOT_LEARNED] = 0
     """Optimizer steps between checkpoints, counted from the beginning, beside those of whole epochs; 0: none."""
-    keep_every_epochs: Annotated[int, Field(ge=0)] = 0
+    keep_every_epochs: Annotated[int, Field(ge=0), NOT_LEARNED] = 0
     """Checkpoints of every so many epochs are kept for good, beside the newest ones; 0: none."""
 
     @model_validator(mode="after")
@@ -399,12 +404,12 @@ class Recipe(Settings):
 
     name: str
     """The run's name: its folder under `runs_dir`."""
-    runs_dir: str = "runs"
+    runs_dir: Annotated[str, NOT_LEARNED] = "runs"
     """Folder of all runs."""
     stage: Literal["supervised", "teacher", "distill"]
     """`supervised`: a model on labels alone. `teacher`: the same on frozen encoders. `distill`: a student taught online
     by a finished teacher."""
-    after: list[str] = []
+    after: Annotated[list[str], NOT_LEARNED] = []
     """Recipes whose runs this one builds on. Those not finished yet are trained first, on the same ranks."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Every random choice of the run follows from this."""
@@ -420,9 +425,9 @@ class Recipe(Settings):
     """Optimizer."""
     training: TrainingRecipe = TrainingRecipe()
     """Loop."""
-    evaluation: EvaluationRecipe = EvaluationRecipe()
+    evaluation: Annotated[EvaluationRecipe, NOT_LEARNED] = EvaluationRecipe()
     """Evaluation."""
-    slurm: SlurmRecipe = SlurmRecipe()
+    slurm: Annotated[SlurmRecipe, NOT_LEARNED] = SlurmRecipe()
     """Submission."""
 
     @property

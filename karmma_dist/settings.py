@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
-from karmma_dist.errors import UserError, nearest
+from karmma_dist.errors import UserError, nearest, one_line
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -26,6 +28,44 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+def mark(keyword: str) -> Any:
+    """Return a mark for fields, put on one as `Annotated[type, mark]`; the JSON schema shows it as `keyword: true`."""
+    return Field(json_schema_extra={keyword: True})
+
+
+def is_marked(field: FieldInfo, mark: Any) -> bool:
+    """True if the field of a section bears the mark."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and mark.json_schema_extra.items() <= extra.items()
+
+
+def unmarked(settings: Settings, mark: Any) -> dict[str, Any]:
+    """Return what the settings are as JSON values, without the fields and sections that bear the mark."""
+    dumped = settings.model_dump(mode="json")
+    kept = (name for name, field in type(settings).model_fields.items() if not is_marked(field, mark))
+    return {name: _unmarked(getattr(settings, name), dumped[name], mark) for name in kept}
+
+
+def _unmarked(value: Any, dumped: Any, mark: Any) -> Any:
+    if isinstance(value, Settings):
+        return unmarked(value, mark)
+    if isinstance(value, dict):
+        return {key: _unmarked(entry, dumped[key], mark) for key, entry in value.items()}
+    return dumped
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dictionaries by dotted name, e.g. "training.epochs"; an empty one is a value."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
+
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -77,7 +117,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected keys and values at the top level, found a {type(tree).__name__}")

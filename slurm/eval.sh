@@ -27,6 +27,7 @@ container=()              # pyxis: (--container-image=karmma.sqsh --container-mo
 say() { echo "$(date -Is) job $SLURM_JOB_ID $*"; }
 
 cd "${SLURM_SUBMIT_DIR:-.}"
+# shellcheck source=/dev/null
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 if [ $# -eq 0 ]; then set -- --subsets --sweep --seeds 3; fi
 

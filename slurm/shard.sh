@@ -28,6 +28,7 @@ container=()              # pyxis: (--container-image=karmma.sqsh --container-mo
 say() { echo "$(date -Is) job $SLURM_JOB_ID $*"; }
 
 cd "${SLURM_SUBMIT_DIR:-.}"
+# shellcheck source=/dev/null
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from sbatch
 

@@ -31,5 +31,6 @@ if [ "$1" != report ]; then
     exec bash "$script" "${recipes[$SLURM_ARRAY_TASK_ID]}"
 fi
 shift
+# shellcheck source=/dev/null
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 exec "${program[@]}" study "$@"

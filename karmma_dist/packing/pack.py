@@ -64,14 +64,19 @@ def plan_identity(plan: Plan, limit: int | None) -> dict[str, Any]:
     }
 
 
-def difference_between(manifest: dict[str, Any], identity: dict[str, Any]) -> str:
-    """What differs, in words: the first setting, or the clips."""
-    for name, value in identity["settings"].items():
-        former = manifest["settings"].get(name)
-        if former != value:
-            return f"{name} ({_shortest(former, value)})"
-    if manifest["plan"] != identity["plan"]:
-        former, now = manifest["plan"], identity["plan"]
+def difference_between(manifest: dict[str, Any], spec: PackingSpec, plan: dict[str, Any]) -> str:
+    """Return in words what differs between packed shards and what is to be packed; empty: nothing.
+
+    Args:
+        manifest: of the packed shards.
+        spec: of what is to be packed: the first setting that differs is named.
+        plan: likewise, as `plan_identity` gives it.
+    """
+    if differing := spec.differences(manifest["settings"]):
+        name, (former, now) = next(iter(differing.items()))
+        return f"{name} ({former}, now {now})"
+    if manifest["plan"] != plan:
+        former, now = manifest["plan"], plan
         if former["limit"] != now["limit"]:
             return f"limit ({former['limit']}, now {now['limit']})"
         num_former, num_now = (sum(plan["clips"].values()) for plan in (former, now))
@@ -110,13 +115,6 @@ def _limited(plan: Plan, limit: int | None) -> Plan:
 
     recordings = [replace(r, clips=tuple(c for c in r.clips if within(c))) for r in plan.recordings]
     return replace(plan, recordings=tuple(r for r in recordings if r.clips))
-
-
-def _shortest(former: Any, now: Any) -> str:
-    if isinstance(former, dict) and isinstance(now, dict):
-        key = next(key for key in {**former, **now} if former.get(key) != now.get(key))
-        return f"{key}: {former.get(key)}, now {now.get(key)}"
-    return f"{former}, now {now}"
 
 
 FAILURES = "failures.jsonl"
@@ -261,7 +259,7 @@ class _Run:
         try:
             manifest: dict[str, Any] = json.loads(path.read_text())
             facts_of(manifest)
-            difference = difference_between(manifest, self.identity)
+            difference = difference_between(manifest, self.spec, self.identity["plan"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: not a manifest of packed shards: choose another --out") from None
         if difference:

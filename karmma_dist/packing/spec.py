@@ -2,23 +2,26 @@
 
     spec = load_spec("epic_kitchens", raw="/data/epic", out="/scratch/shards/epic")
 
-A specification is a file of `shards/`; everything except `raw` and `out` is recorded in the shards' manifest.
+A specification is a file of `shards/`; the shards' manifest records all of it but the fields marked NOT_IN_BYTES.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from karmma_dist.settings import Settings, find_file, load_settings
+from karmma_dist.settings import Settings, find_file, flat, load_settings, mark, unmarked
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Crf = Annotated[int, Field(ge=0, le=51)]
+
+NOT_IN_BYTES = mark("not_in_bytes")
+"""Mark of the fields that do not decide the bytes of shards: a manifest neither records nor compares them."""
 
 
 class VideoSpec(Settings):
@@ -183,9 +186,9 @@ class PackingSpec(Settings):
     """Layout of the raw folder."""
     dataset: str
     """Name recorded in the manifest."""
-    raw: str
+    raw: Annotated[str, NOT_IN_BYTES]
     """Raw folder; ${VARIABLES} are expanded."""
-    out: str
+    out: Annotated[str, NOT_IN_BYTES]
     """Folder the shards are written to; ${VARIABLES} are expanded."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the permutation that spreads clips over shards."""
@@ -246,8 +249,45 @@ class PackingSpec(Settings):
         return [name for name, source in sources.items() if source != "none"]
 
     def recorded(self) -> dict[str, Any]:
-        """The settings as the manifest records them: all that bear on the bytes, no machine's paths."""
-        return self.model_dump(mode="json", exclude={"raw", "out"}, exclude_none=True)
+        """Return the settings as the manifest records them: all that decide bytes, no machine's paths."""
+        return {name: value for name, value in unmarked(self, NOT_IN_BYTES).items() if value is not None}
+
+    def differences(self, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return the settings that differ from a manifest's, by dotted name: the recorded value and this one.
+
+        A setting that is not recorded, because there was none of that name then, counts as its default. One that is
+        recorded and not known here differs, with None as the value here.
+        """
+        former, now = flat(_with_defaults(self, None, recorded)), flat(self.recorded())
+        names = [*now, *(name for name in former if name not in now)]
+        return {
+            name: (former.get(name), now.get(name)) for name in names if former.get(name) != now.get(name)
+        }
+
+
+def _with_defaults(section: Settings, default: Settings | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recorded settings of a section with the defaults of those that are not recorded.
+
+    Args:
+        section: as it is now; says which sections there are.
+        default: as it is where nothing is set; None: as its class says.
+        recorded: from a manifest.
+
+    Raises:
+        TypeError: a value is recorded where there is a section.
+    """
+    default = type(section).model_construct() if default is None else default
+    filled = dict(recorded)
+    for name in unmarked(section, NOT_IN_BYTES):
+        now, usual = getattr(section, name), getattr(default, name, None)
+        if isinstance(now, Settings):
+            inner = recorded.get(name, {})
+            if not isinstance(inner, Mapping):
+                raise TypeError(f"{name}: {inner!r} is no section")
+            filled[name] = _with_defaults(now, usual if isinstance(usual, Settings) else None, inner)
+        elif name not in recorded and usual is not None:
+            filled[name] = default.model_dump(mode="json", include={name})[name]
+    return filled
 
 
 def load_spec(

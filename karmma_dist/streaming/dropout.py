@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from karmma_dist.recipe import ModalityDropout
-from karmma_dist.streaming.order import random_words
+from karmma_dist.seeding import dropout_words
 
 _TO_UNIT = 2.0**-64
 
@@ -24,12 +24,12 @@ def keep_patterns(num_places: int, num_modalities: int, dropout: ModalityDropout
     if dropout.probability == 0:
         return np.ones((num_places, num_modalities), dtype=bool)
     if dropout.draw == "independent":
-        words = random_words(num_places * num_modalities, seed, 2 * epoch + 1)
+        words = dropout_words(num_places * num_modalities, seed, epoch)
         kept: np.ndarray = words.reshape(num_places, num_modalities) * _TO_UNIT >= dropout.probability
         return kept
     num_patterns = 2**num_modalities
     num_blocks = -(-num_places // num_patterns)
-    shuffle, jitter = random_words(2 * num_blocks * num_patterns, seed, 2 * epoch + 1).reshape(2, num_blocks, -1)
+    shuffle, jitter = dropout_words(2 * num_blocks * num_patterns, seed, epoch).reshape(2, num_blocks, -1)
     quantiles = (np.argsort(shuffle, axis=1, kind="stable") + jitter * _TO_UNIT) / num_patterns
     patterns = np.searchsorted(_cumulative(num_modalities, dropout.probability), quantiles.reshape(-1), side="right")
     return (patterns[:num_places, None] >> np.arange(num_modalities)) & 1 == 1

@@ -6,7 +6,6 @@ never shrinks and no clip loses a modality.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
@@ -16,13 +15,14 @@ import numpy as np
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import DataRecipe, InputRecipe, ViewsRecipe
+from karmma_dist.seeding import fallback_words, hold_out_word
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip, ClipMetadata, DamageError
 from karmma_dist.shards.remote import open_folder
 from karmma_dist.streaming.batch import Batch, Damage, Sample, collate
 from karmma_dist.streaming.decoded import DecodedClips
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
-from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, evaluation_slices, random_words
+from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, evaluation_slices
 from karmma_dist.streaming.reader import read_samples
 from karmma_dist.streaming.views import View, evaluation_views, training_view
 from karmma_dist.streaming.worker_status import Activity
@@ -179,7 +179,7 @@ class TrainingClips(_Clips):
         num, modalities = len(self.clips), len(self.data.modalities)
         self._clip_at = self._order.clips(epoch)
         self._keep = keep_patterns(num, modalities, self.data.modality_dropout, self.seed, epoch)
-        self._words = random_words(num, self.seed + 2**63, epoch)
+        self._words = fallback_words(num, self.seed, epoch)
         self._epoch = epoch
 
     def _samples(self, place: int, epoch: int, damage: list[Damage], activity: Activity) -> list[Sample]:
@@ -241,12 +241,8 @@ def is_wide(metadata: ClipMetadata) -> bool:
 
 
 def is_held_out(recording: str, fraction: float) -> bool:
-    """Return True if `data.hold_out` of this fraction holds the recording out: what a smaller one holds out, too.
-
-    The hash is another than that by which packing makes validation splits: those recordings are gone already.
-    """
-    digest = hashlib.blake2b(recording.encode(), digest_size=8, person=b"hold_out").digest()
-    return int.from_bytes(digest) < fraction * 2**64
+    """Return True if `data.hold_out` of this fraction holds the recording out: what a smaller one holds out, too."""
+    return hold_out_word(recording, "training") < fraction * 2**64
 
 
 def usable_clips(clips: list[Clip], modalities: list[str]) -> list[Clip]:

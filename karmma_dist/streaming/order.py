@@ -27,19 +27,12 @@ import numpy as np
 
 from karmma_dist.errors import UserError
 from karmma_dist.micro_batches import indivisible
-
-
-def random_words(num: int, *key: int) -> np.ndarray:
-    """`num` uniform 64-bit words that are a function of `key` (two non-negative integers at most) alone.
-
-    Philox is counter-based and its raw output is fixed for all time, unlike numpy's derived distributions.
-    """
-    return np.random.Philox(key=np.array([*key, 0][:2], dtype=np.uint64)).random_raw(num)
+from karmma_dist.seeding import order_words
 
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
     """Permutation of `range(num_clips)`, int64."""
-    return np.argsort(random_words(num_clips, seed, 2 * epoch), kind="stable")
+    return np.argsort(order_words(num_clips, seed, epoch), kind="stable")
 
 
 class ClipOrder:
@@ -82,7 +75,7 @@ class ClipOrder:
         """
         num, taken = self.num_clips, self.steps * self.batch_size
         num_shards = int(self._shard_of_clip.max(initial=-1)) + 1
-        words = random_words(num_shards + 2 * num, self.seed, 2 * epoch)
+        words = order_words(num_shards + 2 * num, self.seed, epoch)
         shard_words, clip_words, mix_words = np.split(words, [num_shards, num_shards + num])
         turn = np.empty(num_shards, dtype=np.int64)
         turn[np.argsort(shard_words, kind="stable")] = np.arange(num_shards)

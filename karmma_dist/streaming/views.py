@@ -5,26 +5,17 @@ Video and flow share one `View`; audio windows are centred on the same moments.
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
 from karmma_dist.modalities.contract import View
 from karmma_dist.modalities.video import VideoInput
 from karmma_dist.recipe import ViewsRecipe
+from karmma_dist.seeding import view_draws
 
 _LAST = float(np.nextafter(1.0, 0.0))
 """The last of a crop's places, which are counted in [0, 1)."""
 
 
-def unit_draws(num: int, seed: int, epoch: int, key: str) -> np.ndarray:
-    """`num` uniform draws from [0, 1), float64, that are a function of the other arguments alone.
-
-    SHAKE-128 of their text: a generator object per clip costs half a millisecond between two decodes, this a tenth.
-    """
-    words = np.frombuffer(hashlib.shake_128(f"{seed}/{epoch}/{key}".encode()).digest(8 * num), dtype="<u8")
-    draws: np.ndarray = (words >> np.uint64(11)) * 2.0**-53
-    return draws
 
 
 def training_view(video: VideoInput, num_stored: int, seed: int, epoch: int, key: str) -> View:
@@ -38,7 +29,7 @@ def training_view(video: VideoInput, num_stored: int, seed: int, epoch: int, key
         epoch: counted from 0.
         key: the clip's.
     """
-    draws = unit_draws(6 + video.num_frames, seed, epoch, key)
+    draws = view_draws(6 + video.num_frames, seed, epoch, key)
     top, left, flip = draws[:3].tolist()
     jitter = 1 + video.jitter * (2 * draws[3:6] - 1)
     if video.sampling == "segments" or num_stored == 0:

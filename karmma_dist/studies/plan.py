@@ -25,7 +25,7 @@ from karmma_dist.training.checkpoint.resume import differing_fields, refuse_othe
 
 State = Literal["finished", "to resume", "to train"]
 
-_NO_PART_OF_A_NAME = ("name", "runs_dir", "seed", "after", "data.shards")
+_NO_PART_OF_A_NAME = ("name", "seed", "data.shards")
 _LONGEST_SLUG = 40
 
 

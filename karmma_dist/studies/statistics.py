@@ -24,6 +24,7 @@ from karmma_dist.evaluation.metrics import curve_areas
 from karmma_dist.evaluation.scores import Outcomes
 from karmma_dist.evaluation.statistics.bootstrap import interval, percent_right, weighted
 from karmma_dist.evaluation.statistics.compare import holm
+from karmma_dist.seeding import bootstrap_generator
 from karmma_dist.studies.study import Column
 
 NUM_DRAWS = 2000
@@ -89,7 +90,7 @@ class Resampled:
         self.seeds = sorted({seed for of in outcomes.values() for seed in of})
         keys = sorted({key for of in outcomes.values() for one in of.values() for key in one.keys})
         self.num_clips = len(keys)
-        random = np.random.default_rng(seed)
+        random = bootstrap_generator(seed)
         num_S = len(self.seeds)
         self._seeds_DS = random.multinomial(num_S, np.full(num_S, 1 / max(1, num_S)), num_draws) if num_S else None
         metrics = list(dict.fromkeys(column.metric for column in columns))

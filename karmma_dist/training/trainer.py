@@ -37,10 +37,11 @@ from karmma_dist.models.weights import build_model
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.recipe import Recipe
 from karmma_dist.runs.folder import finished_names, read_state, validation_at, write_state
+from karmma_dist.seeding import forward_seed
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, check_heads, open_shards, training_batches
-from karmma_dist.streaming.order import Position, Schedule, random_words
+from karmma_dist.streaming.order import Position, Schedule
 from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.training.checkpoint.async_saver import Saver
 from karmma_dist.training.checkpoint.best import BestWeights
@@ -274,7 +275,7 @@ class Trainer:
 
     def _forward_backward(self, raw: Batch, forward: int, step: int) -> ForwardPass:
         """One forward and backward pass; the last of an accumulation updates the parameters."""
-        torch.manual_seed(int(random_words(1, self.recipe.seed, forward * self.world.size + self.world.rank)[0] >> 1))
+        torch.manual_seed(forward_seed(self.recipe.seed, forward, self.world.rank, self.world.size))
         batch = prepare(raw, self.recipe.inputs, self.engine.device, self.engine.dtype)
         guarded = self.guard.is_due(step)
         with self.guard.forward() if guarded else contextlib.nullcontext():

@@ -14,8 +14,8 @@ import argparse
 import numpy as np
 
 from karmma_dist.recipe import ModalityDropout
+from karmma_dist.seeding import fallback_words
 from karmma_dist.streaming.dropout import keep_patterns
-from karmma_dist.streaming.order import random_words
 
 _SWIN_B, _SWIN_T, _AST_T = 562.7, 175.5, 4.1
 WORK_M = np.array([_SWIN_B + 3 * _SWIN_T, _SWIN_B + 3 * _SWIN_T, _SWIN_B + 3 * _AST_T])
@@ -31,7 +31,7 @@ def slowest_over_mean(num_ranks: int, clips_per_rank: int, draw: str, num_steps:
     num_places = num_steps * num_ranks * clips_per_rank
     kept_NM = keep_patterns(num_places, len(WORK_M), dropout, seed, epoch=0).copy()
     empty = np.flatnonzero(~kept_NM.any(axis=1))
-    kept_NM[empty, random_words(num_places, seed + 2**63, 0)[empty] % len(WORK_M)] = True
+    kept_NM[empty, fallback_words(num_places, seed, 0)[empty] % len(WORK_M)] = True
     work = (kept_NM @ WORK_M).reshape(num_steps, num_ranks, clips_per_rank).sum(axis=2)
     return float((work.max(axis=1) / work.mean(axis=1)).mean())
 

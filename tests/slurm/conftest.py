@@ -22,17 +22,17 @@ import json, os, sys
 from karmma_dist.cli import main
 
 if "KEYS_FOLDER" in os.environ and sys.argv[1] == "train":
-    from karmma_dist.training import loop
+    from karmma_dist.training import trainer
 
     name = "-".join(os.environ.get(part, "0") for part in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_PROCID"))
-    prepare = loop.prepare
+    prepare = trainer.prepare
 
     def prepare_and_record(raw, *arguments):
         with open(os.path.join(os.environ["KEYS_FOLDER"], name), "a") as file:
             file.write(json.dumps(raw.keys) + "\\n")
         return prepare(raw, *arguments)
 
-    loop.prepare = prepare_and_record
+    trainer.prepare = prepare_and_record
 sys.exit(main())
 """
 

@@ -37,6 +37,7 @@ exit "${STATUS:-0}"
 case "$1 $2" in
 "show hostnames") printf "n7\\nn8\\n" ;;
 "show node") echo "NodeName=$3 NodeAddr=10.0.0.7 x" ;;
+"show job") printf "JobId=%s JobName=x\n   Command=%s a/b c\n   WorkDir=/\n" "$3" "${SUBMITTED:-}" ;;
 *) echo "scontrol $*" >> calls ;;
 esac
 """,
@@ -45,11 +46,12 @@ esac
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job's environment and folder, with srun, squeue and scontrol that write down how they were called."""
+    """A job's environment and checkout, with srun, squeue and scontrol that write down how they were called."""
     for name, body in _COMMANDS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "calls").touch()
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
     for name, value in {
         "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "40123",
         "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "3",
@@ -84,11 +86,39 @@ def test_every_script_is_sound_shell(script: Path) -> None:
         assert checked.returncode == 0, checked.stdout
 
 
-def test_teacher_and_student_are_submitted_alike() -> None:
-    """Each script is complete for somebody who copies it alone; what it does differs in its recipe."""
+def test_teacher_and_student_are_submitted_alike_and_trained_by_one_script() -> None:
     teacher, student = ((ROOT / "slurm" / name).read_text().splitlines() for name in ("teacher.sh", "distill.sh"))
     differing = [line for line, other in zip(teacher, student, strict=True) if line != other]
-    assert [line for line in differing if not line.startswith("#")] == ["recipe=recipes/epic_kitchens/teacher.yaml"]
+    assert [line for line in differing if not line.startswith("#")] == [
+        '. "$train" recipes/epic_kitchens/teacher.yaml "$@"'
+    ]
+    assert not [line for line in (ROOT / "slurm/train.sh").read_text().splitlines() if line.startswith("#SBATCH")]
+
+
+def test_a_script_launched_from_an_installation_finds_what_lies_beside_it(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job / "slurm").unlink()
+    copied = job / "spool" / "slurm_script"
+    copied.parent.mkdir()
+    shutil.copy(ROOT / "slurm/teacher.sh", copied)
+    monkeypatch.setenv("SUBMITTED", str(ROOT / "slurm/teacher.sh"))
+    done = subprocess.run(["bash", str(copied), "a.yaml"], capture_output=True, text=True, timeout=HANGS_S)
+    assert done.returncode == 0, done.stderr
+    assert "karmma-dist train a.yaml\n" in (job / "calls").read_text()
+
+
+@pytest.mark.parametrize("name", ["distill.sh", "teacher.sh"])
+@pytest.mark.parametrize("submitted", ["", "/gone/slurm/distill.sh"])
+def test_a_script_submitted_from_elsewhere_says_in_one_line_where_to_submit_it(
+    job: Path, monkeypatch: pytest.MonkeyPatch, name: str, submitted: str
+) -> None:
+    (job / "slurm").unlink()
+    monkeypatch.setenv("SUBMITTED", submitted)
+    done = run_script(name)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {job}: no slurm/train.sh: submit from the checkout\n"
+    assert (job / "calls").read_text() == ""
 
 
 @pytest.mark.parametrize(

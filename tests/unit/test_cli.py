@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -93,6 +94,16 @@ def test_steps_to_trace_that_make_no_sense_are_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_the_schema_of_recipes_shows_what_may_change_on_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    training = schema["$defs"]["TrainingRecipe"]["properties"]
+    assert training["log_every_steps"]["not_learned"] is True
+    assert training["log_every_steps"]["description"].startswith("Optimizer steps between lines")
+    assert "not_learned" not in training["epochs"]
+    assert schema["properties"]["slurm"]["not_learned"] is True
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.conditions import DROP_PROBS, Condition, build_conditions, keep, uniform
+from karmma_dist.evaluation.conditions import DROP_PROBS, Condition, build_conditions, keep
+from karmma_dist.seeding import uniform
 
 MODALITIES = ("video", "flow", "audio", "detections")
 

@@ -34,7 +34,7 @@ from karmma_dist.packing.tars import lock, staging, writer
 from karmma_dist.packing.tars.lock import folder_lock
 from karmma_dist.packing.verify.repair import repair
 from karmma_dist.packing.verify.verify import verify
-from karmma_dist.shards import format as shards
+from karmma_dist.shards.folder import ShardFolder
 
 UNIT_CLIPS = 32
 """A recording with as many is a unit of its own: two of them keep two workers busy."""
@@ -65,7 +65,7 @@ class SmallDisk:
         """What is packed or repaired inside is written to this disk; when it gets full, that is one clear error."""
         said = ""
         with pytest.MonkeyPatch.context() as patch:
-            for module in (shards, writer, pack_module, lock):
+            for module in (writer, pack_module, lock):
                 patch.setattr(module, "open", self.open, raising=False)
             patch.setattr(os, "fsync", self._counted(os.fsync))
             patch.setattr(os, "mkdir", self._counted(os.mkdir, lambda path, *_: not Path(path).exists()))
@@ -132,7 +132,7 @@ def expect_nothing_looks_whole(out: Path, reference: dict[str, str]) -> None:
     with pytest.raises(UserError):
         verify(out)
     with pytest.raises(UserError):
-        shards.ShardFolder(out)
+        ShardFolder(out)
 
 
 def test_a_disk_that_is_full_at_any_write_leaves_nothing_that_looks_whole(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,7 @@ from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars import staging
 from karmma_dist.packing.tars.assemble import shard_keys
 from karmma_dist.packing.tars.lock import folder_lock
+from karmma_dist.settings import flat
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import member_name
 
@@ -222,11 +226,35 @@ def test_packing_what_is_packed_does_nothing_and_other_settings_are_refused(
     assert summary.status == "already packed"
     assert summary.clips == {"train": 12, "validation": 1}
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
-    for fields, named in (({"seed": 1}, "seed"), ({"video": {"crf": 30}}, "crf: 23, now 30")):
+    for fields, named in (({"seed": 1}, "seed"), ({"video": {"crf": 30}}, r"another video\.crf \(23, now 30\)")):
         with pytest.raises(UserError, match=f"{named}.*another --out"):
             pack(spec(raw, out, **fields))
     with pytest.raises(UserError, match=r"limit \(None, now 2\).*another --out"):
         pack(spec(raw, out), limit=2)
+
+
+def test_shards_packed_before_a_setting_existed_go_on_where_the_setting_has_its_default(
+    raw: Path, packed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(packed, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    required = {name for name, field in PackingSpec.model_fields.items() if field.is_required()}
+    usual, now = flat(epic_spec(raw).recorded()), flat(spec(raw, out).recorded())
+    went_on = 0
+    for name in now:
+        *sections, own_name = name.split(".")
+        settings = json.loads(json.dumps(manifest["settings"]))
+        reduce(getitem, sections, settings).pop(own_name)
+        (out / "manifest.json").write_text(json.dumps({**manifest, "settings": settings}))
+        is_entry = len(sections) == 2  # of a dictionary, which is one setting
+        if now[name] == usual[name] and name not in required and not is_entry:
+            assert pack(spec(raw, out)).status == "already packed"
+            went_on += 1
+        else:
+            with pytest.raises(UserError, match=rf"packed with another {re.escape(name)} \(.*another --out"):
+                pack(spec(raw, out))
+    assert went_on >= 20
 
 
 def test_a_lost_or_cut_shard_is_packed_again_alike(raw: Path, packed: Path, tmp_path: Path) -> None:

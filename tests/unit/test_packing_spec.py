@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from settings_kit import fields_of, holder, with_another
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.spec import load_spec
+from karmma_dist.packing.spec import NOT_IN_BYTES, PackingSpec, load_spec
+from karmma_dist.settings import flat
 
 SPECS = sorted(path.stem for path in (Path(__file__).parents[2] / "shards").glob("*.yaml"))
 
@@ -68,3 +72,55 @@ def test_something_something_refuses_what_it_has_not(tmp_path: Path, text: str) 
 
 def test_a_modality_switched_off_is_not_declared(tmp_path: Path) -> None:
     assert load_spec(_spec(tmp_path, "flow: {source: none}\n")).modalities == ["video", "audio"]
+
+
+def _plain_defaults() -> Iterator[PackingSpec]:
+    for reader in get_args(PackingSpec.model_fields["reader"].annotation):
+        yield PackingSpec(reader=reader, dataset="test", raw="r", out="o")
+
+
+def _without(tree: dict[str, Any], path: str) -> dict[str, Any]:
+    """The tree without one entry."""
+    first, _, rest = path.partition(".")
+    if rest and first in tree:
+        return {**tree, first: _without(tree[first], rest)}
+    return {name: value for name, value in tree.items() if name != first}
+
+
+@pytest.mark.parametrize("spec", _plain_defaults(), ids=lambda spec: spec.reader)
+def test_a_setting_that_a_manifest_does_not_record_counts_as_its_default(spec: PackingSpec) -> None:
+    fields = fields_of(spec, NOT_IN_BYTES)
+    assert {name for name, is_free in fields.items() if is_free} == {"raw", "out"}
+    assert len(fields) > 25
+    for name, is_free in fields.items():
+        if name in ("epic_kitchens", "something_something", "plain"):
+            continue  # section of another reader, which this one refuses
+        recorded, changed = _without(spec.recorded(), name), with_another(spec, name)
+        section, own_name = holder(spec, name)
+        if type(section).model_fields[own_name].is_required() and not is_free:
+            assert list(spec.differences(recorded)) == [name]
+        else:
+            assert spec.differences(recorded) == {}
+        differing = list(changed.differences(recorded))
+        assert bool(differing) is not is_free
+        assert all(f"{other}.".startswith(f"{name}.") for other in differing)
+
+
+@pytest.mark.parametrize("spec", _plain_defaults(), ids=lambda spec: spec.reader)
+def test_a_section_that_a_manifest_does_not_record_counts_as_its_defaults(spec: PackingSpec) -> None:
+    recorded = spec.recorded()
+    sections = [name for name, value in recorded.items() if isinstance(value, dict)]
+    assert {"video", spec.reader} < set(sections)
+    for section in sections:
+        assert spec.differences(_without(recorded, section)) == {}
+    changed = with_another(spec, "video.crf")
+    assert changed.differences(_without(recorded, "video")) == {"video.crf": (23, 24)}
+
+
+def test_a_setting_that_is_recorded_and_not_known_here_differs() -> None:
+    spec = next(_plain_defaults())
+    recorded = spec.recorded()
+    recorded["video"]["sharpness"] = 3
+    assert spec.differences(recorded) == {"video.sharpness": (3, None)}
+    assert spec.differences(json.loads(json.dumps(spec.recorded()))) == {}
+    assert "video.sharpness" not in flat(spec.recorded())

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karmma_dist.recipe import ModalityDropout
+from karmma_dist.seeding import fallback_words
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
-from karmma_dist.streaming.order import random_words
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "dropout_balance.py"
 DRAWS = ["independent", "stratified"]
@@ -44,7 +44,7 @@ def distribution(probability: float, present: tuple[bool, ...]) -> dict[tuple[bo
 def brought(dropout: ModalityDropout, present_NM: np.ndarray, seed: int) -> list[tuple[bool, ...]]:
     """What the loader makes of the draw, place by place."""
     keep_NM = keep_patterns(*present_NM.shape, dropout, seed, epoch=0)
-    words = random_words(len(present_NM), seed + 2**63, 0).tolist()
+    words = fallback_words(len(present_NM), seed, 0).tolist()
     return [tuple(keep_present(*row).tolist()) for row in zip(keep_NM, present_NM, words, strict=True)]
 
 

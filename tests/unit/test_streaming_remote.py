@@ -24,11 +24,10 @@ from http_kit import Fault, Handler, Server, cut, serving, short, status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import UserError, masked
 from karmma_dist.io import cache as cache_module
 from karmma_dist.io import download
 from karmma_dist.io.cache import Cache, Content, FetchError
-from karmma_dist.io.download import masked
 from karmma_dist.io.files import sha256_of, write_json
 from karmma_dist.recipe import DataRecipe, InputRecipe, Recipe
 from karmma_dist.shards.folder import ShardFolder

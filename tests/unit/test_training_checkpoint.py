@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from settings_kit import fields_of, with_another
 
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
-from karmma_dist.recipe import Recipe, save_recipe
+from karmma_dist.recipe import NOT_LEARNED, DistillRecipe, Recipe, load_recipe, save_recipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.checkpoint import async_saver as saver
@@ -242,6 +244,47 @@ def test_a_run_taken_back_to_an_earlier_checkpoint_goes_on_from_there_also_after
     save(run, shards, 10)
     assert prepare_run_dir(run, WORLD, "auto") == str(middle)
     assert checkpoints(run.run_dir) == [early, middle, late]
+
+
+def student(tmp_path: Path, shards: Path) -> Recipe:
+    """A recipe in which every section is there."""
+    run = recipe(tmp_path, shards)
+    return run.model_copy(update={"stage": "distill", "distill": DistillRecipe(teacher="t")})
+
+
+def test_marked_fields_may_change_on_resume_and_each_other_is_refused_by_name(tmp_path: Path, shards: Path) -> None:
+    run = student(tmp_path, shards)
+    (path,) = save(run, shards, 5)
+    fields = fields_of(run, NOT_LEARNED)
+    assert {"training.log_every_steps", "slurm.nodes", "optimizer.lr"} < fields.keys()
+    for name, is_free in fields.items():
+        changed = with_another(run, name)
+        if changed.run_dir != run.run_dir:
+            shutil.copytree(run.run_dir, changed.run_dir)
+        save_recipe(run, changed.run_dir / "recipe.yaml")
+        if is_free:
+            start = prepare_run_dir(changed, WORLD, "auto")
+            assert start == str(changed.run_dir / "checkpoints" / path.name), name
+        else:
+            with pytest.raises(UserError, match=rf"another recipe \({re.escape(name)}[:.]"):
+                prepare_run_dir(changed, WORLD, "auto")
+
+
+def test_what_a_position_depends_on_is_not_marked(tmp_path: Path, shards: Path) -> None:
+    run = student(tmp_path, shards)
+    fields = fields_of(run, NOT_LEARNED)
+    decisive = [name for name in data_state(run, ShardFolder(shards)) if name in fields]
+    assert len(decisive) >= 8
+    assert not [name for name in decisive if fields[name]]
+
+
+def test_a_run_that_was_moved_with_its_folder_of_runs_goes_on(tmp_path: Path, shards: Path) -> None:
+    run = recipe(tmp_path, shards)
+    save(run, shards, 5)
+    save_recipe(run, run.run_dir / "recipe.yaml")
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    moved = load_recipe(str(tmp_path / "moved/run/recipe.yaml"), [f"runs_dir={tmp_path / 'moved'}"])
+    assert prepare_run_dir(moved, WORLD, "auto") == str(tmp_path / "moved/run/checkpoints/step-00000005")
 
 
 def test_other_recipes_are_refused_but_not_what_only_says_where_and_how_often(tmp_path: Path, shards: Path) -> None:

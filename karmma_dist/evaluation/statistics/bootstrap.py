@@ -15,6 +15,7 @@ import numpy as np
 
 from karmma_dist.evaluation.scores import Outcomes, Results
 from karmma_dist.evaluation.summary import Row, by_drop_prob, by_subset
+from karmma_dist.seeding import bootstrap_generator
 
 NUM_DRAWS = 1000
 LEVEL = 95.0
@@ -90,7 +91,7 @@ def percent_right(times_DN: np.ndarray, right_NK: np.ndarray, shown_NK: np.ndarr
 
 def _draws(num_clips: int, num_draws: int, seed: int) -> Iterator[np.ndarray]:
     """How often each clip is in each draw, float32 (some draws, N)."""
-    random = np.random.default_rng(seed)
+    random = bootstrap_generator(seed)
     for first in range(0, num_draws, _DRAWS_AT_ONCE):
         num = min(_DRAWS_AT_ONCE, num_draws - first)
         places = random.integers(num_clips, size=(num, num_clips)) + num_clips * np.arange(num)[:, None]

@@ -7,7 +7,6 @@ Columns: https://github.com/epic-kitchens/epic-kitchens-100-annotations.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from karmma_dist.packing.readers.tables import (
 )
 from karmma_dist.packing.records import ClipRecord, Plan, Recording, frames_of, inside
 from karmma_dist.packing.spec import EpicKitchensPaths, PackingSpec
+from karmma_dist.seeding import hold_out_word
 
 _Annotated = tuple[str, str, ClipRecord]
 """Participant, recording and one clip of it."""
@@ -84,7 +84,7 @@ def _held_out(found: list[_Annotated], paths: EpicKitchensPaths) -> list[_Annota
     def split_of(recording: str, clip: ClipRecord) -> str:
         if clip.split != "train":
             return clip.split
-        place = int.from_bytes(hashlib.blake2b(recording.encode(), digest_size=8).digest()) / 2**64
+        place = hold_out_word(recording, "packing") / 2**64
         for split, share in paths.hold_out.items():
             if place < share:
                 return split

@@ -19,6 +19,7 @@ import numpy as np
 
 from karmma_dist.packing.synthetic.scene import FPS, HEIGHT, NOUNS, SOUND_RATE, VERBS, WIDTH, Event, Scene, sound
 from karmma_dist.progress import Report
+from karmma_dist.seeding import kitchen_generator
 
 _COLUMNS = (
     "narration_id", "participant_id", "video_id", "narration_timestamp", "start_timestamp", "stop_timestamp",
@@ -64,7 +65,7 @@ def write_kitchen(
         for index in range(number):
             participant = f"P{first_participants[split] + index // _PER_PARTICIPANT:02d}"
             name = f"{participant}_{index % _PER_PARTICIPANT + 1:02d}"
-            random = np.random.default_rng([seed, split == "validation", index])
+            random = kitchen_generator(seed, split, index)
             events = _events(clips_per_recording, random)
             path = root / "EPIC-KITCHENS" / participant / "videos" / f"{name}.MP4"
             seen, heard = not (index % 6 == 5 and split == "train"), index % 6 != 3

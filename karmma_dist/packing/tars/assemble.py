@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -13,7 +12,6 @@ from typing import Any
 
 import av
 import cv2
-import numpy as np
 
 from karmma_dist import __version__
 from karmma_dist.io.files import sync, write_json
@@ -21,6 +19,7 @@ from karmma_dist.packing.records import Plan, is_of_the_machine
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.writer import Sample, shard_entry, write_shard
 from karmma_dist.progress import Report
+from karmma_dist.seeding import generator
 from karmma_dist.shards.format import Clip, DamageError, count_labels, facts_of, index_path, shard_name
 from karmma_dist.shards.index import copied_facts, indexed_clips, shard_index, with_facts
 
@@ -35,9 +34,7 @@ class Source:
 
 def shard_keys(keys: list[str], split: str, seed: int, clips_per_shard: int) -> list[list[str]]:
     """Spread a split's planned keys over shards of nearly equal size, by a permutation of their sorted order."""
-    digest = hashlib.blake2b(f"{seed}/{split}".encode(), digest_size=16).digest()
-    random = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
-    ordered = [sorted(keys)[place] for place in random.permutation(len(keys))]
+    ordered = [sorted(keys)[place] for place in generator(seed, split).permutation(len(keys))]
     num_shards = -(-len(keys) // clips_per_shard)
     return [
         ordered[number * len(keys) // num_shards : (number + 1) * len(keys) // num_shards]

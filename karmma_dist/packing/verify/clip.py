@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from karmma_dist.errors import one_line
 from karmma_dist.modalities import MODALITIES, DecodeError, StoredError
 from karmma_dist.packing.verify.problems import Finding
 from karmma_dist.shards.folder import ShardFolder
@@ -61,7 +62,7 @@ def check_clip(folder: ShardFolder, clip: Clip, split: str) -> Iterator[Finding 
         except StoredError as error:
             yield Finding(clip.shard, clip.key, name, error.kind, str(error))
         except DecodeError as error:
-            yield Finding(clip.shard, clip.key, name, "decode", " ".join(f"does not decode: {error}".split()))
+            yield Finding(clip.shard, clip.key, name, "decode", one_line(f"does not decode: {error}"))
 
 
 def _length(clip: Clip, name: str, metadata: ClipMetadata) -> Iterator[Finding | Shown]:

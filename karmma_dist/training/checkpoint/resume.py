@@ -8,11 +8,11 @@ from typing import Any
 
 from karmma_dist.distributed.collectives import gather
 from karmma_dist.distributed.world import World
-from karmma_dist.errors import UserError
-from karmma_dist.io.download import masked
+from karmma_dist.errors import UserError, masked
 from karmma_dist.progress import Report, silent
-from karmma_dist.recipe import Recipe, read_run_recipe, save_recipe
+from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
 from karmma_dist.runs.folder import BEST, ENSEMBLE, read_state, write_state
+from karmma_dist.settings import flat, unmarked
 from karmma_dist.training.checkpoint.checkpoint import checkpoints, find_damage, newest_whole, point_to
 
 
@@ -65,20 +65,12 @@ def _look_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
     return start
 
 
-_NOT_LEARNED = {
-    "slurm", "evaluation", "data.heads", "data.num_workers", "data.stall_s", "data.cache_dir", "data.cache_bytes",
-    "training.accumulation", "training.max_micro_batch_size",
-    "training.threads", "training.keep_checkpoints", "training.offload", "training.peak_tflops",
-    "training.profile_steps", "training.max_skipped_steps", "training.guard_every_steps",
-    "training.collective_timeout_s", "distill.shard_teacher",
-    "training.keep_every_epochs", "training.zero_stage",
-    "training.checkpoint_every_epochs", "training.checkpoint_every_steps",
-}  # fmt: skip
-"""Fields and sections that do not change what is learned."""
-
-
 def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
-    """Raise where the run folder holds another run: fields that change what is computed differ."""
+    """Refuse to go on with a run of another recipe.
+
+    Raises:
+        UserError: fields without the mark NOT_LEARNED differ; the first five are named with both values.
+    """
     differing = [f"{key}: {before} -> {now}" for key, (before, now) in differing_fields(saved, recipe).items()]
     if differing:
         raise UserError(
@@ -88,24 +80,16 @@ def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
 
 
 def differing_fields(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Return the fields that change what is learned and differ, with both values, in alphabetical order."""
-    before, now = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
-    for flat in (before, now):
-        for key, value in flat.items():
-            if isinstance(value, str):
-                flat[key] = masked(value)  # a new password or signature is no other run
+    """Return the fields without the mark NOT_LEARNED that differ, with both values, in alphabetical order."""
+    before, now = (
+        {
+            key: masked(value) if isinstance(value, str) else value  # a new password or signature is no other run
+            for key, value in flat(unmarked(recipe, NOT_LEARNED)).items()
+        }
+        for recipe in (first, second)
+    )
     return {
         key: (before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == i or key.startswith(f"{i}.") for i in _NOT_LEARNED)
+        if before.get(key) != now.get(key)
     }
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

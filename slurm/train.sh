@@ -1,0 +1,70 @@
+#!/bin/bash
+# Train on the nodes of a job: what distill.sh and teacher.sh do, which have the #SBATCH lines and are submitted.
+#
+#   . slurm/train.sh DEFAULT_RECIPE [RECIPE] [OPTIONS OF karmma-dist train]
+#
+# Read into the submitted script's own shell, whole and before its first line runs: a checkout may change meanwhile.
+
+set -euo pipefail
+recipe=$1
+shift
+if [ $# -gt 0 ] && [[ $1 != --* ]]; then recipe=$1; shift; fi
+restarts=${SLURM_RESTART_COUNT:-0}
+max_restarts=${KARMMA_DIST_MAX_RESTARTS:-20}
+program=(karmma-dist)     # apptainer: (apptainer exec --nv karmma.sif karmma-dist)
+container=()              # pyxis: (--container-image=karmma.sqsh --container-mounts="$PWD" --container-workdir="$PWD")
+
+say() { echo "$(date -Is) job $SLURM_JOB_ID $*"; }
+
+cd "${SLURM_SUBMIT_DIR:-.}"
+# shellcheck source=/dev/null
+if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
+if [ "$restarts" -gt "$max_restarts" ]; then
+    say "not started: it was restarted $restarts times and may be $max_restarts times; submit it again to go on"
+    exit 1
+fi
+
+# One address for all ranks: the first node's, as Slurm knows it (its name need not resolve).
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*}
+MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR=${MASTER_ADDR:-$first}
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from sbatch
+
+say "on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), restart $restarts of at most $max_restarts: $recipe $*"
+status=0
+if [ "${KARMMA_DIST_PREFLIGHT:-1}" -ne 0 ]; then  # a minute at most: device, shards, run folder, network of every rank
+    settings=()
+    for ((i = 1; i <= $#; i++)); do
+        next=$((i + 1))
+        case ${!i} in --set) settings+=(--set "${!next}") ;; --set=*) settings+=("${!i}") ;; esac
+    done
+    srun --label --kill-on-bad-exit=0 --wait=60 "${container[@]}" "${program[@]}" \
+        doctor --distributed "$recipe" "${settings[@]}" || status=$?
+fi
+# Ranks that saved end together: none is killed while others leave, so that their status 85 is srun's.
+[ "$status" -ne 0 ] ||
+    srun --label --kill-on-bad-exit=0 --wait=60 "${container[@]}" "${program[@]}" train "$recipe" "$@" || status=$?
+
+reason=
+if [ "$status" -ne 0 ] && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+    # Nobody cancelled the job, and Slurm has not requeued it itself.
+    if [ "$status" -eq 85 ]; then
+        reason="saved"
+    elif [ "$status" -eq 140 ] || [ "$status" -eq 143 ]; then
+        reason="warned before it had begun"  # USR2 or TERM ended a rank that did not listen yet
+    elif ! timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true; then
+        reason="a node is gone"
+    fi
+fi
+if [ -n "$reason" ] && [ "$restarts" -lt "$max_restarts" ]; then
+    say "ended with status $status, $reason: requeued"
+    scontrol requeue "$SLURM_JOB_ID" || say "is not requeued: Slurm refused"
+elif [ -n "$reason" ]; then
+    say "ended with status $status, $reason: not requeued after $restarts restarts; submit it again to go on"
+else
+    say "ended with status $status"
+fi
+exit "$status"
