@@ -12,18 +12,17 @@ import cv2
 import numpy as np
 
 from karmma_dist.errors import one_line
-from karmma_dist.packing.boxes import detections_json, read_boxes
-from karmma_dist.packing.flow import FlowEncoder, flow_of_files
-from karmma_dist.packing.hdf5_sound import read_sound
-from karmma_dist.packing.media import SAMPLE_RATE, Geometry, encode_flac, num_frames_between
-from karmma_dist.packing.movie import Movie, Picture, Shrinker, quarter_turns
-from karmma_dist.packing.movie_clip import EARLY_S, MovieClip, show_to_all
-from karmma_dist.packing.numbered_frames import NumberedFrames
-from karmma_dist.packing.pictures import ClipPictures, CutPictures
-from karmma_dist.packing.records import ClipRecord, CutClip, Failure, MediaError, Recording, media_error
-from karmma_dist.packing.sound import Sound
+from karmma_dist.modalities.audio.store import Sound, encode_flac, read_sound
+from karmma_dist.modalities.detections.store import detections_json, read_boxes
+from karmma_dist.modalities.encode import SAMPLE_RATE, Geometry, num_frames_between
+from karmma_dist.modalities.flow.store import FlowEncoder, flow_of_files
+from karmma_dist.modalities.numbered_frames import NumberedFrames
+from karmma_dist.modalities.pictures import EARLY_S, ClipPictures, CutPictures, MovieClip, show_to_all
+from karmma_dist.modalities.recording import ClipRecord, MediaError, Recording, media_error
+from karmma_dist.modalities.video_file import Movie, Picture, Shrinker, quarter_turns
+from karmma_dist.modalities.yuv import ToI420
+from karmma_dist.packing.records import CutClip, Failure
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.packing.yuv import ToI420
 
 
 def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip | Failure]:

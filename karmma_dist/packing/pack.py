@@ -25,11 +25,12 @@ from typing import Any
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_json, write_whole
 from karmma_dist.modalities import letters
-from karmma_dist.packing.flow import check_method
+from karmma_dist.modalities.flow.store import check_method
+from karmma_dist.modalities.recording import ClipRecord, Recording, is_of_the_machine
 from karmma_dist.packing.readers.csv_table import read_plain
 from karmma_dist.packing.readers.epic_kitchens import read_epic_kitchens
 from karmma_dist.packing.readers.something_something import read_something_something
-from karmma_dist.packing.records import ClipRecord, Failure, Plan, Recording, is_of_the_machine
+from karmma_dist.packing.records import Failure, Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.assemble import Source, assemble, made_with, packed_clips, shards_are_whole
 from karmma_dist.packing.tars.lock import folder_lock

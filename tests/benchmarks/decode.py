@@ -24,13 +24,14 @@ import cv2
 import numpy as np
 import torch
 
+from karmma_dist.modalities.audio.store import encode_flac
+from karmma_dist.modalities.encode import VideoEncoder
+from karmma_dist.modalities.flow.store import ComputedFlow
 from karmma_dist.modalities.stored_frames import chosen_frames, frame_numbers
-from karmma_dist.packing.flow import ComputedFlow
-from karmma_dist.packing.media import VideoEncoder, encode_flac
-from karmma_dist.packing.movie import Movie
+from karmma_dist.modalities.video_file import Movie
+from karmma_dist.modalities.yuv import ToI420
 from karmma_dist.packing.spec import FlowSpec, VideoSpec
 from karmma_dist.packing.synthetic.kitchen import write_kitchen
-from karmma_dist.packing.yuv import ToI420
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.batch import Sample, collate, prepare
 from karmma_dist.streaming.views import View, training_view

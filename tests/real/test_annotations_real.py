@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from real_data import real
 
+from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.pack import make_plan
 from karmma_dist.packing.readers.something_something import read_something_something
-from karmma_dist.packing.records import ClipRecord, Plan, Recording
+from karmma_dist.packing.records import Plan
 from karmma_dist.packing.spec import load_spec
 
 EPIC = {

@@ -18,11 +18,12 @@ import pytest
 import webdataset as wds
 from real_data import real
 
-from karmma_dist.packing.boxes import detections_json
+from karmma_dist.modalities.detections.store import detections_json
+from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.modalities.video_file import Movie
 from karmma_dist.packing.clip_cutter import cut_recording
-from karmma_dist.packing.movie import Movie
 from karmma_dist.packing.pack import pack
-from karmma_dist.packing.records import ClipRecord, CutClip, Failure, Recording
+from karmma_dist.packing.records import CutClip, Failure
 from karmma_dist.packing.spec import load_spec
 
 MEMBERS = {"video": "video.mp4", "flow": "flow.mp4", "audio": "audio.flac", "detections": "detections.json"}

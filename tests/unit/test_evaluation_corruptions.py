@@ -26,7 +26,7 @@ from karmma_dist.modalities import MODALITIES as ALL
 from karmma_dist.modalities import View
 from karmma_dist.modalities.audio import SAMPLE_RATE, AudioDescription
 from karmma_dist.modalities.breaking import span
-from karmma_dist.packing.flow import quantise_flow
+from karmma_dist.modalities.flow.store import quantise_flow
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.batch import Batch, Sample, UncutSignal, collate
 from tests.unit.decoding_kit import break_arrays, break_sound

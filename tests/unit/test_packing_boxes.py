@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing import boxes as boxes_module
-from karmma_dist.packing.boxes import detections_json, index_boxes, read_boxes
-from karmma_dist.packing.records import MediaError
+from karmma_dist.modalities.detections import store as boxes_module
+from karmma_dist.modalities.detections.store import detections_json, index_boxes, read_boxes
+from karmma_dist.modalities.recording import MediaError
 
 
 def _label(x0: float, y0: float, x1: float, y1: float, category: str = "cup") -> dict:

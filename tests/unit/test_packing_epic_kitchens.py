@@ -21,10 +21,11 @@ from packing_kit import (
 )
 
 from karmma_dist.errors import UserError
+from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import make_plan
 from karmma_dist.packing.readers.epic_kitchens import nominal_fps, read_epic_kitchens
-from karmma_dist.packing.records import ClipRecord, CutClip, Plan, Recording
+from karmma_dist.packing.records import CutClip, Plan
 
 
 def _one_line(error: pytest.ExceptionInfo[UserError]) -> str:

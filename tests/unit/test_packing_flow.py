@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from packing_kit import decode
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.flow import FlowEncoder, check_method, flow_of_files, quantise_flow, stored_flow
+from karmma_dist.modalities.flow.store import FlowEncoder, check_method, flow_of_files, quantise_flow, stored_flow
 from karmma_dist.packing.spec import FlowSpec, VideoSpec
 
 
@@ -63,7 +63,7 @@ def test_a_method_that_is_not_installed_is_one_clear_error() -> None:
 @pytest.mark.skipif(not hasattr(cv2, "optflow"), reason="OpenCV without its contrib modules")
 @pytest.mark.parametrize("method", ["dis", "tvl1"])
 def test_each_method_finds_a_known_motion(method: str) -> None:
-    from karmma_dist.packing.flow import flow_between
+    from karmma_dist.modalities.flow.store import flow_between
 
     base = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (96, 128)).astype(np.float32), (0, 0), 3)
     gray = cv2.normalize(base, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)

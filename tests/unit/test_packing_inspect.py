@@ -14,8 +14,8 @@ from packing_kit import write_frames
 
 from karmma_dist.errors import UserError
 from karmma_dist.modalities.detections.draw import draw_box
+from karmma_dist.modalities.detections.store import HAND, OBJECT
 from karmma_dist.modalities.flow.draw import flow_colours
-from karmma_dist.packing.boxes import HAND, OBJECT
 from karmma_dist.packing.inspect.inspect import contact_sheet, describe, describe_clip
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import PackingSpec

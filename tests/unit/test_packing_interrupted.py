@@ -25,10 +25,11 @@ from patience import HANGS_S
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
+from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing import pack as pack_module
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import pack
-from karmma_dist.packing.records import ClipRecord, CutClip, Recording
+from karmma_dist.packing.records import CutClip
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars import lock, staging, writer
 from karmma_dist.packing.tars.lock import folder_lock

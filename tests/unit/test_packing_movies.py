@@ -23,8 +23,9 @@ from packing_kit import (
     write_movie,
 )
 
+from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.clip_cutter import cut_recording
-from karmma_dist.packing.records import ClipRecord, CutClip, Recording
+from karmma_dist.packing.records import CutClip
 
 EARLY_S = 0.003
 """Containers round to milliseconds, and a frame 2 ms after a moment counts as shown at it."""

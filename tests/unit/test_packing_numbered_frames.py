@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from packing_kit import decode, number_picture, read_number, write_movie
 
+from karmma_dist.modalities.numbered_frames import NumberedFrames
+from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.clip_cutter import cut_recording
-from karmma_dist.packing.numbered_frames import NumberedFrames
-from karmma_dist.packing.records import ClipRecord, CutClip, Failure, Recording, frames_of
+from karmma_dist.packing.records import CutClip, Failure, frames_of
 from karmma_dist.packing.spec import PackingSpec
 
 LAYOUTS = [

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing_kit import Beeps, decode, decode_sound, epic_spec, heard_late_s, number_picture, write_movie
 
+from karmma_dist.modalities.audio.store import Sound
+from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.clip_cutter import cut_recording
-from karmma_dist.packing.records import ClipRecord, CutClip, Recording
-from karmma_dist.packing.sound import Sound
+from karmma_dist.packing.records import CutClip
 
 FLASHES = (1.0, 2.2, 3.0)
 STARTS = (0.0, 0.37, 0.933, 1.5)

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packing_kit import decode, epic_spec
 
+from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.modalities.yuv import ToI420, cropped, gray, planes, size_of, turned
 from karmma_dist.packing.clip_cutter import cut_recording
-from karmma_dist.packing.records import ClipRecord, CutClip, Recording
-from karmma_dist.packing.yuv import ToI420, cropped, gray, planes, size_of, turned
+from karmma_dist.packing.records import CutClip
 
 half_sizes = st.integers(1, 20)
 

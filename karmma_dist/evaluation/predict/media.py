@@ -15,9 +15,9 @@ from typing import Any
 import av
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.movie import Movie
+from karmma_dist.modalities.recording import MediaError
+from karmma_dist.modalities.video_file import Movie
 from karmma_dist.packing.pack import pack
-from karmma_dist.packing.records import MediaError
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.shards.folder import ShardFolder
 

@@ -74,7 +74,8 @@ def decoder() -> Iterator[dict[str, Any]]:
     import numpy as np
     from av.video.reformatter import Colorspace
 
-    from karmma_dist.packing.media import VideoEncoder, encode_flac
+    from karmma_dist.modalities.audio.store import encode_flac
+    from karmma_dist.modalities.encode import VideoEncoder
     from karmma_dist.packing.spec import VideoSpec
 
     encoder = VideoEncoder(64, 48, Fraction(10), 23, VideoSpec(), Colorspace.ITU709)

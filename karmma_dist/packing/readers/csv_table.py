@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.readers.tables import UniqueKeys, check_name, read_classes, rows, split_tables
-from karmma_dist.packing.records import ClipRecord, Plan, Recording, inside
+from karmma_dist.packing.records import Plan, inside
 from karmma_dist.packing.spec import PackingSpec
 
 _COLUMNS = ("key", "media", "start", "stop")

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.hdf5_sound import recordings_with_sound
+from karmma_dist.modalities.audio.store import recordings_with_sound
+from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.readers.tables import (
     SplitTables,
     UniqueKeys,
@@ -22,7 +23,7 @@ from karmma_dist.packing.readers.tables import (
     rows,
     split_tables,
 )
-from karmma_dist.packing.records import ClipRecord, Plan, Recording, frames_of, inside
+from karmma_dist.packing.records import Plan, frames_of, inside
 from karmma_dist.packing.spec import EpicKitchensPaths, PackingSpec
 from karmma_dist.seeding import hold_out_word
 

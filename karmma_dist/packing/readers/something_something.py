@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.packing.boxes import Span, index_boxes
+from karmma_dist.modalities.detections.store import Span, index_boxes
+from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.readers.tables import UniqueKeys, check_name, split_tables
-from karmma_dist.packing.records import ClipRecord, Plan, Recording, frames_of, inside, raw_file
+from karmma_dist.packing.records import Plan, frames_of, inside, raw_file
 from karmma_dist.packing.spec import PackingSpec, SomethingSomethingPaths
 
 

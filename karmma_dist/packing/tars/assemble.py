@@ -15,7 +15,8 @@ import cv2
 
 from karmma_dist import __version__
 from karmma_dist.io.files import sync, write_json
-from karmma_dist.packing.records import Plan, is_of_the_machine
+from karmma_dist.modalities.recording import is_of_the_machine
+from karmma_dist.packing.records import Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.writer import Sample, shard_entry, write_shard
 from karmma_dist.progress import Report

@@ -20,8 +20,9 @@ import av
 import cv2
 
 from karmma_dist.io.files import write_json
+from karmma_dist.modalities.recording import Recording, is_of_the_machine
 from karmma_dist.packing.clip_cutter import cut_recording
-from karmma_dist.packing.records import Failure, Plan, Recording, is_of_the_machine
+from karmma_dist.packing.records import Failure, Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.writer import Sample, clip_sample, write_tar
 from karmma_dist.shards.format import Clip

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.io.files import sha256_of, write_json
-from karmma_dist.packing.records import CutClip, Recording
+from karmma_dist.modalities.recording import Recording
+from karmma_dist.packing.records import CutClip
 from karmma_dist.shards.format import index_path, member_name
 from karmma_dist.shards.index import shard_index
 

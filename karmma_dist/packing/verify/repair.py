@@ -14,8 +14,8 @@ from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import sha256_of, sync, write_json
+from karmma_dist.modalities.recording import is_of_the_machine
 from karmma_dist.packing.pack import STAGING
-from karmma_dist.packing.records import is_of_the_machine
 from karmma_dist.packing.tars.lock import folder_lock
 from karmma_dist.packing.tars.writer import shard_entry
 from karmma_dist.packing.verify.problems import Finding

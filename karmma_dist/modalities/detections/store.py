@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.records import MediaError, media_error
+from karmma_dist.modalities.recording import MediaError, media_error
 
 HAND, OBJECT = 1, 2
 """Categories as they are stored; 0 is padding."""

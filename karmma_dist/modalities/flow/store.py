@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 
 from karmma_dist.errors import UserError
-from karmma_dist.packing.media import VideoEncoder, rounded
+from karmma_dist.modalities.encode import VideoEncoder, rounded
+from karmma_dist.modalities.yuv import gray
 from karmma_dist.packing.spec import FlowSpec, VideoSpec
-from karmma_dist.packing.yuv import gray
 
 _MOST_COMPARED = 16
 """Frames of a clip whose stored flow is compared with its source, at most."""

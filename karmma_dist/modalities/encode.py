@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
-from karmma_dist.packing.records import MediaError
+from karmma_dist.modalities.recording import MediaError
 from karmma_dist.packing.spec import VideoSpec
 
 SAMPLE_RATE = 16_000
@@ -117,18 +117,6 @@ class VideoEncoder:
             self._container.mux(packet)
         self._container.close()
         return self._file.getvalue()
-
-
-def encode_flac(samples: np.ndarray) -> bytes:
-    """Samples, int16 (N,), mono at 16 kHz -> FLAC."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="flac", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono", format="s16")
-        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-        frame.sample_rate = SAMPLE_RATE
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
-    return file.getvalue()
 
 
 def num_frames_between(start_s: float, stop_s: float, fps: Fraction) -> int:

@@ -23,7 +23,7 @@ from typing import Self
 import cv2
 import numpy as np
 
-from karmma_dist.packing.records import MediaError, media_error
+from karmma_dist.modalities.recording import MediaError, media_error
 
 _NUMBER = r"(\d+)\.jpe?g$"
 _PICTURE = re.compile(rf"(?:frame_|img_|image_)?{_NUMBER}", re.IGNORECASE)

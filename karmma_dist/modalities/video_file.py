@@ -17,10 +17,10 @@ import numpy as np
 from av.stream import Disposition
 
 from karmma_dist.errors import one_line
-from karmma_dist.packing.media import Geometry
-from karmma_dist.packing.records import is_of_the_machine, media_error
-from karmma_dist.packing.sound import CUT_TOLERANCE_S, Sound, Stretches
-from karmma_dist.packing.yuv import ToI420, cropped, turned
+from karmma_dist.modalities.audio.store import CUT_TOLERANCE_S, Sound, Stretches
+from karmma_dist.modalities.encode import Geometry
+from karmma_dist.modalities.recording import is_of_the_machine, media_error
+from karmma_dist.modalities.yuv import ToI420, cropped, turned
 
 
 class Movie:
