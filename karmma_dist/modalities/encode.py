@@ -16,7 +16,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from karmma_dist.modalities.recording import MediaError
-from karmma_dist.packing.spec import VideoSpec
+from karmma_dist.modalities.video import VideoSpec
 
 SAMPLE_RATE = 16_000
 """Of stored audio, Hz."""

@@ -14,11 +14,12 @@ import numpy as np
 from av.video.reformatter import Colorspace
 
 from karmma_dist.modalities.encode import VideoEncoder, num_frames_between, rounded
+from karmma_dist.modalities.flow import FlowSpec
 from karmma_dist.modalities.flow.store import ComputedFlow
 from karmma_dist.modalities.recording import ClipRecord, MediaError
+from karmma_dist.modalities.video import VideoSpec
 from karmma_dist.modalities.video_file import Movie, Picture
 from karmma_dist.modalities.yuv import size_of
-from karmma_dist.packing.spec import FlowSpec, VideoSpec
 
 
 class ClipPictures:

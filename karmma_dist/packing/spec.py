@@ -14,74 +14,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from karmma_dist.settings import Settings, find_file, flat, load_settings, mark, unmarked
+from karmma_dist.modalities.audio import AudioSpec
+from karmma_dist.modalities.detections import DetectionsSpec
+from karmma_dist.modalities.flow import FlowSpec
+from karmma_dist.modalities.video import VideoSpec
+from karmma_dist.settings import Positive, Settings, find_file, flat, load_settings, mark, unmarked
 
-Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Crf = Annotated[int, Field(ge=0, le=51)]
 
 NOT_IN_BYTES = mark("not_in_bytes")
 """Mark of the fields that do not decide the bytes of shards: a manifest neither records nor compares them."""
-
-
-class VideoSpec(Settings):
-    """How frames are stored: H.264, constant frame rate, closed groups of pictures, no B-frames."""
-
-    source: Literal["auto", "none"] = "auto"
-    """`auto`: the recording's movie, else its numbered frames. `none`: do not store video."""
-    short_side: Annotated[int, Field(ge=16)] = 256
-    """Short side in pixels; smaller sources keep their size."""
-    max_fps: Annotated[float, Field(gt=0)] = 30.0
-    """Stored frame rate: the source's own, but at most this."""
-    region: tuple[Fraction, Fraction, Fraction, Fraction] = (0.0, 0.0, 1.0, 1.0)
-    """Part of the picture that is kept, before resizing: left, top, right, bottom as fractions of the frame."""
-    crf: Crf = 23
-    """x264's constant rate factor: smaller is better and bigger."""
-    gop: Positive = 15
-    """Frames from one key frame to the next: short groups make sparse frames cheap to decode."""
-    preset: str = "veryfast"
-    """x264's preset."""
-
-    @model_validator(mode="after")
-    def _region_is_not_empty(self) -> VideoSpec:
-        left, top, right, bottom = self.region
-        if right - left < 0.01 or bottom - top < 0.01:
-            raise ValueError(f"region {list(self.region)} is empty: give left < right and top < bottom")
-        return self
-
-
-class FlowSpec(Settings):
-    """Optical flow, stored as one gray H.264 video of the same region and size as the video: u above v."""
-
-    source: Literal["auto", "files", "compute", "none"] = "auto"
-    """`files`: the raw dataset's flow frames. `compute`: between consecutive stored frames.
-    `auto`: files where there are any, else computed. `none`: do not store flow."""
-    method: Literal["dis", "tvl1"] = "dis"
-    """Of computed flow. `dis`: dense inverse search, fast. `tvl1`: what Epic-Kitchens published, 160 times
-    slower; needs the extra `tvl1`."""
-    bound: Annotated[float, Field(gt=0)] = 8.0
-    """Pixels (at the stored size, per flow frame) that are stored as 0 and 255; no motion is 127.5."""
-    files_bound: Annotated[float, Field(gt=0)] = 8.0
-    """Of flow files: pixels at the files' own size that their 0 and 255 stand for."""
-    crf: Crf = 20
-    """x264's constant rate factor."""
-
-
-class AudioSpec(Settings):
-    """Sound, stored as mono 16-bit FLAC at 16 kHz, cut to the clip's own seconds."""
-
-    source: Literal["auto", "movie", "hdf5", "none"] = "auto"
-    """`movie`: the movie's best audio stream. `hdf5`: the dataset's HDF5 file of sound (Epic-Kitchens only).
-    `auto`: the movie's, else the HDF5 file's. `none`: do not store sound."""
-
-
-class DetectionsSpec(Settings):
-    """Annotated boxes of hands and objects, one list per video frame."""
-
-    source: Literal["auto", "none"] = "auto"
-    """`auto`: the dataset's boxes, where it has any. `none`: do not store boxes."""
-    max_boxes: Positive = 14
-    """Boxes kept per frame, hands first [STLT's code: 14]."""
 
 
 class EpicKitchensPaths(Settings):

@@ -26,11 +26,12 @@ import torch
 
 from karmma_dist.modalities.audio.store import encode_flac
 from karmma_dist.modalities.encode import VideoEncoder
+from karmma_dist.modalities.flow import FlowSpec
 from karmma_dist.modalities.flow.store import ComputedFlow
 from karmma_dist.modalities.stored_frames import chosen_frames, frame_numbers
+from karmma_dist.modalities.video import VideoSpec
 from karmma_dist.modalities.video_file import Movie
 from karmma_dist.modalities.yuv import ToI420
-from karmma_dist.packing.spec import FlowSpec, VideoSpec
 from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.batch import Sample, collate, prepare

@@ -32,12 +32,13 @@ import numpy as np
 
 from karmma_dist.modalities.encode import SAMPLE_RATE, Geometry, x264_options
 from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.modalities.video import VideoSpec
 from karmma_dist.modalities.video_file import Movie, Shrinker
 from karmma_dist.modalities.yuv import ToI420, planes
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import make_plan
 from karmma_dist.packing.records import CutClip
-from karmma_dist.packing.spec import PackingSpec, VideoSpec, load_spec
+from karmma_dist.packing.spec import PackingSpec, load_spec
 from karmma_dist.packing.synthetic.kitchen import write_kitchen
 
 SPECS = {

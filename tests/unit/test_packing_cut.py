@@ -23,12 +23,14 @@ from packing_kit import (
 
 from karmma_dist.modalities.audio.store import encode_flac
 from karmma_dist.modalities.encode import Geometry
+from karmma_dist.modalities.flow import FlowSpec
 from karmma_dist.modalities.flow.store import quantise_flow
 from karmma_dist.modalities.pictures import ClipPictures
 from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.modalities.video import VideoSpec
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.records import CutClip, Failure
-from karmma_dist.packing.spec import FlowSpec, PackingSpec, VideoSpec
+from karmma_dist.packing.spec import PackingSpec
 
 FRAMES, FPS, PERIOD = 100, 25, 0.04
 

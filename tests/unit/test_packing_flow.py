@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from packing_kit import decode
 
 from karmma_dist.errors import UserError
+from karmma_dist.modalities.flow import FlowSpec
 from karmma_dist.modalities.flow.store import FlowEncoder, check_method, flow_of_files, quantise_flow, stored_flow
-from karmma_dist.packing.spec import FlowSpec, VideoSpec
+from karmma_dist.modalities.video import VideoSpec
 
 
 def _field(number: int, size: tuple[int, int] = (48, 64), reach: float = 4.0) -> np.ndarray:

@@ -17,8 +17,8 @@ from karmma_dist.modalities import DecodeError
 from karmma_dist.modalities.audio.store import encode_flac
 from karmma_dist.modalities.encode import VideoEncoder
 from karmma_dist.modalities.stored_frames import chosen_frames, frame_numbers, group_starts
+from karmma_dist.modalities.video import VideoSpec
 from karmma_dist.modalities.yuv import ToI420
-from karmma_dist.packing.spec import VideoSpec
 from karmma_dist.recipe import AudioInput, InputRecipe, VideoInput
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import DamageError

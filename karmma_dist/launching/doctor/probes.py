@@ -76,7 +76,7 @@ def decoder() -> Iterator[dict[str, Any]]:
 
     from karmma_dist.modalities.audio.store import encode_flac
     from karmma_dist.modalities.encode import VideoEncoder
-    from karmma_dist.packing.spec import VideoSpec
+    from karmma_dist.modalities.video import VideoSpec
 
     encoder = VideoEncoder(64, 48, Fraction(10), 23, VideoSpec(), Colorspace.ITU709)
     shades = np.linspace(40, 200, 10).astype(np.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,14 @@ class AudioInput(Settings):
     def num_steps(self) -> int:
         """Spectrogram columns of one window, at 80 samples a hop."""
         return self.window_samples // HOP + 1
+
+
+class AudioSpec(Settings):
+    """Sound, stored as mono 16-bit FLAC at 16 kHz, cut to the clip's own seconds."""
+
+    source: Literal["auto", "movie", "hdf5", "none"] = "auto"
+    """`movie`: the movie's best audio stream. `hdf5`: the dataset's HDF5 file of sound (Epic-Kitchens only).
+    `auto`: the movie's, else the HDF5 file's. `none`: do not store sound."""
 
 
 @dataclass(frozen=True)

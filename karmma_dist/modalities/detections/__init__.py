@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from karmma_dist.modalities.contract import Breakage, Description, Modality
 from karmma_dist.settings import Positive, Settings
@@ -21,6 +22,15 @@ class DetectionsInput(Settings):
     """Frames whose boxes are taken, at the same times as the video's [ours]."""
     max_boxes: Positive = 14
     """Boxes kept per frame, best score first [Radevski]."""
+
+
+class DetectionsSpec(Settings):
+    """Annotated boxes of hands and objects, one list per video frame."""
+
+    source: Literal["auto", "none"] = "auto"
+    """`auto`: the dataset's boxes, where it has any. `none`: do not store boxes."""
+    max_boxes: Positive = 14
+    """Boxes kept per frame, hands first [STLT's code: 14]."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from karmma_dist.modalities.contract import Breakage, Description, Modality
 from karmma_dist.modalities.video import (
@@ -15,9 +18,28 @@ from karmma_dist.modalities.video import (
     SPAN,
     SPANS,
     VIDEO,
+    Crf,
     VideoDescription,
     VideoInput,
 )
+from karmma_dist.settings import Settings
+
+
+class FlowSpec(Settings):
+    """Optical flow, stored as one gray H.264 video of the same region and size as the video: u above v."""
+
+    source: Literal["auto", "files", "compute", "none"] = "auto"
+    """`files`: the raw dataset's flow frames. `compute`: between consecutive stored frames.
+    `auto`: files where there are any, else computed. `none`: do not store flow."""
+    method: Literal["dis", "tvl1"] = "dis"
+    """Of computed flow. `dis`: dense inverse search, fast. `tvl1`: what Epic-Kitchens published, 160 times
+    slower; needs the extra `tvl1`."""
+    bound: Annotated[float, Field(gt=0)] = 8.0
+    """Pixels (at the stored size, per flow frame) that are stored as 0 and 255; no motion is 127.5."""
+    files_bound: Annotated[float, Field(gt=0)] = 8.0
+    """Of flow files: pixels at the files' own size that their 0 and 255 stand for."""
+    crf: Crf = 20
+    """x264's constant rate factor."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import numpy as np
 
 from karmma_dist.errors import UserError
 from karmma_dist.modalities.encode import VideoEncoder, rounded
+from karmma_dist.modalities.flow import FlowSpec
+from karmma_dist.modalities.video import VideoSpec
 from karmma_dist.modalities.yuv import gray
-from karmma_dist.packing.spec import FlowSpec, VideoSpec
 
 _MOST_COMPARED = 16
 """Frames of a clip whose stored flow is compared with its source, at most."""

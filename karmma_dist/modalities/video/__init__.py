@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from karmma_dist.modalities.contract import Breakage, Description, Modality, Pictures
 from karmma_dist.settings import Positive, Settings
 
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Crf = Annotated[int, Field(ge=0, le=51)]
+
 
 class VideoInput(Settings):
     """How many frames of video and flow a model sees, and which pixels of them."""
@@ -50,6 +53,32 @@ GRAINS = (0.05, 0.10, 0.15, 0.25, 0.40)
 SPAN = "{:.0%} of the clip, from a random moment on"
 SIGMA = "a Gaussian of {:.1%} of the picture's side (standard deviation)"
 GRAIN = "Gaussian noise of {:.0%} of the range (standard deviation)"
+
+
+class VideoSpec(Settings):
+    """How frames are stored: H.264, constant frame rate, closed groups of pictures, no B-frames."""
+
+    source: Literal["auto", "none"] = "auto"
+    """`auto`: the recording's movie, else its numbered frames. `none`: do not store video."""
+    short_side: Annotated[int, Field(ge=16)] = 256
+    """Short side in pixels; smaller sources keep their size."""
+    max_fps: Annotated[float, Field(gt=0)] = 30.0
+    """Stored frame rate: the source's own, but at most this."""
+    region: tuple[Fraction, Fraction, Fraction, Fraction] = (0.0, 0.0, 1.0, 1.0)
+    """Part of the picture that is kept, before resizing: left, top, right, bottom as fractions of the frame."""
+    crf: Crf = 23
+    """x264's constant rate factor: smaller is better and bigger."""
+    gop: Positive = 15
+    """Frames from one key frame to the next: short groups make sparse frames cheap to decode."""
+    preset: str = "veryfast"
+    """x264's preset."""
+
+    @model_validator(mode="after")
+    def _region_is_not_empty(self) -> VideoSpec:
+        left, top, right, bottom = self.region
+        if right - left < 0.01 or bottom - top < 0.01:
+            raise ValueError(f"region {list(self.region)} is empty: give left < right and top < bottom")
+        return self
 
 
 @dataclass(frozen=True)
