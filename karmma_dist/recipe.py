@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, ConfigDict, Field, model_validator
 
-from karmma_dist.errors import UserError, nearest
+from karmma_dist.errors import UserError
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.modalities.audio import AudioInput
 from karmma_dist.modalities.detections import DetectionsInput
 from karmma_dist.modalities.video import VideoInput
-from karmma_dist.settings import Positive, Settings, dump, find_file, load_settings, mark, validate
+from karmma_dist.settings import Positive, Settings, check_other_sections, dump, find_file, load_settings, mark
 
 _SHARED_OVERRIDES = ("runs_dir", "data.shards", "data.cache_dir", "data.cache_bytes", "data.num_workers")
 
@@ -48,13 +48,7 @@ class InputRecipe(Settings):
 
     @model_validator(mode="after")
     def _other_sections(self) -> InputRecipe:
-        known = {m.section: m.settings for m in MODALITIES.values()}
-        extra = self.__pydantic_extra__
-        assert extra is not None
-        for name in extra:
-            if name not in known:
-                raise ValueError(f"unknown section '{name}'{nearest(name, list(known))}; there are {', '.join(known)}")
-            extra[name] = validate(extra[name], known[name], f"inputs.{name}")
+        check_other_sections(self, {m.section: m.settings for m in MODALITIES.values()}, "inputs.")
         return self
 
     def section(self, modality: str) -> Any:

@@ -45,7 +45,8 @@ def unmarked(settings: Settings, mark: Any) -> dict[str, Any]:
     """Return what the settings are as JSON values, without the fields and sections that bear the mark."""
     dumped = settings.model_dump(mode="json")
     kept = (name for name, field in type(settings).model_fields.items() if not is_marked(field, mark))
-    return {name: _unmarked(getattr(settings, name), dumped[name], mark) for name in kept}
+    names = [*kept, *(settings.__pydantic_extra__ or {})]
+    return {name: _unmarked(getattr(settings, name), dumped[name], mark) for name in names}
 
 
 def _unmarked(value: Any, dumped: Any, mark: Any) -> Any:
@@ -54,6 +55,22 @@ def _unmarked(value: Any, dumped: Any, mark: Any) -> Any:
     if isinstance(value, dict):
         return {key: _unmarked(entry, dumped[key], mark) for key, entry in value.items()}
     return dumped
+
+
+def check_other_sections(settings: Settings, known: Mapping[str, type[Settings]], where: str = "") -> None:
+    """Check the sections that are no fields of the settings' class, each by the class that is known of it, in place.
+
+    Raises:
+        ValueError: one is not known.
+        UserError: one does not fit its class.
+    """
+    extra = settings.__pydantic_extra__ or {}
+    for name in extra:
+        if name not in known:
+            fields = [*type(settings).model_fields, *known]
+            raise ValueError(f"unknown key '{where}{name}'{nearest(name, fields)}")
+        if not isinstance(extra[name], Settings):
+            extra[name] = validate(extra[name], known[name], f"{where}{name}")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

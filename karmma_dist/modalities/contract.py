@@ -2,6 +2,7 @@
 
     Modality        name, letter, member, settings, and the parts below, each loaded when it is first asked for
       Description   the entry of a stored member in KEY.json
+      Storage       raw media -> bytes and descriptions (`storage.py`)
       Decoder       bytes -> arrays of the views that are asked for (no torch), and the check of stored bytes
       TensorMaker   arrays of a batch -> the tensor that encoders take, on the device
       Drawing       a cell of a contact sheet
@@ -25,6 +26,8 @@ from karmma_dist.settings import Settings
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
+
+    from karmma_dist.modalities.storage import Storage
 
 
 Part = TypeVar("Part")
@@ -276,6 +279,8 @@ class Modality:
     """Name of that section; modalities that share it are looked at alike."""
     description: type[Description]
     """Entry of a stored member in KEY.json."""
+    storage_part: str
+    """`module:attribute` of the storage."""
     decoder_part: str
     """`module:attribute` of the decoder."""
     tensors_part: str
@@ -290,6 +295,13 @@ class Modality:
     """True if what is stored lasts as long as its clip; else it may end with its recording."""
     is_jittered: bool = False
     """True if tensors take the view's jitter."""
+
+    @property
+    def storage(self) -> Storage:
+        """Part that packs."""
+        from karmma_dist.modalities.storage import Storage
+
+        return self._part("storage", self.storage_part, Storage)
 
     @property
     def decoder(self) -> Decoder:

@@ -1,4 +1,4 @@
-"""Pictures and samples -> the bytes of one clip's members, and the geometry they share.
+"""Encodes pictures as they are stored, in a geometry that video and flow share.
 
 Everything runs on one thread and writes no date, so that the same input gives the same bytes.
 """
@@ -17,9 +17,6 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from karmma_dist.modalities.recording import MediaError
 from karmma_dist.modalities.video import VideoSpec
-
-SAMPLE_RATE = 16_000
-"""Of stored audio, Hz."""
 
 MIN_SIDE = 16
 """Smallest picture that H.264 and DIS flow take, pixels."""

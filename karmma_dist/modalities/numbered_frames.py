@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,7 +24,8 @@ from typing import Self
 import cv2
 import numpy as np
 
-from karmma_dist.modalities.recording import MediaError, media_error
+from karmma_dist.modalities.encode import num_frames_between
+from karmma_dist.modalities.recording import ClipRecord, MediaError, media_error
 
 _NUMBER = r"(\d+)\.jpe?g$"
 _PICTURE = re.compile(rf"(?:frame_|img_|image_)?{_NUMBER}", re.IGNORECASE)
@@ -45,7 +47,7 @@ class NumberedFrames:
         MediaError: the tar cannot be read to its end, there is no frame in it, or frames in several layouts.
     """
 
-    def __init__(self, path: Path, modality: str) -> None:
+    def __init__(self, path: Path, modality: str = "video") -> None:
         self.path, self.modality = path, modality
         self._tar: tarfile.TarFile | None = None
         self._members: dict[tuple[str, int], tarfile.TarInfo | Path] = {}
@@ -201,3 +203,22 @@ def _filled(layout: str, component: str) -> str:
     """A layout as the files of one component are called."""
     letters = {"u": ("u", "x"), "v": ("v", "y")}.get(component, ("", ""))
     return layout.replace("{u}", letters[0]).replace("{x}", letters[1])
+
+
+def numbers_shown(
+    clip: ClipRecord, frames: NumberedFrames, start: int, stop: int | None, nominal: Fraction, fps: Fraction
+) -> list[int]:
+    """Return the file numbers that show the clip at `fps`: the first by its number, then as many as a video would give.
+
+    A clip of an untrimmed recording lasts from its start to its stop in seconds, as in a video file, so that either
+    source gives as many frames; a clip that is its whole recording lasts as long as there are files.
+
+    Raises:
+        MediaError: the clip lies outside of the files.
+    """
+    there = frames.clamped(start, stop)
+    stop_s = clip.start_s + len(there) / float(nominal) if clip.stop_s is None else clip.stop_s
+    wanted = [
+        there.start + int(place * nominal / fps) for place in range(num_frames_between(clip.start_s, stop_s, fps))
+    ]
+    return [number for number in wanted if number <= frames.last]

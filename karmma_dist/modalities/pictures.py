@@ -1,101 +1,154 @@
-"""One clip's stored pictures as they come: encodes the video, and the flow between them when it is computed.
-
-One clip while the pass over its movie goes on: which picture is stored for which of its moments.
-"""
+"""The pass over a recording's pictures: each is decoded once and stored for every clip that shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from av.video.reformatter import Colorspace
 
-from karmma_dist.modalities.encode import VideoEncoder, num_frames_between, rounded
-from karmma_dist.modalities.flow import FlowSpec
-from karmma_dist.modalities.flow.store import ComputedFlow
-from karmma_dist.modalities.recording import ClipRecord, MediaError
+from karmma_dist.modalities.encode import Geometry, num_frames_between
+from karmma_dist.modalities.numbered_frames import NumberedFrames, numbers_shown
+from karmma_dist.modalities.recording import ClipRecord, MediaError, Recording
+from karmma_dist.modalities.storage import PictureSink, SinkMaker, Stored
 from karmma_dist.modalities.video import VideoSpec
-from karmma_dist.modalities.video_file import Movie, Picture
-from karmma_dist.modalities.yuv import size_of
-
-
-class ClipPictures:
-    """Pictures of one clip -> its video and computed flow."""
-
-    def __init__(self, fps: Fraction, video: VideoSpec, flow: FlowSpec | None) -> None:
-        """`flow` None: no flow is computed."""
-        self.num_frames = 0
-        self._fps, self._video_spec, self._flow_spec = fps, video, flow
-        self._video: VideoEncoder | None = None
-        self._flow: ComputedFlow | None = None
-        self._size = (0, 0)
-
-    def add(self, picture: np.ndarray, colorspace: Colorspace) -> None:
-        """Append a stored picture, uint8 (3H/2, W) I420; all of one size and colour space."""
-        if self.num_frames == 0:
-            self._open(*size_of(picture), colorspace)
-        self.num_frames += 1
-        if self._video is not None:
-            self._video.add(picture)
-        if self._flow is not None:
-            self._flow.add(picture)
-
-    def finish(self) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
-        """Payload and description per modality."""
-        payloads: dict[str, bytes] = {}
-        described: dict[str, dict[str, Any]] = {}
-        if self._video is not None:
-            payloads["video"] = self._video.finish()
-            described["video"] = {
-                "width": self._size[0], "height": self._size[1], "fps": rounded(self._fps),
-                "num_frames": self._video.num_frames,
-            }  # fmt: skip
-        if self._flow is not None:
-            payloads["flow"], described["flow"] = self._flow.finish()
-        return payloads, described
-
-    def _open(self, height: int, width: int, colorspace: Colorspace) -> None:
-        self._size = (width, height)
-        if self._video_spec.source != "none":
-            spec = self._video_spec
-            self._video = VideoEncoder(width, height, self._fps, spec.crf, spec, colorspace)
-        if self._flow_spec is not None:
-            self._flow = ComputedFlow(width, height, self._fps, self._flow_spec, self._video_spec)
-
-
-@dataclass(slots=True)
-class CutPictures:
-    """What a pass over the pictures gave for one clip."""
-
-    payloads: dict[str, bytes] = field(default_factory=dict)
-    described: dict[str, dict[str, Any]] = field(default_factory=dict)
-    source_size: tuple[int, int] | None = None
-    """Width and height of the upright source."""
-    num_source_frames: int = 0
-    stop_s: float | None = None
-    """End of the last picture."""
-
+from karmma_dist.modalities.video_file import Picture, Shrinker, VideoFile, quarter_turns
+from karmma_dist.modalities.yuv import ToI420, size_of
 
 EARLY_S = 2e-3
 """A frame this much after a stored frame's moment counts as shown: many containers round to milliseconds."""
 
 
-class MovieClip:
-    """A clip while the pass goes over it: which of its stored frames come next."""
+class ClipPictures:
+    """The pictures of one clip as they come, handed to the sinks of all modalities that are made of them.
 
-    def __init__(self, clip: ClipRecord, fps: Fraction, video: VideoSpec, computed_flow: FlowSpec | None) -> None:
+    Args:
+        fps: Rate of what is stored.
+        makers: Per modality, what makes its sink.
+    """
+
+    def __init__(self, fps: Fraction, makers: Mapping[str, SinkMaker]) -> None:
+        self.num_frames = 0
+        self._fps, self._makers = fps, makers
+        self._sinks: dict[str, PictureSink] = {}
+
+    def add(self, picture: np.ndarray, colorspace: Colorspace) -> None:
+        """Append a stored picture, uint8 (3H/2, W) I420; all of one size and colour space."""
+        if self.num_frames == 0:
+            height, width = size_of(picture)
+            self._sinks = {name: make(width, height, self._fps, colorspace) for name, make in self._makers.items()}
+        self.num_frames += 1
+        for sink in self._sinks.values():
+            sink.add(picture)
+
+    def finish(self) -> dict[str, Stored]:
+        """Return the members that were made, by modality."""
+        return {name: sink.finish() for name, sink in self._sinks.items()}
+
+
+@dataclass(slots=True)
+class CutPictures:
+    """What the pass gave for one clip."""
+
+    stored: dict[str, Stored] = field(default_factory=dict)
+    """Members made of the pictures, by modality."""
+    source_size: tuple[int, int] | None = None
+    """Width and height of the upright source; None: nothing was seen of the clip."""
+    num_source_frames: int = 0
+    stop_s: float | None = None
+    """End of the last picture."""
+
+
+Outcome = tuple[ClipRecord, CutPictures | MediaError]
+
+
+def pass_over_pictures(
+    recording: Recording, video: VideoSpec, makers: Mapping[str, SinkMaker], source: VideoFile | NumberedFrames | None
+) -> Iterator[Outcome]:
+    """Yield every clip of a recording with its pictures, in the order in which the clips end.
+
+    Args:
+        recording: The clips.
+        video: Rate and geometry of what is stored.
+        makers: Per modality that is made of pictures, what makes its sink.
+        source: Where the pictures are; None: there are none, or nobody wants them.
+    """
+    if isinstance(source, VideoFile):
+        yield from _pass_over_video(recording, video, makers, source)
+    elif source is not None:
+        for clip in recording.clips:
+            try:
+                yield clip, _pictures_of_frames(clip, recording.nominal_fps, video, makers, source)
+            except MediaError as error:
+                yield clip, error
+    else:
+        yield from ((clip, CutPictures()) for clip in recording.clips)
+
+
+def _pass_over_video(
+    recording: Recording, video: VideoSpec, makers: Mapping[str, SinkMaker], file: VideoFile
+) -> Iterator[Outcome]:
+    shrinker, size, decoded_size = None, None, (0, 0)
+    fps = min(file.fps, Fraction(video.max_fps).limit_denominator(1001))
+    waiting = sorted(recording.clips, key=lambda clip: (clip.start_s, clip.key), reverse=True)
+    active: list[_ActiveClip] = []
+    shown: Picture | None = None
+    for time_s, frame in file.frames():
+        if shown is not None:
+            while waiting and waiting[-1].start_s < time_s - EARLY_S:
+                active.append(_ActiveClip(waiting.pop(), fps, makers))
+            yield from _show_to_all(active, shown, time_s, file, size)
+            if not waiting and not active:
+                return
+        if shrinker is None or (frame.width, frame.height) != decoded_size:
+            turns, decoded_size = quarter_turns(frame), (frame.width, frame.height)
+            size = decoded_size[::-1] if turns % 2 else decoded_size
+            try:
+                shrinker = Shrinker(Geometry.of(*size, video), turns, frame.colorspace)
+            except MediaError as error:
+                yield from ((clip, error) for clip in [*waiting, *(cut.clip for cut in active)])
+                return
+        shown = Picture(frame, time_s, shrinker)
+    active += [_ActiveClip(clip, fps, makers) for clip in reversed(waiting)]
+    if shown is not None:
+        yield from _show_to_all(active, shown, file.end_s, file, size)
+    yield from ((cut.clip, cut.finish(file, size)) for cut in active)
+
+
+def _pictures_of_frames(
+    clip: ClipRecord, nominal_fps: int, video: VideoSpec, makers: Mapping[str, SinkMaker], frames: NumberedFrames
+) -> CutPictures:
+    nominal = Fraction(nominal_fps)
+    fps = min(nominal, Fraction(video.max_fps).limit_denominator(1001))
+    pictures = ClipPictures(fps, makers)
+    size, geometry, to_i420 = None, None, ToI420()
+    numbers = numbers_shown(clip, frames, clip.start_frame, clip.stop_frame, nominal, fps)
+    for number in numbers:
+        picture = frames.read(number)
+        if geometry is None:
+            size = (picture.shape[1], picture.shape[0])
+            geometry = Geometry.of(*size, video)
+        elif size != (picture.shape[1], picture.shape[0]):
+            raise MediaError("video", "decode", f"{frames.path.name}: frames of the clip differ in size")
+        pictures.add(to_i420.of_rgb(geometry.shrink(picture)), to_i420.colorspace)
+    return CutPictures(pictures.finish(), size, len(numbers))
+
+
+class _ActiveClip:
+    """A clip while the pass goes over it: which picture is stored for which of its moments."""
+
+    def __init__(self, clip: ClipRecord, fps: Fraction, makers: Mapping[str, SinkMaker]) -> None:
         self.clip, self._fps = clip, float(fps)
-        self._stored = ClipPictures(fps, video, computed_flow)
+        self._stored = ClipPictures(fps, makers)
         self._wanted = None if clip.stop_s is None else num_frames_between(clip.start_s, clip.stop_s, fps)
         self._first_s = clip.start_s
         self._size: tuple[int, ...] | None = None
         self._problem: MediaError | None = None
 
     def show(self, picture: Picture, until_s: float) -> None:
-        """`picture` is on until `until_s`: store it for every moment of the clip before that."""
+        """Store `picture`, which is on until `until_s`, for every moment of the clip before that."""
         while not self.done and self.clip.start_s + self._stored.num_frames / self._fps < until_s - EARLY_S:
             image = picture.image()
             if self._stored.num_frames == 0:
@@ -107,36 +160,36 @@ class MovieClip:
 
     @property
     def done(self) -> bool:
-        """No picture after this one is needed."""
+        """True if no picture after this one is needed."""
         return self._problem is not None or self._stored.num_frames == self._wanted
 
-    def finish(self, movie: Movie, size: tuple[int, int] | None) -> CutPictures | MediaError:
-        """The clip's pictures, or what is wrong with them."""
+    def finish(self, file: VideoFile, size: tuple[int, int] | None) -> CutPictures | MediaError:
+        """Return the clip's pictures, or what is wrong with them."""
         try:
             if self._problem is not None:
                 raise self._problem
-            movie.damage.check("video", *self._span(movie))
+            file.damage.check("video", *self._span(file))
             if self._stored.num_frames == 0:
-                text = f"starts at {self.clip.start_s:.2f} s, the video ends at {movie.end_s:.2f} s"
+                text = f"starts at {self.clip.start_s:.2f} s, the video ends at {file.end_s:.2f} s"
                 raise MediaError("video", "cut", text)
         except MediaError as error:
             return error
         stop_s = self.clip.start_s + self._stored.num_frames / self._fps
-        return CutPictures(*self._stored.finish(), size, movie.num_frames, round(stop_s, 6))
+        return CutPictures(self._stored.finish(), size, file.num_frames, round(stop_s, 6))
 
-    def _span(self, movie: Movie) -> tuple[float, float]:
-        """From the first picture shown to the last moment stored, or to the clip's end when the movie ends before."""
+    def _span(self, file: VideoFile) -> tuple[float, float]:
+        """From the first picture shown to the last moment stored, or to the clip's end when the file ends before."""
         if self.done:
             return self._first_s, self.clip.start_s + (self._stored.num_frames - 1) / self._fps
-        return self._first_s, max(movie.end_s, self.clip.stop_s or 0.0)
+        return self._first_s, max(file.end_s, self.clip.stop_s or 0.0)
 
 
-def show_to_all(
-    active: list[MovieClip], picture: Picture, until_s: float, movie: Movie, size: tuple[int, int] | None
-) -> Iterator[tuple[ClipRecord, CutPictures | MediaError]]:
+def _show_to_all(
+    active: list[_ActiveClip], picture: Picture, until_s: float, file: VideoFile, size: tuple[int, int] | None
+) -> Iterator[Outcome]:
     """Show a picture to all active clips; yield and remove those that are done."""
     for cut in list(active):
         cut.show(picture, until_s)
         if cut.done:
             active.remove(cut)
-            yield cut.clip, cut.finish(movie, size)
+            yield cut.clip, cut.finish(file, size)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -26,8 +28,17 @@ class ClipRecord:
     there is, wherever the numbers start."""
     stop_frame: int | None = None
     """File number where the clip ends, not part of it; None: the last one there is."""
-    boxes: tuple[int, int] | None = None
-    """First byte and length of the clip's entry in the boxes file; None: no boxes."""
+    entries: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Per modality whose file has an entry for each clip: first byte and length of this clip's; none: it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFile:
+    """A file, or a folder or tar of numbered frames, of one modality of a recording."""
+
+    path: Path
+    rate: int = 1
+    """What its modality has to know of its clock: samples per second, or numbered frames per frame of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +48,14 @@ class Recording:
     name: str
     participant: str
     clips: tuple[ClipRecord, ...]
-    movie: Path | None = None
-    """Container file with video, sound or both."""
-    rgb_frames: Path | None = None
-    """Tar or folder of frame_0000000001.jpg, ...; used where the movie has no video."""
-    flow_frames: Path | None = None
-    """Tar or folder of u/frame_0000000001.jpg, ... and v/..., or another layout of `numbered_frames`."""
-    sound_hdf5: Path | None = None
-    """HDF5 file with a dataset of this recording's name."""
-    sound_hdf5_rate: int = 24_000
-    """Samples per second in it."""
-    boxes: Path | None = None
-    """JSON file of annotated boxes that has the clip's."""
+    video_file: Path | None = None
+    """Container file with video, audio or both."""
+    frames: Path | None = None
+    """Tar or folder of frame_0000000001.jpg, ...; used where the video file has no video."""
+    media: Mapping[str, MediaFile] = field(default_factory=dict)
+    """Files of single modalities, by name."""
     nominal_fps: int = 60
-    """Frame rate of `rgb_frames` and of the clips' frame numbers."""
-    rgb_frames_per_flow_frame: int = 1
-    """2: flow was computed at half the nominal rate."""
+    """Frame rate of numbered frames and of the clips' frame numbers."""
 
 
 class MediaError(Exception):
@@ -89,3 +92,35 @@ def media_error(error: BaseException, modality: str, stage: str, text: str) -> M
         assert isinstance(error, OSError)
         raise OSError(error.errno, error.strerror, error.filename) from error
     return MediaError(modality, stage, text)
+
+
+CUT_TOLERANCE_S = 0.5
+"""A stream that ends this much before the end its container declares is cut."""
+
+
+@dataclass(slots=True)
+class Stretches:
+    """Stretches of time that could not be decoded."""
+
+    spans: list[tuple[float, float, str]] = field(default_factory=list)
+    """Start, stop, why."""
+    open: tuple[float, str] | None = None
+    """Start of a stretch that has not ended yet."""
+
+    def start(self, time_s: float, why: str) -> None:
+        """Damage from here on."""
+        if self.open is None:
+            self.open = (time_s, why)
+
+    def stop(self, time_s: float) -> None:
+        """Whole again."""
+        if self.open is not None and time_s > self.open[0]:
+            self.spans.append((self.open[0], time_s, self.open[1]))
+            self.open = None
+
+    def check(self, modality: str, start_s: float, stop_s: float) -> None:
+        """Raise MediaError when [start_s, stop_s] meets a stretch."""
+        spans = [*self.spans, (self.open[0], math.inf, self.open[1])] if self.open else self.spans
+        for start, stop, why in spans:
+            if start <= stop_s and start_s < stop:
+                raise MediaError(modality, "decode", f"damaged at {start:.2f} s: {why}")

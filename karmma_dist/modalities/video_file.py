@@ -17,13 +17,12 @@ import numpy as np
 from av.stream import Disposition
 
 from karmma_dist.errors import one_line
-from karmma_dist.modalities.audio.store import CUT_TOLERANCE_S, Sound, Stretches
 from karmma_dist.modalities.encode import Geometry
-from karmma_dist.modalities.recording import is_of_the_machine, media_error
+from karmma_dist.modalities.recording import CUT_TOLERANCE_S, Stretches, is_of_the_machine, media_error
 from karmma_dist.modalities.yuv import ToI420, cropped, turned
 
 
-class Movie:
+class VideoFile:
     """A container file, opened for one pass. Its best video and audio streams count.
 
     Raises:
@@ -35,7 +34,7 @@ class Movie:
         try:
             self._container = av.open(str(path))
         except (av.error.FFmpegError, OSError) as error:
-            raise media_error(error, "video", "open", f"{path.name}: {_reason(error)}") from None
+            raise media_error(error, "video", "open", f"{path.name}: {reason(error)}") from None
         self._origin_s = max((self._container.start_time or 0) / av.time_base, 0.0)
         self.video: Any = self._container.streams.best("video")
         """Its best video stream, or None; the cover of a song is none."""
@@ -84,35 +83,28 @@ class Movie:
         if declared is not None and self.end_s < declared - CUT_TOLERANCE_S:
             self.damage.start(self.end_s, f"ends at {self.end_s:.2f} of {declared:.2f} s")
 
-    def sound(self) -> Sound | None:
-        """Decode the whole best audio stream; None when there is none.
+    def audio_frames(self) -> Iterator[tuple[Any, float | None, str]]:
+        """Yield (frame, time, "") of the best audio stream in a pass of its own, and (None, time, why) for damage.
 
-        Raises:
-            MediaError: it cannot be opened or converted. Stretches that do not decode go to its `damage`.
+        Times are seconds from the start of the file; None: the frame follows the one before it.
         """
-        try:
-            return self._sound()
-        except (av.error.FFmpegError, ValueError) as error:
-            raise media_error(error, "audio", "open", f"{self.path.name}: {_reason(error)}") from None
-
-    def _sound(self) -> Sound | None:
         with av.open(str(self.path)) as container:
             stream = container.streams.best("audio")
             if stream is None:
-                return None
+                return
             stream.codec_context.thread_count = 1
-            sound = Sound(self._declared_end_s(stream))
-            end_s = 0.0
             for frame, time_s, problem in _decode(container, stream):
-                time_s = end_s if time_s is None else time_s - self._origin_s
-                if frame is None:
-                    sound.damage.start(time_s, problem)
-                    continue
-                sound.damage.stop(time_s)
-                sound.add(frame, time_s)
-                end_s = time_s + frame.samples / frame.sample_rate
-            sound.finish()
-            return sound
+                yield frame, None if time_s is None else time_s - self._origin_s, problem
+
+    def audio_end_s(self) -> float | None:
+        """Where the best audio stream ends by the container's word; None: it does not say, or there is no audio."""
+        stream = self._container.streams.best("audio")
+        return None if stream is None else self._declared_end_s(stream)
+
+    @property
+    def has_audio(self) -> bool:
+        """True if there is an audio stream."""
+        return self._container.streams.best("audio") is not None
 
     def _declared_end_s(self, stream: Any) -> float | None:
         """Where the stream ends by its container's word."""
@@ -173,18 +165,18 @@ def _decode(container: Any, stream: Any) -> Iterator[tuple[Any, float | None, st
         except av.error.FFmpegError as error:
             if is_of_the_machine(error):
                 raise
-            yield None, None, _reason(error)
+            yield None, None, reason(error)
             return
         try:
             frames = packet.decode()
         except av.error.FFmpegError as error:
-            yield None, None if packet.pts is None else float(packet.pts * packet.time_base), _reason(error)
+            yield None, None if packet.pts is None else float(packet.pts * packet.time_base), reason(error)
             continue
         for frame in frames:
             yield frame, frame.time, ""
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first sentence of FFmpeg's complaint."""
     text = getattr(error, "strerror", None) or str(error)
     return one_line(str(text).split(";")[0])

@@ -24,8 +24,7 @@ from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_json, write_whole
-from karmma_dist.modalities import letters
-from karmma_dist.modalities.flow.store import check_method
+from karmma_dist.modalities import MODALITIES, letters
 from karmma_dist.modalities.recording import ClipRecord, Recording, is_of_the_machine
 from karmma_dist.packing.readers.csv_table import read_plain
 from karmma_dist.packing.readers.epic_kitchens import read_epic_kitchens
@@ -50,7 +49,8 @@ def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
     readers = {
         "epic_kitchens": read_epic_kitchens, "something_something": read_something_something, "plain": read_plain,
     }  # fmt: skip
-    check_method(spec.flow)
+    for name, section in spec.sections().items():
+        MODALITIES[name].storage.check_settings(section)
     return _limited(_with_media(readers[spec.reader](spec), spec), limit)
 
 
@@ -99,7 +99,8 @@ def _with_media(plan: Plan, spec: PackingSpec) -> Plan:
 
 
 def _has_media(recording: Recording) -> bool:
-    return any((recording.movie, recording.rgb_frames, recording.flow_frames, recording.sound_hdf5))
+    alone = (name for name in recording.media if not MODALITIES[name].storage.needs_pictures)
+    return recording.video_file is not None or recording.frames is not None or any(alone)
 
 
 def _limited(plan: Plan, limit: int | None) -> Plan:

@@ -12,18 +12,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.modalities.audio import AudioSpec
 from karmma_dist.modalities.detections import DetectionsSpec
 from karmma_dist.modalities.flow import FlowSpec
 from karmma_dist.modalities.video import VideoSpec
-from karmma_dist.settings import Positive, Settings, find_file, flat, load_settings, mark, unmarked
+from karmma_dist.settings import (
+    Positive,
+    Settings,
+    check_other_sections,
+    find_file,
+    flat,
+    load_settings,
+    mark,
+    unmarked,
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 NOT_IN_BYTES = mark("not_in_bytes")
 """Mark of the fields that do not decide the bytes of shards: a manifest neither records nor compares them."""
+
+
+_NOT_READ = {
+    "epic_kitchens": ("detections",),
+    "something_something": ("audio", "participants"),
+    "plain": ("detections",),
+}
+"""Sections of the specification that say nothing to a reader."""
 
 
 class EpicKitchensPaths(Settings):
@@ -122,7 +140,9 @@ class PlainPaths(Settings):
 
 
 class PackingSpec(Settings):
-    """How a raw dataset becomes shards."""
+    """How a raw dataset becomes shards. Modalities of other packages have sections of their own, by their names."""
+
+    model_config = ConfigDict(extra="allow")
 
     reader: Literal["epic_kitchens", "something_something", "plain"]
     """Layout of the raw folder."""
@@ -159,11 +179,17 @@ class PackingSpec(Settings):
         return str(Path(path).expanduser())
 
     @model_validator(mode="after")
+    def _other_sections(self) -> PackingSpec:
+        own = {name: m.storage.settings for name, m in MODALITIES.items() if name not in type(self).model_fields}
+        check_other_sections(self, own)
+        return self
+
+    @model_validator(mode="after")
     def _only_what_the_reader_reads(self) -> PackingSpec:
         for other in {"epic_kitchens", "something_something", "plain"} - {self.reader}:
             if getattr(self, other) is not None:
                 raise ValueError(f"section '{other}' has no effect with reader '{self.reader}': remove it")
-        for section in ("audio", "participants") if self.reader == "something_something" else ("detections",):
+        for section in _NOT_READ[self.reader]:
             if section in self.model_fields_set:
                 raise ValueError(f"'{section}' has no effect with reader '{self.reader}': remove it")
         if self.reader == "epic_kitchens":
@@ -183,12 +209,12 @@ class PackingSpec(Settings):
     @property
     def modalities(self) -> list[str]:
         """Modalities every clip declares, present or null."""
-        sources: dict[str, str] = {"video": self.video.source, "flow": self.flow.source}
-        if self.reader == "something_something":
-            sources["detections"] = self.detections.source
-        else:
-            sources["audio"] = self.audio.source
-        return [name for name, source in sources.items() if source != "none"]
+        sections = self.sections()
+        return [name for name in sections if name not in _NOT_READ[self.reader] and sections[name].source != "none"]
+
+    def sections(self) -> dict[str, Any]:
+        """Return the section of every modality, by name, in the order of the table; those of others where given."""
+        return {name: getattr(self, name) for name in MODALITIES if hasattr(self, name)}
 
     def recorded(self) -> dict[str, Any]:
         """Return the settings as the manifest records them: all that decide bytes, no machine's paths."""

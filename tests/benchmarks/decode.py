@@ -24,13 +24,13 @@ import cv2
 import numpy as np
 import torch
 
-from karmma_dist.modalities.audio.store import encode_flac
+from karmma_dist.modalities.audio.store import encode_flac, sound_of
 from karmma_dist.modalities.encode import VideoEncoder
 from karmma_dist.modalities.flow import FlowSpec
 from karmma_dist.modalities.flow.store import ComputedFlow
 from karmma_dist.modalities.stored_frames import chosen_frames, frame_numbers
 from karmma_dist.modalities.video import VideoSpec
-from karmma_dist.modalities.video_file import Movie
+from karmma_dist.modalities.video_file import VideoFile
 from karmma_dist.modalities.yuv import ToI420
 from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.recipe import InputRecipe
@@ -190,8 +190,8 @@ def main() -> None:
             write_kitchen(Path(folder), train_recordings=1, validation_recordings=1, clips_per_recording=12)
             movie = sorted(Path(folder).rglob("*.MP4"))[0]
         pictures = read_pictures(movie, arguments.clips * 10 * FPS)
-        with Movie(movie) as opened:
-            sound = opened.sound()
+        with VideoFile(movie) as opened:
+            sound = sound_of(opened)
     samples = np.zeros(16_000, np.int16) if sound is None else sound.samples
     samples = np.resize(samples, arguments.clips * 10 * 16_000)
     print(f"CPU milliseconds per clip, medians of {arguments.repeats} runs in turn, {arguments.clips} clips")

@@ -30,10 +30,11 @@ from typing import TypeVar
 import av
 import numpy as np
 
-from karmma_dist.modalities.encode import SAMPLE_RATE, Geometry, x264_options
+from karmma_dist.modalities.audio import SAMPLE_RATE
+from karmma_dist.modalities.encode import Geometry, x264_options
 from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.modalities.video import VideoSpec
-from karmma_dist.modalities.video_file import Movie, Shrinker
+from karmma_dist.modalities.video_file import Shrinker, VideoFile
 from karmma_dist.modalities.yuv import ToI420, planes
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import make_plan
@@ -84,8 +85,8 @@ class PerClip:
     """The usual recipe: for each clip a process that seeks, decodes, scales and encodes."""
 
     def __init__(self, ffmpeg: str, recording: Recording, video: VideoSpec, folder: Path) -> None:
-        assert recording.movie is not None
-        self.ffmpeg, self.movie, self.folder = ffmpeg, recording.movie, folder
+        assert recording.video_file is not None
+        self.ffmpeg, self.movie, self.folder = ffmpeg, recording.video_file, folder
         with av.open(str(self.movie)) as container:
             stream = container.streams.best("video")
             kept = Geometry.of(stream.width, stream.height, video)
@@ -177,9 +178,9 @@ def first_luma(data: bytes, folder: Path) -> tuple[np.ndarray, int]:
 
 def source_lumas(recording: Recording, video: VideoSpec) -> tuple[list[float], list[np.ndarray]]:
     """Times and luma of all frames of a recording at the stored size."""
-    assert recording.movie is not None
+    assert recording.video_file is not None
     times, lumas = [], []
-    with Movie(recording.movie) as movie:
+    with VideoFile(recording.video_file) as movie:
         shrinker = Shrinker(Geometry.of(movie.video.width, movie.video.height, video), 0, 0)
         for time_s, frame in movie.frames():
             times.append(time_s)
@@ -228,9 +229,9 @@ def cost_of_starting(ffmpeg: str) -> float:
 
 def has_video(recording: Recording) -> bool:
     """Whether the recording has a movie with pictures."""
-    if recording.movie is None:
+    if recording.video_file is None:
         return False
-    with av.open(str(recording.movie)) as container:
+    with av.open(str(recording.video_file)) as container:
         return container.streams.best("video") is not None
 
 

@@ -18,9 +18,10 @@ import pytest
 import webdataset as wds
 from real_data import real
 
+from karmma_dist.modalities.audio.store import sound_of
 from karmma_dist.modalities.detections.store import detections_json
 from karmma_dist.modalities.recording import ClipRecord, Recording
-from karmma_dist.modalities.video_file import Movie
+from karmma_dist.modalities.video_file import VideoFile
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.records import CutClip, Failure
@@ -206,7 +207,7 @@ def test_the_sample_boxes_are_the_same_from_compact_lists(ssv2: Path) -> None:
 def _cut_whole(path: Path) -> CutClip | Failure:
     spec = load_spec("demo", raw=path.parent, out="unused", overrides=["video.short_side=64", "video.max_fps=30"])
     clip = ClipRecord("a", "train", 0.0, None, {})
-    (found,) = cut_recording(Recording("a", "p", (clip,), movie=path), spec)
+    (found,) = cut_recording(Recording("a", "p", (clip,), video_file=path), spec)
     return found
 
 
@@ -242,15 +243,15 @@ def test_a_damaged_movie_loses_only_the_clips_at_the_damage() -> None:
     clips = tuple(ClipRecord(f"c{n}", "train", n, n + 0.9, {}) for n in range(4))
     found = {
         cut.key if isinstance(cut, Failure) else cut.record.key: cut
-        for cut in cut_recording(Recording("a", "p", clips, movie=path), spec)
+        for cut in cut_recording(Recording("a", "p", clips, video_file=path), spec)
     }
     assert [isinstance(found[f"c{n}"], CutClip) for n in range(4)] == [True, True, True, False]
 
 
 def test_sound_and_picture_of_a_recording_end_together() -> None:
     path = real("grid_epic") / "EPIC-KITCHENS/P01/videos/P01_01.MP4"
-    with Movie(path) as movie:
-        sound = movie.sound()
+    with VideoFile(path) as movie:
+        sound = sound_of(movie)
         for _ in movie.frames():
             pass
     assert sound is not None

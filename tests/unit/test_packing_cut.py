@@ -26,7 +26,7 @@ from karmma_dist.modalities.encode import Geometry
 from karmma_dist.modalities.flow import FlowSpec
 from karmma_dist.modalities.flow.store import quantise_flow
 from karmma_dist.modalities.pictures import ClipPictures
-from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.modalities.video import VideoSpec
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.records import CutClip, Failure
@@ -70,7 +70,7 @@ def test_stored_frame_i_shows_the_source_at_start_plus_i_over_fps(
     movie: Path, tmp_path: Path, spans: list[tuple[float, float]], max_fps: float
 ) -> None:
     clips = tuple(clip(f"c{place}", *span) for place, span in enumerate(spans))
-    found = cut(Recording("r", "p", clips, movie=movie), spec(tmp_path, video={"max_fps": max_fps}))
+    found = cut(Recording("r", "p", clips, video_file=movie), spec(tmp_path, video={"max_fps": max_fps}))
     fps = min(max_fps, FPS)
     for record in clips:
         seen = numbers(found[record.key])
@@ -85,9 +85,9 @@ def test_stored_frame_i_shows_the_source_at_start_plus_i_over_fps(
 def test_overlapping_clips_are_cut_as_if_each_were_alone(movie: Path, tmp_path: Path) -> None:
     clips = (clip("a", 0.5, 1.5), clip("b", 0.5, 1.5), clip("c", 1.02, 3.0), clip("d", 0.0, 4.0))
     settings = epic_spec(tmp_path)
-    together = cut(Recording("r", "p", clips, movie=movie), settings)
+    together = cut(Recording("r", "p", clips, video_file=movie), settings)
     for record in clips:
-        alone = cut(Recording("r", "p", (record,), movie=movie), settings)[record.key]
+        alone = cut(Recording("r", "p", (record,), video_file=movie), settings)[record.key]
         assert isinstance(alone, CutClip)
         assert alone.payloads == together[record.key].payloads
         assert alone.described == together[record.key].described
@@ -96,14 +96,14 @@ def test_overlapping_clips_are_cut_as_if_each_were_alone(movie: Path, tmp_path: 
 def test_the_whole_of_a_clip_file_is_stored_frame_by_frame(tmp_path: Path) -> None:
     # Matroska rounds timestamps to milliseconds: 1/12 s never falls on one.
     movie = write_movie(tmp_path / "m.mkv", frames=30, fps=12)
-    found = cut(Recording("r", "p", (clip("a", 0.0, None),), movie=movie), spec(tmp_path))["a"]
+    found = cut(Recording("r", "p", (clip("a", 0.0, None),), video_file=movie), spec(tmp_path))["a"]
     assert numbers(found) == list(range(30))
     assert found.stop_s == pytest.approx(2.5)
 
 
 def test_a_clip_beyond_the_end_is_clamped_and_one_after_it_fails(movie: Path, tmp_path: Path) -> None:
     clips = (clip("late", 3.8, 5.0), clip("after", 4.5, 5.0))
-    found = cut(Recording("r", "p", clips, movie=movie), spec(tmp_path))
+    found = cut(Recording("r", "p", clips, video_file=movie), spec(tmp_path))
     assert numbers(found["late"]) == [95, 96, 97, 98, 99]
     assert isinstance(found["after"], Failure)
     assert "4.50 s" in found["after"].error
@@ -113,11 +113,11 @@ def test_a_movie_without_sound_or_without_picture_is_absence_not_failure(tmp_pat
     silent = write_movie(tmp_path / "silent.mp4", frames=50)
     dark = write_movie(tmp_path / "dark.mp4", bursts=[0.5], seconds=2.0)
     settings = epic_spec(tmp_path)
-    assert set(cut(Recording("r", "p", (clip("a", 0.2, 1.0),), movie=silent), settings)["a"].payloads) == {
+    assert set(cut(Recording("r", "p", (clip("a", 0.2, 1.0),), video_file=silent), settings)["a"].payloads) == {
         "video",
         "flow",
     }
-    assert set(cut(Recording("r", "p", (clip("a", 0.2, 1.0),), movie=dark), settings)["a"].payloads) == {"audio"}
+    assert set(cut(Recording("r", "p", (clip("a", 0.2, 1.0),), video_file=dark), settings)["a"].payloads) == {"audio"}
 
 
 def test_damage_in_the_middle_costs_only_the_clips_that_meet_it(movie: Path, tmp_path: Path) -> None:
@@ -134,10 +134,10 @@ def test_damage_in_the_middle_costs_only_the_clips_that_meet_it(movie: Path, tmp
         clip("across", hit_s - 0.4, hit_s + 0.2),
         clip("after", 3.0, 3.8),
     )
-    found = cut(Recording("r", "p", (before, across, after), movie=with_damage), spec(tmp_path))
+    found = cut(Recording("r", "p", (before, across, after), video_file=with_damage), spec(tmp_path))
     assert isinstance(found["across"], Failure)
     assert (found["across"].modality, found["across"].stage) == ("video", "decode")
-    whole = cut(Recording("r", "p", (before, after), movie=movie), spec(tmp_path))
+    whole = cut(Recording("r", "p", (before, after), video_file=movie), spec(tmp_path))
     assert found["before"].payloads == whole["before"].payloads
     assert found["after"].payloads == whole["after"].payloads
 
@@ -147,7 +147,7 @@ def test_a_cut_movie_fails_the_clips_it_lost_and_is_never_taken_for_a_shorter_on
     noise = list(np.random.default_rng(0).integers(0, 255, (100, 48, 80, 3), dtype=np.uint8))
     path = write_movie(tmp_path / "m.mp4", pictures=noise, index_first=True)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    found = cut(Recording("r", "p", (clip("early", 0.1, 1.0), clip("late", 3.0, 3.5)), movie=path), spec(tmp_path))
+    found = cut(Recording("r", "p", (clip("early", 0.1, 1.0), clip("late", 3.0, 3.5)), video_file=path), spec(tmp_path))
     assert isinstance(found["early"], CutClip)
     assert isinstance(found["late"], Failure)
 
@@ -156,7 +156,7 @@ def test_a_cut_movie_fails_the_clips_it_lost_and_is_never_taken_for_a_shorter_on
 def test_a_file_that_is_no_movie_fails_every_clip(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.mp4"
     path.write_bytes(content)
-    found = cut(Recording("r", "p", (clip("a", 0, 1), clip("b", 1, 2)), movie=path), spec(tmp_path))
+    found = cut(Recording("r", "p", (clip("a", 0, 1), clip("b", 1, 2)), video_file=path), spec(tmp_path))
     assert all(isinstance(item, Failure) and item.stage == "open" for item in found.values())
 
 
@@ -165,7 +165,7 @@ def test_numbered_frames_are_cut_by_number_at_the_nominal_rate_and_clamped(tmp_p
     flow = write_frames(tmp_path / "flow", list(range(1, 41)), ("u", "v"))
     record = clip("a", 0.0, 9.0, start_frame=21, stop_frame=200)
     recording = Recording(
-        "r", "p", (record,), rgb_frames=frames, flow_frames=flow, nominal_fps=60, rgb_frames_per_flow_frame=2
+        "r", "p", (record,), frames=frames, media={"flow": MediaFile(flow, rate=2)}, nominal_fps=60
     )
     found = cut(recording, epic_spec(tmp_path, video={"max_fps": 30}))["a"]
     assert numbers(found) == list(range(21, 81, 2))
@@ -182,14 +182,14 @@ def test_a_tar_of_frames_gives_the_bytes_of_the_folder_and_a_cut_tar_fails(tmp_p
         for path in sorted(folder.glob("*.jpg")):
             archive.add(path, f"./{path.name}")
     record = clip("a", 0.0, 0.3, start_frame=3, stop_frame=20)
-    results = [cut(Recording("r", "p", (record,), rgb_frames=path), spec(tmp_path))["a"] for path in (folder, tar)]
+    results = [cut(Recording("r", "p", (record,), frames=path), spec(tmp_path))["a"] for path in (folder, tar)]
     assert results[0].payloads == results[1].payloads
     with tarfile.open(tar) as archive:
         ends = [info.offset_data + -(-info.size // 512) * 512 for info in archive]
     whole = tar.read_bytes()
     for size in (ends[12], ends[12] - 700, ends[12] + 100):
         tar.write_bytes(whole[:size])
-        found = cut(Recording("r", "p", (record,), rgb_frames=tar), spec(tmp_path))["a"]
+        found = cut(Recording("r", "p", (record,), frames=tar), spec(tmp_path))["a"]
         assert isinstance(found, Failure)
         assert found.stage == "open"
 
@@ -198,8 +198,8 @@ def test_a_tar_of_frames_gives_the_bytes_of_the_folder_and_a_cut_tar_fails(tmp_p
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_inside_a_tar_may_have_folders_before_them(tmp_path: Path, prefix: str, form: int) -> None:
     folders = {
-        "rgb_frames": write_frames(tmp_path / "rgb", list(range(1, 31))),
-        "flow_frames": write_frames(tmp_path / "flow", list(range(1, 16)), ("u", "v")),
+        "rgb": write_frames(tmp_path / "rgb", list(range(1, 31))),
+        "flow": write_frames(tmp_path / "flow", list(range(1, 16)), ("u", "v")),
     }
     tars = {}
     for name, folder in folders.items():
@@ -210,8 +210,11 @@ def test_names_inside_a_tar_may_have_folders_before_them(tmp_path: Path, prefix:
                 archive.add(path, f"{prefix}{path.relative_to(folder)}")
     record = clip("a", 0.0, 0.3, start_frame=3, stop_frame=20)
     cuts = [
-        cut(Recording("r", "p", (record,), **media, rgb_frames_per_flow_frame=2), epic_spec(tmp_path))["a"]
-        for media in (folders, tars)
+        cut(
+            Recording("r", "p", (record,), frames=paths["rgb"], media={"flow": MediaFile(paths["flow"], rate=2)}),
+            epic_spec(tmp_path),
+        )["a"]
+        for paths in (folders, tars)
     ]
     assert set(cuts[0].payloads) == {"video", "flow"}
     assert cuts[0].payloads == cuts[1].payloads
@@ -229,7 +232,7 @@ def test_a_bad_frame_fails_only_the_clips_that_show_it(tmp_path: Path, harm: str
     else:
         write_frames(frames, [30], size=(160, 96))
     clips = (clip("a", 0, 0.3, start_frame=1, stop_frame=20), clip("b", 0.4, 0.8, start_frame=25, stop_frame=50))
-    found = cut(Recording("r", "p", clips, rgb_frames=frames), spec(tmp_path, video={"max_fps": 60}))
+    found = cut(Recording("r", "p", clips, frames=frames), spec(tmp_path, video={"max_fps": 60}))
     assert isinstance(found["a"], CutClip)
     assert isinstance(found["b"], Failure)
 
@@ -239,7 +242,8 @@ def test_computed_flow_is_the_motion_between_stored_frames(tmp_path: Path) -> No
     wide = np.kron(random.integers(0, 255, (24, 60)), np.ones((4, 4))).astype(np.uint8)
     pictures = [np.repeat(wide[:, 60 - 2 * n : 180 - 2 * n, None], 3, 2) for n in range(12)]
     movie = write_movie(tmp_path / "m.mp4", pictures=pictures)
-    found = cut(Recording("r", "p", (clip("a", 0.0, 0.48),), movie=movie), epic_spec(tmp_path, flow={"bound": 4}))["a"]
+    recording = Recording("r", "p", (clip("a", 0.0, 0.48),), video_file=movie)
+    found = cut(recording, epic_spec(tmp_path, flow={"bound": 4}))["a"]
     flow = np.stack(decode(found.payloads["flow"], "gray")).astype(float)
     assert flow.shape[0] == found.described["video"]["num_frames"] == 12
     u, v = flow[:, :96], flow[:, 96:]
@@ -286,7 +290,7 @@ def test_the_region_is_what_is_stored(tmp_path: Path) -> None:
     picture[48:, 80:] = 200
     movie = write_movie(tmp_path / "m.mp4", pictures=[picture] * 10)
     settings = spec(tmp_path, video={"region": [0.55, 0.55, 0.95, 0.95], "short_side": 32})
-    found = cut(Recording("r", "p", (clip("a", 0, 0.3),), movie=movie), settings)["a"]
+    found = cut(Recording("r", "p", (clip("a", 0, 0.3),), video_file=movie), settings)["a"]
     stored = decode(found.payloads["video"])[0]
     assert stored.shape[0] == 32
     assert stored.min() > 180
@@ -300,15 +304,15 @@ def test_audio_survives_flac_bit_by_bit() -> None:
 def test_flow_none_and_video_none_store_only_the_rest(movie: Path, tmp_path: Path) -> None:
     record = clip("a", 0.2, 1.0)
     no_video = epic_spec(tmp_path, video={"source": "none"})
-    found = cut(Recording("r", "p", (record,), movie=movie), no_video)["a"]
+    found = cut(Recording("r", "p", (record,), video_file=movie), no_video)["a"]
     assert set(found.payloads) == {"flow", "audio"}
     files_only = epic_spec(tmp_path, flow=FlowSpec(source="files").model_dump())
-    assert set(cut(Recording("r", "p", (record,), movie=movie), files_only)["a"].payloads) == {"video", "audio"}
+    assert set(cut(Recording("r", "p", (record,), video_file=movie), files_only)["a"].payloads) == {"video", "audio"}
 
 
 def test_frame_rates_are_kept_exactly(tmp_path: Path) -> None:
     movie = write_movie(tmp_path / "m.mp4", pictures=[number_picture(n) for n in range(40)], fps=Fraction(30000, 1001))
-    found = cut(Recording("r", "p", (clip("a", 0, 1.0),), movie=movie), spec(tmp_path))["a"]
+    found = cut(Recording("r", "p", (clip("a", 0, 1.0),), video_file=movie), spec(tmp_path))["a"]
     assert found.described["video"]["fps"] == pytest.approx(30000 / 1001, abs=1e-5)
     assert numbers(found) == list(range(30))
 
@@ -324,7 +328,7 @@ def test_media_that_break_their_reader_cost_their_own_clips_only(
     finish = ClipPictures.finish
     monkeypatch.setattr(ClipPictures, "finish", break_on_second)
     clips = (clip("a", 0.0, 0.4), clip("b", 0.1, 1.4), clip("c", 1.5, 1.8))
-    found = cut(Recording("r", "p", clips, movie=movie), spec(tmp_path))
+    found = cut(Recording("r", "p", clips, video_file=movie), spec(tmp_path))
     assert isinstance(found["a"], CutClip)
     for key in "bc":
         failed = found[key]

@@ -126,8 +126,8 @@ def test_an_unlabelled_split_has_no_labels_and_needs_no_class_columns(tmp_path: 
 def test_frame_numbers_count_at_60_or_50_and_flow_at_half_or_full_rate(tmp_path: Path) -> None:
     write_epic(tmp_path, [row("P01_01_0"), row("P01_101_0", "P01_101")])
     slow, fast = read_epic_kitchens(epic_spec(tmp_path)).recordings
-    assert (slow.nominal_fps, slow.rgb_frames_per_flow_frame) == (60, 2)
-    assert (fast.nominal_fps, fast.rgb_frames_per_flow_frame) == (50, 1)
+    assert (slow.nominal_fps, slow.media["flow"].rate) == (60, 2)
+    assert (fast.nominal_fps, fast.media["flow"].rate) == (50, 1)
     assert [nominal_fps(name) for name in ("P01_01", "P01_101", "P37_103", "P09_99")] == [60, 50, 50, 60]
 
 
@@ -248,8 +248,8 @@ def test_a_movie_and_its_numbered_frames_give_the_same_clip(
         "a", "train", start, stop, {}, start_frame=max(1, int(start * 60 + 1e-6)), stop_frame=int(stop * 60 + 1e-6)
     )
     spec = epic_spec(root, flow={"source": "none"}, audio={"source": "none"})
-    (by_time,) = cut_recording(Recording("P01_01", "P01", (clip,), movie=movie), spec)
-    (by_number,) = cut_recording(Recording("P01_01", "P01", (clip,), rgb_frames=root / "frames"), spec)
+    (by_time,) = cut_recording(Recording("P01_01", "P01", (clip,), video_file=movie), spec)
+    (by_number,) = cut_recording(Recording("P01_01", "P01", (clip,), frames=root / "frames"), spec)
     assert isinstance(by_time, CutClip)
     assert isinstance(by_number, CutClip)
     assert by_time.described == by_number.described

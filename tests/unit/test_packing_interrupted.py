@@ -245,7 +245,7 @@ def no_more_files() -> Iterator[None]:
 
 def test_too_many_open_files_are_no_damage_of_a_movie(tmp_path: Path) -> None:
     movie = write_movie(tmp_path / "m.mp4", frames=10, bursts=[0.1])
-    recording = Recording("r", "p", (ClipRecord("a", "train", 0.0, 0.3, {"verb": 0}),), movie=movie)
+    recording = Recording("r", "p", (ClipRecord("a", "train", 0.0, 0.3, {"verb": 0}),), video_file=movie)
     spec = epic_spec(tmp_path, flow={"source": "none"})
     with no_more_files(), pytest.raises(OSError, match="Too many open files") as caught:
         list(cut_recording(recording, spec))

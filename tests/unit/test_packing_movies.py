@@ -38,7 +38,7 @@ def cut(movie: Path, spans: tuple[tuple[float, float | None], ...], **fields: An
     spec = epic_spec(movie.parent, **({"flow": {"source": "none"}} | fields))
     clips = tuple(ClipRecord(f"c{place}", "train", *span, {}) for place, span in enumerate(spans))
     found = {}
-    for item in cut_recording(Recording("r", "p", clips, movie=movie), spec):
+    for item in cut_recording(Recording("r", "p", clips, video_file=movie), spec):
         assert isinstance(item, CutClip), item
         found[item.record.key] = item
     return [found[clip.key] for clip in clips]

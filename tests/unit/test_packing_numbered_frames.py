@@ -13,7 +13,7 @@ import pytest
 from packing_kit import decode, number_picture, read_number, write_movie
 
 from karmma_dist.modalities.numbered_frames import NumberedFrames
-from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.records import CutClip, Failure, frames_of
 from karmma_dist.packing.spec import PackingSpec
@@ -66,7 +66,9 @@ def _cut_with_flow(raw: Path, flow_fps: int = 12) -> CutClip | Failure:
         {"reader": "something_something", "dataset": "ss", "raw": str(raw), "out": str(raw / "out"),
          "flow": {"source": "files", "files_bound": 20, "bound": 20}}
     )  # fmt: skip
-    (found,) = cut_recording(Recording("12", "", (record,), movie=movie, flow_frames=flow, nominal_fps=flow_fps), spec)
+    media = {"flow": MediaFile(flow)}
+    recording = Recording("12", "", (record,), video_file=movie, media=media, nominal_fps=flow_fps)
+    (found,) = cut_recording(recording, spec)
     return found
 
 

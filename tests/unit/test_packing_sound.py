@@ -51,7 +51,7 @@ def cut_flashes(movie: Path) -> list[CutClip]:
     """Cut clips at arbitrary places, each of which shows and sounds some of the flashes."""
     spec = epic_spec(movie.parent, flow={"source": "none"}, video={"max_fps": 50})
     clips = tuple(ClipRecord(f"c{start}", "train", start, start + CLIP_S, {}) for start in STARTS)
-    found = list(cut_recording(Recording("r", "p", clips, movie=movie), spec))
+    found = list(cut_recording(Recording("r", "p", clips, video_file=movie), spec))
     assert all(isinstance(item, CutClip) for item in found), found
     return [item for item in found if isinstance(item, CutClip)]
 

@@ -55,8 +55,8 @@ def test_annotations_are_in_the_official_columns_and_refer_to_what_is_there(kitc
         r.participant for r in plan.recordings if r.clips[0].split == "validation"
     )
     for recording in plan.recordings:
-        assert recording.movie is not None
-        with av.open(str(recording.movie)) as container:
+        assert recording.video_file is not None
+        with av.open(str(recording.video_file)) as container:
             seconds = container.duration / av.time_base
         assert all(clip.stop_s is not None and clip.stop_s <= seconds + 0.05 for clip in recording.clips)
     with open(kitchen / "annotations" / "EPIC_100_train.csv", newline="") as file:

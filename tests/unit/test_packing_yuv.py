@@ -82,7 +82,7 @@ def test_stored_colours_are_the_movies_whatever_its_matrix_and_range(
     path = tmp_path / "m.mp4"
     shown = _write_smooth_movie(path, int(colorspace), int(color_range))
     spec = epic_spec(tmp_path, flow={"source": "none"}, video={"short_side": short_side, "crf": 4})
-    (found,) = cut_recording(Recording("r", "p", (ClipRecord("a", "train", 0.0, None, {}),), movie=path), spec)
+    (found,) = cut_recording(Recording("r", "p", (ClipRecord("a", "train", 0.0, None, {}),), video_file=path), spec)
     assert isinstance(found, CutClip)
     stored = np.stack(decode(found.payloads["video"])).astype(float)
     height, width = stored.shape[1:3]

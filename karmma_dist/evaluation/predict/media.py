@@ -16,7 +16,7 @@ import av
 
 from karmma_dist.errors import UserError
 from karmma_dist.modalities.recording import MediaError
-from karmma_dist.modalities.video_file import Movie
+from karmma_dist.modalities.video_file import VideoFile
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.shards.folder import ShardFolder
@@ -108,7 +108,7 @@ def _check_media(path: Path, modalities: Sequence[str], start_s: float, stop_s: 
     level = av.logging.get_level()
     av.logging.set_level(av.logging.PANIC)
     try:
-        with Movie(path) as movie, av.open(str(path)) as container:
+        with VideoFile(path) as movie, av.open(str(path)) as container:
             there = ["video", "flow"] * (movie.video is not None) + ["audio"] * bool(container.streams.audio)
             if not there:
                 raise UserError(f"{path}: neither video nor sound in it")

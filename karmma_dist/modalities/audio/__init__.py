@@ -68,6 +68,7 @@ AUDIO = Modality(
     settings=AudioInput,
     section="audio",
     description=AudioDescription,
+    storage_part="karmma_dist.modalities.audio.store:STORAGE",
     decoder_part="karmma_dist.modalities.audio.decode:DECODER",
     tensors_part="karmma_dist.modalities.audio.tensor:TENSORS",
     drawing_part="karmma_dist.modalities.audio.draw:DRAWING",

@@ -1,25 +1,35 @@
-"""A recording's sound on one clock: gaps filled, resampled to what is stored, damage remembered.
+"""Stores audio: a recording's sound on one clock, gaps filled, resampled to what is stored, damage remembered.
 
-Sound kept apart from the movies: one HDF5 file with a dataset per recording, mono, from the recording's start.
-
-Format: https://github.com/ekazakos/auditory-slow-fast (EPIC-KITCHENS-100_audio.hdf5: 24 kHz, float32 in [-1, 1]).
+It comes from the recording's video file, or from an HDF5 file with a dataset per recording, mono, from the recording's
+start (https://github.com/ekazakos/auditory-slow-fast, EPIC-KITCHENS-100_audio.hdf5: 24 kHz, float32 in [-1, 1]).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import math
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
 
 from karmma_dist.errors import UserError, one_line
-from karmma_dist.modalities.encode import SAMPLE_RATE
-from karmma_dist.modalities.recording import MediaError, media_error
+from karmma_dist.modalities.audio import SAMPLE_RATE, AudioSpec
+from karmma_dist.modalities.recording import (
+    CUT_TOLERANCE_S,
+    ClipRecord,
+    MediaError,
+    Recording,
+    Stretches,
+    media_error,
+)
+from karmma_dist.modalities.storage import Sections, Source, Storage, Stored
+from karmma_dist.modalities.video_file import VideoFile, reason
+
+if TYPE_CHECKING:
+    from karmma_dist.modalities.pictures import CutPictures
 
 
 def encode_flac(samples: np.ndarray) -> bytes:
@@ -34,40 +44,9 @@ def encode_flac(samples: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-CUT_TOLERANCE_S = 0.5
-"""A stream that ends this much before the end its container declares is cut."""
-
 _GAP_S = 0.015
 """Sound that is out of place by more is put back: silence fills a gap, what overlaps is dropped. Less than the shortest
 usual packet (20 ms of Opus), so that lost packets do not add up; more than containers that round to milliseconds."""
-
-
-@dataclass(slots=True)
-class Stretches:
-    """Stretches of time that could not be decoded."""
-
-    spans: list[tuple[float, float, str]] = field(default_factory=list)
-    """Start, stop, why."""
-    open: tuple[float, str] | None = None
-    """Start of a stretch that has not ended yet."""
-
-    def start(self, time_s: float, why: str) -> None:
-        """Damage from here on."""
-        if self.open is None:
-            self.open = (time_s, why)
-
-    def stop(self, time_s: float) -> None:
-        """Whole again."""
-        if self.open is not None and time_s > self.open[0]:
-            self.spans.append((self.open[0], time_s, self.open[1]))
-            self.open = None
-
-    def check(self, modality: str, start_s: float, stop_s: float) -> None:
-        """Raise MediaError when [start_s, stop_s] meets a stretch."""
-        spans = [*self.spans, (self.open[0], math.inf, self.open[1])] if self.open else self.spans
-        for start, stop, why in spans:
-            if start <= stop_s and start_s < stop:
-                raise MediaError(modality, "decode", f"damaged at {start:.2f} s: {why}")
 
 
 class Sound:
@@ -209,3 +188,68 @@ def _problem(path: Path, recording: str, what: str) -> MediaError:
 
 def _said(path: Path, recording: str, what: str) -> str:
     return f"{path.name}: {recording}: {what}"
+
+
+def sound_of(video_file: VideoFile) -> Sound | None:
+    """Decode the whole best audio stream of a video file; None when there is none.
+
+    Raises:
+        MediaError: it cannot be opened or converted. Stretches that do not decode go to its `damage`.
+    """
+    try:
+        if not video_file.has_audio:
+            return None
+        sound, end_s = Sound(video_file.audio_end_s()), 0.0
+        for frame, time_s, problem in video_file.audio_frames():
+            time_s = end_s if time_s is None else time_s
+            if frame is None:
+                sound.damage.start(time_s, problem)
+                continue
+            sound.damage.stop(time_s)
+            sound.add(frame, time_s)
+            end_s = time_s + frame.samples / frame.sample_rate
+        sound.finish()
+        return sound
+    except (av.error.FFmpegError, ValueError) as error:
+        raise media_error(error, "audio", "open", f"{video_file.path.name}: {reason(error)}") from None
+
+
+class SoundSource(Source):
+    """The sound of a recording, cut to clips."""
+
+    def __init__(self, sound: Sound) -> None:
+        self._sound = sound
+
+    @property
+    def end_s(self) -> float:
+        """Where the sound ends."""
+        return self._sound.end_s
+
+    def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored | None:  # noqa: ARG002
+        """Cut the clip's own seconds."""
+        samples = None if stop_s is None else self._sound.cut(clip.start_s, stop_s)
+        if samples is None:
+            return None
+        return encode_flac(samples), {"sample_rate": SAMPLE_RATE, "num_samples": len(samples)}
+
+
+class AudioStorage(Storage):
+    """Packs audio."""
+
+    settings = AudioSpec
+
+    def open(
+        self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None  # noqa: ARG002
+    ) -> SoundSource | None:
+        """Decode the video file's sound, else read the HDF5 file's."""
+        source, own = sections["audio"].source, recording.media.get("audio")
+        if source == "none":
+            return None
+        if video_file is not None and source != "hdf5" and (sound := sound_of(video_file)) is not None:
+            return SoundSource(sound)
+        if own is not None and source != "movie":
+            return SoundSource(read_sound(own.path, recording.name, own.rate))
+        return None
+
+
+STORAGE = AudioStorage()

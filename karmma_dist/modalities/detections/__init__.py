@@ -49,6 +49,7 @@ DETECTIONS = Modality(
     settings=DetectionsInput,
     section="detections",
     description=DetectionsDescription,
+    storage_part="karmma_dist.modalities.detections.store:STORAGE",
     decoder_part="karmma_dist.modalities.detections.decode:DECODER",
     tensors_part="karmma_dist.modalities.detections.tensor:TENSORS",
     drawing_part="karmma_dist.modalities.detections.draw:DRAWING",

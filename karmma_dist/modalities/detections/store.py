@@ -14,14 +14,18 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.modalities.recording import MediaError, media_error
+from karmma_dist.modalities.detections import HAND, OBJECT, DetectionsSpec
+from karmma_dist.modalities.recording import ClipRecord, MediaError, Recording, media_error
+from karmma_dist.modalities.storage import Sections, Source, Storage, Stored
 
-HAND, OBJECT = 1, 2
-"""Categories as they are stored; 0 is padding."""
+if TYPE_CHECKING:
+    from karmma_dist.modalities.pictures import CutPictures
+    from karmma_dist.modalities.video_file import VideoFile
 
 Span = tuple[int, int]
 """First byte and length of a clip's entry."""
@@ -171,3 +175,41 @@ def _box(label: tuple[dict[str, Any], int, float], width: int, height: int) -> l
         raise ValueError(f"not a box: {corners}")
     x0, x1, y0, y1 = (round(min(max(value, 0.0), 1.0), 5) for value in (x0, x1, y0, y1))
     return None if x1 <= x0 or y1 <= y0 else [x0, y0, x1, y1, category, round(score, 5)]
+
+
+class BoxesSource(Source):
+    """A file of annotated boxes with an entry per clip."""
+
+    def __init__(self, path: Path, max_boxes: int) -> None:
+        self._path, self._max_boxes = path, max_boxes
+
+    def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored | None:  # noqa: ARG002
+        """Read the clip's entry, in fractions of its pictures' size."""
+        span = clip.entries.get("detections")
+        if span is None:
+            return None
+        if pictures.source_size is None:
+            raise MediaError("detections", "parse", "no picture to take the boxes' scale from")
+        num_frames = pictures.num_source_frames
+        data, num_boxes = detections_json(
+            read_boxes(self._path, span), *pictures.source_size, num_frames, self._max_boxes
+        )
+        return data, {"num_frames": num_frames, "num_boxes": num_boxes}
+
+
+class DetectionsStorage(Storage):
+    """Packs annotated boxes."""
+
+    needs_pictures = True
+
+    settings = DetectionsSpec
+
+    def open(
+        self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None  # noqa: ARG002
+    ) -> BoxesSource | None:
+        """Take the recording's file of boxes, which is read clip by clip."""
+        own = recording.media.get("detections")
+        return None if own is None else BoxesSource(own.path, sections["detections"].max_boxes)
+
+
+STORAGE = DetectionsStorage()

@@ -67,6 +67,7 @@ FLOW = Modality(
     settings=VideoInput,
     section="video",
     description=FlowDescription,
+    storage_part="karmma_dist.modalities.flow.store:STORAGE",
     decoder_part="karmma_dist.modalities.flow.decode:DECODER",
     tensors_part="karmma_dist.modalities.flow.tensor:TENSORS",
     drawing_part="karmma_dist.modalities.flow.draw:DRAWING",

@@ -7,25 +7,33 @@ no motion is 127.5.
 from __future__ import annotations
 
 import io
+from contextlib import ExitStack
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import cv2
 import numpy as np
 
 from karmma_dist.errors import UserError
-from karmma_dist.modalities.encode import VideoEncoder, rounded
+from karmma_dist.modalities.encode import Geometry, VideoEncoder, rounded
 from karmma_dist.modalities.flow import FlowSpec
-from karmma_dist.modalities.video import VideoSpec
+from karmma_dist.modalities.numbered_frames import NumberedFrames, numbers_shown
+from karmma_dist.modalities.recording import ClipRecord, MediaError, Recording
+from karmma_dist.modalities.storage import PictureSink, Sections, SinkMaker, Source, Storage, Stored
+from karmma_dist.modalities.video import VIDEO, VideoSpec
+from karmma_dist.modalities.video_file import VideoFile
 from karmma_dist.modalities.yuv import gray
+
+if TYPE_CHECKING:
+    from karmma_dist.modalities.pictures import CutPictures
 
 _MOST_COMPARED = 16
 """Frames of a clip whose stored flow is compared with its source, at most."""
 
 
 def check_method(flow: FlowSpec) -> None:
-    """Say now rather than in the first worker that a method is not installed.
+    """Refuse a method that is not installed.
 
     Raises:
         UserError: TV-L1 is asked for and OpenCV has it not.
@@ -110,7 +118,7 @@ class FlowEncoder:
         }  # fmt: skip
 
 
-class ComputedFlow:
+class ComputedFlow(PictureSink):
     """Flow between one clip's stored pictures as they come."""
 
     def __init__(self, width: int, height: int, fps: Fraction, flow: FlowSpec, video: VideoSpec) -> None:
@@ -132,3 +140,87 @@ class ComputedFlow:
         self._encoder.add(self._motion)
         data, described = self._encoder.finish()
         return data, described | {"source": "computed", "method": self._method}
+
+
+class FlowFiles(Source):
+    """A recording's numbered files of flow."""
+
+    def __init__(
+        self, frames: NumberedFrames, recording: Recording, sections: Sections, video_file: VideoFile | None
+    ) -> None:
+        self._frames, self._flow, self._video = frames, sections["flow"], sections[VIDEO.name]
+        self._nominal_fps, self._per_flow = recording.nominal_fps, recording.media["flow"].rate
+        self._video_file = video_file
+
+    def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored:  # noqa: ARG002
+        """Store the files that show the clip, in the specification's unit."""
+        per_flow, frames = self._per_flow, self._frames
+        start = (clip.start_frame - 1) // per_flow + 1
+        stop = None if clip.stop_frame is None else (clip.stop_frame - 2) // per_flow + 2
+        fps = Fraction(self._nominal_fps, per_flow)
+        encoder, geometry, bound, size = None, None, 0.0, None
+        numbers = numbers_shown(clip, frames, start, stop, fps, fps)
+        for number in self._one_per_picture(clip, numbers, pictures):
+            u_HW, v_HW = frames.read(number, "u"), frames.read(number, "v")
+            if geometry is None:
+                size = u_HW.shape
+                geometry = Geometry.of(size[1], size[0], self._video, "flow")
+                encoder = FlowEncoder(geometry.width, geometry.height, fps, self._flow, self._video)
+                bound = self._flow.files_bound * geometry.scaled_width / size[1]
+            if not size == u_HW.shape == v_HW.shape:
+                raise MediaError("flow", "decode", f"{frames.path.name}: frames of the clip differ in size")
+            assert encoder is not None
+            encoder.add(flow_of_files(np.dstack([geometry.shrink(u_HW), geometry.shrink(v_HW)]), bound))
+        assert encoder is not None
+        data, described = encoder.finish()
+        return data, described | {"source": "files"}
+
+    def _one_per_picture(self, clip: ClipRecord, numbers: list[int], pictures: CutPictures) -> list[int]:
+        """Return the numbers of the files of a recording that is one clip: its i-th belongs to the i-th picture.
+
+        The last picture may lack its own.
+
+        Raises:
+            MediaError: there are more or fewer files than that, at the frame rate of the pictures.
+        """
+        file, nominal = self._video_file, self._nominal_fps
+        has_video = file is not None and file.video is not None and pictures.num_source_frames
+        if clip.start_frame or not has_video or file is None or abs(float(file.fps) - nominal) > 0.5:
+            return numbers
+        num_frames = pictures.num_source_frames
+        if not num_frames - 1 <= len(numbers) <= num_frames + 1:
+            counted = f"{self._frames.path.name} has {len(numbers)} frames of flow for {num_frames} of video"
+            raise MediaError(
+                "flow", "cut", f"{counted} at {nominal} frames/s: extract it again, or set frames_per_second"
+            )
+        return [*numbers, numbers[-1]][:num_frames]
+
+
+class FlowStorage(Storage):
+    """Packs flow: from files, or computed between stored pictures."""
+
+    settings = FlowSpec
+
+    def check_settings(self, settings: FlowSpec) -> None:
+        """See `check_method`."""
+        check_method(settings)
+
+    def open(
+        self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None
+    ) -> FlowFiles | None:
+        """Open the recording's files of flow, where it has any and they are wanted."""
+        own = recording.media.get("flow")
+        if own is None or sections["flow"].source not in ("auto", "files"):
+            return None
+        frames = files.enter_context(NumberedFrames(own.path, "flow"))
+        return FlowFiles(frames, recording, sections, video_file)
+
+    def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker | None:
+        """Compute flow where that is asked for, or where there are no files of it."""
+        flow, video = sections["flow"], sections[VIDEO.name]
+        if flow.source == "compute" or (flow.source == "auto" and source is None):
+            return lambda width, height, fps, _: ComputedFlow(width, height, fps, flow, video)
+        return None
+
+
+STORAGE = FlowStorage()

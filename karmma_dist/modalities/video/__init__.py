@@ -110,6 +110,7 @@ VIDEO = Modality(
     settings=VideoInput,
     section="video",
     description=VideoDescription,
+    storage_part="karmma_dist.modalities.video.store:STORAGE",
     decoder_part="karmma_dist.modalities.video.decode:DECODER",
     tensors_part="karmma_dist.modalities.video.tensor:TENSORS",
     drawing_part="karmma_dist.modalities.video.draw:DRAWING",

@@ -68,7 +68,7 @@ def read_plain(spec: PackingSpec) -> Plan:
         notes.append(f"participants without any clip: {', '.join(sorted(unknown))}")
     _check_names(media)
     recordings = tuple(
-        Recording(entry.name, entry.participant, tuple(entry.clips), movie=path if path.is_file() else None)
+        Recording(entry.name, entry.participant, tuple(entry.clips), video_file=path if path.is_file() else None)
         for path, entry in media.items()
         if entry.clips
     )

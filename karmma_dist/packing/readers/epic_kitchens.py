@@ -13,7 +13,7 @@ from pathlib import Path
 
 from karmma_dist.errors import UserError
 from karmma_dist.modalities.audio.store import recordings_with_sound
-from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.packing.readers.tables import (
     SplitTables,
     UniqueKeys,
@@ -143,19 +143,22 @@ def _recording(
     def place(pattern: str) -> str:
         return pattern.replace("{participant}", participant).replace("{recording}", name)
 
-    movie = inside(raw, place(paths.movies), "epic_kitchens.movies")
+    video_file = inside(raw, place(paths.movies), "epic_kitchens.movies")
+    flow = frames_of(raw, place(paths.flow_frames), "epic_kitchens.flow_frames")
     fps = nominal_fps(name)
+    media = {}
+    if flow is not None:
+        media["flow"] = MediaFile(flow, rate=2 if fps == 60 else 1)
+    if name in with_sound:
+        media["audio"] = MediaFile(with_sound[name], rate=paths.audio_hdf5_rate)
     return Recording(
         name,
         participant,
         clips,
-        movie=movie if movie.is_file() else None,
-        rgb_frames=frames_of(raw, place(paths.rgb_frames), "epic_kitchens.rgb_frames"),
-        flow_frames=frames_of(raw, place(paths.flow_frames), "epic_kitchens.flow_frames"),
-        sound_hdf5=with_sound.get(name),
-        sound_hdf5_rate=paths.audio_hdf5_rate,
+        video_file=video_file if video_file.is_file() else None,
+        frames=frames_of(raw, place(paths.rgb_frames), "epic_kitchens.rgb_frames"),
+        media=media,
         nominal_fps=fps,
-        rgb_frames_per_flow_frame=2 if fps == 60 else 1,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities.detections.store import Span, index_boxes
-from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.packing.readers.tables import UniqueKeys, check_name, split_tables
 from karmma_dist.packing.records import Plan, frames_of, inside, raw_file
 from karmma_dist.packing.spec import PackingSpec, SomethingSomethingPaths
@@ -41,7 +41,7 @@ def read_something_something(spec: PackingSpec) -> Plan:
             clip = _clip(where, entry, split, ids, split not in paths.unlabelled_splits)
             keys.add(clip.key, where)
             recordings[clip.key] = _recording(raw, paths, clip, boxes.get(clip.key))
-    if boxes and not any(recording.boxes for recording in recordings.values()):
+    if boxes and not any("detections" in recording.media for recording in recordings.values()):
         notes.append(f"no detections: none of the {len(boxes)} clips in {paths.boxes} is in a split")
     return Plan(tuple(recordings.values()), classes, tuple(tables.there), tuple(notes))
 
@@ -60,13 +60,16 @@ def _find_boxes(raw: Path, paths: SomethingSomethingPaths, notes: list[str]) -> 
 def _recording(
     raw: Path, paths: SomethingSomethingPaths, clip: ClipRecord, boxes: tuple[Path, Span] | None
 ) -> Recording:
-    movie = inside(raw, paths.movies.replace("{recording}", clip.key), "something_something.movies")
-    flow = paths.flow_frames.replace("{recording}", clip.key)
+    video_file = inside(raw, paths.movies.replace("{recording}", clip.key), "something_something.movies")
+    pattern = paths.flow_frames.replace("{recording}", clip.key)
+    flow = frames_of(raw, pattern, "something_something.flow_frames")
+    media = {} if flow is None else {"flow": MediaFile(flow)}
+    if boxes is not None:
+        media["detections"], clip = MediaFile(boxes[0]), replace(clip, entries={"detections": boxes[1]})
     return Recording(
-        clip.key, "", (replace(clip, boxes=boxes[1] if boxes else None),),
-        movie=movie if movie.is_file() else None,
-        flow_frames=frames_of(raw, flow, "something_something.flow_frames"),
-        boxes=boxes[0] if boxes else None,
+        clip.key, "", (clip,),
+        video_file=video_file if video_file.is_file() else None,
+        media=media,
         nominal_fps=paths.frames_per_second,
     )  # fmt: skip
 

@@ -131,12 +131,14 @@ def _result_path(folder: Path, unit: Unit) -> Path:
 def _digest(recordings: Sequence[Recording], settings: dict[str, Any]) -> str:
     described = []
     for recording in recordings:
-        media = {}
-        for field in ("movie", "rgb_frames", "flow_frames", "sound_hdf5", "boxes"):
-            path = getattr(recording, field)
-            media[field] = None if path is None else [path.stat().st_size, path.stat().st_mtime_ns]
+        paths = {"video_file": recording.video_file, "frames": recording.frames}
+        paths |= {f"media.{name}": file.path for name, file in recording.media.items()}
+        seen = {
+            name: None if path is None else [path.stat().st_size, path.stat().st_mtime_ns]
+            for name, path in paths.items()
+        }
+        rates = {name: file.rate for name, file in recording.media.items()}
         clips = [dataclasses.asdict(clip) for clip in recording.clips]
-        rates = [recording.nominal_fps, recording.rgb_frames_per_flow_frame, recording.sound_hdf5_rate]
-        described.append([recording.name, *rates, media, clips])
+        described.append([recording.name, recording.nominal_fps, rates, seen, clips])
     text = json.dumps([settings, described], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
