@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from karmma_dist.errors import UserError
 from karmma_dist.runs.folder import STATE
 from karmma_dist.runs.process import is_alive
+from karmma_dist.terminal import print_table
 
 _NO_RUNS = {"checkpoints", "eval", "best", "trace"}
 """Folders inside a run's that hold no other run."""
@@ -117,25 +116,20 @@ def ask_squeue(ids: list[str]) -> dict[str, str] | None:
     return {job: state for job, _, state in (line.partition(" ") for line in done.stdout.splitlines())}
 
 
-def print_runs(runs: Iterable[Run], console: Console | None = None) -> None:
-    """A table, and below it what to type for each run that can go on."""
-    runs = list(runs)
-    console = console or Console(highlight=False, markup=False)
-    table = Table()
-    for heading in ("run", "state", "step", "loss", "best", "job", "host", "last sign"):
-        table.add_column(heading, justify="right" if heading in ("step", "loss", "last sign") else "left")
+def print_runs(runs: Iterable[Run]) -> None:
+    """Print a table, and below it what to type for each run that can go on."""
+    rows: list[list[str]] = []
+    footer: list[str] = []
     for run in runs:
         best = "" if run.best is None else f"{run.best['metric']} {run.best['value']:.2f}"
         loss = "" if run.loss is None else f"{run.loss:.4f}"
-        table.add_row(
-            run.name, run.state, _progress(run), loss, best, run.job_id or "", run.host or "", _age(run.age_s)
+        rows.append(
+            [run.name, run.state, _progress(run), loss, best, run.job_id or "", run.host or "", _age(run.age_s)]
         )
-    console.print(table)
-    for run in runs:
-        if run.why:
-            console.print(f"{run.name}: {run.state}: {run.why}", soft_wrap=True)
-        if run.resume:
-            console.print(f"{run.name}: go on with: {run.resume}", soft_wrap=True)
+        footer += [f"{run.name}: {run.state}: {run.why}"] if run.why else []
+        footer += [f"{run.name}: go on with: {run.resume}"] if run.resume else []
+    headings = ["run", "state", "step", "loss", "best", "job", "host", "last sign"]
+    print_table(headings, rows, right=["step", "loss", "last sign"], footer=footer)
 
 
 def to_json(runs: Iterable[Run]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from karmma_dist.streaming.loader import TrainingClips, open_shards, training_ba
 from karmma_dist.streaming.order import Position, Schedule
 from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.streaming.worker_status import LoadStats
+from karmma_dist.terminal import print_table
 
 _BATCH_SIZE = 32
 _REPLAYED = 4
@@ -229,32 +230,23 @@ def _pss_kb(pid: int) -> int:
 
 
 def print_loader_bench(result: LoaderBench) -> None:
-    """The result as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    table = Table(title=f"{result.shards}: {result.clips_per_s:,.1f} clips/s", show_header=False)
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    table.add_row("waiting for the loader", f"{100 * result.wait_share:.0f} % of {result.seconds:.1f} s")
-    table.add_row("workers alone, never waiting", f"{result.supply_clips_per_s:,.1f} clips/s")
-    table.add_row("batches ready when asked", f"{result.queue_depth:.1f}")
-    for modality, milliseconds in result.decode_ms.items():
-        table.add_row(f"decoding {modality}", f"{milliseconds:.1f} ms a clip")
-    table.add_row("reading, one worker", f"{result.read_mb_per_s:,.0f} MB/s, {result.read_kb_per_clip:,.0f} KB a clip")
+    """Print the result as a table."""
+    rows = [
+        ("waiting for the loader", f"{100 * result.wait_share:.0f} % of {result.seconds:.1f} s"),
+        ("workers alone, never waiting", f"{result.supply_clips_per_s:,.1f} clips/s"),
+        ("batches ready when asked", f"{result.queue_depth:.1f}"),
+        *((f"decoding {modality}", f"{ms:.1f} ms a clip") for modality, ms in result.decode_ms.items()),
+        ("reading, one worker", f"{result.read_mb_per_s:,.0f} MB/s, {result.read_kb_per_clip:,.0f} KB a clip"),
+    ]
     if result.worker_pss_mb:
-        table.add_row("memory of a worker", f"{max(result.worker_pss_mb):,.0f} MB (largest peak PSS)")
-    table.add_row("damaged clips", f"{result.damaged_clips}")
-    if result.headspace_clips_per_s is not None:
-        table.add_row("preparing alone, no loading", f"{result.headspace_clips_per_s:,.1f} clips/s")
-    console.print(table)
-    console.print(
+        rows.append(("memory of a worker", f"{max(result.worker_pss_mb):,.0f} MB (largest peak PSS)"))
+    rows.append(("damaged clips", f"{result.damaged_clips}"))
+    footer = [
         f"{result.num_batches} batches of {result.batch_size}, {', '.join(result.modalities)}, drop probability "
-        f"{result.drop_prob:g}, {result.num_workers} workers, {result.device}; {result.inputs}",
-        soft_wrap=True,
-    )
+        f"{result.drop_prob:g}, {result.num_workers} workers, {result.device}; {result.inputs}"
+    ]
     if result.headspace_clips_per_s is not None:
-        console.print(
-            "preparing alone: normalising and spectrograms of batches in memory; no model runs", soft_wrap=True
-        )
+        rows.append(("preparing alone, no loading", f"{result.headspace_clips_per_s:,.1f} clips/s"))
+        footer.append("preparing alone: normalising and spectrograms of batches in memory; no model runs")
+    title = f"{result.shards}: {result.clips_per_s:,.1f} clips/s"
+    print_table(["loader", "measured"], rows, right=["measured"], title=title, footer=footer)

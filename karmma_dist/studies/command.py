@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from karmma_dist.progress import Progress
 from karmma_dist.studies.costs import RunCost, plan_costs
@@ -21,6 +18,10 @@ from karmma_dist.studies.report import terminal_table
 from karmma_dist.studies.run import carry_out_study, check_teachers
 from karmma_dist.studies.slurm import plan_arrays, shown_arrays, submit_arrays
 from karmma_dist.studies.study import StudyFile
+from karmma_dist.terminal import print_table
+
+_WIDTH = 140
+"""Columns of a table where stdout is not a terminal: names of runs are long."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,7 @@ def shown_plan(request: StudyRequest) -> None:
     if not costs:
         click.echo(f"{plan.file.name}: no column needs training")
         return
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(plan_table(plan, costs), "")
-    click.echo("\n".join(total_lines(plan, costs)))
+    print_plan(plan, costs)
 
 
 def submitted(request: StudyRequest, is_dry: bool) -> list[str]:
@@ -101,7 +100,7 @@ def carry_out(request: StudyRequest) -> bool:
         done = carry_out_study(
             plan, request.out or plan.out, request.local, progress, lambda line: click.echo(line, err=True)
         )
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(terminal_table(done.report), "")
     click.echo(f"report: {done.path}")
     for name, why in done.report.missing.items():
@@ -109,21 +108,19 @@ def carry_out(request: StudyRequest) -> bool:
     return not done.report.missing
 
 
-def plan_table(plan: StudyPlan, costs: Sequence[RunCost]) -> Table:
-    """Return a line per run, in the order to train them."""
+def print_plan(plan: StudyPlan, costs: Sequence[RunCost]) -> None:
+    """Print a line per run, in the order to train them, and what each row and the study cost."""
     places = {cost.run.name: place for place, cost in enumerate(costs, 1)}
-    table = Table(title=f"{plan.file.study.title} ({plan.file.path})", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("#", justify="right")
-    table.add_column("run", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    for heading in ("after", "epochs x clips", "FLOPs"):
-        table.add_column(heading, justify="right")
+    rows = []
     for place, cost in enumerate(costs, 1):
         needs = ", ".join(str(places[need]) for need in cost.run.needs)
         passes = f"{cost.run.recipe.training.epochs} x {'?' if cost.clips is None else f'{cost.clips:,}'}"
-        cells = [str(place), cost.run.name, cost.state, needs, passes, flops_text(cost.flops)]
-        table.add_row(*map(Text, cells))
-    return table
+        rows.append([str(place), cost.run.name, cost.state, needs, passes, flops_text(cost.flops)])
+    numbers = ["#", "after", "epochs x clips", "FLOPs"]
+    print_table(
+        ["#", "run", "state", *numbers[1:]], rows, right=numbers, footer=["", *total_lines(plan, costs)],
+        title=f"{plan.file.study.title} ({plan.file.path})", width=_WIDTH,
+    )  # fmt: skip
 
 
 def total_lines(plan: StudyPlan, costs: Sequence[RunCost]) -> list[str]:

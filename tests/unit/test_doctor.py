@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from karmma_dist.cli import main
 from karmma_dist.launching.doctor import doctor, machine, probes
@@ -67,7 +66,7 @@ def test_a_check_that_raises_is_a_finding() -> None:
 
 
 def test_a_check_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("karmma_dist.launching.doctor.doctor._PROBE_GRACE_S", 0.0)
+    monkeypatch.setattr("karmma_dist.launching.doctor.check._PROBE_GRACE_S", 0.0)
     release = threading.Event()
     try:
         (check,) = bounded("disk", lambda: [Check("disk", "ok", str(release.wait(100)))], 0.1)()
@@ -305,7 +304,7 @@ def test_the_exit_code_says_whether_something_must_be_fixed(
 
 def test_advice_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
     advice = "pip install 'karmma-dist[s3]' " + "x" * 100
-    doctor.print_checks([Check("disk", "fix", "[bold]", advice)], Console(markup=False, highlight=False, width=60))
+    doctor.print_checks([Check("disk", "fix", "[bold]", advice)])
     shown = capsys.readouterr().out
     assert f"fix: disk: {advice}" in shown.splitlines()
     assert "[bold]" in shown

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import yaml
 from patience import HANGS_S
-from rich.console import Console
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
@@ -217,7 +216,7 @@ def test_runs_are_found_at_any_depth_and_the_latest_comes_first(tmp_path: Path) 
 def test_the_table_keeps_each_command_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / ("long" * 40)
     make_run(runs, "student", "failed", error="UserError: [video] is\nbroken")
-    print_runs(find_runs(runs), Console(highlight=False, markup=False, width=80))
+    print_runs(find_runs(runs))
     lines = capsys.readouterr().out.splitlines()
     assert "student: failed: UserError: [video] is broken" in lines
     assert f"student: go on with: karmma-dist train {runs}/student/recipe.yaml" in lines

@@ -27,8 +27,6 @@ from typing import Any
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read at import: torch's own words on what is reported below
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 from karmma_dist.distributed.preflight.facts import (
     Facts,
@@ -53,6 +51,7 @@ from karmma_dist.micro_batches import check_batches
 from karmma_dist.recipe import Recipe
 from karmma_dist.runs.folder import finished_names
 from karmma_dist.runs.process import node_name
+from karmma_dist.terminal import print_table
 
 _SKEW_S = 1.0
 """Clocks that differ by more are noted: ages in `karmma-dist runs` and times in logs are wrong by it."""
@@ -153,19 +152,17 @@ def report(outcome: Outcome, world: World, as_json: bool = False) -> None:
         print(f"error: {line}", file=sys.stderr, flush=True)
     if outcome.failures:
         return
-    table = Table()
-    for heading in ("node", "ranks", "device", "torch", "shards", "clock"):
-        table.add_column(heading)
+    rows = []
     for host in dict.fromkeys(facts["host"] for facts in outcome.ranks):
         here = [facts for facts in outcome.ranks if facts["host"] == host]
         shards = ", ".join(sha[:12] for sha in here[0]["shards"].values())
         ranks = ", ".join(str(facts["rank"]) for facts in here)
         devices = " and ".join(dict.fromkeys(facts["device"]["name"] for facts in here))
         skew = f"{max((facts['clock_s'] for facts in here), key=abs):+.2f} s"
-        table.add_row(host, ranks, devices, here[0]["versions"]["torch"], shards or "not looked at", skew)
-    Console(highlight=False).print(table)
+        rows.append([host, ranks, devices, here[0]["versions"]["torch"], shards or "not looked at", skew])
     speed = "" if outcome.bus_gb_per_s is None else f": {outcome.bus_gb_per_s:.2f} GB/s bus bandwidth"
-    print(f"all-reduce of {ALL_REDUCE_BYTES / 2**20:.0f} MiB over {world.size} ranks is right{speed}", flush=True)
+    reduced = f"all-reduce of {ALL_REDUCE_BYTES / 2**20:.0f} MiB over {world.size} ranks is right{speed}"
+    print_table(["node", "ranks", "device", "torch", "shards", "clock"], rows, footer=[reduced])
 
 
 class _Rank:

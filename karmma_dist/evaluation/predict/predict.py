@@ -11,14 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from karmma_dist.distributed.process_group import device_of
@@ -40,31 +37,19 @@ from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
 from karmma_dist.streaming.order import Slice
 from karmma_dist.streaming.reader import length_s
+from karmma_dist.terminal import print_table
 
 
 def print_predictions(predictions: list[Prediction]) -> None:
     """Print what was found in each clip, and the likeliest actions by each modality and by all."""
     for prediction in predictions:
-        print_prediction(prediction, Console())
-
-
-def print_prediction(prediction: Prediction, console: Console) -> None:
-    """Print one clip's."""
-    console.print(Text(f"{prediction.clip} ({prediction.seconds:g} s): {_found(prediction)}"), soft_wrap=True)
-    if prediction.labels and None not in prediction.labels.values():
-        console.print(Text(f"labelled: {' '.join(str(name) for name in prediction.labels.values())}"))
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for guess in prediction.guesses:
-        table.add_column("%", justify="right")
-        table.add_column(f"{letters(guess.modalities)} says", overflow="fold")
-    for place in range(max(len(guess.actions) for guess in prediction.guesses)):
-        cells = []
-        for guess in prediction.guesses:
-            there = place < len(guess.actions)
-            cells += _cells(guess.actions[place]) if there else ["", ""]
-        table.add_row(*map(Text, cells))
-    console.print(table)
-    console.print()
+        print(f"{prediction.clip} ({prediction.seconds:g} s): {_found(prediction)}")
+        if prediction.labels and None not in prediction.labels.values():
+            print(f"labelled: {' '.join(str(name) for name in prediction.labels.values())}")
+        headings = [heading for guess in prediction.guesses for heading in ("%", f"{letters(guess.modalities)} says")]
+        columns = [list(map(_cells, guess.actions)) for guess in prediction.guesses]
+        lines = zip_longest(*columns, fillvalue=["", ""])
+        print_table(headings, [list(chain.from_iterable(line)) for line in lines], right=["%"], footer=[""])
 
 
 def _found(prediction: Prediction) -> str:

@@ -15,12 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from karmma_dist.launching.doctor import machine
 from karmma_dist.launching.doctor.check import Check, bounded
 from karmma_dist.recipe import Recipe
+from karmma_dist.terminal import print_table
 
 LIMIT_S = 120.0
 """Importing torch and DeepSpeed from a cold network file system takes minutes rather than seconds."""
@@ -49,18 +47,11 @@ def diagnose(chain: Sequence[Recipe] = (), limit_s: float = LIMIT_S) -> list[Che
     return [check for wait in waits for check in wait()]
 
 
-def print_checks(checks: Sequence[Check], console: Console | None = None) -> None:
-    """A table, and what to do below it, a line each."""
-    console = console or Console(highlight=False, markup=False)
-    table = Table()
-    for heading in ("check", "", "found"):
-        table.add_column(heading)
-    for check in checks:
-        table.add_row(check.name, check.state, check.found)
-    console.print(table)
-    for check in checks:
-        if check.advice:
-            console.print(f"{check.state}: {check.name}: {check.advice}", soft_wrap=True)
+def print_checks(checks: Sequence[Check]) -> None:
+    """Print a table, and what to do below it, a line each."""
+    advice = [f"{check.state}: {check.name}: {check.advice}" for check in checks if check.advice]
+    rows = [[check.name, check.state, check.found] for check in checks]
+    print_table(["check", "", "found"], rows, footer=advice)
 
 
 def to_json(checks: Sequence[Check]) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""A table for the terminal shows text as it is, within its width, and its footer line by line."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from karmma_dist.terminal import WIDTH, print_table
+
+
+def test_a_table_is_title_headings_rows_and_footer(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [["train", "67,217", "V+F+A 67,217"], ["validation", "9,668", "V+F 12"]]
+    footer = ["a path that can be copied: " + "x" * 100, ""]
+    title = "shards/a folder with a long name: packed"
+    print_table(["split", "clips", "modalities"], rows, right=["clips"], title=title, footer=footer)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in lines] == [
+        title,
+        "split        clips  modalities",
+        "─" * 32,
+        "train       67,217  V+F+A 67,217",
+        "validation   9,668  V+F 12",
+        *footer,
+    ]
+
+
+@pytest.mark.parametrize("text", ["[bold]a[/bold]", "audio:mute:3", "[/]", ":smile:", "a\\[b]"])
+def test_text_of_a_user_is_shown_as_it_is(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([text, "other"], [[text, "1"]], title=text, footer=[text])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].rstrip() == lines[-1] == text
+    assert lines[1].startswith(f"{text} ")
+    assert lines[3].startswith(f"{text} ")
+
+
+@given(words=st.lists(st.text("abcdefgh/", min_size=1, max_size=150), min_size=1, max_size=4))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+def test_what_does_not_fit_goes_on_in_the_next_line_and_nothing_is_cut_off(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_table(["run", "steps"], [[word, "1,234/5,678"] for word in words], right=["steps"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert all(len(line) <= WIDTH for line in lines)
+    shown = "".join(line.replace("1,234/5,678", "").replace(" ", "") for line in lines)
+    assert shown == "".join(words)
+    assert sum("1,234/5,678" in line for line in lines) == len(words)
