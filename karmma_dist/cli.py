@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from karmma_dist.errors import LostRank, Stopped, UserError, say
+from karmma_dist.errors import LostRank, Stopped, UserError, one_line, say
 
 _STARTED = time.monotonic()
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -540,7 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, exit_code: int = 2) -> int:
-    say(f"error: {' '.join(message.split())}")
+    say(f"error: {one_line(message)}")
     return exit_code
 
 

@@ -1,15 +1,21 @@
-"""Exceptions whose message is meant for the person at the terminal, and how a process says its last line."""
+"""Exceptions whose message is meant for a person, as one line, and the line that a process ends with."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 ERROR_FILE = "KARMMA_DIST_ERROR_FILE"
 """Environment variable by which `karmma-dist launch` tells a rank where to leave its last line."""
 LOST_RANK = "lost rank: "
 """Begins a line in that file that only tells of another rank, which may have said more itself."""
+
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+"""Beginning of a URL."""
 
 
 class UserError(ValueError):
@@ -29,6 +35,28 @@ class Stopped(Exception):
 
 class LostRank(Stopped):
     """Another rank has ended or hangs; the message says which."""
+
+
+def one_line(error: object, limit: int | None = None) -> str:
+    """Return the text of an error, or any other, as one line that may be shown: without line breaks and secrets.
+
+    Args:
+        error: runs of white space in its text become a space each, and its URLs are `masked`.
+        limit: characters at most; None: all of them.
+    """
+    return re.sub(rf"{URL.pattern}\S+", lambda match: masked(match[0]), " ".join(str(error).split()))[:limit]
+
+
+def masked(url: str) -> str:
+    """Return a URL as messages show it: without user, password and query, which may be secret. A path is left alone."""
+    if not URL.match(url):
+        return url
+    try:
+        scheme, host, path, _, _ = urlsplit(url)
+    except ValueError:  # a bracket that is not closed in its host
+        return f"{url.partition('://')[0]}://***"
+    user, at, host = host.rpartition("@")
+    return urlunsplit((scheme, f"***@{host}" if user or at else host, path, "", ""))
 
 
 def say(line: str, of_another: bool = False) -> None:

@@ -10,18 +10,17 @@ import functools
 import json
 import os
 import random
-import re
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.callbacks import Callback
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import URL, UserError, masked, one_line
 from karmma_dist.io.cache import Content, FetchError
 
 TRIES = 5
@@ -33,7 +32,6 @@ FIRST_WAIT_S = 1.0
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 30.0, 60.0
 """A web server that stays silent this long has failed; a whole shard may take as long as it takes."""
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 _PASSING_STATUS = {408, 425, 429}
 
@@ -44,16 +42,7 @@ T = TypeVar("T")
 
 def is_url(text: str) -> bool:
     """Whether this is a URL, and not a path."""
-    return _URL.match(text) is not None
-
-
-def masked(url: str) -> str:
-    """A URL as messages show it: without user, password and query, all of which may be secret. A path is left alone."""
-    if not is_url(url):
-        return url
-    scheme, host, path, _, _ = urlsplit(url)
-    user, at, host = host.rpartition("@")
-    return urlunsplit((scheme, f"***@{host}" if user or at else host, path, "", ""))
+    return URL.match(text) is not None
 
 
 def fetch(url: str, content: Content, path: Path, moved: Callable[[int, int], None] | None = None) -> None:
@@ -172,8 +161,7 @@ def _file_system(scheme: str, read_timeout_s: float, pid: int) -> Any:  # noqa: 
 def _failure(error: Exception) -> FetchError:
     """What a file system's exception means. Its text is not shown where it may hold the URL with its secrets."""
     status = getattr(error, "status", None)
-    said = f"HTTP {status}" if status else getattr(error, "strerror", None) or type(error).__name__
-    said = re.sub(r"\S+://\S+", lambda found: masked(found[0]), str(said))
+    said = one_line(f"HTTP {status}" if status else getattr(error, "strerror", None) or type(error).__name__)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return FetchError("not found on the server", damaged=True)
     refused = status is not None and 400 <= status < 500 and status not in _PASSING_STATUS

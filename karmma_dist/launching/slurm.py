@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import UserError, one_line
 from karmma_dist.micro_batches import check_batches
 from karmma_dist.recipe import SlurmRecipe, load_chain, shared_overrides
 from karmma_dist.runs.folder import finished_names
@@ -158,7 +158,7 @@ def ask_scheduler(jobs: Sequence[SlurmJob]) -> list[str]:
         UserError: as `submit_jobs`.
     """
     answers = [_sbatch(job.command("--test-only")).stderr for job in jobs]
-    return [" ".join(answer.split()).removeprefix("sbatch: ") for answer in answers]
+    return [one_line(answer).removeprefix("sbatch: ") for answer in answers]
 
 
 def _sbatch(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -169,5 +169,5 @@ def _sbatch(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     except subprocess.TimeoutExpired:
         raise UserError("sbatch did not answer within 120 s: is the controller up (scontrol ping)?") from None
     if done.returncode:
-        raise UserError(f"sbatch refused: {' '.join((done.stderr or done.stdout).split())}")
+        raise UserError(f"sbatch refused: {one_line(done.stderr or done.stdout)}")
     return done

@@ -13,8 +13,7 @@ import torch
 from pydantic import model_validator
 from safetensors.torch import save_file
 
-from karmma_dist.errors import UserError
-from karmma_dist.io.download import masked
+from karmma_dist.errors import UserError, masked
 from karmma_dist.io.files import write_whole
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.weights import WEIGHTS, load_exactly, own_weights, read_weights

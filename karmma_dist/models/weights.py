@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import UserError, masked
 from karmma_dist.io.cache import Cache, Content, FetchError, cache_root
-from karmma_dist.io.download import fetch, is_url, masked
+from karmma_dist.io.download import fetch, is_url
 from karmma_dist.io.files import sha256_of
 from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.karmma import KarmmaModel

@@ -11,6 +11,7 @@ import av
 import cv2
 import numpy as np
 
+from karmma_dist.errors import one_line
 from karmma_dist.packing.boxes import detections_json, read_boxes
 from karmma_dist.packing.flow import FlowEncoder, flow_of_files
 from karmma_dist.packing.hdf5_sound import read_sound
@@ -42,7 +43,7 @@ def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip |
         yield from (_failure(clip, error) for clip in left.values())
     except (av.error.FFmpegError, cv2.error) as error:
         # Media that break their decoder in an unforeseen way cost their own recording, not the run.
-        unforeseen = media_error(error, spec.modalities[0], "cut", " ".join(str(error).split())[:200])
+        unforeseen = media_error(error, spec.modalities[0], "cut", one_line(error, 200))
         yield from (_failure(clip, unforeseen) for clip in left.values())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import av
 import numpy as np
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import UserError, one_line
 from karmma_dist.packing.records import MediaError, media_error
 from karmma_dist.packing.sound import Sound
 
@@ -35,7 +35,7 @@ def recordings_with_sound(path: Path) -> set[str]:
         with h5py.File(path, "r") as file:
             return set(file)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read as HDF5: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read as HDF5: {one_line(error)}") from None
 
 
 def read_sound(path: Path, recording: str, rate: int) -> Sound:
@@ -50,7 +50,7 @@ def read_sound(path: Path, recording: str, rate: int) -> Sound:
         with h5py.File(path, "r") as file:
             return _read(file, recording, rate)
     except (OSError, RuntimeError, KeyError, av.error.FFmpegError) as error:
-        raise media_error(error, "audio", "open", _said(path, recording, " ".join(str(error).split())[:200])) from None
+        raise media_error(error, "audio", "open", _said(path, recording, one_line(error, 200))) from None
 
 
 def _read(file: Any, recording: str, rate: int) -> Sound:

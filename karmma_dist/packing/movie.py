@@ -16,6 +16,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+from karmma_dist.errors import one_line
 from karmma_dist.packing.media import Geometry
 from karmma_dist.packing.records import is_of_the_machine, media_error
 from karmma_dist.packing.sound import CUT_TOLERANCE_S, Sound, Stretches
@@ -186,4 +187,4 @@ def _decode(container: Any, stream: Any) -> Iterator[tuple[Any, float | None, st
 def _reason(error: BaseException) -> str:
     """The first sentence of FFmpeg's complaint."""
     text = getattr(error, "strerror", None) or str(error)
-    return " ".join(str(text).split(";")[0].split())
+    return one_line(str(text).split(";")[0])

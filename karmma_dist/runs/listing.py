@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import UserError, one_line
 from karmma_dist.runs.folder import STATE
 from karmma_dist.runs.process import is_alive
 from karmma_dist.terminal import print_table
@@ -195,7 +195,7 @@ def _settle(
 ) -> tuple[str, str | None]:
     """The state to show and its cause, after asking who could know better than state.json."""
     written = str(state.get("state", "damaged"))
-    why = next((_one_line(state[name]) for name in ("why", "error", "reason") if state.get(name)), None)
+    why = next((one_line(state[name]) for name in ("why", "error", "reason") if state.get(name)), None)
     job_id = state.get("job_id")
     job = None if jobs is None or job_id is None else jobs.get(str(job_id), "gone")
     if job in _WAITING and written in ("running", "preempted"):
@@ -302,10 +302,6 @@ def _resume_command(run: Path, recipe: Mapping[str, Any], state: Mapping[str, An
         command = ["train", *words]
     line, stop = shlex.join(["karmma-dist", *command]), run / "STOP"
     return f"rm {shlex.quote(str(stop))} && {line}" if stop.exists() else line
-
-
-def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())
 
 
 def _progress(run: Run) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from karmma_dist.errors import ERROR_FILE, LOST_RANK, Stopped
+from karmma_dist.errors import ERROR_FILE, LOST_RANK, Stopped, one_line
 from karmma_dist.io.files import write_whole
 from karmma_dist.launching.local import in_the_child, rank_command, signal_name
 from karmma_dist.progress import Report, silent
@@ -221,7 +221,7 @@ class _Workshop:
 def _last_words(child: _Child, code: int) -> str:
     lines = child.words.read_text().splitlines() if child.words.is_file() else []
     if lines:
-        return " ".join(lines[-1].removeprefix(LOST_RANK).removeprefix("error: ").split())
+        return one_line(lines[-1].removeprefix(LOST_RANK).removeprefix("error: "))
     how = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
     return f"{how}: see {child.words.with_suffix('.log')}"
 

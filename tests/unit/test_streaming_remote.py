@@ -24,11 +24,10 @@ from http_kit import Fault, Handler, Server, cut, serving, short, status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import UserError, masked
 from karmma_dist.io import cache as cache_module
 from karmma_dist.io import download
 from karmma_dist.io.cache import Cache, Content, FetchError
-from karmma_dist.io.download import masked
 from karmma_dist.io.files import sha256_of, write_json
 from karmma_dist.recipe import DataRecipe, InputRecipe, Recipe
 from karmma_dist.shards.folder import ShardFolder
@@ -104,9 +103,9 @@ def entry_bytes(root: Path) -> int:
 READER = """
 import hashlib, sys
 from pathlib import Path
-from karmma_dist import download
-from karmma_dist.cache import Cache
-from karmma_dist.streaming import remote
+from karmma_dist.io import download
+from karmma_dist.io.cache import Cache
+from karmma_dist.shards import remote
 download.FIRST_WAIT_S = 0.0
 folder = remote.RemoteShards(sys.argv[1], Cache(Path(sys.argv[2]), 10**12))
 print("ready", flush=True)

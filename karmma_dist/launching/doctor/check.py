@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from karmma_dist.errors import one_line
+
 _PROBE_GRACE_S = 5.0
 """A check that runs a command ends it at the limit and says so itself, in this time."""
 
@@ -35,7 +37,7 @@ def bounded(name: str, check: Callable[[], Iterable[Check]], limit_s: float) -> 
         try:
             found.extend(check())
         except Exception as error:  # whatever a broken machine throws is a finding
-            what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            what = f"{type(error).__name__}: {one_line(error, 300)}"
             found.append(Check(name, "fix", f"cannot be checked ({what})", "this should not happen: please report it"))
 
     thread = threading.Thread(target=run, name=f"doctor {name}", daemon=True)

@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import UserError, masked, one_line
 from karmma_dist.io.cache import cache_root
-from karmma_dist.io.download import is_url, masked
+from karmma_dist.io.download import is_url
 from karmma_dist.launching.doctor.check import Check, State
 from karmma_dist.launching.slurm import slurm_ranks
 from karmma_dist.micro_batches import check_batches, divide_batch
@@ -76,7 +76,7 @@ def check_slurm() -> list[Check]:
         advice = "the controller does not answer: ask the administrator, or see slurmctld's log"
         return [Check("Slurm", "fix", f"{_first(version)}: {why}", advice)]
     code, nodes, err = _run(["sinfo", "--noheader", "--format=%P %D %t"], _COMMAND_LIMIT_S)
-    partitions = ", ".join(" ".join(line.split()) for line in nodes.splitlines()[:8]) or "no partition"
+    partitions = ", ".join(one_line(line) for line in nodes.splitlines()[:8]) or "no partition"
     job = os.environ.get("SLURM_JOB_ID")
     return [Check("Slurm", "ok", f"{_first(version)}, {partitions}" + (f", inside job {job}" if job else ""))]
 

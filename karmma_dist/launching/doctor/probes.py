@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+from karmma_dist.errors import one_line
+
 _MODULES = {
     "torch": "torch", "torchvision": "torchvision", "deepspeed": "deepspeed", "webdataset": "webdataset",
     "timm": "timm", "av": "av", "opencv-python-headless": "cv2", "numpy": "numpy", "pydantic": "pydantic",
@@ -36,7 +38,7 @@ def packages() -> Iterator[dict[str, Any]]:
             if module == "torch":
                 _choose_accelerator()
         except Exception as error:  # an import runs a library's own code, which may raise anything
-            found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found["error"] = f"{type(error).__name__}: {one_line(error, 300)}"
         yield found
 
 
@@ -59,7 +61,7 @@ def devices() -> Iterator[dict[str, Any]]:
             total = float(torch.ones(1024, device=f"cuda:{number}").sum())
             gpu["error"] = None if total == 1024 else f"adds 1024 ones to {total}"
         except RuntimeError as error:
-            gpu["error"] = " ".join(str(error).split())[:300]
+            gpu["error"] = one_line(error, 300)
         found["gpus"].append(gpu)
     yield found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 
+from karmma_dist.errors import one_line
 from karmma_dist.packing.verify.problems import Finding
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip, DamageError
@@ -73,7 +74,7 @@ def check_clip(folder: ShardFolder, clip: Clip, split: str) -> Iterator[Finding 
         except _WrongMedia as error:
             yield Finding(clip.shard, clip.key, modality, *error.args)
         except (av.error.FFmpegError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-            yield Finding(clip.shard, clip.key, modality, "decode", " ".join(f"does not decode: {error!r}".split()))
+            yield Finding(clip.shard, clip.key, modality, "decode", one_line(f"does not decode: {error!r}"))
 
 
 def _metadata_problems(metadata: dict[str, Any], clip: Clip, split: str) -> Iterator[str]:

@@ -8,8 +8,7 @@ from typing import Any
 
 from karmma_dist.distributed.collectives import gather
 from karmma_dist.distributed.world import World
-from karmma_dist.errors import UserError
-from karmma_dist.io.download import masked
+from karmma_dist.errors import UserError, masked
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
 from karmma_dist.runs.folder import BEST, ENSEMBLE, read_state, write_state
