@@ -1,20 +1,29 @@
-"""Worker processes that end with the one that started them, whatever ends it."""
+"""Processes that end with the one that started them, whatever ends it.
+
+A worker of `multiprocessing` watches its parent from a thread (`end_with_parent`). The kernel could kill it instead,
+but would do so as soon as the thread that started it ends, which need not be the parent's main one. A program that is
+started in its place has no such thread: there it is the kernel (`dying_with_parent`), asked by the main thread.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
+_PR_SET_PDEATHSIG = 1
 
-@contextmanager
+
+@contextlib.contextmanager
 def worker_pool(num: int) -> Iterator[ProcessPoolExecutor]:
     """Start up to `num` processes for `submit_all`.
 
@@ -47,13 +56,53 @@ def submit_all(
 
 
 def _worker_starts() -> None:
-    """In each worker: leave Ctrl-C to the parent, and end with it even when it was killed."""
+    """Leave Ctrl-C to the parent, and end with it even when it was killed; every worker runs this first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this process, which `multiprocessing` started, with exit code 1 as soon as its parent is gone."""
     parent = multiprocessing.parent_process()
-    assert parent is not None
+    assert parent is not None, "not a process that multiprocessing started"
 
     def follow() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=follow, name="end with the parent", daemon=True).start()
+
+
+def dying_with_parent(unmasked: set[int | signal.Signals]) -> Callable[[], None]:
+    """Return a `preexec_fn` for children that the kernel kills when this thread is gone, whatever ended it.
+
+    Args:
+        unmasked: the child's signal mask: the one from before this process held signals back.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(128 + signal.SIGKILL)
+
+    return prepare
+
+
+def kill_sessions(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill what is left of children that lead a session each, with all they started, and wait until they are gone."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of it
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal: SIGTERM."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -27,8 +27,8 @@ def print_table(
         headings: of the columns.
         rows: cells of each line, as many as there are headings; one that does not fit goes on in the next line.
         right: headings of the columns of numbers, which are set to the right and not broken.
-        title: line above it; empty: none.
-        footer: lines below it, each on one line however long it is, so that it can be copied.
+        title: line above it; empty: none. Like the footer it is not broken, so that paths in it can be copied.
+        footer: lines below it.
         width: columns where stdout is not a terminal.
     """
     from rich.box import SIMPLE_HEAD
@@ -36,10 +36,7 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=Text(title, style="bold") if title else None, title_justify="left", box=SIMPLE_HEAD, show_edge=False,
-        pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in headings:
         is_number = heading in right
         table.add_column(
@@ -48,6 +45,8 @@ def print_table(
     for cells in rows:
         table.add_row(*map(Text, cells))
     console = Console(width=None if sys.stdout.isatty() else width)
+    if title:
+        console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
     for line in footer:
         print(line)

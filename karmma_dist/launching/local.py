@@ -7,7 +7,6 @@ with all they started; when the launcher itself is killed, the kernel kills the 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
@@ -15,12 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from karmma_dist.distributed.world import free_port
 from karmma_dist.errors import ERROR_FILE, LOST_RANK
 from karmma_dist.micro_batches import check_batches
+from karmma_dist.processes import dying_with_parent, kill_sessions, signal_name
 from karmma_dist.recipe import Recipe
 from karmma_dist.runs.folder import finished_names
 
@@ -31,7 +31,6 @@ _LOOK_EVERY_S = 1.0
 signal of a rank's end."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 _AWAITED = {signal.SIGCHLD, *_FORWARDED}
-_PR_SET_PDEATHSIG = 1
 _PREEMPTED = 85
 """Exit code of ranks that were told to stop and have saved."""
 
@@ -105,7 +104,7 @@ class Ranks:
         self.ended: dict[int, int] = {}
         """Return codes of the ranks that have ended by themselves, in the order in which they did."""
         self._interrupted = False
-        prepare = in_the_child(unmasked)
+        prepare = dying_with_parent(unmasked)
         for file, variables in zip(self._files, rank_environments(num_ranks), strict=True):
             own = {**variables, "OMP_NUM_THREADS": threads, ERROR_FILE: str(file)}
             try:
@@ -144,13 +143,7 @@ class Ranks:
 
     def kill(self) -> None:
         """End what is left of every rank's session, and wait until the ranks are gone."""
-        for process in self._processes:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue  # nothing is left of it
-        for process in self._processes:
-            process.wait()
+        kill_sessions(self._processes)
 
     @property
     def exit_code(self) -> int:
@@ -194,26 +187,3 @@ class Ranks:
             code = process.poll()
             if code is not None:
                 self.ended.setdefault(rank, code)
-
-
-def in_the_child(unmasked: set[int | signal.Signals]) -> Callable[[], None]:
-    """Return what a child does between fork and exec: take signals again, and die when the launcher does."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    launcher = os.getpid()
-
-    def prepare() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it died before the line above
-            os._exit(128 + signal.SIGKILL)
-
-    return prepare
-
-
-def signal_name(number: int) -> str:
-    """Return the name of a signal: SIGTERM."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-

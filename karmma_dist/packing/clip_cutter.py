@@ -36,7 +36,7 @@ def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip |
         yield from (_failure(clip, error) for clip in left.values())
     except (av.error.FFmpegError, cv2.error) as error:
         # Media that break their decoder in an unforeseen way cost their own recording, not the run.
-        unforeseen = media_error(error, spec.modalities[0], "cut", one_line(error)[:200])
+        unforeseen = media_error(error, spec.modalities[0], "cut", one_line(error, 200))
         yield from (_failure(clip, unforeseen) for clip in left.values())
 
 

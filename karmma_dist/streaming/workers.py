@@ -25,6 +25,7 @@ import torch.utils.data
 import webdataset as wds
 
 from karmma_dist.errors import UserError
+from karmma_dist.processes import end_with_parent
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.order import Slice
 from karmma_dist.streaming.worker_status import Activity, Board, Doing
@@ -205,21 +206,14 @@ class Batches(Iterator[Batch]):
 
 
 def _start_worker(worker: int) -> None:  # noqa: ARG001
-    """A signal to the whole job, or Ctrl-C, must not take batches from a trainer that has yet to save.
+    """Leave signals to the whole job, and Ctrl-C, to the trainer, which has yet to save, and end with it.
 
-    A worker ends when it is told to, is killed, or sees that the trainer is gone. Torch's own look at the trainer is
-    not enough: a batch that is larger than a pipe and that nobody takes any more would hold the worker for ever.
+    Torch's own look at the trainer is not enough: a batch that is larger than a pipe and that nobody takes any more
+    would hold the worker for good.
     """
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
-
-
-def _end_with_the_trainer() -> None:
-    trainer = multiprocessing.parent_process()
-    if trainer is not None:
-        trainer.join()
-        os._exit(1)
+    end_with_parent()
 
 
 class _Source:

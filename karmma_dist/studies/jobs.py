@@ -6,7 +6,6 @@ passed on: children save and end. A run that another study trains at the same ti
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import signal
@@ -20,7 +19,8 @@ from typing import IO
 
 from karmma_dist.errors import ERROR_FILE, LOST_RANK, Stopped, one_line
 from karmma_dist.io.files import write_whole
-from karmma_dist.launching.local import in_the_child, rank_command, signal_name
+from karmma_dist.launching.local import rank_command
+from karmma_dist.processes import dying_with_parent, kill_sessions, signal_name
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import save_recipe
 from karmma_dist.runs.folder import epoch_under_way
@@ -104,7 +104,7 @@ class _Workshop:
         self._num_at_once = num_at_once
         self._children: list[_Child] = []
         self._failed: dict[str, str] = {}
-        self._prepare = in_the_child(unmasked)
+        self._prepare = dying_with_parent(unmasked)
         self._gpus = _visible_gpus()
 
     def train(self, runs: Sequence[StudyRun]) -> dict[str, str]:
@@ -211,10 +211,8 @@ class _Workshop:
 
     def kill(self) -> None:
         """End what is left of every child's session."""
+        kill_sessions([child.process for child in self._children])
         for child in self._children:
-            with contextlib.suppress(ProcessLookupError):  # nothing is left of it
-                os.killpg(child.process.pid, signal.SIGKILL)
-            child.process.wait()
             child.lock.close()
 
 

@@ -125,6 +125,8 @@ def test_an_unlabelled_split_has_no_labels_and_needs_no_class_columns(tmp_path: 
 
 def test_frame_numbers_count_at_60_or_50_and_flow_at_half_or_full_rate(tmp_path: Path) -> None:
     write_epic(tmp_path, [row("P01_01_0"), row("P01_101_0", "P01_101")])
+    for name in ("P01_01", "P01_101"):
+        write_frames(tmp_path / "EPIC-KITCHENS/P01/flow_frames" / name, [1], ("u", "v"))
     slow, fast = read_epic_kitchens(epic_spec(tmp_path)).recordings
     assert (slow.nominal_fps, slow.media["flow"].rate) == (60, 2)
     assert (fast.nominal_fps, fast.media["flow"].rate) == (50, 1)

@@ -84,16 +84,13 @@ def test_absent_modalities_are_null_and_present_ones_are_what_was_cut(packed: Pa
         expected = {"P01_02": {"video", "flow"}, "P02_01": {"audio"}}.get(key[:6], {"video", "flow", "audio"})
         assert {m for m in folder.modalities if clip.has(m)} == expected
         metadata = folder.metadata(clip)
-        assert {m for m, declared in metadata["modalities"].items() if declared} == expected
+        assert {m for m, stored in metadata.members.items() if stored is not None} == expected
         if clip.has("video"):
             first = read_number(decode(folder.read(clip, "video"))[0])
-            assert first == int(metadata["start_s"] * 25 + 0.1)
+            assert first == int(metadata.start_s * 25 + 0.1)
         if clip.has("audio"):
-            assert (
-                len(decode_sound(folder.read(clip, "audio")))
-                == 16_000
-                == metadata["modalities"]["audio"]["num_samples"]
-            )
+            num_samples = metadata.description("audio").num_samples
+            assert len(decode_sound(folder.read(clip, "audio"))) == 16_000 == num_samples
 
 
 def test_the_manifest_says_what_is_on_disk(packed: Path) -> None:

@@ -12,10 +12,11 @@ from karmma_dist.terminal import WIDTH, print_table
 def test_a_table_is_title_headings_rows_and_footer(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [["train", "67,217", "V+F+A 67,217"], ["validation", "9,668", "V+F 12"]]
     footer = ["a path that can be copied: " + "x" * 100, ""]
-    print_table(["split", "clips", "modalities"], rows, right=["clips"], title="shards/epic: packed", footer=footer)
+    title = "shards/a folder with a long name: packed"
+    print_table(["split", "clips", "modalities"], rows, right=["clips"], title=title, footer=footer)
     lines = capsys.readouterr().out.splitlines()
     assert [line.rstrip() for line in lines] == [
-        "shards/epic: packed",
+        title,
         "split        clips  modalities",
         "─" * 32,
         "train       67,217  V+F+A 67,217",
