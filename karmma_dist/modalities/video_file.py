@@ -17,16 +17,9 @@ import numpy as np
 from av.stream import Disposition
 
 from karmma_dist.errors import one_line
-<<<<<<< HEAD:karmma_dist/modalities/video_file.py
 from karmma_dist.modalities.encode import Geometry
 from karmma_dist.modalities.recording import CUT_TOLERANCE_S, Stretches, is_of_the_machine, media_error
 from karmma_dist.modalities.yuv import ToI420, cropped, turned
-=======
-from karmma_dist.packing.media import Geometry
-from karmma_dist.packing.records import is_of_the_machine, media_error
-from karmma_dist.packing.sound import CUT_TOLERANCE_S, Sound, Stretches
-from karmma_dist.packing.yuv import ToI420, cropped, turned
->>>>>>> small:karmma_dist/packing/movie.py
 
 
 class VideoFile:
