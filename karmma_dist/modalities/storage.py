@@ -77,6 +77,8 @@ class Storage(ABC):
 
     needs_pictures: ClassVar[bool] = False
     """True if members are cut from a source with the clip's pictures at hand, for example their size."""
+    entry_field: ClassVar[str] = ""
+    """Name of a clip's entry (`ClipRecord.entries`) in the identity of a plan; empty: files have no entries."""
 
     @property
     @abstractmethod

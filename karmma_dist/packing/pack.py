@@ -26,9 +26,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_json, write_whole
 from karmma_dist.modalities import MODALITIES, letters
 from karmma_dist.modalities.recording import ClipRecord, Recording, is_of_the_machine
-from karmma_dist.packing.readers.csv_table import read_plain
-from karmma_dist.packing.readers.epic_kitchens import read_epic_kitchens
-from karmma_dist.packing.readers.something_something import read_something_something
+from karmma_dist.packing.readers import find_reader
 from karmma_dist.packing.records import Failure, Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.assemble import Source, assemble, made_with, packed_clips, shards_are_whole
@@ -46,17 +44,21 @@ def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
     Raises:
         UserError: no raw folder, no annotations, a bad row, no media at all, or a library that the settings need.
     """
-    readers = {
-        "epic_kitchens": read_epic_kitchens, "something_something": read_something_something, "plain": read_plain,
-    }  # fmt: skip
     for name, section in spec.sections().items():
         MODALITIES[name].storage.check_settings(section)
-    return _limited(_with_media(readers[spec.reader](spec), spec), limit)
+    return _limited(_with_media(find_reader(spec.reader).read(spec), spec), limit)
+
+
+def _identity(clip: ClipRecord) -> dict[str, Any]:
+    fields = asdict(clip)
+    entries = fields.pop("entries")
+    named = {m.storage.entry_field: entries.get(name) for name, m in MODALITIES.items() if m.storage.entry_field}
+    return fields | named
 
 
 def plan_identity(plan: Plan, limit: int | None) -> dict[str, Any]:
     """What was planned: the limit, the clips per split, and a digest of all annotations."""
-    clips = [[r.name, r.participant, asdict(clip)] for r in plan.recordings for clip in r.clips]
+    clips = [[r.name, r.participant, _identity(clip)] for r in plan.recordings for clip in r.clips]
     text = json.dumps([plan.classes, sorted(clips, key=lambda entry: entry[2]["key"])], sort_keys=True)
     return {
         "limit": limit,

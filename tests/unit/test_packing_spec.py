@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from settings_kit import fields_of, holder, with_another
 
 from karmma_dist.errors import UserError
+from karmma_dist.packing.readers import readers
 from karmma_dist.packing.spec import NOT_IN_BYTES, PackingSpec, load_spec
 from karmma_dist.settings import flat
 
@@ -75,7 +76,7 @@ def test_a_modality_switched_off_is_not_declared(tmp_path: Path) -> None:
 
 
 def _plain_defaults() -> Iterator[PackingSpec]:
-    for reader in get_args(PackingSpec.model_fields["reader"].annotation):
+    for reader in readers():
         yield PackingSpec(reader=reader, dataset="test", raw="r", out="o")
 
 

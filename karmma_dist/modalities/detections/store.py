@@ -201,6 +201,7 @@ class DetectionsStorage(Storage):
     """Packs annotated boxes."""
 
     needs_pictures = True
+    entry_field = "boxes"
 
     settings = DetectionsSpec
 

@@ -1,6 +1,7 @@
 """The table of encoders, and the shape of what each modality gives them.
 
-A new encoder is one module with an `EncoderType` and one line in `ENCODERS`.
+A new encoder is one module with an `EncoderType` and one line in `ENCODERS`, or an entry point `karmma_dist.encoders`
+of another package.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from karmma_dist.models.encoders import ast as audio_spectrogram
 from karmma_dist.models.encoders import small, stlt, temporal
 from karmma_dist.models.encoders import swin3d as video_swin
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
+from karmma_dist.plugins import load_plugins
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
 from karmma_dist.settings import validate
 
@@ -23,6 +25,7 @@ ENCODERS: dict[str, EncoderType] = {
     "small_video": small.SMALL_VIDEO,
     "small_audio": small.SMALL_AUDIO,
     "temporal_video": temporal.TEMPORAL_VIDEO,
+    **load_plugins("karmma_dist.encoders", EncoderType),
 }
 
 

@@ -1,1 +1,32 @@
-"""Readers of raw datasets: annotations and files into clip records."""
+"""The table of readers of raw datasets, open to other packages (entry points `karmma_dist.readers`)."""
+
+from __future__ import annotations
+
+import functools
+
+from karmma_dist.errors import nearest
+from karmma_dist.packing.readers.csv_table import PLAIN
+from karmma_dist.packing.readers.epic_kitchens import EPIC_KITCHENS
+from karmma_dist.packing.readers.reader import Reader
+from karmma_dist.packing.readers.something_something import SOMETHING_SOMETHING
+from karmma_dist.plugins import load_plugins
+
+__all__ = ["Reader", "find_reader", "readers"]
+
+
+@functools.cache
+def readers() -> dict[str, Reader]:
+    """Return all readers by name."""
+    own = {"epic_kitchens": EPIC_KITCHENS, "something_something": SOMETHING_SOMETHING, "plain": PLAIN}
+    return own | load_plugins("karmma_dist.readers", Reader)
+
+
+def find_reader(name: str) -> Reader:
+    """Return a reader by its name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in readers():
+        raise ValueError(f"no reader '{name}'{nearest(name, list(readers()))}; there are {', '.join(readers())}")
+    return readers()[name]

@@ -14,17 +14,45 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, field_validator
 
 from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.packing.readers.reader import Reader
 from karmma_dist.packing.readers.tables import UniqueKeys, check_name, read_classes, rows, split_tables
 from karmma_dist.packing.records import Plan, inside
-from karmma_dist.packing.spec import PackingSpec
+from karmma_dist.settings import Settings
+
+if TYPE_CHECKING:
+    from karmma_dist.packing.spec import PackingSpec
+
 
 _COLUMNS = ("key", "media", "start", "stop")
 _LONGEST_NAME = 100
 _MOST_CLASSES = 100_000
 """Ids beyond this are no class ids: without a class file they would ask for as many classes."""
+
+
+class PlainPaths(Settings):
+    """Where any other dataset keeps things, relative to the raw folder."""
+
+    splits: dict[str, str] = {"train": "train.csv", "validation": "validation.csv", "test": "test.csv"}
+    """CSV per split (or the same name with .gz) with columns key, media, start, stop and one per head; a split whose
+    CSV is absent is skipped and said so."""
+    unlabelled_splits: list[str] = ["test"]
+    """Splits whose CSV has no columns of heads."""
+    heads: Annotated[dict[str, str], Field(min_length=1)] = {"action": ""}
+    """Class file per head (CSV with columns id and key); empty: the class names of the first labelled split, sorted."""
+
+    @field_validator("heads")
+    @classmethod
+    def _heads_are_not_other_columns(cls, heads: dict[str, str]) -> dict[str, str]:
+        for taken in ("key", "media", "start", "stop", "recording", "participant", "narration"):
+            if taken in heads:
+                raise ValueError(f"a head cannot be called '{taken}': that column holds something else")
+        return heads
 
 
 @dataclass(slots=True)
@@ -161,3 +189,18 @@ def _seconds(where: str, column: str, text: str) -> float | None:
     if not 0 <= seconds < math.inf:
         raise UserError(f"{where}: {column} '{text}' is not a number of seconds")
     return seconds
+
+
+def _check(spec: PackingSpec) -> None:
+    """Refuse sources that only other datasets have.
+
+    Raises:
+        ValueError: one is asked for.
+    """
+    if spec.audio.source == "hdf5":
+        raise ValueError("audio.source 'hdf5': only reader 'epic_kitchens' has such a file")
+    if spec.flow.source == "files":
+        raise ValueError("flow.source 'files': reader 'plain' has no flow files: choose auto, compute or none")
+
+
+PLAIN = Reader(PlainPaths, read_plain, ("video", "flow", "audio"), check=_check)

@@ -10,10 +10,14 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, model_validator
 
 from karmma_dist.errors import UserError
 from karmma_dist.modalities.audio.store import recordings_with_sound
 from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
+from karmma_dist.packing.readers.reader import Reader
 from karmma_dist.packing.readers.tables import (
     SplitTables,
     UniqueKeys,
@@ -24,8 +28,12 @@ from karmma_dist.packing.readers.tables import (
     split_tables,
 )
 from karmma_dist.packing.records import Plan, frames_of, inside
-from karmma_dist.packing.spec import EpicKitchensPaths, PackingSpec
 from karmma_dist.seeding import hold_out_word
+from karmma_dist.settings import Positive, Settings
+
+if TYPE_CHECKING:
+    from karmma_dist.packing.spec import PackingSpec
+
 
 _Annotated = tuple[str, str, ClipRecord]
 """Participant, recording and one clip of it."""
@@ -39,7 +47,58 @@ _COLUMNS = (
     "start_frame",
     "stop_frame",
 )
+Fraction = Annotated[float, Field(ge=0, le=1)]
 _TIMESTAMP = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d(?:\.\d+)?)")
+
+
+class EpicKitchensPaths(Settings):
+    """Where Epic-Kitchens keeps things, relative to the raw folder."""
+
+    splits: dict[str, str] = {
+        "train": "annotations/EPIC_100_train.csv",
+        "validation": "annotations/EPIC_100_validation.csv",
+        "test": "annotations/EPIC_100_test_timestamps.csv",
+    }
+    """CSV per split (or the same name with .gz); a split whose CSV is absent is skipped and said so."""
+    unlabelled_splits: list[str] = ["test"]
+    """Splits whose CSV has no class columns."""
+    heads: dict[str, str] = {
+        "verb": "annotations/EPIC_100_verb_classes.csv",
+        "noun": "annotations/EPIC_100_noun_classes.csv",
+    }
+    """Class file per head (columns id and key); the splits' column is HEAD_class."""
+    movies: str = "EPIC-KITCHENS/{participant}/videos/{recording}.MP4"
+    """Untrimmed video with sound."""
+    rgb_frames: str = "EPIC-KITCHENS/{participant}/rgb_frames/{recording}"
+    """Folder of frame_%010d.jpg, or the same name with .tar."""
+    flow_frames: str = "EPIC-KITCHENS/{participant}/flow_frames/{recording}"
+    """Folder of u/frame_%010d.jpg and v/frame_%010d.jpg, or the same name with .tar."""
+    audio_hdf5: str = "EPIC-KITCHENS-100_audio.hdf5"
+    """Sound as auditory-slow-fast keeps it: one mono dataset per recording. Needs the extra `hdf5`."""
+    audio_hdf5_rate: Positive = 24_000
+    """Samples per second in it, which the file does not say."""
+    pruned_splits: list[str] = []
+    """Splits from which clips are left out whose class, of any head, never occurs in `train`: the paper's evaluation
+    drops 24 of 9,668 validation clips so (nouns 205, 240, 288 and 295)."""
+    hold_out: dict[str, Fraction] = {}
+    """Further splits taken from `train`: name -> share of its recordings, chosen by a hash of their names so that no
+    recording is on both sides. {validation: 0.1} with the official validation as `test` is Epic-Kitchens*."""
+
+    @model_validator(mode="after")
+    def _splits_fit_together(self) -> EpicKitchensPaths:
+        if (self.pruned_splits or self.hold_out) and ("train" not in self.splits or "train" in self.unlabelled_splits):
+            raise ValueError("pruned_splits and hold_out need a labelled split 'train'")
+        for split in self.pruned_splits:
+            if split not in self.splits:
+                raise ValueError(f"pruned_splits: there is no split '{split}'")
+            if split == "train" or split in self.unlabelled_splits:
+                raise ValueError(f"pruned_splits: '{split}' has nothing to prune")
+        for split in self.hold_out:
+            if split in self.splits:
+                raise ValueError(f"hold_out: '{split}' is a split already")
+        if sum(self.hold_out.values()) >= 1:
+            raise ValueError("hold_out: nothing is left of 'train'")
+        return self
 
 
 def read_epic_kitchens(spec: PackingSpec) -> Plan:
@@ -198,3 +257,6 @@ def _seconds(where: str, column: str, text: str) -> float:
     if match is None:
         raise UserError(f"{where}: {column} '{text}' is not HH:MM:SS.ss")
     return round(int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]), 6)
+
+
+EPIC_KITCHENS = Reader(EpicKitchensPaths, read_epic_kitchens, ("video", "flow", "audio"))

@@ -10,14 +10,44 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities.detections.store import Span, index_boxes
 from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
+from karmma_dist.packing.readers.reader import Reader
 from karmma_dist.packing.readers.tables import UniqueKeys, check_name, split_tables
 from karmma_dist.packing.records import Plan, frames_of, inside, raw_file
-from karmma_dist.packing.spec import PackingSpec, SomethingSomethingPaths
+from karmma_dist.settings import Positive, Settings
+
+if TYPE_CHECKING:
+    from karmma_dist.packing.spec import PackingSpec
+
+
+
+class SomethingSomethingPaths(Settings):
+    """Where Something-Something V2 keeps things, relative to the raw folder."""
+
+    splits: dict[str, str] = {
+        "train": "labels/train.json",
+        "validation": "labels/validation.json",
+        "test": "labels/test.json",
+    }
+    """JSON per split (or the same name with .gz); a split whose JSON is absent is skipped and said so. In downloads
+    with names like something-something-v2-train.json, give those here and in `heads`."""
+    unlabelled_splits: list[str] = ["test"]
+    """Splits whose entries have no template."""
+    heads: dict[str, str] = {"action": "labels/labels.json"}
+    """Class file of the one head: template without brackets -> id."""
+    movies: str = "20bn-something-something-v2/{recording}.webm"
+    """One clip per file."""
+    flow_frames: str = "flow/{recording}"
+    """Folder, or the same name with .tar, of u/frame_%010d.jpg and v/..., flow_x_%05d.jpg and flow_y_..., flow_%05d.jpg
+    (red u, green v) or other layouts of `numbered_frames`; the i-th file is the flow from the i-th frame."""
+    boxes: str = "boxes.json"
+    """Something-Else's annotated boxes or STLT's compact lists; or a folder of such .json files."""
+    frames_per_second: Positive = 12
+    """Frame rate of flow files."""
 
 
 def read_something_something(spec: PackingSpec) -> Plan:
@@ -115,3 +145,8 @@ def _read_json(path: Path, kind: type) -> Any:
     if not isinstance(value, kind):
         raise UserError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
     return value
+
+
+SOMETHING_SOMETHING = Reader(
+    SomethingSomethingPaths, read_something_something, ("video", "flow", "detections"), takes_participants=False
+)
