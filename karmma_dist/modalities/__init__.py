@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities.audio import AUDIO
 from karmma_dist.modalities.contract import (
+    Breakage,
+    Breaker,
     DecodeError,
     Decoder,
     Description,
@@ -29,8 +31,8 @@ from karmma_dist.modalities.video import VIDEO
 from karmma_dist.plugins import load_plugins
 
 __all__ = [
-    "LETTERS", "MODALITIES", "DecodeError", "Decoder", "Description", "Drawing", "Modality", "Pictures", "Sheet",
-    "StoredError", "TensorMaker", "View", "letters", "parse_modalities", "subsets",
+    "LETTERS", "MODALITIES", "Breakage", "Breaker", "DecodeError", "Decoder", "Description", "Drawing", "Modality",
+    "Pictures", "Sheet", "StoredError", "TensorMaker", "View", "letters", "parse_modalities", "subsets",
 ]  # fmt: skip
 
 

@@ -91,7 +91,7 @@ class Description:
         """The pictures, where the member has any."""
         return None
 
-    def problem_beside(self, others: Mapping[str, Description]) -> str:  # noqa: ARG002 - most need no other
+    def problem_beside(self, others: Mapping[str, Description]) -> str:
         """Return what of the entry cannot be true beside the clip's other members, or an empty string.
 
         Args:
@@ -221,7 +221,7 @@ class Drawing(ABC):
     def draw_legend(self, axis: Axes) -> None:  # noqa: B027 - most columns need none
         """Draw what the column's colours mean, beside its title."""
 
-    def pictures(self, data: bytes, places: Callable[[int], Sequence[int]]) -> list[np.ndarray] | None:  # noqa: ARG002
+    def pictures(self, data: bytes, places: Callable[[int], Sequence[int]]) -> list[np.ndarray] | None:
         """Return pictures for others to draw on, uint8 RGB; None where the modality shows no scene."""
         return None
 

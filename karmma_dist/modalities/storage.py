@@ -93,7 +93,7 @@ class Storage(ABC):
         """
 
     def open(
-        self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None  # noqa: ARG002
+        self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None
     ) -> Source | None:
         """Open the recording's own file of this modality; None: it has none, or members are made of the pictures.
 
@@ -108,7 +108,7 @@ class Storage(ABC):
         """
         return None
 
-    def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker | None:  # noqa: ARG002
+    def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker | None:
         """Return what makes members of pictures; None: they are not made of them.
 
         Args:

@@ -169,7 +169,7 @@ class FramesDecoder(Decoder):
     def resized(self, frame: av.VideoFrame, short_side: int) -> np.ndarray:
         """Return a frame whose short side has so many pixels, uint8 (H, W, channels)."""
 
-    def oriented(self, arrays: np.ndarray, views: Sequence[View]) -> np.ndarray:  # noqa: ARG002 - colours stay
+    def oriented(self, arrays: np.ndarray, views: Sequence[View]) -> np.ndarray:
         """Return crops (V, F, H, W, channels) whose values fit their views' orientation; may change them in place."""
         return arrays
 

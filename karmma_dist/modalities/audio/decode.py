@@ -19,7 +19,7 @@ class AudioDecoder(Decoder):
 
     always_whole = True
 
-    def decode(self, data: bytes, description: AudioDescription, settings: AudioInput) -> np.ndarray:  # noqa: ARG002
+    def decode(self, data: bytes, description: AudioDescription, settings: AudioInput) -> np.ndarray:
         """Decode all samples of a mono 16-kHz FLAC, int16 (samples,)."""
         samples = decode_flac(data)
         if len(samples) != description.num_samples:
@@ -27,7 +27,7 @@ class AudioDecoder(Decoder):
         return samples
 
     def cut(
-        self, decoded: np.ndarray, description: AudioDescription, settings: AudioInput, views: Sequence[View],  # noqa: ARG002
+        self, decoded: np.ndarray, description: AudioDescription, settings: AudioInput, views: Sequence[View],
         length_s: float,
     ) -> np.ndarray:  # fmt: skip
         """Cut windows. With as many windows as moments each is centred on its moment [paper]; else spread evenly."""

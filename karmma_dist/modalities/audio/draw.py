@@ -18,7 +18,7 @@ class AudioDrawing(Drawing):
 
     title = "audio: waveform, spectrogram"
 
-    def draw(self, axis: Axes, data: bytes, description: AudioDescription, sheet: Sheet) -> None:  # noqa: ARG002
+    def draw(self, axis: Axes, data: bytes, description: AudioDescription, sheet: Sheet) -> None:
         """Draw both, the waveform scaled to its loudest sample."""
         axis.axis("off")
         samples = decode_flac(data)

@@ -225,7 +225,7 @@ class SoundSource(Source):
         """Where the sound ends."""
         return self._sound.end_s
 
-    def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored | None:  # noqa: ARG002
+    def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored | None:
         """Cut the clip's own seconds."""
         samples = None if stop_s is None else self._sound.cut(clip.start_s, stop_s)
         if samples is None:
@@ -239,7 +239,7 @@ class AudioStorage(Storage):
     settings = AudioSpec
 
     def open(
-        self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None  # noqa: ARG002
+        self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None
     ) -> SoundSource | None:
         """Decode the video file's sound, else read the HDF5 file's."""
         source, own = sections["audio"].source, recording.media.get("audio")

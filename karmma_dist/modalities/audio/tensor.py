@@ -27,7 +27,7 @@ class AudioTensors(TensorMaker):
         """Return (windows, mels, time)."""
         return (settings.num_windows, settings.num_mels, settings.num_steps)
 
-    def make(self, arrays_N: Tensor, settings: AudioInput, jitter_N3: Tensor | None) -> Tensor:  # noqa: ARG002
+    def make(self, arrays_N: Tensor, settings: AudioInput, jitter_N3: Tensor | None) -> Tensor:
         """Return the mel spectrograms; sound has no colours to jitter."""
         return mel_spectrogram(arrays_N, settings.num_mels)
 

@@ -14,7 +14,7 @@ from karmma_dist.seeding import generator
 class DetectionsBreaker(Breaker):
     """Breaks boxes, float32 (N, F, boxes, 6)."""
 
-    def break_arrays(self, effect: str, amount: float, arrays_N: Tensor, keys: Sequence[str], seed: int) -> Tensor:  # noqa: ARG002
+    def break_arrays(self, effect: str, amount: float, arrays_N: Tensor, keys: Sequence[str], seed: int) -> Tensor:
         """Lose each box with probability `amount`, on its own; a lost one reads as no box at all."""
         kept = arrays_N.clone()
         for clip, key in zip(kept, keys, strict=True):

@@ -19,7 +19,7 @@ Boxes = list[list[float]]
 class DetectionsDecoder(Decoder):
     """Gives float32 (V, F, boxes, 6): x0 y0 x1 y1 in [0, 1], category (0 = none), score."""
 
-    def decode(self, data: bytes, description: DetectionsDescription, settings: DetectionsInput) -> np.ndarray:  # noqa: ARG002
+    def decode(self, data: bytes, description: DetectionsDescription, settings: DetectionsInput) -> np.ndarray:
         """Read the best boxes of every frame: float32 (frames, boxes, 6)."""
         frames = read_frames(data)
         boxes = np.zeros((len(frames), settings.max_boxes, NUM_VALUES), dtype=np.float32)
@@ -30,8 +30,8 @@ class DetectionsDecoder(Decoder):
         return boxes
 
     def cut(
-        self, decoded: np.ndarray, description: DetectionsDescription, settings: DetectionsInput,  # noqa: ARG002
-        views: Sequence[View], length_s: float,  # noqa: ARG002
+        self, decoded: np.ndarray, description: DetectionsDescription, settings: DetectionsInput,
+        views: Sequence[View], length_s: float,
     ) -> np.ndarray:  # fmt: skip
         """Take the boxes at the views' moments: they carry no rate, so moments are fractions of the frames."""
         return np.stack([_at(decoded, settings, view) for view in views])

@@ -19,7 +19,7 @@ class DetectionsDrawing(Drawing):
 
     title = "detections: hand orange, object blue"
 
-    def draw(self, axis: Axes, data: bytes, description: DetectionsDescription, sheet: Sheet) -> None:  # noqa: ARG002
+    def draw(self, axis: Axes, data: bytes, description: DetectionsDescription, sheet: Sheet) -> None:
         """Draw the boxes of some frames."""
         frames, (width, height) = read_frames(data), picture_size(data)
         places = shown_places(len(frames))

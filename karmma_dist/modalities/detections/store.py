@@ -183,7 +183,7 @@ class BoxesSource(Source):
     def __init__(self, path: Path, max_boxes: int) -> None:
         self._path, self._max_boxes = path, max_boxes
 
-    def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored | None:  # noqa: ARG002
+    def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored | None:
         """Read the clip's entry, in fractions of its pictures' size."""
         span = clip.entries.get("detections")
         if span is None:
@@ -206,7 +206,7 @@ class DetectionsStorage(Storage):
     settings = DetectionsSpec
 
     def open(
-        self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None  # noqa: ARG002
+        self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None
     ) -> BoxesSource | None:
         """Take the recording's file of boxes, which is read clip by clip."""
         own = recording.media.get("detections")

@@ -15,7 +15,7 @@ class DetectionsTensors(TensorMaker):
         """Return (F, boxes, 6)."""
         return (settings.num_frames, settings.max_boxes, NUM_VALUES)
 
-    def make(self, arrays_N: Tensor, settings: DetectionsInput, jitter_N3: Tensor | None) -> Tensor:  # noqa: ARG002
+    def make(self, arrays_N: Tensor, settings: DetectionsInput, jitter_N3: Tensor | None) -> Tensor:
         """Return the boxes themselves."""
         return arrays_N.float()
 

@@ -17,7 +17,7 @@ class FlowDrawing(Drawing):
 
     title = "flow: hue is direction as in the wheel, white is rest"
 
-    def draw(self, axis: Axes, data: bytes, description: FlowDescription, sheet: Sheet) -> None:  # noqa: ARG002
+    def draw(self, axis: Axes, data: bytes, description: FlowDescription, sheet: Sheet) -> None:
         """Draw frames side by side, the fastest motion in full colour."""
         flows = [
             (split_flow(gray).astype(np.float32) - 127.5) / 127.5 * description.bound

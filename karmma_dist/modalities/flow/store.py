@@ -152,7 +152,7 @@ class FlowFiles(Source):
         self._nominal_fps, self._per_flow = recording.nominal_fps, recording.media["flow"].rate
         self._video_file = video_file
 
-    def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored:  # noqa: ARG002
+    def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored:
         """Store the files that show the clip, in the specification's unit."""
         per_flow, frames = self._per_flow, self._frames
         start = (clip.start_frame - 1) // per_flow + 1

@@ -19,7 +19,7 @@ class FlowTensors(TensorMaker):
         """Return (3, F, crop, crop)."""
         return (3, settings.num_frames, settings.crop, settings.crop)
 
-    def make(self, arrays_N: Tensor, settings: VideoInput, jitter_N3: Tensor | None) -> Tensor:  # noqa: ARG002
+    def make(self, arrays_N: Tensor, settings: VideoInput, jitter_N3: Tensor | None) -> Tensor:
         """Scale as `VideoInput.flow_scale` says; flow has no colours to jitter."""
         num_clips, *sizes, _ = arrays_N.shape
         channels = torch.zeros(num_clips, 3, *sizes, device=arrays_N.device)  # (N, 3, F, H, W)

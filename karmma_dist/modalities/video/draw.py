@@ -17,7 +17,7 @@ class VideoDrawing(Drawing):
 
     title = "video"
 
-    def draw(self, axis: Axes, data: bytes, description: VideoDescription, sheet: Sheet) -> None:  # noqa: ARG002
+    def draw(self, axis: Axes, data: bytes, description: VideoDescription, sheet: Sheet) -> None:
         """Draw frames side by side."""
         draw_strip(axis, some_frames(data, "rgb24"))
         draw_times(axis, description.pictures)

@@ -36,7 +36,7 @@ class VideoStorage(Storage):
 
     settings = VideoSpec
 
-    def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker | None:  # noqa: ARG002
+    def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker | None:
         """Make members of the pictures."""
         spec = sections["video"]
         if spec.source == "none":

@@ -19,7 +19,7 @@ class VideoTensors(TensorMaker):
         """Return (3, F, crop, crop)."""
         return (3, settings.num_frames, settings.crop, settings.crop)
 
-    def make(self, arrays_N: Tensor, settings: VideoInput, jitter_N3: Tensor | None) -> Tensor:  # noqa: ARG002
+    def make(self, arrays_N: Tensor, settings: VideoInput, jitter_N3: Tensor | None) -> Tensor:
         """Change brightness, contrast, saturation as torchvision ColorJitter does, in this order; then normalise.
 
         Args:

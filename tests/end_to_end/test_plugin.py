@@ -1,0 +1,148 @@
+"""A modality, an encoder and a dataset reader of another package, from raw files to a report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from patience import HANGS_S
+
+from karmma_dist.modalities import MODALITIES
+from tests.unit.packing_kit import write_movie
+
+ENTRY_POINTS = """\
+[karmma_dist.modalities]
+toy = toy_sensor.modality:TOY
+[karmma_dist.encoders]
+toy_conv = toy_sensor.encoder:TOY_CONV
+[karmma_dist.readers]
+kinetics_like = toy_sensor.dataset:KINETICS_LIKE
+"""
+SPEC = """\
+reader: kinetics_like
+dataset: toys
+raw: {raw}
+out: {out}
+video: {{short_side: 32}}
+flow: {{source: none}}
+audio: {{source: none}}
+toy: {{source: auto}}
+"""
+RECIPE = """\
+name: toys/baseline
+stage: supervised
+runs_dir: {runs}
+data: {{shards: {shards}, modalities: [video, toy], num_workers: 0}}
+inputs:
+  video: {{num_frames: 4, short_side: 32, crop: 24}}
+  toy: {{num_readings: 16}}
+model:
+  encoders:
+    video: {{name: small_video, options: {{width: 4}}}}
+    toy: {{name: toy_conv}}
+  width: 16
+  num_heads: 2
+  num_layers: 1
+  feedforward: 16
+  fc_width: 16
+  missing: stand_in
+training: {{epochs: 2, batch_size: 4}}
+optimizer: {{warmup_epochs: 0}}
+"""
+SOURCE = Path(__file__).parent.parent / "plugin" / "toy_sensor"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An installed package, a raw folder in which clip 3 has no readings and clip 4 no video, and a recipe."""
+    root = tmp_path_factory.mktemp("plugin")
+    install(root / "site", SOURCE)
+    for split, numbers in (("train", range(12)), ("validation", range(12, 18))):
+        rows = [{"label": f"label{number % 2}", "youtube_id": f"clip{number}"} for number in numbers]
+        with open(root / f"{split}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, ["label", "youtube_id"])
+            writer.writeheader()
+            writer.writerows(rows)
+        for number, row in zip(numbers, rows, strict=True):
+            folder = root / "raw" / split / row["label"]
+            folder.mkdir(parents=True, exist_ok=True)
+            if number != 4:
+                write_movie(folder / f"{row['youtube_id']}.mp4", frames=20, fps=25)
+            if number != 3:
+                np.save(folder / f"{row['youtube_id']}.npy", np.full(40, float(number % 2)))
+        (root / f"{split}.csv").rename(root / "raw" / f"{split}.csv")
+    (root / "toys.yaml").write_text(SPEC.format(raw=root / "raw", out=root / "shards"))
+    (root / "recipe.yaml").write_text(RECIPE.format(runs=root / "runs", shards=root / "shards"))
+    return root
+
+
+def install(site: Path, source: Path) -> None:
+    """What pip would leave of the package."""
+    (site / "toy_sensor-1.0.dist-info").mkdir(parents=True)
+    (site / "toy_sensor-1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS)
+    metadata = "Metadata-Version: 2.1\nName: toy-sensor\nVersion: 1.0\n"
+    (site / "toy_sensor-1.0.dist-info" / "METADATA").write_text(metadata)
+    (site / "toy_sensor").mkdir()
+    for path in source.glob("*.py"):
+        (site / "toy_sensor" / path.name).write_text(path.read_text())
+
+
+def karmma(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(site), str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "karmma_dist", *words], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+        text=True, timeout=HANGS_S,
+    )  # fmt: skip
+
+
+def test_a_sensor_a_dataset_and_an_encoder_of_another_package_go_all_the_way(place: Path) -> None:
+    site, shards, run = place / "site", place / "shards", place / "runs" / "toys" / "baseline"
+    for words in (
+        ("shard", str(place / "toys.yaml")),
+        ("verify", str(shards), "--full"),
+        ("inspect", str(shards), "--sheet", str(place / "sheet.png")),
+        ("train", str(place / "recipe.yaml")),
+        ("eval", str(run), "--subsets", "--corrupt", "toy:weak:3"),
+        ("profile", str(place / "recipe.yaml"), "--modalities", "T"),
+    ):
+        done = karmma(site, *words)
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+    rows = json.loads((run / "eval" / "results.json").read_text())["rows"]
+    assert {tuple(row["modalities"]) for row in rows} == {("video",), ("toy",), ("video", "toy")}
+    assert {row["corrupt"] for row in rows} == {None, "toy:weak:3"}
+    manifest = json.loads((shards / "manifest.json").read_text())
+    assert manifest["modalities"] == ["video", "toy"]
+    assert manifest["settings"]["toy"] == {"source": "auto"}
+
+
+def test_a_part_of_a_modality_that_is_forgotten_is_named_and_is_no_damage() -> None:
+    for part, name in (
+        ("storage", "storage_part"), ("decoder", "decoder_part"), ("tensors", "tensors_part"),
+        ("drawing", "drawing_part"), ("breaker", "breaker_part"),
+    ):  # fmt: skip
+        lacking = replace(MODALITIES["video"], name=f"without_{part}", **{name: f"{__name__}:FORGOTTEN"})
+        with pytest.raises(TypeError, match=rf"'without_{part}': its part '{part}' is missing"):
+            getattr(lacking, part)
+
+
+def test_a_method_of_a_part_that_is_forgotten_is_named_when_the_package_is_loaded(tmp_path: Path) -> None:
+    method = "num_bytes"
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in SOURCE.glob("*.py"):
+        (source / path.name).write_text(path.read_text())
+    before, after = (source / "modality.py").read_text().split("class ToyDecoder")
+    after = after.replace(f"def {method}(", f"def {method}_forgotten(", 1)
+    (source / "modality.py").write_text(f"{before}class ToyDecoder{after}")
+    install(tmp_path / "site", source)
+    done = karmma(tmp_path / "site", "recipe", "show", "demo/video")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "toy" in done.stderr
+    assert method in done.stderr
