@@ -208,11 +208,14 @@ def train(
     from karmma_dist.training.fault_tolerance.preemption import parse_duration
 
     deadline = None if max_time is None else _STARTED + parse_duration(max_time)
+    from karmma_dist.evaluation.metrics import known_figure
     from karmma_dist.evaluation.run import validate
     from karmma_dist.training.trainer import train_chain
 
     for name, scores in train_chain(chain, validate, resume, deadline=deadline).items():
-        shown = ", ".join(f"{metric} {value:.2f}" for metric, value in scores.items() if metric.endswith("top1"))
+        figures = {metric: figure.metric for metric in scores if (figure := known_figure(metric)) is not None}
+        brief = [metric for metric, kind in figures.items() if kind.terminal == "all"]
+        shown = ", ".join(f"{metric} {scores[metric]:.2f}" for metric in brief)
         click.echo(f"{name}: {shown} ({chain[-1].runs_dir}/{name})")
 
 

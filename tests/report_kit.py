@@ -8,17 +8,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from karmma_dist.evaluation.conditions import build_conditions, keep
+from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
 from karmma_dist.evaluation.corruptions.kinds import KINDS
+from karmma_dist.evaluation.results import ResultRow
 from karmma_dist.evaluation.scores import BatchScores, score_rows
 
+MODALITIES = ("video", "flow", "audio")
 HEADS = {"verb": 97, "noun": 300}
 EXTRA = ("verb_top1_tail", "noun_top1_tail", "action_top1_tail", "action_top1_unseen")
 
 
+def row_of(
+    condition: Condition, figures: dict[str, float | None], modalities: Sequence[str] = MODALITIES, num_clips: int = 1
+) -> ResultRow:
+    """A row whose clips all have every modality of the model."""
+    clips = dict.fromkeys(modalities, num_clips)
+    names = (condition.modalities, condition.drop_prob, condition.seed, condition.corrupt)
+    return ResultRow(*names, num_clips, 0, clips, clips, figures)
+
+
 def random_results(
     seed: int,
-    modalities: Sequence[str] = ("video", "flow", "audio"),
+    modalities: Sequence[str] = MODALITIES,
     num_clips: int = 400,
     skill: float = 1.0,
     extras: bool = False,

@@ -24,7 +24,13 @@ from karmma_dist.evaluation.plan import Plan, check_folder, plan_evaluation, run
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.write import results_table, write_report, write_results
 from karmma_dist.evaluation.run import Evaluated, carry_out, joined_ranks, newest_finished_run
-from karmma_dist.evaluation.statistics.compare import check_same_clips, check_same_keys, check_shared, compare
+from karmma_dist.evaluation.statistics.compare import (
+    Comparison,
+    check_same_clips,
+    check_same_keys,
+    check_shared,
+    compare,
+)
 from karmma_dist.evaluation.views import parse_views
 from karmma_dist.io.files import write_json
 from karmma_dist.modalities import parse_modalities
@@ -89,7 +95,7 @@ class Answer:
     @property
     def is_damaged(self) -> bool:
         """Whether a clip could not be read."""
-        return any(one.results.summary["num_damaged"] for one in self.done.values())
+        return any(one.results.summary.num_damaged for one in self.done.values())
 
     def export(self) -> list[str]:
         """Write the predictions and submissions asked for, and return a line about each file.
@@ -145,10 +151,10 @@ def print_answer(found: Answer, as_text: bool) -> None:
         click.echo(f"report: {found.report}")
     for name, one in found.done.items():
         summary = one.results.summary
-        if summary["num_damaged"]:
+        if summary.num_damaged:
             click.echo(
-                f"{name}: {summary['num_damaged']} clips are damaged and not counted, the first: "
-                f"{summary['damage'][0]} (karmma-dist verify names them all)", err=True,
+                f"{name}: {summary.num_damaged} clips are damaged and not counted, the first: "
+                f"{summary.damage[0]} (karmma-dist verify names them all)", err=True,
             )  # fmt: skip
 
 
@@ -177,7 +183,7 @@ def plan_runs(runs: Sequence[Path], plan: Callable[[Path], Plan]) -> dict[Path, 
 
 def evaluate_and_compare(
     runs: Sequence[Path], evaluate: Callable[[Path], Evaluated], writes: bool = True
-) -> tuple[dict[str, Evaluated], dict[str, Any]]:
+) -> tuple[dict[str, Evaluated], Comparison]:
     """Evaluate every run, leave its results and report in its own folder, and compare them.
 
     Args:
@@ -208,17 +214,18 @@ def write_one(one: Evaluated) -> Path:
     return write_report(one.folder, ReportContent(title([one]), {one.name: one.results.to_dict()}))
 
 
-def write_comparison(folder: Path, done: dict[str, Evaluated], comparison: dict[str, Any]) -> Path:
+def write_comparison(folder: Path, done: dict[str, Evaluated], comparison: Comparison) -> Path:
     """Write comparison.json, report.md and plots into `folder`, and return the report's path."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / COMPARISON, to_dict(done, comparison))
     models = {name: one.results.to_dict() for name, one in done.items()}
-    return write_report(folder, ReportContent(title(list(done.values())), models, comparison=comparison))
+    content = ReportContent(title(list(done.values())), models, comparison=comparison.to_dict())
+    return write_report(folder, content)
 
 
-def to_dict(done: dict[str, Evaluated], comparison: dict[str, Any]) -> dict[str, Any]:
+def to_dict(done: dict[str, Evaluated], comparison: Comparison) -> dict[str, Any]:
     """The JSON object: results per model, and the comparison."""
-    return {"models": {name: one.results.to_dict() for name, one in done.items()}, "comparison": comparison}
+    return {"models": {name: one.results.to_dict() for name, one in done.items()}, "comparison": comparison.to_dict()}
 
 
 def title(done: Sequence[Evaluated]) -> str:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.conditions import Condition, keep
 from karmma_dist.evaluation.corruptions.batches import (
     EncodeOnce,
@@ -33,11 +32,12 @@ from karmma_dist.evaluation.corruptions.batches import (
 )
 from karmma_dist.evaluation.exports.predictions import PredictionCollector
 from karmma_dist.evaluation.groups import Groups
+from karmma_dist.evaluation.results import Results
 from karmma_dist.evaluation.scores import (
     BatchScores,
-    Results,
     count_unlabelled,
     is_unlabelled,
+    joint_ranks,
     merge,
     ranked,
     score_rows,
@@ -267,7 +267,7 @@ def _log_probs(
 def _ranks(log_probs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Ranks (R,), int64, of "action" and of each head."""
     return {
-        name: metrics.joint_ranks([log_probs[head] for head in heads], [labels[head] for head in heads])
+        name: joint_ranks([log_probs[head] for head in heads], [labels[head] for head in heads])
         for name, heads in ranked(list(log_probs)).items()
     }
 

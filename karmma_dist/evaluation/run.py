@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,8 +26,10 @@ from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.corruptions.batches import Sensors, uncut_modalities
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector
+from karmma_dist.evaluation.metrics import find_figure
 from karmma_dist.evaluation.plan import Plan
-from karmma_dist.evaluation.scores import Results
+from karmma_dist.evaluation.results import Results
+from karmma_dist.evaluation.scores import figures_of
 from karmma_dist.evaluation.statistics.bootstrap import add_intervals
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.progress import Report, silent
@@ -194,38 +196,60 @@ def _evaluate(
         )
     if collector is not None and world.size > 1:
         collector.gather(gather_when_done)
-    results.summary["views"] = clips.views.model_dump()
-    return results
+    return replace(results, summary=replace(results.summary, views=clips.views.model_dump()))
 
 
-def validate(
-    model: nn.Module, recipe: Recipe, world: World, between: Callable[[], None] = lambda: None
-) -> dict[str, float]:
-    """Top-1 and top-5 (percent) and loss per head (nats) of a model on its validation split, everything present.
+class Validation:
+    """Measures a model that is being trained, as `training.trainer.Validate` asks for."""
 
-    Where that is the training split, only the clips that `data.hold_out` holds out of it are looked at.
-    Every rank must call this and takes its share of the clips; all return the same numbers. Damaged clips are left
-    out and counted in `num_damaged`. `between` is called after each batch, equally often on every rank, and may raise.
-    """
-    from karmma_dist.distributed.collectives import gather
+    def metrics(self, heads: Collection[str]) -> dict[str, bool]:
+        """Return the names of what calling it measures, the one that models are compared by first.
 
-    parameter = next(model.parameters())
-    size = recipe.evaluation.batch_size
-    data = recipe.data.model_copy(update={"modalities": recipe.modalities})
-    held_out = data.validation_split == data.train_split and data.hold_out > 0
-    clips = EvaluationClips(open_shards(data), data, recipe.inputs, data.validation_split, held_out=held_out)
-    device, dtype = parameter.device, parameter.dtype
-    with on_device(evaluation_batches(clips, size, world.rank, world.size), device) as batches:
-        results = evaluate(
-            model,  # type: ignore[arg-type]
-            (prepare(batch, recipe.inputs, device, dtype) for batch in batches),
-            [Condition(tuple(data.modalities))],
-            device=device,
-            drop_nouns=data.drop_nouns,
-            progress=lambda num: between(),  # noqa: ARG005
-            gather=gather,
-        )
-    row = results.rows[0]
-    measured = ("_top1", "_top5", "_loss")
-    scores = {name: value for name, value in row.items() if name.endswith(measured) and value is not None}
-    return {**scores, "num_clips": row["num_clips"], "num_damaged": results.summary["num_damaged"]}
+        Args:
+            heads: Heads of the model.
+
+        Returns:
+            True if less is better, by name.
+        """
+        figures = [figure for figure in figures_of(list(heads)) if figure.metric.in_validation]
+        return {figure.name: figure.metric.lower_is_better for figure in figures}
+
+    def __call__(
+        self, model: nn.Module, recipe: Recipe, world: World, between: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Return every metric of a model on its validation split, everything present: see `metrics`.
+
+        Where that is the training split, only the clips that `data.hold_out` holds out of it are looked at.
+        Every rank must call this and takes its share of the clips; all return the same numbers. Damaged clips are left
+        out and counted in `num_damaged`. `between` is called after each batch, equally often on every rank, and may
+        raise.
+        """
+        from karmma_dist.distributed.collectives import gather
+
+        parameter = next(model.parameters())
+        size = recipe.evaluation.batch_size
+        data = recipe.data.model_copy(update={"modalities": recipe.modalities})
+        held_out = data.validation_split == data.train_split and data.hold_out > 0
+        clips = EvaluationClips(open_shards(data), data, recipe.inputs, data.validation_split, held_out=held_out)
+        device, dtype = parameter.device, parameter.dtype
+        with on_device(evaluation_batches(clips, size, world.rank, world.size), device) as batches:
+            results = evaluate(
+                model,  # type: ignore[arg-type]
+                (prepare(batch, recipe.inputs, device, dtype) for batch in batches),
+                [Condition(tuple(data.modalities))],
+                device=device,
+                drop_nouns=data.drop_nouns,
+                progress=lambda num: between(),  # noqa: ARG005
+                gather=gather,
+            )
+        (row,) = results.rows
+        scores = {
+            name: value
+            for name, value in row.figures.items()
+            if value is not None and find_figure(name).metric.in_validation
+        }
+        return {**scores, "num_clips": row.num_clips, "num_damaged": results.summary.num_damaged}
+
+
+validate = Validation()
+"""The validation that `karmma-dist train` hands to training."""

@@ -2,68 +2,34 @@
 
 Ranks, not predictions: too much for results.json, but needed for intervals and paired tests.
 
-Legend: B clips of a batch, N clips of the split, M modalities, K conditions.
+A rank is the number of classes placed before the true one, 0 = right. Equal scores are ordered by class id, as argmax
+does: a model that scores all classes alike says class 0 of every clip, and is right where that is true. (Epic-Kitchens
+numbers its classes by frequency, so there it is as good as naming the most frequent one; the official evaluation sorts
+in an order that leaves equal scores to the sorting algorithm, and equals this one where no scores do.) What is no
+number comes before the true class, so it never helps.
+
+Legend: B clips of a batch, N clips of the split, M modalities, K conditions, C classes.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.groups import Groups
-from karmma_dist.evaluation.metrics import calibration_error
+from karmma_dist.evaluation.metrics import ACTION, ClipScores, Figure, majority_share, metric_table
+from karmma_dist.evaluation.results import ClipResults, ResultRow, Results, Summary
 from karmma_dist.evaluation.summary import summarise
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """The counted clips of one model under every condition. N clips, K conditions."""
-
-    keys: list[str]
-    """In ascending order."""
-    conditions: list[Condition]
-    """Columns of `ranks`."""
-    ranks: dict[str, np.ndarray]
-    """Rank of the true class, int32 (N, K), for "action" and per head; -1 = the clip has none of the modalities."""
-
 
 _DAMAGE_SHOWN = 20
 """Damaged members listed one by one in a summary."""
-
-
-@dataclass(frozen=True)
-class Results:
-    """What `eval/results.json` holds."""
-
-    rows: list[dict[str, Any]]
-    """One per condition: modalities, drop_prob, seed, corrupt (`video:blur:3`, None where no sensor is broken),
-    num_clips, num_without, num_present, num_kept, and in percent action_top1, action_top5, action_mean_class,
-    action_ece (calibration error) and the same per head; HEAD_loss, the mean cross-entropy of each head in nats; where
-    the groups are known, num_tail, num_unseen and action_top1_tail, action_top1_unseen and the same per head. Figures
-    are None where no clip could be evaluated. `add_intervals` adds action_top1_ci and the same per head: [low, high].
-    """
-    summary: dict[str, Any]
-    """Counts, chance levels, and figures over the rows: see `summary.summarise`."""
-    outcomes: Outcomes | None = field(default=None, compare=False, repr=False)
-    """Clip by clip; not part of the file."""
-
-    @property
-    def per_clip(self) -> Outcomes:
-        """The outcomes, of results that were not read from a file."""
-        assert self.outcomes is not None
-        return self.outcomes
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {"rows": self.rows, "summary": self.summary}
 
 
 @dataclass
@@ -87,16 +53,70 @@ class BatchScores:
     """What could not be read; these clips are not in `keys`."""
 
 
+_JOINT_ELEMENTS = 2**23
+"""Most pair scores held at once (64 MiB of float64)."""
+
+
+def class_ranks(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """Return the rank of each clip's true class, int64 (B,); -1 where the label is -1, C where its score is NaN."""
+    known_B = labels_B >= 0
+    truth_B1 = labels_B.clamp(min=0).unsqueeze(1)
+    true_score_B1 = scores_BC.gather(1, truth_B1)
+    earlier_BC = torch.arange(scores_BC.shape[1], device=scores_BC.device) < truth_B1
+    behind_BC = (scores_BC < true_score_B1) | ((scores_BC == true_score_B1) & ~earlier_BC)  # the true class too
+    return (~behind_BC).sum(dim=1).masked_fill(~known_B, -1)
+
+
+def joint_ranks(log_probs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+    """Return the rank of the true combination of classes among all combinations, int64 (B,); -1 where any label is -1.
+
+    With verb and noun this is Epic-Kitchens' action: all pairs of a clip, ranked by the product of the two
+    softmaxes, that is by the sum of log-probabilities (the challenge's official definition).
+
+    Args:
+        log_probs: One float64 (B, C) per head.
+        labels: One int64 (B,) per head.
+    """
+    sizes = [scores.shape[1] for scores in log_probs]
+    chunk = max(1, _JOINT_ELEMENTS // int(np.prod(sizes)))
+    ranks = []
+    for first in range(0, len(labels[0]), chunk):
+        rows = slice(first, first + chunk)
+        joint_BP = log_probs[0][rows]
+        for scores in log_probs[1:]:
+            joint_BP = (joint_BP.unsqueeze(2) + scores[rows].unsqueeze(1)).flatten(1)  # (B, pairs so far x C)
+        ranks.append(class_ranks(joint_BP, joint_labels([x[rows] for x in labels], sizes)))
+    return torch.cat(ranks) if ranks else labels[0].new_empty(0)
+
+
+def joint_labels(labels: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Return the number of each clip's combination among all, last head fastest; -1 where any label is -1."""
+    joint_B = labels[0]
+    known_B = labels[0] >= 0
+    for labels_B, size in zip(labels[1:], sizes[1:], strict=True):
+        joint_B = joint_B * size + labels_B
+        known_B = known_B & (labels_B >= 0)
+    return joint_B.masked_fill(~known_B, -1)
+
+
 def ranked(heads: Sequence[str]) -> dict[str, list[str]]:
-    """What is scored, and from which heads: "action", then every other head.
+    """Return the heads that each scored thing is made of: "action", then every other head.
 
     The action is verb x noun where the model has these heads, else its own head "action", else all heads together.
     """
     if "verb" in heads and "noun" in heads:
         action = ["verb", "noun"]
     else:
-        action = ["action"] if "action" in heads else list(heads)
-    return {"action": action} | {head: [head] for head in heads if head != "action"}
+        action = [ACTION] if ACTION in heads else list(heads)
+    return {ACTION: action} | {head: [head] for head in heads if head != ACTION}
+
+
+def figures_of(heads: Sequence[str]) -> list[Figure]:
+    """Return the figures of all clips that a model with these heads gets, in the order of a row."""
+    table = metric_table().values()
+    every = [metric for metric in table if metric.group is None]
+    shared = [Figure(name, metric) for name in ranked(heads) for metric in every if not metric.heads_only]
+    return shared + [Figure(head, metric) for head in heads for metric in every if metric.heads_only]
 
 
 def merge(scores: list[BatchScores]) -> BatchScores:
@@ -130,16 +150,16 @@ def is_unlabelled(scores: BatchScores) -> bool:
     return bool(np.any([labels_N < 0 for labels_N in scores.labels.values()], axis=0).all())
 
 
-def count_unlabelled(scores: BatchScores, modalities: list[str]) -> dict[str, Any]:
-    """The summary of clips that cannot be scored."""
-    return {
-        "modalities": modalities,
-        "num_clips": 0,
-        "num_unlabelled": len(scores.keys),
-        "num_damaged": len(scores.damage),
-        "damage": scores.damage[:_DAMAGE_SHOWN],
-        "num_present": _count(scores.present_BM, modalities),
-    }
+def count_unlabelled(scores: BatchScores, modalities: list[str]) -> Summary:
+    """Return the summary of clips that cannot be scored."""
+    return Summary(
+        modalities=tuple(modalities),
+        num_clips=0,
+        num_unlabelled=len(scores.keys),
+        num_damaged=len(scores.damage),
+        damage=scores.damage[:_DAMAGE_SHOWN],
+        num_present=_count(scores.present_BM, modalities),
+    )
 
 
 def score_rows(
@@ -167,7 +187,7 @@ def score_rows(
     labels = {head: labels_N[counted_N] for head, labels_N in scores.labels.items()}
     sources = ranked(list(heads))
     truth = {
-        name: metrics.joint_labels([torch.from_numpy(labels[h]) for h in of], [heads[h] for h in of]).numpy()
+        name: joint_labels([torch.from_numpy(labels[h]) for h in of], [heads[h] for h in of]).numpy()
         for name, of in sources.items()
     }
     keys = [key for key, counted in zip(scores.keys, counted_N, strict=True) if counted]
@@ -182,19 +202,23 @@ def score_rows(
     )
     rows = [_row(condition, modalities, clips, k) for k, condition in enumerate(conditions)]
     num_classes = {name: int(np.prod([heads[head] for head in of])) for name, of in sources.items()}
-    counts = {
-        "modalities": modalities,
-        "num_clips": int(counted_N.sum()),
-        "num_unlabelled": int(unlabelled_N.sum()),
-        "num_pruned": int(pruned_N.sum()),
-        "num_damaged": len(scores.damage),
-        "damage": scores.damage[:_DAMAGE_SHOWN],
-        "num_present": _count(clips.present_NM, modalities),
-        "num_classes": num_classes,
-        "chance_top1": {name: 100.0 / num for name, num in num_classes.items()},
-        "majority_top1": {name: metrics.majority_share(labels_N) for name, labels_N in truth.items()},
-    }
-    return Results(rows, counts | summarise(rows), Outcomes(keys, list(conditions), clips.ranks))
+    seeds, subsets, drop_curve = summarise(rows)
+    summary = Summary(
+        modalities=tuple(modalities),
+        num_clips=int(counted_N.sum()),
+        num_unlabelled=int(unlabelled_N.sum()),
+        num_pruned=int(pruned_N.sum()),
+        num_damaged=len(scores.damage),
+        damage=scores.damage[:_DAMAGE_SHOWN],
+        num_present=_count(clips.present_NM, modalities),
+        num_classes=num_classes,
+        chance_top1={name: 100.0 / num for name, num in num_classes.items()},
+        majority_top1={name: majority_share(labels_N) for name, labels_N in truth.items()},
+        seeds=seeds,
+        subsets=subsets,
+        drop_curve=drop_curve,
+    )
+    return Results(rows, summary, ClipResults(keys, list(conditions), clips.ranks))
 
 
 @dataclass(frozen=True)
@@ -209,34 +233,42 @@ class _Clips:
     truth: dict[str, np.ndarray]
     groups: dict[str, dict[str, np.ndarray]]
 
+    def scores(self, name: str, chosen_N: np.ndarray, k: int) -> ClipScores:
+        """Return what condition `k` gives for the chosen clips, of the action or a head."""
+        losses_NK = self.losses.get(name)
+        return ClipScores(
+            ranks_N=self.ranks[name][chosen_N, k],
+            truth_N=self.truth[name][chosen_N],
+            confidence_N=self.confidence[name][chosen_N, k],
+            losses_N=None if losses_NK is None else losses_NK[chosen_N, k],
+        )
 
-def _row(condition: Condition, modalities: list[str], clips: _Clips, k: int) -> dict[str, Any]:
+
+def _row(condition: Condition, modalities: list[str], clips: _Clips, k: int) -> ResultRow:
     mask_N = clips.masks_NK[:, k]
     shown_N = mask_N > 0
     kept_NM = (mask_N[shown_N, None] & (1 << np.arange(len(modalities)))) > 0
-    row: dict[str, Any] = {
-        "modalities": list(condition.modalities),
-        "drop_prob": condition.drop_prob,
-        "seed": condition.seed,
-        "corrupt": condition.corrupt,
-        "num_clips": int(shown_N.sum()),
-        "num_without": int((~shown_N).sum()),
-        "num_present": _count(clips.present_NM[shown_N], modalities),
-        "num_kept": _count(kept_NM, modalities),
-    }
-    for name, ranks_NK in clips.ranks.items():
-        ranks_N = ranks_NK[shown_N, k]
-        row[f"{name}_top1"] = metrics.top_k(ranks_N, 1)
-        row[f"{name}_top5"] = metrics.top_k(ranks_N, 5)
-        row[f"{name}_mean_class"] = metrics.mean_class_accuracy(ranks_N, clips.truth[name][shown_N])
-        row[f"{name}_ece"] = calibration_error(clips.confidence[name][shown_N, k], ranks_N == 0)
-    for head, losses_NK in clips.losses.items():
-        row[f"{head}_loss"] = float(losses_NK[shown_N, k].mean()) if shown_N.any() else None
+    scored = {name: clips.scores(name, shown_N, k) for name in clips.ranks}
+    figures = {figure.name: figure.metric.of(scored[figure.scored]) for figure in figures_of(list(clips.losses))}
     for group, members in clips.groups.items():
-        row[f"num_{group}"] = {name: int((in_N & shown_N).sum()) for name, in_N in members.items()}
-        for name, in_N in members.items():
-            row[f"{name}_top1_{group}"] = metrics.top_k(clips.ranks[name][in_N & shown_N, k], 1)
-    return row
+        for metric in [metric for metric in metric_table().values() if metric.group == group]:
+            for name, in_N in members.items():
+                figures[Figure(name, metric).name] = metric.of(clips.scores(name, in_N & shown_N, k))
+    return ResultRow(
+        modalities=condition.modalities,
+        drop_prob=condition.drop_prob,
+        seed=condition.seed,
+        corrupt=condition.corrupt,
+        num_clips=int(shown_N.sum()),
+        num_without=int((~shown_N).sum()),
+        num_present=_count(clips.present_NM[shown_N], modalities),
+        num_kept=_count(kept_NM, modalities),
+        figures=figures,
+        group_sizes={
+            group: {name: int((in_N & shown_N).sum()) for name, in_N in members.items()}
+            for group, members in clips.groups.items()
+        },
+    )
 
 
 def _count(flags_NM: np.ndarray, modalities: Sequence[str]) -> dict[str, int]:

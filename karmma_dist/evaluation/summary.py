@@ -1,16 +1,18 @@
 """Figures over the rows of one model, and the standing of several models to each other.
 
-Averages over subsets, relative drop, the curve over the drop probability; average rank between models.
+Averages over subsets, relative drop, the curve over the drop probability; average rank between models. Rows with a
+broken sensor are in none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from karmma_dist.evaluation import metrics
+from karmma_dist.evaluation.metrics import find_figure
+from karmma_dist.evaluation.results import Curves, DropCurve, Interval, ResultRow, Results, SubsetSummary, Values
 
 METRIC = "action_top1"
 """The percentage that models are compared by."""
@@ -18,135 +20,164 @@ METRIC = "action_top1"
 LEVEL = 0.05
 """Corrected p-values below it are called significant."""
 
-
-def subset_values(models: Mapping[str, dict[str, Any]]) -> tuple[float, dict[str, dict[tuple[str, ...], float | None]]]:
-    """Drop probability of the subset table, and per model the percentage of every subset, mean over seeds."""
-    found = {name: by_subset(results["rows"]) for name, results in models.items()}
-    probability = min((of[0] for of in found.values() if of is not None), default=0.0)
-    values: dict[str, dict[tuple[str, ...], float | None]] = {}
-    for name, results in models.items():
-        rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for row in whole_sensors(results["rows"]):
-            if row["drop_prob"] == probability:
-                rows.setdefault(tuple(row["modalities"]), []).append(row)
-        values[name] = {subset: mean_over_seeds(of, METRIC) for subset, of in rows.items()}
-    return probability, values
+Subset = tuple[str, ...]
 
 
-def model_ranks(models: Mapping[str, dict[str, Any]]) -> dict[str, float | None]:
-    """Average place of each model over the subsets that all of them were evaluated on."""
-    values = subset_values(models)[1]
-    common = [subset for subset in next(iter(values.values())) if all(subset in of for of in values.values())]
-    return metrics.average_ranks({name: [of[subset] for subset in common] for name, of in values.items()})
+def summarise(rows: Sequence[ResultRow]) -> tuple[list[int], SubsetSummary | None, DropCurve | None]:
+    """Return the seeds, and where the rows with whole sensors allow them the figures over subsets and the drop curve.
 
-
-Row = dict[str, Any]
-
-
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return `seeds`, and where the rows with whole sensors allow them `subsets` and `drop_curve` (else None).
-
-    * `subsets`: over the rows of the lowest drop probability at which there are several subsets, mean over seeds
+    * Subsets: over the rows of the lowest drop probability at which there are several subsets, mean over seeds
       first: `average` (all of them, the full set too) and `relative_drop` (percent lost against the full set,
       averaged over the proper subsets; None where the largest subset is not the union of all).
-    * `drop_curve`: over the rows of the modalities swept at the most probabilities: `mean` and `std` (population)
-      over seeds at each of `drop_prob`, `area` (mean height in percent, trapezoid rule), `fall` (points lost from the
+    * Drop curve: over the rows of the modalities swept at the most probabilities: `mean` and `std` (population) over
+      seeds at each of `drop_prob`, `area` (mean height in percent, trapezoid rule), `fall` (points lost from the
       first probability to the last) and `relative_fall` (the same as a percentage of the first).
 
-    Of calibration errors there are `average`, `mean` and `std` only.
+    Only percentages are in them; of those of which less is better `average`, `mean` and `std` alone.
     """
-    names, errors = metric_names(rows), error_names(rows)
-    return {
-        "seeds": sorted({row["seed"] for row in rows}),
-        "subsets": _over_subsets(rows, names, errors),
-        "drop_curve": _over_drop_probs(rows, names, errors),
-    }
+    gains, errors = _percentages(rows)
+    return sorted({row.seed for row in rows}), _over_subsets(rows, gains, errors), _over_drop_probs(rows, gains, errors)
 
 
-def metric_names(rows: Sequence[Row]) -> list[str]:
-    """Keys of a row that are accuracies in percent."""
-    endings = ("_top1", "_top5", "_mean_class", "_top1_tail", "_top1_unseen")
-    return [key for key in rows[0] if key.endswith(endings)] if rows else []
+def _percentages(rows: Sequence[ResultRow]) -> tuple[list[str], list[str]]:
+    """Names of the figures in percent of which more is better, and of which less is."""
+    known = [find_figure(name) for name in rows[0].figures] if rows else []
+    percentages = [figure for figure in known if figure.metric.is_percent]
+    errors = [figure.name for figure in percentages if figure.metric.lower_is_better]
+    return [figure.name for figure in percentages if figure.name not in errors], errors
 
 
-def error_names(rows: Sequence[Row]) -> list[str]:
-    """Keys of a row that are calibration errors in percent: the lower the better."""
-    return [key for key in rows[0] if key.endswith("_ece")] if rows else []
+def whole_sensors(rows: Iterable[ResultRow]) -> list[ResultRow]:
+    """Return the rows in which no sensor is broken."""
+    return [row for row in rows if row.corrupt is None]
 
 
-def whole_sensors(rows: Sequence[Row]) -> list[Row]:
-    """The rows in which no sensor is broken."""
-    return [row for row in rows if row.get("corrupt") is None]
+def rows_of(
+    rows: Iterable[ResultRow], modalities: Sequence[str], drop_prob: float, corrupt: str | None = None
+) -> list[ResultRow]:
+    """Return the rows of one condition, one per seed."""
+    wanted = (tuple(modalities), drop_prob, corrupt)
+    return [row for row in rows if (row.modalities, row.drop_prob, row.corrupt) == wanted]
 
 
-def mean_over_seeds(rows: Sequence[Row], name: str) -> float | None:
-    """Mean of one percentage over rows that differ in their seed."""
-    return metrics.average([row[name] for row in rows])
-
-
-def by_subset(rows: Sequence[Row]) -> tuple[float, dict[tuple[str, ...], list[Row]]] | None:
-    """The lowest drop probability at which several subsets were evaluated, and its rows per subset (one per seed)."""
+def fullest(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """Return the rows (one per seed) of the lowest drop probability, and there of the most modalities."""
     rows = whole_sensors(rows)
-    for probability in sorted({row["drop_prob"] for row in rows}):
-        groups: dict[tuple[str, ...], list[Row]] = {}
+    first = min(rows, key=lambda row: (row.drop_prob, -len(row.modalities)), default=None)
+    return [] if first is None else rows_of(rows, first.modalities, first.drop_prob)
+
+
+def mean_over_seeds(rows: Iterable[ResultRow], name: str = METRIC) -> float | None:
+    """Return the mean of one figure over rows that differ in their seed."""
+    return metrics.average([row.figures[name] for row in rows])
+
+
+def interval_of(rows: Sequence[ResultRow], name: str = METRIC) -> Interval | None:
+    """Return the interval of the mean over seeds where it is known: a single row's own."""
+    return rows[0].intervals.get(name) if len(rows) == 1 else None
+
+
+def by_subset(rows: Sequence[ResultRow]) -> tuple[float, dict[Subset, list[ResultRow]]] | None:
+    """Return the lowest drop probability at which several subsets were evaluated, and its rows per subset."""
+    rows = whole_sensors(rows)
+    for probability in sorted({row.drop_prob for row in rows}):
+        groups: dict[Subset, list[ResultRow]] = {}
         for row in rows:
-            if row["drop_prob"] == probability:
-                groups.setdefault(tuple(row["modalities"]), []).append(row)
+            if row.drop_prob == probability:
+                groups.setdefault(row.modalities, []).append(row)
         if len(groups) > 1:
             return probability, groups
     return None
 
 
-def by_drop_prob(rows: Sequence[Row]) -> tuple[tuple[str, ...], dict[float, list[Row]]] | None:
-    """The modalities evaluated at the most drop probabilities (at least two), and their rows per probability."""
-    groups: dict[tuple[str, ...], dict[float, list[Row]]] = {}
+def by_drop_prob(rows: Sequence[ResultRow]) -> tuple[Subset, dict[float, list[ResultRow]]] | None:
+    """Return the modalities evaluated at the most drop probabilities (at least two), and their rows per probability."""
+    groups: dict[Subset, dict[float, list[ResultRow]]] = {}
     for row in whole_sensors(rows):
-        groups.setdefault(tuple(row["modalities"]), {}).setdefault(row["drop_prob"], []).append(row)
+        groups.setdefault(row.modalities, {}).setdefault(row.drop_prob, []).append(row)
     swept = max(groups, key=lambda names: (len(groups[names]), len(names)), default=None)
     if swept is None or len(groups[swept]) < 2:
         return None
     return swept, dict(sorted(groups[swept].items()))
 
 
-def _over_subsets(rows: Sequence[Row], names: list[str], errors: list[str]) -> dict[str, Any] | None:
-    found = by_subset(rows)
-    if found is None:
+def subset_rows(models: Mapping[str, Results]) -> tuple[float, dict[str, dict[Subset, list[ResultRow]]]]:
+    """Return the drop probability at which subsets are compared, and per model its rows (one per seed) per subset."""
+    grouped = {name: by_subset(results.rows) for name, results in models.items()}
+    probability = min((group[0] for group in grouped.values() if group is not None), default=0.0)
+    rows: dict[str, dict[Subset, list[ResultRow]]] = {name: {} for name in models}
+    for name, results in models.items():
+        for row in whole_sensors(results.rows):
+            if row.drop_prob == probability:
+                rows[name].setdefault(row.modalities, []).append(row)
+    return probability, rows
+
+
+def model_ranks(models: Mapping[str, Results], name: str = METRIC) -> dict[str, float | None]:
+    """Return the average place of each model over the subsets that all were evaluated on, 1 = best, by one figure."""
+    rows = subset_rows(models)[1]
+    common = [subset for subset in next(iter(rows.values())) if all(subset in own for own in rows.values())]
+    values = {model: [mean_over_seeds(own[subset], name) for subset in common] for model, own in rows.items()}
+    return metrics.average_ranks(values)
+
+
+def broken_condition(results: Results) -> tuple[Subset, float] | None:
+    """Return the largest set of modalities and there the lowest drop probability with a broken sensor; None: no row."""
+    rows = [row for row in results.rows if row.corrupt is not None]
+    if not rows:
         return None
-    probability, groups = found
+    modalities = max((row.modalities for row in rows), key=len)
+    return modalities, min(row.drop_prob for row in rows if row.modalities == modalities)
+
+
+def by_corruption(rows: Iterable[ResultRow], condition: tuple[Subset, float]) -> dict[str | None, list[ResultRow]]:
+    """Return the rows (one per seed) per corruption under one condition; None is with whole sensors, and first."""
+    groups: dict[str | None, list[ResultRow]] = {None: []}
+    for row in rows:
+        if (row.modalities, row.drop_prob) == condition:
+            groups.setdefault(row.corrupt, []).append(row)
+    return groups
+
+
+def _over_subsets(rows: Sequence[ResultRow], gains: list[str], errors: list[str]) -> SubsetSummary | None:
+    grouped = by_subset(rows)
+    if grouped is None:
+        return None
+    probability, groups = grouped
     full = max(groups, key=len)
     has_full = all(set(subset) <= set(full) for subset in groups)
-    values = {name: {subset: mean_over_seeds(of, name) for subset, of in groups.items()} for name in names + errors}
-    return {
-        "drop_prob": probability,
-        "num_subsets": len(groups),
-        "full": list(full) if has_full else None,
-        "average": {name: metrics.average(list(of.values())) for name, of in values.items()},
-        "relative_drop": {
-            name: _relative_drop(values[name], full) if has_full else None for name in names
-        },
-    }
+    names = gains + errors
+    values = {name: {subset: mean_over_seeds(seeds, name) for subset, seeds in groups.items()} for name in names}
+    return SubsetSummary(
+        drop_prob=probability,
+        num_subsets=len(groups),
+        full=full if has_full else None,
+        average={name: metrics.average(list(by_name.values())) for name, by_name in values.items()},
+        relative_drop={name: _relative_drop(values[name], full) if has_full else None for name in gains},
+    )
 
 
-def _over_drop_probs(rows: Sequence[Row], names: list[str], errors: list[str]) -> dict[str, Any] | None:
-    found = by_drop_prob(rows)
-    if found is None:
+def _over_drop_probs(rows: Sequence[ResultRow], gains: list[str], errors: list[str]) -> DropCurve | None:
+    grouped = by_drop_prob(rows)
+    if grouped is None:
         return None
-    modalities, groups = found
-    probabilities = list(groups)
-    mean = {name: [mean_over_seeds(of, name) for of in groups.values()] for name in names + errors}
-    return {
-        "modalities": list(modalities),
-        "drop_prob": probabilities,
-        "num_seeds": max(len(of) for of in groups.values()),
-        "mean": mean,
-        "std": {name: [_std([row[name] for row in of]) for of in groups.values()] for name in names + errors},
-        "area": {name: metrics.curve_area(probabilities, mean[name]) for name in names},
-        "fall": {name: _difference(mean[name]) for name in names},
-        "relative_fall": {name: metrics.relative_drop(mean[name][0], mean[name][-1]) for name in names},
-    }
+    modalities, groups = grouped
+    probabilities, names = list(groups), gains + errors
+    mean: Curves = {name: [mean_over_seeds(seeds, name) for seeds in groups.values()] for name in names}
+    area: Values = {name: metrics.curve_area(probabilities, mean[name]) for name in gains}
+    return DropCurve(
+        modalities=modalities,
+        drop_prob=probabilities,
+        num_seeds=max(map(len, groups.values())),
+        mean=mean,
+        std={name: [_std([row.figures[name] for row in seeds]) for seeds in groups.values()] for name in names},
+        area=area,
+        fall={name: _difference(mean[name]) for name in gains},
+        relative_fall={name: metrics.relative_drop(mean[name][0], mean[name][-1]) for name in gains},
+    )
 
 
-def _relative_drop(values: dict[tuple[str, ...], float | None], full: tuple[str, ...]) -> float | None:
+def _relative_drop(values: dict[Subset, float | None], full: Subset) -> float | None:
     return metrics.average_relative_drop(values[full], [value for subset, value in values.items() if subset != full])
 
 

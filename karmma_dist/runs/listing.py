@@ -271,10 +271,11 @@ def _entry(line: bytes) -> dict[str, Any]:
 
 
 def _best_of(validations: list[dict[str, Any]]) -> dict[str, Any] | None:
-    names = [name for entry in validations for name in entry if name.endswith("_top1")]
-    if not names:
+    """The highest figure of what validations log first: the percentage that models are compared by."""
+    measured = [name for entry in validations for name in entry if name not in ("kind", "step", "epoch")]
+    if not measured:
         return None
-    metric = "action_top1" if "action_top1" in names else names[0]
+    metric = measured[0]
     return {"metric": metric, "value": max(entry[metric] for entry in validations if metric in entry)}
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.plan import default_split, plan_evaluation
 from karmma_dist.evaluation.report.write import write_results
+from karmma_dist.evaluation.results import ClipResults
 from karmma_dist.evaluation.run import carry_out
-from karmma_dist.evaluation.scores import Outcomes
 from karmma_dist.io.files import write_whole
 from karmma_dist.modalities import parse_modalities
 from karmma_dist.models.weights import own_weights
@@ -35,7 +35,7 @@ FOLDER = "eval-study"
 OUTCOMES = "outcomes.npz"
 
 
-def evaluate_run(weights: Path, recipe: Recipe, study: Study, report: Report) -> Outcomes:
+def evaluate_run(weights: Path, recipe: Recipe, study: Study, report: Report) -> ClipResults:
     """Evaluate a finished run, or read what was found when its weights were as they are now.
 
     Args:
@@ -74,7 +74,7 @@ def conditions(evaluate: Evaluate, available: Sequence[str]) -> list[Condition]:
     return list(dict.fromkeys([*found, Condition(shown or tuple(available))]))
 
 
-def write_outcomes(path: Path, outcomes: Outcomes) -> None:
+def write_outcomes(path: Path, outcomes: ClipResults) -> None:
     """Write them, whole or not at all."""
     listed = json.dumps([asdict(condition) for condition in outcomes.conditions])
     arrays: dict[str, Any] = {f"ranks_{name}": ranks_NK for name, ranks_NK in outcomes.ranks.items()}
@@ -88,10 +88,10 @@ def write_outcomes(path: Path, outcomes: Outcomes) -> None:
     write_whole(path, write)
 
 
-def read_outcomes(path: Path) -> Outcomes:
+def read_outcomes(path: Path) -> ClipResults:
     """Read what `write_outcomes` wrote."""
     with np.load(path, allow_pickle=False) as file:
         stored = json.loads(str(file["conditions"]))
         listed = [Condition(**one | {"modalities": tuple(one["modalities"])}) for one in stored]
         ranks = {name.removeprefix("ranks_"): file[name] for name in file.files if name.startswith("ranks_")}
-        return Outcomes([str(key) for key in file["keys"]], listed, ranks)
+        return ClipResults([str(key) for key in file["keys"]], listed, ranks)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.plan import check_folder
-from karmma_dist.evaluation.scores import Outcomes
+from karmma_dist.evaluation.results import ClipResults
 from karmma_dist.models.model_card import CARD, ModelCard
 from karmma_dist.progress import Report
 from karmma_dist.settings import read_tree, validate
@@ -47,7 +47,7 @@ def carry_out_study(plan: StudyPlan, out: Path, num_at_once: int, progress: Repo
     check_folder(out, "give another with --out")
     check_teachers(plan)
     missing: dict[str, str] = {}
-    outcomes: dict[str, dict[int, Outcomes]] = {}
+    outcomes: dict[str, dict[int, ClipResults]] = {}
     if plan.file.study.is_measured:
         unfinished = [run for run in plan.chosen_runs if run.state() != "finished"]
         missing = train_runs(unfinished, out, num_at_once, say, progress)
@@ -83,10 +83,10 @@ def _listed(heads: dict[str, int]) -> str:
 
 def _evaluate(
     plan: StudyPlan, progress: Report, missing: dict[str, str], say: Callable[[str], None]
-) -> dict[str, dict[int, Outcomes]]:
-    """Outcomes per label and seed; why a chosen run has none is added to `missing`."""
-    found: dict[str, dict[int, Outcomes]] = {}
-    known: dict[Path, Outcomes] = {}
+) -> dict[str, dict[int, ClipResults]]:
+    """ClipResults per label and seed; why a chosen run has none is added to `missing`."""
+    found: dict[str, dict[int, ClipResults]] = {}
+    known: dict[Path, ClipResults] = {}
     for (label, seed), name in plan.cells.items():
         run, weights = plan.runs[name], plan.weights_of(label, seed)
         if name in missing or (label not in plan.chosen and run.state() != "finished"):
@@ -102,7 +102,7 @@ def _evaluate(
     return found
 
 
-def _report(plan: StudyPlan, outcomes: dict[str, dict[int, Outcomes]], missing: dict[str, str]) -> StudyReport:
+def _report(plan: StudyPlan, outcomes: dict[str, dict[int, ClipResults]], missing: dict[str, str]) -> StudyReport:
     study = plan.file.study
     measured = [column for column in study.columns if not column.is_cost]
     swept = [p for of in outcomes.values() for one in of.values() for p in curve_points(one.conditions)]
@@ -129,7 +129,7 @@ def _report(plan: StudyPlan, outcomes: dict[str, dict[int, Outcomes]], missing: 
     return StudyReport(plan.file.name, study, plan.seeds, plan.overrides, num_clips, rows, tests, missing)
 
 
-def _tests(plan: StudyPlan, resampled: Resampled | None, outcomes: dict[str, dict[int, Outcomes]]) -> list[Test]:
+def _tests(plan: StudyPlan, resampled: Resampled | None, outcomes: dict[str, dict[int, ClipResults]]) -> list[Test]:
     if resampled is None:
         return []
     pairs = [pair for pair in plan.file.study.pairs if all(label in outcomes for label in pair)]

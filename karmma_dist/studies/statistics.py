@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.evaluation.metrics import curve_areas
-from karmma_dist.evaluation.scores import Outcomes
-from karmma_dist.evaluation.statistics.bootstrap import interval, percent_right, weighted
+from karmma_dist.evaluation.metrics import curve_areas, find_figure
+from karmma_dist.evaluation.results import ClipResults, Interval
+from karmma_dist.evaluation.statistics.bootstrap import interval, percent_right, right_and_shown, weighted
 from karmma_dist.evaluation.statistics.compare import holm
 from karmma_dist.seeding import bootstrap_generator
 from karmma_dist.studies.study import Column
@@ -41,7 +41,7 @@ class Summary:
 
     mean: float | None
     """Over seeds, of all clips."""
-    ci: list[float] | None
+    ci: Interval | None
     """95 % interval over seeds and clips; with one seed over clips only."""
     sd: float | None
     """Standard deviation over seeds (S - 1); None: fewer than two."""
@@ -57,7 +57,7 @@ class Test:
     second: str
     difference: float | None
     """Second minus first, mean over the seeds that both have."""
-    ci: list[float] | None
+    ci: Interval | None
     """95 % interval of the difference."""
     num_seeds: int
     """Seeds that both have."""
@@ -82,7 +82,7 @@ class Resampled:
 
     def __init__(
         self,
-        outcomes: Mapping[str, Mapping[int, Outcomes]],
+        outcomes: Mapping[str, Mapping[int, ClipResults]],
         columns: Sequence[Column],
         num_draws: int = NUM_DRAWS,
         seed: int = 0,
@@ -99,7 +99,7 @@ class Resampled:
             for label, of in outcomes.items()
             for seed, one in of.items()
             for metric in metrics
-            if metric.rpartition("_")[0] in one.ranks
+            if find_figure(metric).scored in one.ranks
         ]
         self.values: dict[tuple[str, str], dict[int, float | None]] = {}
         """Per label and column: the figure of each seed on all clips."""
@@ -240,14 +240,13 @@ def _corrected(p_values: Sequence[float | None]) -> list[float | None]:
     return [None if p is None else next(known) for p in p_values]
 
 
-def _counts(outcomes: Outcomes, metric: str, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _counts(outcomes: ClipResults, metric: str, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """right_NK and shown_NK, float32, over all clips of the study."""
-    name, _, first = metric.rpartition("_top")
+    figure = find_figure(metric)
     place = {key: n for n, key in enumerate(keys)}
     ranks_NK = np.full((len(keys), len(outcomes.conditions)), -1, dtype=np.int32)
-    ranks_NK[[place[key] for key in outcomes.keys]] = outcomes.ranks[name]
-    shown_NK = ranks_NK >= 0
-    return (shown_NK & (ranks_NK < int(first))).astype(np.float32), shown_NK.astype(np.float32)
+    ranks_NK[[place[key] for key in outcomes.keys]] = outcomes.ranks[figure.scored]
+    return right_and_shown(ClipResults(list(keys), outcomes.conditions, {figure.scored: ranks_NK}), figure)
 
 
 def _clip_draws(num_clips: int, num_draws: int, random: np.random.Generator) -> Iterator[np.ndarray]:

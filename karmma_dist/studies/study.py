@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.evaluation.metrics import ACTION, find_figure, known_figure, metric_table
 from karmma_dist.modalities import LETTERS
 from karmma_dist.settings import Settings, find_file, load_settings
 
@@ -33,7 +34,6 @@ COSTS = {"gflops": "GFLOPs", "params": "parameters (M)", "trainable": "trainable
 OVER = ("average", "relative drop", "area", "fall")
 """Figures over several conditions."""
 
-_ACCURACY = re.compile(r"[a-z]+_top[15]")
 _DROP = re.compile(r"drop (0(?:\.\d+)?|1(?:\.0+)?)")
 
 Positive = Annotated[int, Field(gt=0)]
@@ -64,7 +64,9 @@ class Column(Settings):
     @property
     def lower_is_better(self) -> bool:
         """True if less is better."""
-        return self.is_cost or self.at in ("relative drop", "fall")
+        if self.is_cost:
+            return True
+        return find_figure(self.metric).metric.lower_is_better != (self.at in ("relative drop", "fall"))
 
     @property
     def drop_prob(self) -> float | None:
@@ -80,10 +82,11 @@ class Column(Settings):
 
     @model_validator(mode="after")
     def _is_known(self) -> Column:
-        if not self.is_cost and not _ACCURACY.fullmatch(self.metric):
+        if not self.is_cost and not ((figure := known_figure(self.metric)) and figure.metric.is_per_clip):
+            accuracies = [f"{ACTION}_{name}" for name, metric in metric_table().items() if metric.is_per_clip]
             raise ValueError(
-                f"column '{self.name}': metric '{self.metric}' is neither an accuracy such as action_top1 nor a cost"
-                f"{nearest(self.metric, [*COSTS, 'action_top1', 'verb_top1', 'noun_top1'])}"
+                f"column '{self.name}': metric '{self.metric}' is neither an accuracy ({', '.join(accuracies)}, or of "
+                f"a head) nor a cost ({', '.join(COSTS)}){nearest(self.metric, [*COSTS, *accuracies])}"
             )
         is_condition = self.at == "all" or self.subset is not None
         if not is_condition and (self.is_cost or (self.at not in OVER and self.drop_prob is None)):

@@ -10,16 +10,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -59,11 +60,19 @@ from karmma_dist.training.tracking import Averages, RunLog, loading_sums, pace
 
 _logger = logging.getLogger(__name__)
 
-Validate = Callable[[nn.Module, Recipe, World, Callable[[], None]], dict[str, float]]
-"""Measures a model on the recipe's validation split; every rank calls it and gets the same numbers.
 
-It calls its last argument now and then, equally often on every rank, and lets through what that raises.
-"""
+class Validate(Protocol):
+    """Measures a model on the recipe's validation split."""
+
+    def metrics(self, heads: Collection[str]) -> Mapping[str, bool]:
+        """Return the names of what it measures, the one that models are compared by first; True if less is better."""
+
+    def __call__(self, model: nn.Module, recipe: Recipe, world: World, between: Callable[[], None]) -> dict[str, float]:
+        """Return the metrics in that order; every rank calls it and gets the same numbers.
+
+        It calls `between` now and then, equally often on every rank, and lets through what that raises.
+        """
+
 
 
 def train(
@@ -158,7 +167,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * recipe.training.epochs
         self.classes = folder.classes
         self.data_state = data_state(recipe, folder)
-        self.best = BestWeights(recipe, self.classes)
+        self.best = BestWeights(recipe, self.classes, validate.metrics(self.classes))
         self.engine = Engine(build_model(recipe, self.classes, report, world.is_main), recipe, world)
         heads = {head: len(names) for head, names in self.classes.items()}
         self.stage = build_stage(
@@ -415,7 +424,7 @@ class Trainer:
             return
         loss = getattr(self, "latest", {}).get("loss")
         seen = f"epoch {done // self.steps_per_epoch}/{self.recipe.training.epochs}"
-        scores = " ".join(f"{name} {value:.1f}" for name, value in self.metrics.items() if name.endswith("action_top1"))
+        scores = " ".join(f"{name} {value:.1f}" for name, value in itertools.islice(self.metrics.items(), 1))
         note = f"{seen} loss {loss:.3f} {scores}" if loss is not None else seen
         self.report(f"train {self.recipe.name}", done, self.total_steps, f"{note} {also}".rstrip())
 

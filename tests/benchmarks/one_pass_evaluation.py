@@ -19,12 +19,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
 from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.metrics import find_figure
+from karmma_dist.evaluation.results import ResultRow
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe, load_recipe
@@ -76,9 +77,12 @@ def only_kept(batch: Batch, condition: Condition, modalities: Sequence[str]) -> 
     return replace(batch, present_BM=keep_BM, inputs=inputs)
 
 
-def answers(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+def answers(rows: list[ResultRow]) -> list[tuple[int, dict[str, float | None]]]:
     """What both ways must agree on, to the last digit: counts and accuracies. Losses differ by rounding."""
-    return [{name: value for name, value in row.items() if "_top" in name or name == "num_clips"} for row in rows]
+    return [
+        (row.num_clips, {name: value for name, value in row.figures.items() if find_figure(name).metric.right})
+        for row in rows
+    ]
 
 
 def encoder_runs(batches: list[Batch], conditions: list[Condition], modalities: Sequence[str]) -> int:
@@ -107,13 +111,13 @@ def main() -> None:
     everything = build_conditions(names)
     conditions = build_conditions(names, subsets=True, sweep=True, num_seeds=3)
 
-    def naive() -> list[dict[str, Any]]:
+    def naive() -> list[ResultRow]:
         return [
             evaluate(model, [only_kept(b, one, names) for b in naive_batches], everything, device="cpu").rows[0]
             for one in conditions
         ]
 
-    arms: dict[str, tuple[Callable[[], list[dict[str, Any]]], float]] = {
+    arms: dict[str, tuple[Callable[[], list[ResultRow]], float]] = {
         "everything present": (lambda: evaluate(model, batches, everything, device="cpu").rows, 1.0),
         "one pass, all conditions": (lambda: evaluate(model, batches, conditions, device="cpu").rows, 1.0),
     }

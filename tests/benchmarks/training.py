@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from karmma_dist.distributed.collectives import highest
 from karmma_dist.distributed.process_group import process_group
 from karmma_dist.distributed.world import World, find_world
+from karmma_dist.evaluation.run import validate
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.packing.pack import pack
@@ -232,7 +233,7 @@ def bench_loop(repeats: int, world: World) -> None:
         recipe = _loop_recipe(folder, repeats)
         shards = ShardFolder(folder / "shards")
         undisturbed = Interruption(world.rank, None, highest)
-        trainer = loop.Trainer(recipe, world, shards, lambda *_: {}, lambda *_: None, undisturbed)
+        trainer = loop.Trainer(recipe, world, shards, validate, lambda *_: None, undisturbed)
         clips = TrainingClips(shards, recipe.data, recipe.inputs, recipe.seed, 8)
         in_turn = InTurn(trainer, [clips.batch(Slice(0, step, step * 8, step * 8 + 8)) for step in range(BLOCK)])
         recipe.run_dir.mkdir(parents=True)

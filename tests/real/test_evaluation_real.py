@@ -108,7 +108,7 @@ def test_all_tail_and_unseen_accuracies_equal_the_official_definition(pruned, nu
     )
     counted = [k for k, row in enumerate(rows) if not (pruned and int(row["noun_class"]) in NEVER_TRAINED)]
     expected = official([rows[k] for k in counted], scores_NC[counted], folder)
-    found = results.rows[0]
+    found = results.rows[0].to_dict()
     assert found["num_clips"] == len(counted) == num_clips
     assert len(expected) == 12
     assert {name: found[name] for name in expected} == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def make_place(root: Path) -> Path:
 
 
 def flat(value: Any, place: str = "") -> dict[str, Any]:
-    """Return every leaf of nested dictionaries and lists under its place, as `pytest.approx` compares them."""
+    """Return every leaf of nested dataclasses, dictionaries and lists under its place, for `pytest.approx`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return flat(asdict(value), place)
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {key: leaf for name, item in items for key, leaf in flat(item, f"{place}/{name}").items()}

@@ -165,8 +165,8 @@ def test_an_evaluation_with_broken_sensors_and_several_views_runs_there(
     (rows, log_probs), (rows_there, log_probs_there) = here_and_there(figures)
     assert len(rows) == len(rows_there) > 100
     for row, expected in zip(rows_there, rows, strict=True):
-        assert row["num_kept"] == expected["num_kept"]
-        assert row["verb_loss"] == pytest.approx(expected["verb_loss"], abs=1e-4)
+        assert row.num_kept == expected.num_kept
+        assert row.figures["verb_loss"] == pytest.approx(expected.figures["verb_loss"], abs=1e-4)
     for head, values in log_probs.items():
         np.testing.assert_allclose(log_probs_there[head], values, atol=1e-4)
 

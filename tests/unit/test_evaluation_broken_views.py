@@ -99,9 +99,9 @@ def test_a_broken_sensors_figures_are_of_the_mean_over_its_broken_views():
             mean_NC = np.logaddexp.reduce(of_views) - np.log(NUM_VIEWS)
             labels_N = alone[0].labels[head]
             losses_N = -np.take_along_axis(mean_NC, labels_N[:, None], axis=1)
-            assert row[f"{head}_loss"] == pytest.approx(losses_N.mean(), rel=1e-5)
-            assert row[f"{head}_top1"] == pytest.approx(100 * (mean_NC.argmax(axis=1) == labels_N).mean())
-    losses = [row["verb_loss"] for row in results.rows]
+            assert row.figures[f"{head}_loss"] == pytest.approx(losses_N.mean(), rel=1e-5)
+            assert row.figures[f"{head}_top1"] == pytest.approx(100 * (mean_NC.argmax(axis=1) == labels_N).mean())
+    losses = [row.figures["verb_loss"] for row in results.rows]
     assert all(loss != losses[0] for loss in losses[1:])
 
 
@@ -150,18 +150,18 @@ def test_models_are_paired_failure_by_failure_and_averaged_with_whole_sensors():
         }
         found.append((models, compare(models, num_draws=50)))
     (plain, expected), (models, comparison) = found
-    (pair,), (expected_pair,) = comparison["pairs"], expected["pairs"]
-    for key in ("subset_average", "drop_curve_area"):
-        assert pair[key] is not None
-        assert flat(pair[key]) == pytest.approx(flat(expected_pair[key]))  # sums over other conditions in between
+    (pair,), (expected_pair,) = comparison.pairs, expected.pairs
+    for key in ("subset_average", "drop_curve_area"):  # sums over other conditions in between
+        assert pair.test(key) is not None
+        assert flat(pair.test(key)) == pytest.approx(flat(expected_pair.test(key)))
     for name, with_broken in models.items():
         assert flat(with_broken.summary) == pytest.approx(flat(plain[name].summary))
-    assert comparison["average_rank"] == expected["average_rank"]
-    assert [test["corrupt"] for test in pair["conditions"]] == [condition.corrupt for condition in broken]
+    assert comparison.average_rank == expected.average_rank
+    assert [test.corrupt for test in pair.conditions] == [condition.corrupt for condition in broken]
     first, second = models.values()
-    for test, one, other in zip(pair["conditions"], first.rows, second.rows, strict=True):
-        assert test["difference"] == pytest.approx(other["action_top1"] - one["action_top1"])
-    lines = comparison_section(comparison).splitlines()
+    for test, one, other in zip(pair.conditions, first.rows, second.rows, strict=True):
+        assert test.difference == pytest.approx(other.figures["action_top1"] - one.figures["action_top1"])
+    lines = comparison_section(comparison.to_dict()).splitlines()
     assert sum(line.startswith("| V+F+A+D camera:black:5 | 0 |") for line in lines) == 1
     assert sum(line.startswith("| V+F+A+D | 0 |") for line in lines) == 1
 

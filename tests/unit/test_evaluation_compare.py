@@ -14,16 +14,19 @@ from test_evaluation_html import Page
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
 from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.metrics import find_figure
 from karmma_dist.evaluation.report.comparison_section import comparison_section, sentences
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.findings import findings
 from karmma_dist.evaluation.report.html_report import html_report
 from karmma_dist.evaluation.report.write import write_report
-from karmma_dist.evaluation.scores import BatchScores, Results, score_rows
+from karmma_dist.evaluation.results import Results
+from karmma_dist.evaluation.scores import BatchScores, score_rows
 from karmma_dist.evaluation.statistics import bootstrap
 from karmma_dist.evaluation.statistics.bootstrap import add_intervals
-from karmma_dist.evaluation.statistics.compare import compare, holm, mcnemar
+from karmma_dist.evaluation.statistics.compare import FigureTest, compare, holm, mcnemar
 
+TOP1 = find_figure("action_top1")
 CONDITIONS = build_conditions(MODALITIES, subsets=True, sweep=True, num_seeds=2)
 
 
@@ -80,21 +83,21 @@ def test_confidence_is_the_probability_of_the_first_place_of_each_head_and_of_th
             abs(sum(r - c for b, r, c in zip(bins, right[name], sure[name], strict=True) if b == place))
             for place in range(15)
         ]
-        assert row[f"{name}_ece"] == pytest.approx(100 * sum(gaps) / len(bins), abs=1e-4)
+        assert row.figures[f"{name}_ece"] == pytest.approx(100 * sum(gaps) / len(bins), abs=1e-4)
 
 
 def test_every_top1_gets_an_interval_around_it_and_so_do_average_area_and_curve():
     results = MODELS["strong"]
     for row in results.rows:
         for name in ("action", "verb", "noun"):
-            low, high = row[f"{name}_top1_ci"]
-            assert low <= row[f"{name}_top1"] <= high
+            low, high = row.intervals[f"{name}_top1"]
+            assert low <= row.figures[f"{name}_top1"] <= high
             assert 0 < high - low < 15
-    subsets, curve = results.summary["subsets"], results.summary["drop_curve"]
+    subsets, curve = results.summary.subsets, results.summary.drop_curve
     for value, (low, high) in (
-        (subsets["average"]["action_top1"], subsets["average_ci"]["action_top1"]),
-        (curve["area"]["action_top1"], curve["area_ci"]["action_top1"]),
-        *zip(curve["mean"]["action_top1"], curve["mean_ci"]["action_top1"], strict=True),
+        (subsets.average["action_top1"], subsets.average_ci["action_top1"]),
+        (curve.area["action_top1"], curve.area_ci["action_top1"]),
+        *zip(curve.mean["action_top1"], curve.mean_ci["action_top1"], strict=True),
     ):
         assert low < value < high
 
@@ -102,31 +105,30 @@ def test_every_top1_gets_an_interval_around_it_and_so_do_average_area_and_curve(
 def test_intervals_are_the_same_each_time_and_change_no_figure():
     again = make_results(0.8, 2)
     assert again == MODELS["strong"]
-    plain = {key: value for key, value in again.rows[3].items() if not key.endswith("_ci")}
-    assert plain.keys() < again.rows[3].keys()
+    assert again.rows[3].intervals.keys() < again.rows[3].figures.keys()
     assert json.loads(json.dumps(again.to_dict())) == again.to_dict()
 
 
 def test_pairs_are_tested_on_the_clips_that_one_model_alone_gets_right():
     found = compare(MODELS, num_draws=200)
-    assert [pair["models"] for pair in found["pairs"]] == [
-        ["weak", "strong"], ["weak", "as strong"], ["strong", "as strong"]
+    assert [pair.models for pair in found.pairs] == [
+        ("weak", "strong"), ("weak", "as strong"), ("strong", "as strong")
     ]  # fmt: skip
     tests = []
-    for pair in found["pairs"]:
-        first, second = (MODELS[name] for name in pair["models"])
-        assert len(pair["conditions"]) == len(CONDITIONS)
-        for k, test in enumerate(pair["conditions"]):
+    for pair in found.pairs:
+        first, second = (MODELS[name] for name in pair.models)
+        assert len(pair.conditions) == len(CONDITIONS)
+        for k, test in enumerate(pair.conditions):
             ranks = [of.per_clip.ranks["action"][:, k] for of in (first, second)]
             shown = ranks[0] >= 0
-            assert test["num_clips"] == first.rows[k]["num_clips"] == int(shown.sum())
-            assert test["only_first"] == int(((ranks[0] == 0) & (ranks[1] > 0)).sum())
-            assert test["only_second"] == int(((ranks[1] == 0) & (ranks[0] > 0)).sum())
-            expected = second.rows[k]["action_top1"] - first.rows[k]["action_top1"]
-            assert test["difference"] == pytest.approx(expected)
-            assert test["p"] == mcnemar(test["only_first"], test["only_second"])
+            assert test.num_clips == first.rows[k].num_clips == int(shown.sum())
+            assert test.only_first == int(((ranks[0] == 0) & (ranks[1] > 0)).sum())
+            assert test.only_second == int(((ranks[1] == 0) & (ranks[0] > 0)).sum())
+            expected = second.rows[k].figures["action_top1"] - first.rows[k].figures["action_top1"]
+            assert test.difference == pytest.approx(expected)
+            assert test.p == mcnemar(test.only_first, test.only_second)
             tests.append(test)
-    assert [test["p_holm"] for test in tests] == holm([test["p"] for test in tests])
+    assert [test.p_holm for test in tests] == holm([test.p for test in tests])
 
 
 def test_failures_of_sensors_that_are_tested_too_leave_the_tests_with_whole_sensors_as_they_are():
@@ -136,73 +138,74 @@ def test_failures_of_sensors_that_are_tested_too_leave_the_tests_with_whole_sens
     chosen = {"weak": (0.5, 1), "strong": (0.8, 2)}
     models = {name: make_results(skill, seed, conditions=conditions) for name, (skill, seed) in chosen.items()}
     alone = {"weak": MODELS["weak"], "strong": MODELS["strong"]}
-    (pair,), (expected,) = (compare(of, num_draws=20)["pairs"] for of in (models, alone))
-    assert pair["conditions"][: len(CONDITIONS)] == expected["conditions"]
-    broken = pair["conditions"][len(CONDITIONS) :]
-    assert [test["p_holm"] for test in broken] == holm([test["p"] for test in broken])
+    (pair,), (expected,) = (compare(of, num_draws=20).pairs for of in (models, alone))
+    assert pair.conditions[: len(CONDITIONS)] == expected.conditions
+    broken = pair.conditions[len(CONDITIONS) :]
+    assert [test.p_holm for test in broken] == holm([test.p for test in broken])
 
 
 def test_a_pair_is_tested_on_the_clips_that_both_were_shown():
     first, second = MODELS["weak"], MODELS["strong"]
     ranks_NK = second.per_clip.ranks["action"].copy()
     ranks_NK[:150] = -1
-    fewer = replace(second, outcomes=replace(second.per_clip, ranks={**second.per_clip.ranks, "action": ranks_NK}))
+    fewer = replace(second, clips=replace(second.per_clip, ranks={**second.per_clip.ranks, "action": ranks_NK}))
     for models in ({"a": first, "b": fewer}, {"b": fewer, "a": first}):
-        for k, test in enumerate(compare(models, num_draws=20)["pairs"][0]["conditions"]):
+        for k, test in enumerate(compare(models, num_draws=20).pairs[0].conditions):
             ranks_N = first.per_clip.ranks["action"][150:, k]
             right_N = {"a": ranks_N == 0, "b": ranks_NK[150:, k] == 0}
-            assert test["num_clips"] == int((ranks_N >= 0).sum())
+            assert test.num_clips == int((ranks_N >= 0).sum())
             one, other = (right_N[name] for name in models)
-            assert (test["only_first"], test["only_second"]) == (int((one & ~other).sum()), int((other & ~one).sum()))
+            assert (test.only_first, test.only_second) == (int((one & ~other).sum()), int((other & ~one).sum()))
 
 
 def test_averages_differ_by_the_summaries_difference_and_only_real_differences_are_significant():
     found = compare(MODELS, num_draws=500)
-    for pair in found["pairs"]:
-        first, second = (MODELS[name].summary for name in pair["models"])
+    for pair in found.pairs:
+        first, second = (MODELS[name].summary for name in pair.models)
         for figure, key, of in (
             ("subset_average", "subsets", "average"),
             ("drop_curve_area", "drop_curve", "area"),
             ("drop_curve_fall", "drop_curve", "fall"),
         ):
-            test = pair[figure]
-            expected = second[key][of]["action_top1"] - first[key][of]["action_top1"]
-            assert test["difference"] == pytest.approx(expected)
-            assert test["ci"][0] < test["difference"] < test["ci"][1]
-            assert (test["p_holm"] < 0.05) == ("weak" in pair["models"])
-    assert found["average_rank"]["weak"] == 3
-    text = comparison_section(found)
+            test = pair.test(figure)
+            ends = (getattr(getattr(summary, key), of)["action_top1"] for summary in (first, second))
+            expected = -np.subtract(*ends)
+            assert test.difference == pytest.approx(expected)
+            assert test.ci[0] < test.difference < test.ci[1]
+            assert (test.p_holm < 0.05) == ("weak" in pair.models)
+    assert found.average_rank["weak"] == 3
+    text = comparison_section(found.to_dict())
     assert "strong is better than weak in the average over subsets by" in text
     assert "as strong and strong cannot be told apart by the mean height of the drop curve" in text
 
 
 def test_a_bootstrap_p_is_twice_the_share_of_draws_on_the_smaller_side_of_nothing():
     names = ["strong", "as strong"]
-    found = compare({name: MODELS[name] for name in names}, num_draws=300, seed=5)["pairs"][0]["subset_average"]
+    found = compare({name: MODELS[name] for name in names}, num_draws=300, seed=5).pairs[0].subset_average
     alone = [k for k, condition in enumerate(CONDITIONS) if condition.drop_prob == 0]
-    draws = [bootstrap.resampled_top1(MODELS[name].per_clip, "action", 300, 5)[:, alone].mean(axis=1) for name in names]
+    draws = [bootstrap.resampled(MODELS[name].per_clip, TOP1, 300, 5)[:, alone].mean(axis=1) for name in names]
     differences = draws[1] - draws[0]
     beyond = min((differences <= 0).sum(), (differences >= 0).sum())
     assert 10 < beyond < 140
-    assert found["p"] == pytest.approx(2 * (beyond + 1) / 301)
-    assert found["ci"] == pytest.approx(np.percentile(differences, [2.5, 97.5]))
+    assert found.p == pytest.approx(2 * (beyond + 1) / 301)
+    assert found.ci == pytest.approx(np.percentile(differences, [2.5, 97.5]))
 
 
 def test_a_model_against_its_like_differs_in_nothing():
     found = compare({"a": MODELS["strong"], "b": MODELS["strong"]}, num_draws=100)
-    (pair,) = found["pairs"]
-    assert {test["p"] for test in pair["conditions"]} == {1.0}
+    (pair,) = found.pairs
+    assert {test.p for test in pair.conditions} == {1.0}
     for figure in ("subset_average", "drop_curve_area", "drop_curve_fall"):
-        assert pair[figure] == {"difference": 0.0, "ci": [0.0, 0.0], "p": 1.0, "p_holm": 1.0}
+        assert pair.test(figure) == FigureTest(0.0, (0.0, 0.0), 1.0, 1.0)
 
 
 def test_models_with_other_modalities_are_compared_where_both_were_evaluated():
     narrow = make_results(0.7, 5, conditions=build_conditions(["video", "flow"], subsets=True))
-    (pair,) = compare({"wide": MODELS["strong"], "narrow": narrow}, num_draws=100)["pairs"]
-    assert [test["modalities"] for test in pair["conditions"]] == [["video"], ["flow"], ["video", "flow"]]
-    assert pair["subset_average"] is not None
-    assert pair["drop_curve_area"] is None
-    assert pair["drop_curve_fall"] is None
+    (pair,) = compare({"wide": MODELS["strong"], "narrow": narrow}, num_draws=100).pairs
+    assert [test.modalities for test in pair.conditions] == [("video",), ("flow",), ("video", "flow")]
+    assert pair.subset_average is not None
+    assert pair.drop_curve_area is None
+    assert pair.drop_curve_fall is None
 
 
 def swept(right_at_start_N: np.ndarray, right_at_end_N: np.ndarray) -> Results:
@@ -232,17 +235,17 @@ def test_falls_are_compared_on_the_same_clips():
     higher_N[np.flatnonzero(~end_N)[:8]] = True
     models = {"soft": swept(start_N, end_N), "firm": swept(lower_N, higher_N)}
     found = compare(models)
-    test = found["pairs"][0]["drop_curve_fall"]
-    assert test["difference"] == pytest.approx(-4.0)
-    assert -7 < test["ci"][0] < -4 < test["ci"][1] < -1
-    assert test["p"] < 0.01
-    assert found["pairs"][0]["drop_curve_area"]["p"] > 0.5
-    text = " ".join(findings({name: results.to_dict() for name, results in models.items()}, found))
+    test = found.pairs[0].drop_curve_fall
+    assert test.difference == pytest.approx(-4.0)
+    assert -7 < test.ci[0] < -4 < test.ci[1] < -1
+    assert test.p < 0.01
+    assert found.pairs[0].drop_curve_area.p > 0.5
+    text = " ".join(findings({name: results.to_dict() for name, results in models.items()}, found.to_dict()))
     assert "firm falls more slowly than soft" in text
     assert "sampling error" not in text
-    independent = 1.96 * np.sqrt(sum(row["action_top1"] * (100 - row["action_top1"]) / 400
+    independent = 1.96 * np.sqrt(sum(row.figures["action_top1"] * (100 - row.figures["action_top1"]) / 400
                                      for results in models.values() for row in results.rows))  # fmt: skip
-    assert independent > 2 * abs(test["difference"])
+    assert independent > 2 * abs(test.difference)
 
 
 def test_models_that_fall_alike_are_told_apart_no_more_often_than_the_level_says():
@@ -253,7 +256,7 @@ def test_models_that_fall_alike_are_told_apart_no_more_often_than_the_level_says
         easy_N1 = np.sort(random.random((300, 1)))
         start_N2, end_N2 = random.random((300, 2)) < easy_N1, random.random((300, 2)) < easy_N1**2
         models = {name: swept(start_N2[:, k], end_N2[:, k]) for k, name in enumerate("ab")}
-        rejected += compare(models, num_draws=200, seed=sample)["pairs"][0]["drop_curve_fall"]["p"] < 0.05
+        rejected += compare(models, num_draws=200, seed=sample).pairs[0].drop_curve_fall.p < 0.05
     spread = 4 * np.sqrt(0.05 * 0.95 / num_samples)
     assert rejected / num_samples <= 0.05 + spread
 
@@ -263,11 +266,11 @@ def test_of_a_fall_less_is_better_and_the_order_of_a_pair_turns_the_sentence_rou
     said, sizes = {}, {}
     for first, second in (names, names[::-1]):
         found = compare({name: MODELS[name] for name in (first, second)}, num_draws=200)
-        (sentence,) = [one for one in sentences(found["pairs"][0]) if " falls by " in one]
+        (sentence,) = [one for one in sentences(found.to_dict()["pairs"][0]) if " falls by " in one]
         said[second] = sentence
-        sizes[second] = found["pairs"][0]["drop_curve_fall"]["difference"]
+        sizes[second] = found.pairs[0].drop_curve_fall.difference
         assert f"| fall of the drop curve (less is better) | {second} – {first} | **{sizes[second]:+.2f}** |" in (
-            comparison_section(found)
+            comparison_section(found.to_dict())
         )
     size = f"{sizes['strong']:.2f}"
     assert sizes["weak"] == -sizes["strong"] < 0
@@ -286,15 +289,15 @@ def test_a_worse_model_is_worse_by_the_same_points_as_the_other_is_better():
 
 def test_the_findings_doubt_what_the_paired_test_cannot_tell_apart():
     found = compare(MODELS, num_draws=200)
-    everything = findings({name: results.to_dict() for name, results in MODELS.items()}, found)
+    everything = findings({name: results.to_dict() for name, results in MODELS.items()}, found.to_dict())
     assert "is not tested here" not in " ".join(everything)
     of_pairs = {
-        tuple(pair["models"]): [
+        tuple(pair.models): [
             sentence
             for sentence in everything
-            if sentence.startswith(f"{pair['models'][1]} falls ") and f" {pair['models'][0]}: " in sentence
+            if sentence.startswith(f"{pair.models[1]} falls ") and f" {pair.models[0]}: " in sentence
         ]
-        for pair in found["pairs"]
+        for pair in found.pairs
     }
     for (first, second), said in of_pairs.items():
         assert len(said) == 1
@@ -304,27 +307,27 @@ def test_the_findings_doubt_what_the_paired_test_cannot_tell_apart():
 def test_the_report_holds_intervals_ranks_and_every_test(tmp_path):
     models = {name: results.to_dict() for name, results in MODELS.items()}
     found = compare(MODELS, num_draws=200)
-    text = write_report(tmp_path, ReportContent("t", models, comparison=found)).read_text()
-    low, high = MODELS["weak"].summary["subsets"]["average_ci"]["action_top1"]
+    text = write_report(tmp_path, ReportContent("t", models, comparison=found.to_dict())).read_text()
+    low, high = MODELS["weak"].summary.subsets.average_ci["action_top1"]
     assert f"| 95 % interval |  | [{low:.2f}, {high:.2f}] |" in text
     assert "| average rank |" in text
     assert "| action top-1 | 95 % | action top-5 | action per class | action ECE |" in text
-    for test in found["pairs"][0]["conditions"]:
-        assert f"{test['difference']:+.2f}" in text
+    for test in found.pairs[0].conditions:
+        assert f"{test.difference:+.2f}" in text
 
 
 def test_the_html_report_holds_every_test_too():
     models = {name: results.to_dict() for name, results in MODELS.items()}
     found = compare(MODELS, num_draws=200)
-    page = Page(html_report(ReportContent("t", models, comparison=found)))
+    page = Page(html_report(ReportContent("t", models, comparison=found.to_dict())))
     assert "within the sampling error" in page.text
     header, *lines = page.tables["Paired tests of averages and falls: action top-1"]
     assert header == ["figure", "model", "against", "difference", "low", "high", "p"]
-    assert len(lines) == 3 * len(found["pairs"])
-    for pair, line in zip(found["pairs"], lines[-3:], strict=True):
-        first, second = pair["models"]
-        test = pair["drop_curve_fall"]
-        figures = [f"{test['difference']:+.2f}", *(f"{end:.2f}" for end in test["ci"]), f"{test['p_holm']:.3f}"]
+    assert len(lines) == 3 * len(found.pairs)
+    for pair, line in zip(found.pairs, lines[-3:], strict=True):
+        first, second = pair.models
+        test = pair.drop_curve_fall
+        figures = [f"{test.difference:+.2f}", *(f"{end:.2f}" for end in test.ci), f"{test.p_holm:.3f}"]
         assert line == ["fall of the drop curve (less is better)", second, first, *figures]
     assert len(page.tables["Paired tests of single conditions: action top-1"]) == 1 + 3 * len(CONDITIONS)
 

@@ -19,6 +19,7 @@ from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.corruptions.batches import Sensors
 from karmma_dist.evaluation.corruptions.kinds import KINDS, Corruption, parse_corruption, parse_corruptions
 from karmma_dist.evaluation.evaluate import evaluate
+from karmma_dist.evaluation.metrics import find_figure
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.write import results_table, write_report
 from karmma_dist.evaluation.summary import summarise
@@ -252,12 +253,13 @@ EVERY = [f"{name}:3" for name in KINDS]
 def test_rows_of_a_broken_sensor_are_those_of_a_dataset_recorded_with_it():
     conditions = conditions_for(*EVERY, subsets=True, drop_prob=0.3, num_seeds=2)
     rows = evaluate(Average(), make_batches(), conditions, device="cpu", sensors=SENSORS).rows
-    assert [row["corrupt"] for row in rows] == [condition.corrupt for condition in conditions]
+    assert [row.corrupt for row in rows] == [condition.corrupt for condition in conditions]
     for condition, row in zip(conditions, rows, strict=True):
         recorded = [recorded_with(batch, condition) for batch in make_batches()]
         alone = evaluate(Average(), recorded, [replace(condition, corrupt=None)], device="cpu").rows[0]
-        assert flat(row) == but_for_rounding(alone | {"corrupt": condition.corrupt})
-    differing = {row["corrupt"] for row in rows if row["verb_loss"] not in [r["verb_loss"] for r in rows[:30]]}
+        assert flat(row) == but_for_rounding(replace(alone, corrupt=condition.corrupt))
+    losses = [row.figures["verb_loss"] for row in rows]
+    differing = {row.corrupt for row, loss in zip(rows, losses, strict=True) if loss not in losses[:30]}
     assert differing == set(EVERY)
 
 
@@ -284,7 +286,7 @@ def recorded_with(batch: Batch, condition: Condition) -> Batch:
 
 def test_a_broken_sensor_is_still_counted_as_there():
     rows = evaluate(Average(), make_batches(), conditions_for(*EVERY), device="cpu", sensors=SENSORS).rows
-    counts = [{name: row[name] for name in ("num_clips", "num_without", "num_present", "num_kept")} for row in rows]
+    counts = [(row.num_clips, row.num_without, row.num_present, row.num_kept) for row in rows]
     assert all(count == counts[0] for count in counts)
 
 
@@ -303,8 +305,9 @@ def test_failures_do_not_depend_on_the_batch_size(batch_size):
     rows = evaluate(Average(), make_batches(batch_size=batch_size), conditions, device="cpu", sensors=SENSORS).rows
     expected = evaluate(Average(), make_batches(), conditions, device="cpu", sensors=SENSORS).rows
     for row, other in zip(rows, expected, strict=True):
-        inexact = {name: value for name, value in other.items() if name.endswith(("_loss", "_ece"))}
-        assert row == other | {name: pytest.approx(value, rel=1e-5) for name, value in inexact.items()}
+        inexact = {name: value for name, value in other.figures.items() if find_figure(name).metric.lower_is_better}
+        near = {name: pytest.approx(value, rel=1e-5) for name, value in inexact.items()}
+        assert row == replace(other, figures=other.figures | near)
 
 
 def test_conditions_are_repeated_only_where_the_failure_reaches_them():
@@ -320,7 +323,7 @@ def test_a_random_failure_is_drawn_anew_for_every_seed_and_another_is_not():
         (None, 0), ("video:frozen:2", 0), ("video:frozen:2", 1), ("video:frozen:2", 2), ("video:blur:4", 0),
     ]  # fmt: skip
     rows = evaluate(Average(), make_batches(), conditions, device="cpu", sensors=SENSORS).rows
-    assert len({row["verb_loss"] for row in rows}) == 5
+    assert len({row.figures["verb_loss"] for row in rows}) == 5
 
 
 def test_the_suite_is_every_kind_of_the_models_sensors():
@@ -383,8 +386,9 @@ def test_averages_and_curves_are_of_whole_sensors_only(tmp_path: Path):
 
 def test_the_report_names_every_failure_and_what_it_costs(tmp_path: Path):
     results = evaluate(Average(), make_batches(), conditions_for(*EVERY), device="cpu", sensors=SENSORS)
-    rows = [row | {"action_top1": 50.0 - 5 * (row["corrupt"] is not None)} for row in results.rows]
-    text = write_report(tmp_path, ReportContent("t", {"m": {"rows": rows, "summary": results.summary}})).read_text()
+    rows = [replace(row, figures=row.figures | {"action_top1": 50.0 - 5 * (row.corrupt is not None)})
+            for row in results.rows]  # fmt: skip
+    text = write_report(tmp_path, ReportContent("t", {"m": replace(results, rows=rows).to_dict()})).read_text()
     for name in EVERY:
         assert f"| {name} | {parse_corruption(name).meaning} | 45.00 (-5.00) |" in text
     assert "| average | relative drop (%) | 10.00 |" in text

@@ -140,11 +140,11 @@ def test_encoding_once_gives_exactly_what_running_every_condition_from_the_input
     batches = make_batches()
     results = evaluate(Fusion().eval(), batches, CONDITIONS, device="cpu")
     for condition, row in zip(CONDITIONS, results.rows, strict=True):
-        assert (tuple(row["modalities"]), row["drop_prob"], row["seed"]) == (
+        assert (row.modalities, row.drop_prob, row.seed) == (
             condition.modalities, condition.drop_prob, condition.seed
         )  # fmt: skip
         expected = naive_row(Fusion().eval(), singles(batches), condition)
-        assert {name: row[name] for name in expected} == expected
+        assert {name: row.to_dict()[name] for name in expected} == expected
 
 
 def test_every_encoder_sees_every_clip_once_and_fusion_runs_at_most_once_per_different_mask():
@@ -174,7 +174,7 @@ def test_every_rank_gathers_the_rows_of_one(num_ranks):
     """37 clips in batches of 8, dealt in turn: with 2 and 3 ranks some get a batch of nothing but padding."""
     batches = make_batches()
     whole = evaluate(Fusion(), batches, CONDITIONS, device="cpu")
-    assert whole.summary["num_clips"] == 37
+    assert whole.summary.num_clips == 37
     dealt = [*batches, *(make_batch([], 8, HEADS) for _ in range(-len(batches) % num_ranks))]
     sent: list = []
     for rank in range(num_ranks):
@@ -200,8 +200,8 @@ def test_padding_is_never_counted_even_when_it_looks_like_a_clip():
     finished: list[int] = []
     results = evaluate(Fusion(), batches, CONDITIONS[:7], device="cpu", progress=finished.append)
     assert finished == [8, 3]
-    assert results.summary["num_clips"] == 11
-    assert all(row["num_clips"] + row["num_without"] == 11 for row in results.rows)
+    assert results.summary.num_clips == 11
+    assert all(row.num_clips + row.num_without == 11 for row in results.rows)
 
 
 def test_clips_without_any_of_the_subset_are_counted_apart():
@@ -209,12 +209,12 @@ def test_clips_without_any_of_the_subset_are_counted_apart():
     present_NM = torch.cat([b.present_BM[b.valid_B] for b in batches])
     results = evaluate(Fusion(), batches, build_conditions(MODALITIES, subsets=True), device="cpu")
     for row in results.rows:
-        shown_N = present_NM[:, [MODALITIES.index(m) for m in row["modalities"]]].any(dim=1)
-        assert row["num_clips"] == int(shown_N.sum())
-        assert row["num_without"] == int((~shown_N).sum())
-        assert list(row["num_present"].values()) == present_NM[shown_N].sum(dim=0).tolist()
-    assert any(row["num_without"] for row in results.rows)
-    assert list(results.summary["num_present"].values()) == present_NM.sum(dim=0).tolist()
+        shown_N = present_NM[:, [MODALITIES.index(m) for m in row.modalities]].any(dim=1)
+        assert row.num_clips == int(shown_N.sum())
+        assert row.num_without == int((~shown_N).sum())
+        assert list(row.num_present.values()) == present_NM[shown_N].sum(dim=0).tolist()
+    assert any(row.num_without for row in results.rows)
+    assert list(results.summary.num_present.values()) == present_NM.sum(dim=0).tolist()
 
 
 def test_a_subset_that_no_clip_has_leaves_its_figures_empty():
@@ -222,16 +222,16 @@ def test_a_subset_that_no_clip_has_leaves_its_figures_empty():
     batch.present_BM[:] = torch.tensor([True, False, False])
     batch.inputs = {"video": torch.ones(4, WIDTH)}
     row = evaluate(Fusion(), [batch], [Condition(("audio",)), Condition(("video",))], device="cpu").rows[0]
-    assert (row["num_clips"], row["num_without"], row["action_top1"]) == (0, 4, None)
+    assert (row.num_clips, row.num_without, row.figures["action_top1"]) == (0, 4, None)
 
 
 def test_kept_modalities_follow_from_presence_and_drops():
     batches = make_batches()
     rows = evaluate(Fusion(), batches, build_conditions(MODALITIES, sweep=True), device="cpu").rows
-    assert rows[0]["num_kept"] == rows[0]["num_present"]
-    totals = [sum(row["num_kept"].values()) for row in rows]
+    assert rows[0].num_kept == rows[0].num_present
+    totals = [sum(row.num_kept.values()) for row in rows]
     assert totals == sorted(totals, reverse=True)
-    assert totals[-1] >= rows[-1]["num_clips"]
+    assert totals[-1] >= rows[-1].num_clips
 
 
 def test_modes_of_all_modules_are_as_before():
@@ -253,40 +253,40 @@ def test_nouns_left_out_and_unlabelled_clips_are_counted_and_not_scored():
     left_out = 2 if int(nouns[0]) != 2 else 3
     results = evaluate(Fusion(), batches, CONDITIONS[-1:], device="cpu", drop_nouns=[left_out])
     pruned = int((nouns == left_out).sum())
-    assert results.summary["num_pruned"] == pruned > 0
-    assert results.summary["num_unlabelled"] == 1
-    assert results.rows[0]["num_clips"] == len(nouns) - pruned - 1
+    assert results.summary.num_pruned == pruned > 0
+    assert results.summary.num_unlabelled == 1
+    assert results.rows[0].num_clips == len(nouns) - pruned - 1
 
 
 def test_a_single_head_is_the_action_itself():
     heads = {"action": 6}
     results = evaluate(Fusion(heads=heads), make_batches(heads=heads), CONDITIONS[:1], device="cpu")
-    assert [name for name in results.rows[0] if name.endswith("_top1")] == ["action_top1"]
-    assert results.summary["num_classes"] == {"action": 6}
-    assert results.summary["chance_top1"]["action"] == pytest.approx(100 / 6)
+    assert {figure.scored for figure in results.figures} == {"action"}
+    assert results.summary.num_classes == {"action": 6}
+    assert results.summary.chance_top1["action"] == pytest.approx(100 / 6)
 
 
 def test_what_could_not_be_read_is_counted_and_listed():
     batches = make_batches()
     batches[0].damage = [Damage("val-000000.tar", "clip_99", "clip_99.flow.mp4", "crc32 differs")]
     summary = evaluate(Fusion(), batches, CONDITIONS[:1], device="cpu").summary
-    assert summary["num_damaged"] == 1
-    assert summary["damage"] == ["val-000000.tar: clip clip_99: clip_99.flow.mp4: crc32 differs"]
+    assert summary.num_damaged == 1
+    assert summary.damage == ["val-000000.tar: clip clip_99: clip_99.flow.mp4: crc32 differs"]
 
 
 def test_summary_averages_over_seeds_subsets_and_probabilities():
     results = evaluate(Fusion(), make_batches(num=80), CONDITIONS, device="cpu")
-    alone = [row["verb_top1"] for row in results.rows[:7]]
-    subsets, curve = results.summary["subsets"], results.summary["drop_curve"]
-    assert subsets["average"]["verb_top1"] == pytest.approx(np.mean(alone))
-    assert subsets["relative_drop"]["verb_top1"] == pytest.approx(
+    alone = [row.figures["verb_top1"] for row in results.rows[:7]]
+    subsets, curve = results.summary.subsets, results.summary.drop_curve
+    assert subsets.average["verb_top1"] == pytest.approx(np.mean(alone))
+    assert subsets.relative_drop["verb_top1"] == pytest.approx(
         np.mean([100 * (alone[-1] - value) / alone[-1] for value in alone[:-1]])
     )
-    half = [row["verb_top1"] for row in results.rows if row["drop_prob"] == 0.5]
+    half = [row.figures["verb_top1"] for row in results.rows if row.drop_prob == 0.5]
     assert len(half) == 2
-    assert curve["mean"]["verb_top1"][5] == pytest.approx(np.mean(half))
-    assert curve["fall"]["verb_top1"] == pytest.approx(curve["mean"]["verb_top1"][0] - curve["mean"]["verb_top1"][-1])
-    assert results.summary["seeds"] == [0, 1]
+    assert curve.mean["verb_top1"][5] == pytest.approx(np.mean(half))
+    assert curve.fall["verb_top1"] == pytest.approx(curve.mean["verb_top1"][0] - curve.mean["verb_top1"][-1])
+    assert results.summary.seeds == [0, 1]
 
 
 def test_bad_input_is_one_line_that_names_the_clip():
@@ -328,5 +328,5 @@ def test_any_condition_beside_any_others_gives_what_the_naive_way_gives(
     condition = Condition(tuple(m for m in MODALITIES if m in subset), drop_prob, seed)
     batches = make_batches(12, batch_size, seed=data_seed)
     rows = evaluate(Fusion(), batches, [*others, condition], device="cpu").rows
-    expected = naive_row(Fusion().eval(), singles(batches), condition) if rows[-1]["num_clips"] else {"num_clips": 0}
-    assert {name: rows[-1][name] for name in expected} == expected
+    expected = naive_row(Fusion().eval(), singles(batches), condition) if rows[-1].num_clips else {"num_clips": 0}
+    assert {name: rows[-1].to_dict()[name] for name in expected} == expected

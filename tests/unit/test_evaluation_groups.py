@@ -67,10 +67,11 @@ def test_figures_of_a_group_are_those_of_its_clips_alone(tmp_path):
             ("unseen", "action", lambda clip: participant_of(clip.keys[0]) in ("P01", "P04")),
         ):
             expected = naive_row(Fusion().eval(), [clip for clip in alone if inside(clip)], condition)
-            assert row[f"{figure}_top1_{group}"] == expected[f"{figure}_top1"]
-            assert row[f"num_{group}"][figure] == expected["num_clips"]
+            assert row.figures[f"{figure}_top1_{group}"] == expected[f"{figure}_top1"]
+            assert row.group_sizes[group][figure] == expected["num_clips"]
     without = evaluate(Fusion(), batches, conditions, device="cpu")
-    assert not [key for key in without.rows[0] if key.endswith(("_tail", "_unseen"))]
+    assert not [figure for figure in without.figures if figure.metric.group is not None]
+    assert without.rows[0].group_sizes == {}
 
 
 def test_clips_that_are_left_out_or_unlabelled_are_in_no_figure():
@@ -81,22 +82,22 @@ def test_clips_that_are_left_out_or_unlabelled_are_in_no_figure():
     labels = {head: torch.cat([batch.labels[head][batch.valid_B] for batch in batches]) for head in HEADS}
     unlabelled_N = labels["verb"] < 0
     pruned_N = (labels["noun"] == 3) & ~unlabelled_N
-    assert found.summary["num_unlabelled"] == 2
-    assert found.summary["num_pruned"] == int(pruned_N.sum()) > 0
+    assert found.summary.num_unlabelled == 2
+    assert found.summary.num_pruned == int(pruned_N.sum()) > 0
     counted = [clip for clip, out in zip(singles(batches), (unlabelled_N | pruned_N).tolist(), strict=True) if not out]
-    assert found.summary["num_clips"] == len(counted) == 50 - 2 - int(pruned_N.sum())
+    assert found.summary.num_clips == len(counted) == 50 - 2 - int(pruned_N.sum())
     alone = evaluate(Fusion(), counted, CONDITIONS, device="cpu")
     assert flat(found.rows) == but_for_rounding(alone.rows)
     for name in ("num_clips", "num_present", "majority_top1", "subsets", "drop_curve"):
-        assert flat(found.summary[name]) == but_for_rounding(alone.summary[name])
+        assert flat(getattr(found.summary, name)) == but_for_rounding(getattr(alone.summary, name))
 
 
 def test_a_group_that_no_clip_is_in_has_an_empty_figure(tmp_path):
     groups = read_groups(write_lists(tmp_path / "lists", [], [], test=["P99"]), HEADS, participant_of)
     (row,) = evaluate(Fusion(), make_batches(), build_conditions(MODALITIES), device="cpu", groups=groups).rows
-    assert row["action_top1_tail"] is None
-    assert row["action_top1_unseen"] is None
-    assert row["num_unseen"]["action"] == 0
+    assert row.figures["action_top1_tail"] is None
+    assert row.figures["action_top1_unseen"] is None
+    assert row.group_sizes["unseen"]["action"] == 0
 
 
 def test_a_bad_list_is_one_line_that_names_file_and_row(tmp_path):

@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from karmma_dist.evaluation import metrics
+from karmma_dist.evaluation import scores as scoring
+from karmma_dist.evaluation.metrics import ClipScores, find_figure
 
 sizes = st.integers(1, 7)
+
+
+def percent(name: str, ranks_N: np.ndarray) -> float | None:
+    return find_figure(name).metric.of(ClipScores(ranks_N, np.zeros_like(ranks_N), np.ones(len(ranks_N), np.float32)))
 
 
 @st.composite
@@ -32,22 +38,22 @@ def test_rank_is_the_place_of_the_true_class_in_a_stable_sort(case):
     (scores_BC,), (labels_B,) = case
     order_BC = torch.argsort(scores_BC, dim=1, descending=True, stable=True)
     expected = [-1 if t < 0 else row.tolist().index(t) for row, t in zip(order_BC, labels_B.tolist(), strict=True)]
-    assert metrics.class_ranks(scores_BC, labels_B).tolist() == expected
+    assert scoring.class_ranks(scores_BC, labels_B).tolist() == expected
 
 
 @given(scored(1))
 def test_a_clip_is_right_exactly_when_argmax_names_its_class(case):
     (scores_BC,), (labels_B,) = case
     right = (scores_BC.numpy().argmax(axis=1) == labels_B.numpy()).tolist()
-    assert (metrics.class_ranks(scores_BC, labels_B) == 0).tolist() == right
+    assert (scoring.class_ranks(scores_BC, labels_B) == 0).tolist() == right
 
 
 @given(scored(1), st.data())
 def test_what_is_no_number_never_helps(case, data):
     (scores_BC,), (labels_B,) = case
-    whole_B = metrics.class_ranks(scores_BC, labels_B)
+    whole_B = scoring.class_ranks(scores_BC, labels_B)
     spoilt_BC = torch.tensor(data.draw(arrays(np.bool_, tuple(scores_BC.shape))))
-    ranks_B = metrics.class_ranks(scores_BC.masked_fill(spoilt_BC, float("nan")), labels_B)
+    ranks_B = scoring.class_ranks(scores_BC.masked_fill(spoilt_BC, float("nan")), labels_B)
     assert (ranks_B >= whole_B).all()
     known_B = labels_B >= 0
     lost_B = known_B & spoilt_BC.gather(1, labels_B.clamp(min=0)[:, None])[:, 0]
@@ -58,12 +64,12 @@ def test_what_is_no_number_never_helps(case, data):
 @given(scored(2), st.sampled_from([1, 2**23]))
 def test_action_rank_is_that_of_the_full_joint_of_all_pairs(case, elements):
     (verb_BV, noun_BN), (verb_B, noun_B) = case
-    original = metrics._JOINT_ELEMENTS
-    metrics._JOINT_ELEMENTS = elements
+    original = scoring._JOINT_ELEMENTS
+    scoring._JOINT_ELEMENTS = elements
     try:
-        ranks = metrics.joint_ranks([verb_BV, noun_BN], [verb_B, noun_B]).tolist()
+        ranks = scoring.joint_ranks([verb_BV, noun_BN], [verb_B, noun_B]).tolist()
     finally:
-        metrics._JOINT_ELEMENTS = original
+        scoring._JOINT_ELEMENTS = original
     for clip, rank in enumerate(ranks):
         pairs = [(v, n) for v in range(verb_BV.shape[1]) for n in range(noun_BN.shape[1])]
         pairs.sort(key=lambda pair: -float(verb_BV[clip, pair[0]] + noun_BN[clip, pair[1]]))
@@ -74,25 +80,25 @@ def test_action_rank_is_that_of_the_full_joint_of_all_pairs(case, elements):
 @given(scored(1))
 def test_one_heads_joint_is_the_head_itself(case):
     scores, labels = case
-    assert torch.equal(metrics.joint_ranks(scores, labels), metrics.class_ranks(scores[0], labels[0]))
+    assert torch.equal(scoring.joint_ranks(scores, labels), scoring.class_ranks(scores[0], labels[0]))
 
 
 def test_action_is_right_exactly_when_verb_and_noun_are():
     generator = torch.Generator().manual_seed(0)
     verb_BV, noun_BN = (torch.randn(300, c, generator=generator).double().log_softmax(1) for c in (4, 5))
     verb_B, noun_B = (torch.randint(c, (300,), generator=generator) for c in (4, 5))
-    both = (metrics.class_ranks(verb_BV, verb_B) == 0) & (metrics.class_ranks(noun_BN, noun_B) == 0)
-    assert torch.equal(metrics.joint_ranks([verb_BV, noun_BN], [verb_B, noun_B]) == 0, both)
+    both = (scoring.class_ranks(verb_BV, verb_B) == 0) & (scoring.class_ranks(noun_BN, noun_B) == 0)
+    assert torch.equal(scoring.joint_ranks([verb_BV, noun_BN], [verb_B, noun_B]) == 0, both)
     assert both.any()
 
 
 def test_a_model_that_scores_all_classes_alike_is_right_at_chance_only():
     labels_B = torch.arange(10)
-    ranks = metrics.class_ranks(torch.zeros(10, 10), labels_B).numpy()
-    assert metrics.top_k(ranks, 1) == 10.0
-    assert metrics.top_k(ranks, 5) == 50.0
-    frequent = metrics.class_ranks(torch.zeros(10, 10), torch.tensor([0] * 7 + [9] * 3)).numpy()
-    assert metrics.top_k(frequent, 1) == 70.0
+    ranks = scoring.class_ranks(torch.zeros(10, 10), labels_B).numpy()
+    assert percent("action_top1", ranks) == 10.0
+    assert percent("action_top5", ranks) == 50.0
+    frequent = scoring.class_ranks(torch.zeros(10, 10), torch.tensor([0] * 7 + [9] * 3)).numpy()
+    assert percent("action_top1", frequent) == 70.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=40))
@@ -105,8 +111,8 @@ def test_mean_class_accuracy_is_the_average_over_classes_that_occur(clips):
 
 def test_figures_over_no_clip_are_none():
     nothing = np.zeros(0, dtype=np.int64)
-    assert metrics.top_k(nothing, 1) is None
-    assert metrics.mean_class_accuracy(nothing, nothing) is None
+    none = ClipScores(nothing, nothing, nothing.astype(np.float32), nothing.astype(np.float64))
+    assert {metric.of(none) for metric in metrics.metric_table().values()} == {None}
     assert metrics.majority_share(nothing) is None
     assert metrics.average([None]) is None
 

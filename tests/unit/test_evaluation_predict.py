@@ -68,7 +68,7 @@ def test_a_key_is_predicted_as_the_evaluation_predicts_it(place: Path, run: str)
     )  # fmt: skip
     done = carry_out(plan)
     (prediction,) = ask(place, "one_0", run=run)
-    rows = {tuple(row["modalities"]): row for row in done.results.rows}
+    rows = {row.modalities: row.figures for row in done.results.rows}
     assert [guess.modalities for guess in prediction.guesses] == [
         ["video"], ["flow"], ["audio"], ["video", "flow", "audio"],
     ]  # fmt: skip

@@ -47,15 +47,15 @@ def test_the_file_gives_back_every_rows_top1(tmp_path: Path):
     for k, row in enumerate(results.rows):
         at_N = file["prediction"][:, k]
         shown_N = at_N >= 0
-        assert shown_N.sum() == row["num_clips"]
+        assert shown_N.sum() == row.num_clips
         for head in HEADS:
             best_N = file[f"log_probs_{head}"][at_N[shown_N]].argmax(axis=1)
             right = int((best_N == file[f"label_{head}"][shown_N]).sum())
-            assert row[f"{head}_top1"] == 100.0 * right / row["num_clips"]
-        assert [m for m, there in zip(MODALITIES, file["condition_modalities"][k], strict=True) if there] == row[
-            "modalities"
-        ]
-        assert (file["condition_drop_prob"][k], file["condition_seed"][k]) == (row["drop_prob"], row["seed"])
+            assert row.figures[f"{head}_top1"] == 100.0 * right / row.num_clips
+        assert [m for m, there in zip(MODALITIES, file["condition_modalities"][k], strict=True) if there] == list(
+            row.modalities
+        )
+        assert (file["condition_drop_prob"][k], file["condition_seed"][k]) == (row.drop_prob, row.seed)
 
 
 def soft_batches(num: int) -> list[Batch]:
@@ -94,14 +94,14 @@ def test_every_figure_of_every_row_follows_from_the_file(tmp_path: Path):
                 "mean_class": 100 * np.mean(per_class),
                 "ece": 100 * sum(gaps) / len(at_S),
             }
-            assert {of: row[f"{name}_{of}"] for of in expected} == pytest.approx(expected, abs=1e-4)
+            assert {of: row.figures[f"{name}_{of}"] for of in expected} == pytest.approx(expected, abs=1e-4)
             ranks_N = results.per_clip.ranks[name][:, k]
             assert (ranks_N[~shown_N] == -1).all()
             assert ((ranks_N[shown_N] == 0) == right_S).all()
-    assert any(row["num_without"] for row in results.rows)
+    assert any(row.num_without for row in results.rows)
     for head in HEADS:
         most = max(np.bincount(file[f"label_{head}"]))
-        assert results.summary["majority_top1"][head] == 100.0 * most / len(file["keys"])
+        assert results.summary.majority_top1[head] == 100.0 * most / len(file["keys"])
 
 
 def test_log_probabilities_are_those_of_the_models_own_scores():
@@ -173,7 +173,7 @@ def test_clips_without_labels_are_predicted_and_not_scored():
     collector = PredictionCollector(MODALITIES, CONDITIONS)
     results = evaluate(Fusion(), batches, CONDITIONS, device="cpu", predictions=collector)
     assert results.rows == []
-    assert (results.summary["num_clips"], results.summary["num_unlabelled"]) == (0, 20)
+    assert (results.summary.num_clips, results.summary.num_unlabelled) == (0, 20)
     assert len(collector.finish().keys) == 20
 
 
@@ -246,14 +246,14 @@ def test_parquet_alone_gives_back_every_rows_top1(tmp_path: Path):
     write_predictions(predictions, tmp_path / "p.parquet")
     table = read_parquet(tmp_path / "p.parquet")
     for row in results.rows:
-        condition = {name: row[name] for name in ("modalities", "drop_prob", "seed")}
+        condition = {"modalities": list(row.modalities), "drop_prob": row.drop_prob, "seed": row.seed}
         places = [place for place, found in enumerate(table["conditions"]) if condition in found]
-        assert len(places) == len({table["key"][place] for place in places}) == row["num_clips"]
+        assert len(places) == len({table["key"][place] for place in places}) == row.num_clips
         for head in HEADS:
             right = sum(
                 np.argmax(table[f"log_probs_{head}"][place]) == table[f"label_{head}"][place] for place in places
             )
-            assert row[f"{head}_top1"] == 100.0 * right / row["num_clips"]
+            assert row.figures[f"{head}_top1"] == 100.0 * right / row.num_clips
 
 
 @pytest.mark.parametrize("name", ["p.npz", pytest.param("p.parquet", marks=needs_pyarrow)])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_kit import row_of
 from rich.console import Console
 
 from karmma_dist.errors import UserError
@@ -16,7 +18,7 @@ from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.findings import findings
 from karmma_dist.evaluation.report.plots import _spread
 from karmma_dist.evaluation.report.write import results_table, write_report, write_results
-from karmma_dist.evaluation.scores import Results
+from karmma_dist.evaluation.results import Results, Summary
 from karmma_dist.evaluation.summary import summarise
 from karmma_dist.modalities import letters
 
@@ -34,34 +36,27 @@ def make_results(curve, modalities=MODALITIES, majority=1.0, **choices) -> Resul
     for condition in build_conditions(modalities, **(choices or {"subsets": True, "sweep": True, "num_seeds": 2})):
         share = len(condition.modalities) / len(modalities)
         top1 = curve[round(10 * condition.drop_prob)] * share
-        rows.append(
-            {
-                "modalities": list(condition.modalities),
-                "drop_prob": condition.drop_prob,
-                "seed": condition.seed,
-                "corrupt": condition.corrupt,
-                "num_clips": NUM_CLIPS - 12 * (condition.modalities == ("audio",)),
-                "num_without": 12 * (condition.modalities == ("audio",)),
-                "num_present": dict.fromkeys(modalities, NUM_CLIPS),
-                "num_kept": dict.fromkeys(modalities, NUM_CLIPS),
-                "action_top1": top1,
-                "action_top5": min(100.0, 2 * top1),
-                "action_mean_class": top1 / 2,
-            }
-        )
-    counts = {
-        "modalities": list(modalities),
-        "num_clips": NUM_CLIPS,
-        "num_unlabelled": 3,
-        "num_pruned": 24,
-        "num_damaged": 1,
-        "damage": ["val-000000.tar: clip x: x.flow.mp4: cut"],
-        "num_present": {name: NUM_CLIPS - 12 * (name == "audio") for name in modalities},
-        "num_classes": {"action": 29100},
-        "chance_top1": {"action": 100 / 29100},
-        "majority_top1": {"action": majority},
-    }
-    return Results(rows, counts | summarise(rows))
+        figures = {"action_top1": top1, "action_top5": min(100.0, 2 * top1), "action_mean_class": top1 / 2}
+        without = 12 * (condition.modalities == ("audio",))
+        row = row_of(condition, figures, modalities, NUM_CLIPS)
+        rows.append(replace(row, num_clips=NUM_CLIPS - without, num_without=without))
+    seeds, subsets, drop_curve = summarise(rows)
+    summary = Summary(
+        modalities=tuple(modalities),
+        num_clips=NUM_CLIPS,
+        num_unlabelled=3,
+        num_pruned=24,
+        num_damaged=1,
+        damage=["val-000000.tar: clip x: x.flow.mp4: cut"],
+        num_present={name: NUM_CLIPS - 12 * (name == "audio") for name in modalities},
+        num_classes={"action": 29100},
+        chance_top1={"action": 100 / 29100},
+        majority_top1={"action": majority},
+        seeds=seeds,
+        subsets=subsets,
+        drop_curve=drop_curve,
+    )
+    return Results(rows, summary)
 
 
 def as_models(**curves: list[float]) -> dict:
@@ -176,9 +171,9 @@ def test_terminal_table_has_a_line_per_row():
 @pytest.mark.parametrize("corrupt", [None, "detections:dropped:3"])
 def test_the_terminal_table_of_conditions_fits_80_columns_and_says_what_was_left_out(corrupt):
     results = make_results(STUDENT)
-    rows = [row | {"corrupt": corrupt, "num_without": 3, "drop_prob": 0.1 * (place % 2)}
+    rows = [replace(row, corrupt=corrupt, num_without=3, drop_prob=0.1 * (place % 2))
             for place, row in enumerate(results.rows)]  # fmt: skip
-    summary = results.summary | {"num_unlabelled": 66, "num_pruned": 0}
+    summary = replace(results.summary, num_unlabelled=66, num_pruned=0)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(results_table(Results(rows, summary), "student"))
     text = console.export_text()
@@ -189,7 +184,7 @@ def test_the_terminal_table_of_conditions_fits_80_columns_and_says_what_was_left
 
 def test_what_is_the_same_in_every_row_takes_no_column():
     results = make_results(STUDENT)
-    rows = [row | {"drop_prob": 0.0, "seed": 0, "num_without": 0} for row in results.rows[:2]]
+    rows = [replace(row, drop_prob=0.0, seed=0, num_without=0) for row in results.rows[:2]]
     headings = [str(column.header) for column in results_table(Results(rows, results.summary)).columns]
     assert headings[:3] == ["modalities", "clips", "action top-1"]
 

@@ -20,7 +20,7 @@ def make_content(corrupt: list[str], **choices: object) -> ReportContent:
     """Two models under the chosen conditions, compared."""
     conditions = build_conditions(MODALITIES, corrupt=corrupt, **choices)
     models = {name: make_results(skill, 1, 40, conditions) for name, skill in (("a", 0.5), ("b", 0.8))}
-    comparison = compare(models, num_draws=20)
+    comparison = compare(models, num_draws=20).to_dict()
     return ReportContent("x", {name: of.to_dict() for name, of in models.items()}, ["said"], comparison=comparison)
 
 

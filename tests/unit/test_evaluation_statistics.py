@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_kit import row_of
 
 from karmma_dist.evaluation.conditions import Condition, build_conditions
-from karmma_dist.evaluation.metrics import calibration_error
-from karmma_dist.evaluation.scores import Outcomes
+from karmma_dist.evaluation.metrics import calibration_error, find_figure
+from karmma_dist.evaluation.results import ClipResults, ResultRow
 from karmma_dist.evaluation.statistics import bootstrap
 from karmma_dist.evaluation.statistics.compare import holm, mcnemar
 from karmma_dist.evaluation.summary import summarise
 
 MODALITIES = ["video", "flow", "audio"]
+TOP1 = find_figure("action_top1")
 
 
-def outcomes_of(right_NK: np.ndarray, conditions: list[Condition]) -> Outcomes:
+def outcomes_of(right_NK: np.ndarray, conditions: list[Condition]) -> ClipResults:
     ranks_NK = np.where(right_NK, 0, 3).astype(np.int32)
-    return Outcomes([f"clip_{n:05d}" for n in range(len(ranks_NK))], conditions, {"action": ranks_NK})
+    return ClipResults([f"clip_{n:05d}" for n in range(len(ranks_NK))], conditions, {"action": ranks_NK})
 
 
 def naive_calibration_error(confidence, right) -> float:
@@ -60,11 +62,11 @@ def test_a_model_as_sure_as_it_is_right_has_no_calibration_error_and_a_boaster_a
     assert calibration_error(np.zeros(0), np.zeros(0, dtype=bool)) is None
 
 
-def curve_rows(values: dict[tuple[str, float], list[float]]) -> list[dict[str, object]]:
+def curve_rows(values: dict[tuple[str, float], list[float]]) -> list[ResultRow]:
     """Rows of (letters of modalities, drop probability), one per seed."""
     names = {name[0].upper(): name for name in MODALITIES}
     return [
-        {"modalities": [names[m] for m in letters], "drop_prob": p, "seed": seed, "action_top1": value}
+        row_of(Condition(tuple(names[m] for m in letters), p, seed), {"action_top1": value})
         for (letters, p), of in values.items()
         for seed, value in enumerate(of)
     ]
@@ -72,10 +74,10 @@ def curve_rows(values: dict[tuple[str, float], list[float]]) -> list[dict[str, o
 
 def test_a_curves_figures_are_those_of_its_definition():
     rows = curve_rows({("VFA", 0.0): [80.0], ("VFA", 0.5): [60.0, 40.0], ("VFA", 0.9): [30.0, 20.0]})
-    curve = summarise(rows)["drop_curve"]
-    assert curve["drop_prob"] == [0.0, 0.5, 0.9]
-    assert curve["num_seeds"] == 2
-    found = {name: curve[name]["action_top1"] for name in ("mean", "std", "area", "fall", "relative_fall")}
+    _, _, curve = summarise(rows)
+    assert curve.drop_prob == [0.0, 0.5, 0.9]
+    assert curve.num_seeds == 2
+    found = {name: getattr(curve, name)["action_top1"] for name in ("mean", "std", "area", "fall", "relative_fall")}
     assert found == {
         "mean": [80.0, 50.0, 25.0],
         "std": [0.0, 10.0, 5.0],  # of the seeds there are, not an estimate for others
@@ -89,12 +91,12 @@ def test_subsets_are_averaged_at_the_lowest_probability_that_has_several():
     rows = curve_rows({
         ("VFA", 0.0): [90.0], ("V", 0.3): [20.0], ("VF", 0.3): [40.0, 60.0], ("V", 0.6): [1.0], ("VF", 0.6): [2.0],
     })  # fmt: skip
-    subsets = summarise(rows)["subsets"]
-    assert (subsets["drop_prob"], subsets["num_subsets"], subsets["full"]) == (0.3, 2, ["video", "flow"])
-    assert subsets["average"]["action_top1"] == 35.0
-    assert subsets["relative_drop"]["action_top1"] == 60.0
-    apart = summarise(curve_rows({("V", 0.0): [20.0], ("FA", 0.0): [40.0]}))["subsets"]
-    assert (apart["full"], apart["relative_drop"]["action_top1"]) == (None, None)
+    _, subsets, _ = summarise(rows)
+    assert (subsets.drop_prob, subsets.num_subsets, subsets.full) == (0.3, 2, ("video", "flow"))
+    assert subsets.average["action_top1"] == 35.0
+    assert subsets.relative_drop["action_top1"] == 60.0
+    _, apart, _ = summarise(curve_rows({("V", 0.0): [20.0], ("FA", 0.0): [40.0]}))
+    assert (apart.full, apart.relative_drop["action_top1"]) == (None, None)
 
 
 def test_an_interval_leaves_out_a_fortieth_of_the_draws_on_each_side():
@@ -107,7 +109,7 @@ def test_intervals_hold_the_truth_in_95_of_100_samples():
     truth, num_samples, covered = 0.3, 300, 0
     for sample in range(num_samples):
         right_NK = np.random.default_rng(sample).random((400, 1)) < truth
-        draws = bootstrap.resampled_top1(outcomes_of(right_NK, [Condition(("video",))]), "action", 400, sample)
+        draws = bootstrap.resampled(outcomes_of(right_NK, [Condition(("video",))]), TOP1, 400, sample)
         low, high = bootstrap.interval(draws[:, 0])
         covered += low <= 100 * truth <= high
     spread = 4 * math.sqrt(0.95 * 0.05 / num_samples)
@@ -117,17 +119,17 @@ def test_intervals_hold_the_truth_in_95_of_100_samples():
 def test_draws_take_the_same_clips_under_every_condition_and_for_every_model():
     right_N1 = np.random.default_rng(0).random((50, 1)) < 0.5
     both = outcomes_of(np.hstack([right_N1, right_N1, ~right_N1]), [Condition(("video",), p) for p in (0.0, 0.1, 0.2)])
-    draws = bootstrap.resampled_top1(both, "action", 70, 3)
+    draws = bootstrap.resampled(both, TOP1, 70, 3)
     assert np.array_equal(draws[:, 0], draws[:, 1])
     assert np.allclose(draws[:, 0] + draws[:, 2], 100)
     alone = outcomes_of(right_N1, [Condition(("video",))])
-    assert np.array_equal(bootstrap.resampled_top1(alone, "action", 70, 3)[:, 0], draws[:, 0])
+    assert np.array_equal(bootstrap.resampled(alone, TOP1, 70, 3)[:, 0], draws[:, 0])
 
 
 def test_a_draw_counts_only_clips_that_can_be_shown():
     ranks_NK = np.array([[0, -1], [0, -1], [5, 0], [5, -1]], dtype=np.int32)
-    outcomes = Outcomes(list("abcd"), [Condition(("video",)), Condition(("audio",))], {"action": ranks_NK})
-    draws = bootstrap.resampled_top1(outcomes, "action", 200, 0)
+    outcomes = ClipResults(list("abcd"), [Condition(("video",)), Condition(("audio",))], {"action": ranks_NK})
+    draws = bootstrap.resampled(outcomes, TOP1, 200, 0)
     known = draws[~np.isnan(draws[:, 1]), 1]
     assert set(known.tolist()) == {100.0}
     assert 0 < len(known) < 200
@@ -137,20 +139,17 @@ def test_a_draw_counts_only_clips_that_can_be_shown():
 @given(st.integers(1, 3), st.lists(st.floats(0, 100), min_size=60, max_size=60), st.booleans())
 def test_figures_of_a_draw_are_the_summarys_average_area_and_fall(num_seeds, values, sweep):
     conditions = build_conditions(MODALITIES, subsets=True, sweep=sweep, num_seeds=num_seeds)
-    rows = [
-        {"modalities": list(c.modalities), "drop_prob": c.drop_prob, "seed": c.seed, "action_top1": value}
-        for c, value in zip(conditions, values, strict=False)
-    ]
-    summary = summarise(rows)
-    draws = np.array([[row["action_top1"] for row in rows]])
+    rows = [row_of(one, {"action_top1": value}) for one, value in zip(conditions, values, strict=False)]
+    _, subsets, curve = summarise(rows)
+    draws = np.array([[row.figures["action_top1"] for row in rows]])
     average = bootstrap.subset_average(draws, rows)[0]
-    assert average == pytest.approx(summary["subsets"]["average"]["action_top1"])
+    assert average == pytest.approx(subsets.average["action_top1"])
     if sweep:
         area, fall = (of(draws, rows)[0] for of in (bootstrap.drop_curve_area, bootstrap.drop_curve_fall))
-        assert area == pytest.approx(summary["drop_curve"]["area"]["action_top1"])
-        assert fall == pytest.approx(summary["drop_curve"]["fall"]["action_top1"], abs=1e-9)
+        assert area == pytest.approx(curve.area["action_top1"])
+        assert fall == pytest.approx(curve.fall["action_top1"], abs=1e-9)
     else:
-        assert summary["drop_curve"] is None
+        assert curve is None
         assert np.isnan(bootstrap.drop_curve_area(draws, rows)).all()
         assert np.isnan(bootstrap.drop_curve_fall(draws, rows)).all()
 

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from report_kit import row_of
 
 from karmma_dist.evaluation.conditions import build_conditions
-from karmma_dist.evaluation.scores import Outcomes, Results
+from karmma_dist.evaluation.results import ClipResults
 from karmma_dist.evaluation.summary import summarise
 from karmma_dist.studies.results import read_outcomes, write_outcomes
 from karmma_dist.studies.statistics import Resampled, curve_points, incomplete_beta, paired_t, student_t_p
@@ -17,13 +18,15 @@ from karmma_dist.studies.study import Column
 MODALITIES = ("video", "flow", "audio")
 
 
-def outcomes(accuracy: float, random: np.random.Generator, difficulty_N: np.ndarray, subsets: bool = False) -> Outcomes:
+def outcomes(
+    accuracy: float, random: np.random.Generator, difficulty_N: np.ndarray, subsets: bool = False
+) -> ClipResults:
     """A model that gets `accuracy` of the clips right, more often the easier they are."""
     conditions = build_conditions(MODALITIES, subsets=subsets, sweep=subsets, num_seeds=2 if subsets else 1)
     shape = (len(difficulty_N), len(conditions))
     right_NK = random.uniform(size=shape) < np.clip(accuracy + difficulty_N[:, None], 0, 1)
     ranks = {"action": np.where(right_NK, 0, random.integers(1, 9, shape)).astype(np.int32)}
-    return Outcomes([f"clip{n:04d}" for n in range(len(difficulty_N))], conditions, ranks)
+    return ClipResults([f"clip{n:04d}" for n in range(len(difficulty_N))], conditions, ranks)
 
 
 @pytest.mark.parametrize(
@@ -66,19 +69,21 @@ def test_means_are_those_of_the_evaluation_itself(random: np.random.Generator) -
     one = outcomes(0.5, random, random.normal(0, 0.2, 300), subsets=True)
     ranks_NK = one.ranks["action"]
     rows = [
-        {"modalities": list(c.modalities), "drop_prob": c.drop_prob, "seed": c.seed, "corrupt": None,
-         "action_top1": 100.0 * float((ranks_NK[:, k] == 0).mean())}
-        for k, c in enumerate(one.conditions)
-    ]  # fmt: skip
-    summary = Results(rows, summarise(rows)).summary
+        row_of(condition, {"action_top1": 100.0 * float((ranks_NK[:, k] == 0).mean())})
+        for k, condition in enumerate(one.conditions)
+    ]
+    _, subsets, curve = summarise(rows)
+    assert subsets is not None
+    assert curve is not None
+    whole = [row for row in rows if row.drop_prob == 0]
     wanted = {
-        "average": summary["subsets"]["average"]["action_top1"],
-        "relative drop": summary["subsets"]["relative_drop"]["action_top1"],
-        "area": summary["drop_curve"]["area"]["action_top1"],
-        "fall": summary["drop_curve"]["fall"]["action_top1"],
-        "drop 0.5": summary["drop_curve"]["mean"]["action_top1"][5],
-        "V+A": next(row["action_top1"] for row in rows if row["modalities"] == ["video", "audio"]),
-        "all": next(row["action_top1"] for row in rows if len(row["modalities"]) == 3 and row["drop_prob"] == 0),
+        "average": subsets.average["action_top1"],
+        "relative drop": subsets.relative_drop["action_top1"],
+        "area": curve.area["action_top1"],
+        "fall": curve.fall["action_top1"],
+        "drop 0.5": curve.mean["action_top1"][5],
+        "V+A": next(row.figures["action_top1"] for row in rows if row.modalities == ("video", "audio")),
+        "all": next(row.figures["action_top1"] for row in whole if len(row.modalities) == 3),
     }
     resampled = Resampled({"x": {0: one}}, [Column(name=at, at=at) for at in wanted], num_draws=100)
     for at, value in wanted.items():
@@ -137,7 +142,7 @@ def test_differences_are_paired_over_clips_and_seeds(random: np.random.Generator
         base = outcomes(0.4 + 0.1 * seed, random, difficulty_N)
         better_NK = np.where(random.uniform(size=base.ranks["action"].shape) < 0.05, 0, base.ranks["action"])
         first[seed] = base
-        second[seed] = Outcomes(base.keys, base.conditions, {"action": better_NK.astype(np.int32)})
+        second[seed] = ClipResults(base.keys, base.conditions, {"action": better_NK.astype(np.int32)})
     found = Resampled({"a": first, "b": second}, [Column(name="all")])
     (test,) = found.tests([("a", "b")], ["all"])
     own = found.summary("a", "all")
@@ -162,7 +167,7 @@ def test_p_values_are_corrected_for_all_tests_of_the_study(random: np.random.Gen
 
 def test_a_model_that_was_not_shown_some_clips_is_scored_on_its_own(random: np.random.Generator) -> None:
     whole = outcomes(0.5, random, np.zeros(100))
-    half = Outcomes(whole.keys[:50], whole.conditions, {"action": np.zeros((50, 1), dtype=np.int32)})
+    half = ClipResults(whole.keys[:50], whole.conditions, {"action": np.zeros((50, 1), dtype=np.int32)})
     found = Resampled({"whole": {0: whole}, "half": {0: half}}, [Column(name="all")], num_draws=100)
     assert found.summary("half", "all").mean == 100.0
     assert found.num_clips == 100

@@ -137,17 +137,19 @@ def test_best_weights_are_replaced_by_better_ones_only_and_survive_a_resume(tmp_
     for step, loss in enumerate([2.0, 1.0, 1.5, 1.0, 0.5], start=1):
         torch.manual_seed(step)
         model = KarmmaModel(recipe.model, recipe.inputs, ["audio"], {"verb": 2, "noun": 3})
-        best = BestWeights(recipe, CLASSES)  # as a resumed run makes it: it knows nothing but the folder
+        # As a resumed run makes it: it knows nothing but the folder.
+        best = BestWeights(recipe, CLASSES, measure.metrics(CLASSES))
         if best.offer(model, {"verb_loss": loss}, step, step - 1):
             kept.append(step)
             assert torch.equal(load_file(best.folder / "weights.safetensors")["shared.weight"], model.shared.weight)
     assert kept == [1, 2, 5]
-    assert BestWeights(recipe, CLASSES).record == {"metric": "verb_loss", "value": 0.5, "step": 5, "epoch": 4}
+    record = BestWeights(recipe, CLASSES, measure.metrics(CLASSES)).record
+    assert record == {"metric": "verb_loss", "value": 0.5, "step": 5, "epoch": 4}
 
 
 def test_a_best_metric_that_validation_does_not_give_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no metric 'verb_top2'.*did you mean.*validation gives action_top1"):
-        BestWeights(make_recipe(tmp_path, best_metric="verb_top2"), CLASSES)
+        BestWeights(make_recipe(tmp_path, best_metric="verb_top2"), CLASSES, measure.metrics(CLASSES))
 
 
 @pytest.mark.parametrize(("offload", "stage"), [("optimizer", 0), ("parameters", 2)])
@@ -217,7 +219,7 @@ def test_the_best_weights_are_recorded_and_evaluated_like_a_run(run: tuple[Recip
     best = read_state(recipe.run_dir)["best"]
     assert best == {"metric": "noun_loss", "value": losses[step], "step": step, "epoch": step // 2 - 1}
     done = carry_out(plan_evaluation(recipe.run_dir / "best", lambda modalities: [Condition(tuple(modalities))]))
-    assert done.results.rows[0]["noun_loss"] == pytest.approx(losses[step], abs=1e-5)
+    assert done.results.rows[0].figures["noun_loss"] == pytest.approx(losses[step], abs=1e-5)
     assert (done.name, done.folder) == ("run/best", recipe.run_dir / "best" / "eval")
 
 

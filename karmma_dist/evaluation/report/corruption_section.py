@@ -10,7 +10,8 @@ from karmma_dist.evaluation import metrics
 from karmma_dist.evaluation.corruptions.kinds import parse_corruption
 from karmma_dist.evaluation.report import markdown
 from karmma_dist.evaluation.report.plots import severity_curves
-from karmma_dist.evaluation.summary import METRIC, Row, mean_over_seeds
+from karmma_dist.evaluation.report.rows import Row, mean_over_seeds
+from karmma_dist.evaluation.summary import METRIC
 from karmma_dist.modalities import letters
 
 CORRUPTION_PLOT = "corruptions.png"

@@ -24,8 +24,9 @@ from karmma_dist.evaluation.report.readings import (
     rows_of,
     uncorrupted,
 )
+from karmma_dist.evaluation.report.rows import model_ranks, subset_values
 from karmma_dist.evaluation.report.svg import Point, bar_plot, legend, line_plot
-from karmma_dist.evaluation.summary import METRIC, model_ranks, subset_values
+from karmma_dist.evaluation.summary import METRIC
 from karmma_dist.modalities import letters
 
 WIDE, NARROW = 720, 326

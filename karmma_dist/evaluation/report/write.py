@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from karmma_dist.evaluation.metrics import ACTION, find_figure
 from karmma_dist.evaluation.report import markdown
 from karmma_dist.evaluation.report.comparison_section import comparison_section
 from karmma_dist.evaluation.report.content import ReportContent, condense, kept_rows
@@ -20,8 +21,9 @@ from karmma_dist.evaluation.report.findings import findings
 from karmma_dist.evaluation.report.html_report import write_html_report
 from karmma_dist.evaluation.report.plots import Curve, drop_curves, subset_bars
 from karmma_dist.evaluation.report.readings import Models, clips_per_model
-from karmma_dist.evaluation.scores import Results
-from karmma_dist.evaluation.summary import METRIC, error_names, metric_names, model_ranks, subset_values, whole_sensors
+from karmma_dist.evaluation.report.rows import error_names, metric_names, model_ranks, subset_values, whole_sensors
+from karmma_dist.evaluation.results import Results
+from karmma_dist.evaluation.summary import METRIC
 from karmma_dist.io.files import write_json, write_whole
 from karmma_dist.modalities import letters
 
@@ -67,8 +69,9 @@ def write_report(folder: Path, content: ReportContent) -> Path:
 
 def results_table(results: Results, title: str | None = None) -> Table:
     """The rows as a table that fits a terminal of 80 columns: percentages, one line per condition."""
-    rows, summary = kept_rows(results.to_dict()), results.summary
-    names = [name for name in metric_names(rows) if name.endswith("_top1") or name == "action_top5"]
+    content = results.to_dict()
+    rows, summary = kept_rows(content), content["summary"]
+    names = [name for name in metric_names(rows) if _is_brief(name)]
     left_out = {"unlabelled": summary["num_unlabelled"], "left out by noun": summary["num_pruned"]}
     caption = [f"percent of {summary['num_clips']:,} clips", *(f"{n:,} {why}" for why, n in left_out.items() if n)]
     # What is the same throughout is left out, so that the rest has room.
@@ -92,6 +95,11 @@ def results_table(results: Results, title: str | None = None) -> Table:
         cells = [name, *itertools.compress(counts, says), *figures]
         table.add_row(*map(Text, cells))  # as it is: of audio:mute:3 markup would make an emoji
     return table
+
+
+def _is_brief(name: str) -> bool:
+    figure = find_figure(name)
+    return figure.metric.terminal == "all" or (figure.metric.terminal == "action" and figure.scored == ACTION)
 
 
 def _times(timings: Mapping[str, float]) -> list[list[str]]:

@@ -10,16 +10,19 @@ Legend: N clips, K conditions, D draws.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.evaluation.scores import Results
+from karmma_dist.evaluation.metrics import Figure, find_figure
+from karmma_dist.evaluation.results import STRICT, Interval, ResultRow, Results, as_json, checked
 from karmma_dist.evaluation.statistics import bootstrap
-from karmma_dist.evaluation.summary import METRIC, Row, model_ranks
+from karmma_dist.evaluation.summary import METRIC, model_ranks
 
 FIGURES = {
     "subset_average": bootstrap.subset_average,
@@ -31,42 +34,129 @@ FIGURES = {
 NUM_DRAWS = 10_000
 """Draws of a paired bootstrap: its p-values are multiples of 2 / 10,001, small enough to stand a correction."""
 
-_NAME = METRIC.removesuffix("_top1")
+
+@dataclass(frozen=True)
+class ConditionTest:
+    """The second model of a pair against the first under one condition: exact McNemar."""
+
+    __pydantic_config__ = STRICT
+
+    modalities: tuple[str, ...]
+    drop_prob: float
+    seed: int
+    corrupt: str | None
+    num_clips: int
+    """Clips shown to both."""
+    difference: float | None
+    """Second minus first, in points; None: no clip was shown to both."""
+    only_first: int
+    """Clips that the first alone gets right."""
+    only_second: int
+    p: float
+    p_holm: float = math.nan
+    """Corrected over all pairs and conditions with whole sensors, or all with a broken one."""
+
+    @property
+    def condition(self) -> Condition:
+        """The condition."""
+        return Condition(self.modalities, self.drop_prob, self.seed, self.corrupt)
 
 
-def compare(models: Mapping[str, Results], num_draws: int = NUM_DRAWS, seed: int = 0) -> dict[str, Any]:
-    """Compare every pair of models on action top-1 under the conditions both were evaluated under.
+@dataclass(frozen=True)
+class FigureTest:
+    """The second model of a pair against the first by a figure over several conditions: paired bootstrap."""
 
-    Returns:
-        `num_clips`; `average_rank` per model over the subsets that all have (None: there are none); and `pairs`, one
-        per pair of models in the order of `models`: `models` [first, second]; `conditions`, each with modalities,
-        drop_prob, seed, corrupt, num_clips (shown to both), `difference` (second minus first, in points),
-        `only_first` and `only_second` (clips that this one alone gets right), `p` and `p_holm` (over all pairs and
-        conditions with whole sensors, or all with a broken one); and `subset_average`, `drop_curve_area` and
-        `drop_curve_fall` (the more, the worse), each None or with `difference`, its 95 % interval `ci`, `p` and
-        `p_holm` (over all pairs). These are of whole sensors, and of the conditions that both models were evaluated
-        under.
+    __pydantic_config__ = STRICT
+
+    difference: float
+    """Second minus first, in points."""
+    ci: Interval
+    """95 % interval of the difference."""
+    p: float
+    p_holm: float = math.nan
+    """Corrected over all pairs."""
+
+
+@dataclass(frozen=True)
+class PairTests:
+    """All tests of a pair of models; those over several conditions are of the conditions that both have, if any."""
+
+    __pydantic_config__ = STRICT
+
+    models: tuple[str, str]
+    conditions: list[ConditionTest]
+    subset_average: FigureTest | None
+    drop_curve_area: FigureTest | None
+    drop_curve_fall: FigureTest | None
+    """The more, the worse."""
+
+    def test(self, figure: str) -> FigureTest | None:
+        """Return the test by one of `FIGURES`."""
+        test: FigureTest | None = getattr(self, figure)
+        return test
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The part of comparison.json that says how models differ."""
+
+    __pydantic_config__ = STRICT
+
+    num_clips: int
+    average_rank: dict[str, float | None]
+    """Average place of each model over the subsets that all have; None: there are none."""
+    pairs: list[PairTests]
+    """One per pair of models, in the order of the models."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        content: dict[str, Any] = as_json(self)
+        return content
+
+
+def parse_comparison(value: object, where: str) -> Comparison:
+    """Read the comparison of a comparison.json.
+
+    Args:
+        value: What JSON holds.
+        where: Name of the file for messages.
 
     Raises:
-        UserError: fewer than two models, other clips or classes, or a pair without a common condition.
+        UserError: a field is missing, unknown or of another type.
+    """
+    return checked(Comparison, value, f"{where}: comparison")
+
+
+def compare(
+    models: Mapping[str, Results], num_draws: int = NUM_DRAWS, seed: int = 0, metric: str = METRIC
+) -> Comparison:
+    """Compare every pair of models by one metric under the conditions both were evaluated under.
+
+    Args:
+        models: Results with their clips, per name.
+        num_draws: D.
+        seed: Of the draws.
+        metric: A figure such as `action_top1`, of a metric that says of every clip whether it is right.
+
+    Raises:
+        UserError: fewer than two models, other clips or classes, a pair without a common condition, or a metric that
+            is unknown or says nothing of single clips.
     """
     if len(models) < 2:
         raise UserError("one model is no comparison: name at least two runs")
+    figure = find_figure(metric)
+    if not figure.metric.is_per_clip:
+        raise UserError(f"models cannot be compared by {metric}: it does not say of every clip whether it is right")
     check_same_clips(models)
     draws = {
-        name: bootstrap.resampled_top1(results.per_clip, _NAME, num_draws, seed) for name, results in models.items()
+        name: bootstrap.resampled(results.per_clip, figure, num_draws, seed) for name, results in models.items()
     }
-    pairs = [_pair(names, models, draws) for names in itertools.combinations(models, 2)]
-    tests = [test for pair in pairs for test in pair["conditions"]]
-    for is_broken in (False, True):
-        _correct([test for test in tests if (test["corrupt"] is not None) == is_broken])
-    for figure in FIGURES:
-        _correct([pair[figure] for pair in pairs if pair[figure] is not None])
-    return {
-        "num_clips": next(iter(models.values())).summary["num_clips"],
-        "average_rank": model_ranks({name: results.to_dict() for name, results in models.items()}),
-        "pairs": pairs,
-    }
+    pairs = [_pair(pair, models, draws, figure) for pair in itertools.combinations(models, 2)]
+    return Comparison(
+        num_clips=next(iter(models.values())).summary.num_clips,
+        average_rank=model_ranks(models, metric),
+        pairs=_corrected(pairs),
+    )
 
 
 def check_same_clips(models: Mapping[str, Results]) -> None:
@@ -77,10 +167,10 @@ def check_same_clips(models: Mapping[str, Results]) -> None:
     """
     (first, expected), *others = models.items()
     for name, results in others:
-        if results.summary["num_classes"] != expected.summary["num_classes"]:
+        if results.summary.num_classes != expected.summary.num_classes:
             raise UserError(
-                f"{name} and {first} know other classes ({results.summary['num_classes']} and "
-                f"{expected.summary['num_classes']}): only models of one dataset can be compared"
+                f"{name} and {first} know other classes ({results.summary.num_classes} and "
+                f"{expected.summary.num_classes}): only models of one dataset can be compared"
             )
         check_same_keys((name, results.per_clip.keys), (first, expected.per_clip.keys))
 
@@ -135,59 +225,86 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def _correct(tests: Sequence[dict[str, Any]]) -> None:
-    """Add `p_holm` to each."""
-    for test, adjusted in zip(tests, holm([test["p"] for test in tests]), strict=True):
-        test["p_holm"] = adjusted
+def _corrected(pairs: Sequence[PairTests]) -> list[PairTests]:
+    """Return the tests with p-values corrected over all pairs, conditions with a broken sensor apart."""
+    tests = [test for pair in pairs for test in pair.conditions]
+    adjusted: dict[int, float] = {}
+    for is_broken in (False, True):
+        adjusted |= _holm([test for test in tests if (test.corrupt is not None) == is_broken])
+    for figure in FIGURES:
+        adjusted |= _holm([test for pair in pairs if (test := pair.test(figure)) is not None])
+    corrected = []
+    for pair in pairs:
+        conditions = [replace(test, p_holm=adjusted[id(test)]) for test in pair.conditions]
+        over = {
+            figure: None if (test := pair.test(figure)) is None else replace(test, p_holm=adjusted[id(test)])
+            for figure in FIGURES
+        }
+        corrected.append(PairTests(pair.models, conditions, **over))
+    return corrected
 
 
-def _pair(names: Sequence[str], models: Mapping[str, Results], draws: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _holm(tests: Sequence[ConditionTest | FigureTest]) -> dict[int, float]:
+    """Corrected p-values by the identity of their tests."""
+    return dict(zip(map(id, tests), holm([test.p for test in tests]), strict=True))
+
+
+def _pair(
+    names: tuple[str, str], models: Mapping[str, Results], draws: Mapping[str, np.ndarray], figure: Figure
+) -> PairTests:
     """All tests of the second against the first."""
-    outcomes = [models[name].per_clip for name in names]
-    shared = [condition for condition in outcomes[0].conditions if condition in outcomes[1].conditions]
+    clips = [models[name].per_clip for name in names]
+    shared = [condition for condition in clips[0].conditions if condition in clips[1].conditions]
     check_shared(names, shared)
-    places = [[of.conditions.index(condition) for condition in shared] for of in outcomes]
-    ranks = [of.ranks[_NAME][:, at] for of, at in zip(outcomes, places, strict=True)]
-    rows = [[models[name].rows[k] for k in at] for name, at in zip(names, places, strict=True)]
-    draws_DK = [draws[name][:, at] for name, at in zip(names, places, strict=True)]
-    return {
-        "models": list(names),
-        "conditions": [_condition(condition, ranks[0][:, k], ranks[1][:, k]) for k, condition in enumerate(shared)],
-        **{name: _test(figure, rows, draws_DK) for name, figure in FIGURES.items()},
-    }
+    places = [[own.conditions.index(condition) for condition in shared] for own in clips]
+    rows = [[models[name].rows[k] for k in own] for name, own in zip(names, places, strict=True)]
+    draws_DK = [draws[name][:, own] for name, own in zip(names, places, strict=True)]
+    right_NK, shown_NK = (
+        [values_NK[:, own] > 0 for values_NK, own in zip(values, places, strict=True)]
+        for values in zip(*(bootstrap.right_and_shown(own, figure) for own in clips), strict=True)
+    )
+    both_NK = shown_NK[0] & shown_NK[1]
+    tests = [
+        _condition(condition, *(values_NK[both_NK[:, k], k] for values_NK in right_NK))
+        for k, condition in enumerate(shared)
+    ]
+    over = {name: _test(compute, rows, draws_DK, figure.name) for name, compute in FIGURES.items()}
+    return PairTests(names, tests, **over)
 
 
-def _condition(condition: Condition, first_N: np.ndarray, second_N: np.ndarray) -> dict[str, Any]:
-    both_N = (first_N >= 0) & (second_N >= 0)
-    right, other = first_N[both_N] == 0, second_N[both_N] == 0
-    only_first, only_second = int((right & ~other).sum()), int((other & ~right).sum())
-    num = int(both_N.sum())
-    return {
-        "modalities": list(condition.modalities),
-        "drop_prob": condition.drop_prob,
-        "seed": condition.seed,
-        "corrupt": condition.corrupt,
-        "num_clips": num,
-        "difference": 100.0 * (only_second - only_first) / num if num else None,
-        "only_first": only_first,
-        "only_second": only_second,
-        "p": mcnemar(only_first, only_second),
-    }
+def _condition(condition: Condition, first_N: np.ndarray, second_N: np.ndarray) -> ConditionTest:
+    """The test under one condition, of the clips shown to both models; bool, True = right."""
+    only_first, only_second = int((first_N & ~second_N).sum()), int((second_N & ~first_N).sum())
+    num = len(first_N)
+    return ConditionTest(
+        modalities=condition.modalities,
+        drop_prob=condition.drop_prob,
+        seed=condition.seed,
+        corrupt=condition.corrupt,
+        num_clips=num,
+        difference=100.0 * (only_second - only_first) / num if num else None,
+        only_first=only_first,
+        only_second=only_second,
+        p=mcnemar(only_first, only_second),
+    )
 
 
 def _test(
-    figure: Callable[[np.ndarray, Sequence[Row]], np.ndarray], rows: list[list[Row]], draws: list[np.ndarray]
-) -> dict[str, Any] | None:
+    compute: Callable[[np.ndarray, Sequence[ResultRow]], np.ndarray],
+    rows: list[list[ResultRow]],
+    draws: list[np.ndarray],
+    metric: str,
+) -> FigureTest | None:
     """The paired bootstrap of a figure over the conditions both models have; None: they do not make one."""
     values = []
-    for of in rows:
-        top1_1K = np.array([[np.nan if row[METRIC] is None else row[METRIC] for row in of]])
-        values.append(float(figure(top1_1K, of)[0]))
-    differences_D = figure(draws[1], rows[1]) - figure(draws[0], rows[0])
+    for own in rows:
+        top1_1K = np.array([[np.nan if row.figures[metric] is None else row.figures[metric] for row in own]])
+        values.append(float(compute(top1_1K.astype(np.float64), own)[0]))
+    differences_D = compute(draws[1], rows[1]) - compute(draws[0], rows[0])
     ends = bootstrap.interval(differences_D)
     if ends is None or np.isnan(values).any():
         return None
     known = differences_D[~np.isnan(differences_D)]
     fewer = min(int((known <= 0).sum()), int((known >= 0).sum()))
     p = min(1.0, 2.0 * (fewer + 1) / (len(known) + 1))
-    return {"difference": values[1] - values[0], "ci": ends, "p": p}
+    return FigureTest(values[1] - values[0], ends, p)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,21 @@ class BestWeights:
     Args:
         recipe: the run.
         classes: class names per head.
+        measured: names of what validation measures; True if less is better.
 
     Raises:
         UserError: validation gives no metric of the name `training.best_metric`.
     """
 
-    def __init__(self, recipe: Recipe, classes: dict[str, list[str]]) -> None:
+    def __init__(self, recipe: Recipe, classes: dict[str, list[str]], measured: Mapping[str, bool]) -> None:
         self._recipe, self._classes = recipe, classes
         self._metric = recipe.training.best_metric
-        known = _metrics(classes)
-        if self._metric not in known:
+        if self._metric not in measured:
             raise UserError(
-                f"training.best_metric: no metric '{self._metric}'{nearest(self._metric, known)}; "
-                f"validation gives {', '.join(known)}"
+                f"training.best_metric: no metric '{self._metric}'{nearest(self._metric, list(measured))}; "
+                f"validation gives {', '.join(measured)}"
             )
+        self._lower_is_better = measured[self._metric]
 
     @property
     def folder(self) -> Path:
@@ -65,16 +66,10 @@ class BestWeights:
         value, best = metrics.get(self._metric), self.record.get("value")
         if value is None:
             return False
-        if best is not None and not (value < best if self._metric.endswith("_loss") else value > best):
+        if best is not None and not (value < best if self._lower_is_better else value > best):
             return False
         save_model(model, self.folder, recipe=self._recipe, classes=self._classes)
         write_state(
             self.folder, BEST, metric=self._metric, value=value, step=step, epoch=epoch, metrics=metrics
         )
         return True
-
-
-def _metrics(heads: Collection[str]) -> list[str]:
-    """Names of validation metrics, the action first."""
-    scored = ["action", *(head for head in heads if head != "action")]
-    return [*(f"{name}_{top}" for name in scored for top in ("top1", "top5")), *(f"{head}_loss" for head in heads)]
