@@ -31,8 +31,8 @@ RECIPE = tiny_recipe(
 PRELUDE = """
 import os, signal, sys, threading
 from karmma_dist.cli import main
-from karmma_dist.training import loop
-from karmma_dist.training.stages import Supervised
+from karmma_dist.training import trainer
+from karmma_dist.training.objectives import Supervised
 rank = int(os.environ["RANK"])
 """
 
@@ -74,8 +74,8 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 RANK_1_IS_NOT_FINITE_AT_STEP_2 = """
-mark, losses, at = loop.mark, Supervised.loss, []
-loop.mark = lambda doing, *limit: (at.append(doing), mark(doing, *limit))
+mark, losses, at = trainer.mark, Supervised.loss, []
+trainer.mark = lambda doing, *limit: (at.append(doing), mark(doing, *limit))
 def poisoned(self, logits, batch):
     loss, parts = losses(self, logits, batch)
     loss = loss * float("nan") if rank == 1 and at[-1].endswith("step 2") else loss
@@ -84,7 +84,7 @@ Supervised.loss = poisoned
 """
 
 SIGNAL_AT_STEP_3 = """
-forward_backward, save = loop.Trainer._forward_backward, loop.Trainer.save_now
+forward_backward, save = trainer.Trainer._forward_backward, trainer.Trainer.save_now
 def signalled(self, raw, forward, step):
     if rank == 1 and step == 2:
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -92,16 +92,16 @@ def signalled(self, raw, forward, step):
 def save_disturbed(self, *arguments, **named):
     os.kill(os.getpid(), signal.SIGTERM)
     return save(self, *arguments, **named)
-loop.Trainer._forward_backward, loop.Trainer.save_now = signalled, save_disturbed
+trainer.Trainer._forward_backward, trainer.Trainer.save_now = signalled, save_disturbed
 """
 
 SIGNAL_IN_VALIDATION = """
-between = loop.Trainer._between_batches
+between = trainer.Trainer._between_batches
 def signalled(self):
     if rank == 0:
         os.kill(os.getpid(), signal.SIGTERM)
     between(self)
-loop.Trainer._between_batches = signalled
+trainer.Trainer._between_batches = signalled
 """
 
 
@@ -146,12 +146,12 @@ def test_a_rank_that_skips_a_branch_is_stopped_with_the_names_of_its_parameters(
 
 
 END_RANK_1 = """
-forward_backward = loop.Trainer._forward_backward
+forward_backward = trainer.Trainer._forward_backward
 def ends(self, raw, forward, step):
     if rank == 1 and step == 2:
         {how}
     return forward_backward(self, raw, forward, step)
-loop.Trainer._forward_backward = ends
+trainer.Trainer._forward_backward = ends
 """
 
 

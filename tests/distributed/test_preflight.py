@@ -16,7 +16,7 @@ from karmma_dist.distributed.world import free_port
 HANGING = """
 import sys, threading
 from karmma_dist.cli import main
-from karmma_dist.training import preflight
+from karmma_dist.distributed.preflight import preflight
 preflight.time_all_reduce = lambda world, limit_s: threading.Event().wait()
 sys.exit(main(sys.argv[1:]))
 """

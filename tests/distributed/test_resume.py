@@ -66,7 +66,7 @@ def run_until(folder: Path, shards: Path, step: int, num_ranks: int, *overrides:
     """Train on `num_ranks` ranks and kill them as soon as the checkpoint of `step` has its name."""
     script = (
         "import os, signal\n"
-        "from karmma_dist.training import saver\n"
+        "from karmma_dist.training.checkpoint import async_saver as saver\n"
         "complete = saver.complete\n"
         "def complete_and_die(partial, final, *arguments):\n"
         "    complete(partial, final, *arguments)\n"
@@ -126,7 +126,7 @@ def test_a_run_killed_twice_once_in_a_save_ends_bit_for_bit_as_if_undisturbed(
     in_save, later = sorted(random.Random().sample(range(2, 14), 2))
     dying = (
         "import os, signal\n"
-        "from karmma_dist.training import engine, saver\n"
+        "from karmma_dist.training import engine\nfrom karmma_dist.training.checkpoint import async_saver as saver\n"
         "checksum, backward = saver.checksum, engine.Engine.backward\n"
         "def die(*arguments):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import Field
 
 from karmma_dist.errors import UserError
-from karmma_dist.settings import Settings, dump, find_file, load_settings
+from karmma_dist.settings import Settings, dump, find_file, flat, load_settings, mark, unmarked
 
 
 class Inner(Settings):
@@ -103,3 +105,47 @@ def test_a_name_cannot_leave_the_folder(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path / "work")
     with pytest.raises(UserError, match="no such file"):
         find_file("../../secret", "recipes")
+
+
+MARK, OTHER_MARK = mark("marked"), mark("other")
+
+
+class MarkedPart(Settings):
+    """A section."""
+
+    kept: int = 1
+    """Kept."""
+    left_out: Annotated[int, Field(gt=0), MARK] = 2
+    """Marked."""
+
+
+class MarkedWhole(Settings):
+    """Sections in sections."""
+
+    sections: dict[str, MarkedPart] = {}
+    """Sections by name."""
+    section: Annotated[MarkedPart, OTHER_MARK] = MarkedPart()
+    """Marked otherwise."""
+    sizes: dict[str, int] = {}
+    """Plain values."""
+    nothing: Annotated[str | None, MARK] = None
+    """Marked."""
+
+
+def test_marked_fields_are_left_out_wherever_they_are() -> None:
+    outer = MarkedWhole(sections={"a": MarkedPart(), "b": MarkedPart(kept=5)}, sizes={"width": 3})
+    assert unmarked(outer, MARK) == {
+        "sections": {"a": {"kept": 1}, "b": {"kept": 5}}, "section": {"kept": 1}, "sizes": {"width": 3},
+    }  # fmt: skip
+    assert flat(unmarked(outer, OTHER_MARK)) == {
+        "sections.a.kept": 1, "sections.a.left_out": 2, "sections.b.kept": 5, "sections.b.left_out": 2,
+        "sizes.width": 3, "nothing": None,
+    }  # fmt: skip
+    assert flat(unmarked(MarkedWhole(), MARK)) == {"sections": {}, "section.kept": 1, "sizes": {}}
+
+
+def test_a_mark_shows_in_the_schema_beside_the_fields_bounds_and_meaning() -> None:
+    field = MarkedWhole.model_json_schema()["$defs"]["MarkedPart"]["properties"]["left_out"]
+    assert (field["marked"], field["exclusiveMinimum"], field["description"]) == (True, 0, "Marked.")
+    with pytest.raises(ValueError, match="greater than 0"):
+        MarkedPart(left_out=0)
