@@ -187,8 +187,9 @@ def _with_boxes(folder: ShardFolder, clip: Clip) -> dict[str, bytes]:
     frames = [[[*xy, *(xy + 0.4), kind, 0.9] for kind, xy in enumerate(frame, 1)] for frame in corners]
     boxes = json.dumps({"width": 96, "height": 72, "frames": frames}).encode()
     members = {m: folder.read(clip, m) for m in ("video", "flow", "audio")}
-    metadata = folder.metadata(clip)
-    metadata["modalities"]["detections"] = {"bytes": len(boxes), "crc32": zlib.crc32(boxes), "num_frames": 5}
+    metadata = json.loads(folder.read(clip, "json"))
+    counts = {"num_frames": 5, "num_boxes": 10}
+    metadata["modalities"]["detections"] = {"bytes": len(boxes), "crc32": zlib.crc32(boxes), **counts}
     return {"json": json.dumps(metadata).encode(), **members, "detections": boxes}
 
 
