@@ -113,7 +113,7 @@ def answer(request: Request) -> Answer | None:
         On rank 0 what came out, on the others None.
 
     Raises:
-        UserError: see `plan.plan_evaluation`, `compare_runs.plan_runs` and `run.carry_out`.
+        UserError: see `plan.plan_evaluation` and `run.carry_out`.
         Stopped: another rank is gone.
     """
     if len(request.runs) > 1 and request.exports.are_wanted:

@@ -232,7 +232,7 @@ class KarmmaModel(nn.Module):
         where clips have it. ZeRO reduces gradients in the order in which they come, so ranks must not differ in it.
 
         Args:
-            inputs: Per modality the present clips only, in batch order, of `layout.input_shape` and the dtype of the
+            inputs: Per modality the present clips only, in batch order, of `table.input_shape` and the dtype of the
                 parameters; a modality that nobody has may be left out. Nothing but shapes and dtypes is checked, so
                 that the device is not waited for.
             present_BM: bool, True = the clip has the modality; on any device.

@@ -1,7 +1,7 @@
 """DeepSpeed behind five verbs: forward, backward, step, snapshot, restore. The only file that imports it.
 
 Its own checkpoints are not used: they load only on as many ranks at the same stage, or after a conversion (for stages 1
-to 3, with all ranks waiting), they are not atomic, and stage 1 leaves frozen parameters out. See `pieces`.
+to 3, with all ranks waiting), they are not atomic, and stage 1 leaves frozen parameters out. See `zero_state`.
 
 Every method must be called by every rank unless it says otherwise.
 """

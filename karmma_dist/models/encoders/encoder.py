@@ -1,4 +1,4 @@
-"""What an encoder is: a clip's tensor of one modality in, tokens out. `layout.py` holds the table of them.
+"""An encoder: a clip's tensor of one modality in, tokens out. `table.py` lists them.
 
 Legend: N clips, T tokens, D width.
 """
@@ -27,7 +27,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Encode N clips of the shape that `layout.input_shape` names; returns (N, T, D)."""
+        """Encode N clips of the shape that `table.input_shape` names; returns (N, T, D)."""
 
     def checkpoint_activations(self) -> None:
         """Keep only what goes into each block, and compute the rest again in the backward pass.

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities import MODALITIES
-from karmma_dist.models.encoders import ast as audio_spectrogram
-from karmma_dist.models.encoders import small, stlt, temporal
-from karmma_dist.models.encoders import swin3d as video_swin
+from karmma_dist.models.encoders import ast, small, stlt, swin3d, temporal
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
 from karmma_dist.plugins import load_plugins
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
 from karmma_dist.settings import validate
 
 ENCODERS: dict[str, EncoderType] = {
-    "swin3d_t": video_swin.SWIN3D_T,
-    "swin3d_b": video_swin.SWIN3D_B,
-    "swin3d_small": video_swin.SWIN3D_SMALL,
-    "ast_t": audio_spectrogram.AST_T,
+    "swin3d_t": swin3d.SWIN3D_T,
+    "swin3d_b": swin3d.SWIN3D_B,
+    "swin3d_small": swin3d.SWIN3D_SMALL,
+    "ast_t": ast.AST_T,
     "stlt": stlt.STLT,
     "small_video": small.SMALL_VIDEO,
     "small_audio": small.SMALL_AUDIO,

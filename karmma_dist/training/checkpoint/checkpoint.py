@@ -5,7 +5,7 @@
         position.json           epoch, step, the data that this position is one in, versions, and the bytes and crc32
                                 of the other files
         recipe.yaml             resolved
-        rank-00000.safetensors  what rank 0 held of weights and optimizer state: see `pieces`
+        rank-00000.safetensors  what rank 0 held of weights and optimizer state: see `zero_state`
         rank-00000.json         its bytes and crc32, and rank 0's running means
       latest                    the name of the checkpoint to go on from
       .step-00000160.partial/   a save that was interrupted; removed by the next one
