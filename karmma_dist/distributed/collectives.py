@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from karmma_dist.distributed import heartbeat as presence
+from karmma_dist.distributed import heartbeat
 
 
 def gather(items: list[Any]) -> list[Any]:
@@ -37,7 +37,7 @@ _barriers = itertools.count()
 _POLL_S = 0.01
 
 
-def barrier(limit_s: float = presence.START_S) -> None:
+def barrier(limit_s: float = heartbeat.START_S) -> None:
     """Wait for every rank, for as long as it lives: unlike a collective it may be long about it.
 
     Args:
@@ -48,11 +48,11 @@ def barrier(limit_s: float = presence.START_S) -> None:
     """
     if dist.get_world_size() == 1:
         return
-    presence.mark("waiting for the other ranks", limit_s)
+    heartbeat.mark("waiting for the other ranks", limit_s)
     name, meeting = f"barrier/{next(_barriers)}", store()
     if meeting.add(name, 1) == dist.get_world_size():
         meeting.set(f"{name}/open", "")
-    presence.wait_for(meeting, f"{name}/open")
+    heartbeat.wait_for(meeting, f"{name}/open")
 
 
 def part() -> None:
@@ -67,7 +67,7 @@ def part() -> None:
     meeting = store()
     num_parted = meeting.add("parted", 1)
     while dist.get_rank() == 0 and num_parted < dist.get_world_size():
-        presence.raise_if_lost()
+        heartbeat.raise_if_lost()
         time.sleep(_POLL_S)
         num_parted = meeting.add("parted", 0)
 

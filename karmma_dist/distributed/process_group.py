@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from karmma_dist.distributed import heartbeat as presence
+from karmma_dist.distributed import heartbeat
 from karmma_dist.distributed.collectives import part, store
 from karmma_dist.distributed.heartbeat import Presence
 from karmma_dist.distributed.world import World
@@ -68,7 +68,7 @@ def process_group(
             yield
             return
         with Presence(store(), world.rank, world.size, collective_timeout_s, on_loss) as present:
-            presence.begin(present)
+            heartbeat.begin(present)
             try:
                 yield
                 part()
@@ -76,7 +76,7 @@ def process_group(
                 _leave(present, error)
                 raise
             finally:
-                presence.begin(None)
+                heartbeat.begin(None)
                 if present.lost is None:
                     dist.destroy_process_group()
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from karmma_dist.distributed import heartbeat as presence
+from karmma_dist.distributed import heartbeat
 from karmma_dist.distributed.process_group import device_of
 from karmma_dist.distributed.world import ALONE, World, find_world
 from karmma_dist.errors import UserError
@@ -65,7 +65,7 @@ def joined_ranks() -> Iterator[World]:
 
 def note_progress(doing: str) -> None:
     """Show the other ranks that this one moves. Every rank must call this equally often."""
-    presence.mark(doing, presence.START_S)
+    heartbeat.mark(doing, heartbeat.START_S)
 
 
 def check_same(what: str, world: World) -> None:
@@ -96,7 +96,7 @@ def gather_when_done(items: list[Any]) -> list[Any]:
     from karmma_dist.distributed.collectives import barrier, gather
 
     barrier(_APART_S)
-    presence.mark("gathering results", presence.START_S)
+    heartbeat.mark("gathering results", heartbeat.START_S)
     return gather(items)
 
 

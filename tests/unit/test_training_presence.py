@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from karmma_dist.distributed import collectives
-from karmma_dist.distributed import heartbeat as presence
+from karmma_dist.distributed import collectives, heartbeat
 from karmma_dist.distributed.heartbeat import Presence, wait_for
 from karmma_dist.errors import Stopped
 
@@ -78,12 +77,12 @@ def test_a_rank_that_leaves_says_why_and_a_waiting_one_is_stopped_by_it(job: Cal
     assert why.startswith("rank 1 (")
     assert why.endswith("stopped: clip a: the disk is gone")
     ranks[0]._lost = why
-    presence.begin(ranks[0])
+    heartbeat.begin(ranks[0])
     try:
         with pytest.raises(Stopped, match="the disk is gone") as raised:
             wait_for(dist.HashStore(), "never")
     finally:
-        presence.begin(None)
+        heartbeat.begin(None)
     assert raised.value.exit_code == 1
 
 
