@@ -157,9 +157,9 @@ def test_a_driver_without_a_gpu_that_torch_sees_must_be_fixed(monkeypatch: pytes
 
 
 def test_a_decoder_that_changes_the_sound_must_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering(monkeypatch, [{"ffmpeg": "8", "video": True, "sound": False, "frames": 10}])
+    answering(monkeypatch, [{"ffmpeg": "8", "H.264": True, "FLAC": False, "frames": 10}])
     (check,) = doctor.check_decoder(1)
-    assert (check.state, check.found) == ("fix", "sound come back other than they went in")
+    assert (check.state, check.found) == ("fix", "FLAC come back other than they went in")
 
 
 def test_a_slurm_whose_controller_answers_is_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

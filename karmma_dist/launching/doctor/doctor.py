@@ -148,7 +148,7 @@ def check_decoder(limit_s: float) -> list[Check]:
     if ended or not answers:
         return [Check("decoder", "fix", f"PyAV {ended or 'gave no answer'}", advice)]
     found = answers[0]
-    wrong = [what for what in ("video", "sound") if not found[what]]
+    wrong = [what for what in ("H.264", "FLAC") if not found[what]]
     if wrong:
         return [Check("decoder", "fix", f"{' and '.join(wrong)} come back other than they went in", advice)]
     return [Check("decoder", "ok", f"H.264 and FLAC, there and back (FFmpeg {found['ffmpeg']})")]

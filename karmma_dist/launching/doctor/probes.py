@@ -91,7 +91,7 @@ def decoder() -> Iterator[dict[str, Any]]:
     with av.open(io.BytesIO(encode_flac(samples)), "r") as sound:
         heard = np.concatenate([frame.to_ndarray()[0] for frame in sound.decode(audio=0)])
     yield {
-        "ffmpeg": av.ffmpeg_version_info, "video": close, "sound": bool(np.array_equal(heard, samples)),
+        "ffmpeg": av.ffmpeg_version_info, "H.264": close, "FLAC": bool(np.array_equal(heard, samples)),
         "frames": len(decoded),
     }  # fmt: skip
 

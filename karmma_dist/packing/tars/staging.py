@@ -65,7 +65,7 @@ def units(plan: Plan, spec: PackingSpec) -> list[Unit]:
         groups[-1].append(recording)
         if sum(len(r.clips) for r in groups[-1]) >= _UNIT_CLIPS:
             groups.append([])
-    settings = {name: getattr(spec, name).model_dump() for name in ("video", "flow", "audio", "detections")}
+    settings = {name: section.model_dump() for name, section in spec.sections().items()}
     return [
         Unit(number, f"{number:06d}-{group[0].name}", tuple(group), _digest(group, settings))
         for number, group in enumerate(groups)
