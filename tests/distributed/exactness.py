@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from karmma_dist.evaluation.run import validate
 from karmma_dist.io.files import write_json
 from karmma_dist.launching.local import launch_local
 from karmma_dist.models.karmma import KarmmaModel
@@ -353,9 +354,9 @@ def run_rank(job: dict[str, Any]) -> None:
                         mock.patch.object(KarmmaModel, "encode", encode_only_what_is_there),
                         mock.patch.object(loop.Guard, "is_due", return_value=False),
                     ):
-                        loop.train(recipe, world, lambda *_: {})
+                        loop.train(recipe, world, validate)
                 else:
-                    loop.train(recipe, world, lambda *_: {})
+                    loop.train(recipe, world, validate)
             (recipe.run_dir / f"seen-{world.rank}.json").write_text(json.dumps(seen))
 
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from karmma_dist.cli import main
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
+from karmma_dist.evaluation.run import validate
 from karmma_dist.modalities import MODALITIES, subsets
 from karmma_dist.models.flops import ClipFlops, flops_per_clip, meta_clip, meta_model
 from karmma_dist.models.karmma import FusionBlock, KarmmaModel
@@ -247,7 +248,7 @@ def test_shards_of_other_classes_than_the_recipes_are_refused(shards: Path, tmp_
     recipe = load_recipe("demo/video", changes)
     for refuse in (
         lambda: check_heads(recipe.data, ShardFolder(shards)),
-        lambda: train(recipe, World(0, 0, 1, "localhost", 1), lambda *_: {}),
+        lambda: train(recipe, World(0, 0, 1, "localhost", 1), validate),
         lambda: find_subjects("demo/video", changes),
     ):
         with pytest.raises(UserError, match=r"the shards' classes are verb \d+, noun \d+; data\.heads says verb 97"):
