@@ -15,11 +15,11 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from karmma_dist.evaluation.report import markdown
-from karmma_dist.evaluation.report.html_report import page
-from karmma_dist.evaluation.report.html_sections import figure
-from karmma_dist.evaluation.report.html_tables import Cell, Section, Table, bullets, note
+from karmma_dist.evaluation.report.html.page import page
+from karmma_dist.evaluation.report.html.sections import figure
+from karmma_dist.evaluation.report.html.svg import Point, legend, line_plot
+from karmma_dist.evaluation.report.html.tables import Cell, Section, Table, bullets, note
 from karmma_dist.evaluation.report.plots import Curve, drop_curves
-from karmma_dist.evaluation.report.svg import Point, legend, line_plot
 from karmma_dist.io.files import write_json, write_whole
 from karmma_dist.studies.statistics import Summary, Test
 from karmma_dist.studies.study import Column, Row, Study

@@ -11,7 +11,7 @@ from browser import Browser
 from report_kit import random_results
 
 from karmma_dist.evaluation.report.content import ReportContent
-from karmma_dist.evaluation.report.html_report import write_html_report
+from karmma_dist.evaluation.report.html.page import write_html_report
 
 HOSTILE = "</script><script>window.smuggled = 1</script><img src=x onerror='window.smuggled = 1'>"
 LONG = "runs/epic_kitchens/a_name_without_any_place_to_break_it_in_two"

@@ -18,7 +18,7 @@ from karmma_dist.evaluation.metrics import find_figure
 from karmma_dist.evaluation.report.comparison_section import comparison_section, sentences
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.findings import findings
-from karmma_dist.evaluation.report.html_report import html_report
+from karmma_dist.evaluation.report.html.page import html_report
 from karmma_dist.evaluation.report.write import write_report
 from karmma_dist.evaluation.results import Results
 from karmma_dist.evaluation.scores import BatchScores, score_rows

@@ -18,9 +18,9 @@ from report_kit import EXTRA, random_results
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.report.content import ReportContent
-from karmma_dist.evaluation.report.html_report import embeddable_json, html_report, write_html_report
+from karmma_dist.evaluation.report.html.page import embeddable_json, html_report, write_html_report
+from karmma_dist.evaluation.report.html.svg import Point, _ticks, bar_plot, line_plot
 from karmma_dist.evaluation.report.plots import COLOURS
-from karmma_dist.evaluation.report.svg import Point, _ticks, bar_plot, line_plot
 from karmma_dist.evaluation.report.write import write_report
 from karmma_dist.modalities import letters
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from karmma_dist.evaluation.report import markdown
-from karmma_dist.evaluation.report.html_tables import Cell, Table
+from karmma_dist.evaluation.report.html.tables import Cell, Table
 from karmma_dist.evaluation.summary import LEVEL
 from karmma_dist.modalities import letters
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from karmma_dist.evaluation import metrics
-from karmma_dist.evaluation.report.html_tables import number
-from karmma_dist.evaluation.report.svg import Point
+from karmma_dist.evaluation.report.html.svg import Point
+from karmma_dist.evaluation.report.html.tables import number
 from karmma_dist.evaluation.summary import METRIC
 
 Models = Mapping[str, dict[str, Any]]

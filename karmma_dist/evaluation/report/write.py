@@ -18,7 +18,7 @@ from karmma_dist.evaluation.report.comparison_section import comparison_section
 from karmma_dist.evaluation.report.content import ReportContent, condense, kept_rows
 from karmma_dist.evaluation.report.corruption_section import corruption_section
 from karmma_dist.evaluation.report.findings import findings
-from karmma_dist.evaluation.report.html_report import write_html_report
+from karmma_dist.evaluation.report.html.page import write_html_report
 from karmma_dist.evaluation.report.plots import Curve, drop_curves, subset_bars
 from karmma_dist.evaluation.report.readings import Models, clips_per_model
 from karmma_dist.evaluation.report.rows import error_names, metric_names, model_ranks, subset_values, whole_sensors

@@ -20,15 +20,15 @@ from typing import Any
 from karmma_dist.evaluation.report.comparison_section import comparison_tables
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.findings import findings
-from karmma_dist.evaluation.report.html_rows import condition_counts, every_row, everything_present
-from karmma_dist.evaluation.report.html_sections import (
+from karmma_dist.evaluation.report.html.rows import condition_counts, every_row, everything_present
+from karmma_dist.evaluation.report.html.sections import (
     at_a_glance,
     corruptions,
     missing_at_random,
     subsets_section,
     what_was_measured,
 )
-from karmma_dist.evaluation.report.html_tables import Section, Table, bullets
+from karmma_dist.evaluation.report.html.tables import Section, Table, bullets
 from karmma_dist.io.files import write_whole
 
 HTML_REPORT = "report.html"

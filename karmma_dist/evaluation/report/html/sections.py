@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from karmma_dist.evaluation.report.html_tables import Cell, Section, Table, best_cells, bullets, note, number
+from karmma_dist.evaluation.report.html.svg import Point, bar_plot, legend, line_plot
+from karmma_dist.evaluation.report.html.tables import Cell, Section, Table, best_cells, bullets, note, number
 from karmma_dist.evaluation.report.readings import (
     Models,
     Row,
@@ -25,7 +26,6 @@ from karmma_dist.evaluation.report.readings import (
     uncorrupted,
 )
 from karmma_dist.evaluation.report.rows import model_ranks, subset_values
-from karmma_dist.evaluation.report.svg import Point, bar_plot, legend, line_plot
 from karmma_dist.evaluation.summary import METRIC
 from karmma_dist.modalities import letters
 

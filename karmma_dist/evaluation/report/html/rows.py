@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from karmma_dist.evaluation.report.html_tables import Cell, Section, Table, best_cells, note, number
+from karmma_dist.evaluation.report.html.tables import Cell, Section, Table, best_cells, note, number
 from karmma_dist.evaluation.report.readings import (
     Models,
     Row,
