@@ -88,26 +88,16 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_number_of_ranks_at_any_zero_stage_goes_on_from_any_other(
     undisturbed: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """1 rank at stage 1, then 2 at stage 2, 3 at stage 3, 1 at stage 0: between two lines of the log, too."""
-    settings = (*ADAMW, *OFTEN)
+    """1 rank at stage 1, then 2 at stage 2, 3 at stage 3, 1 at stage 0: between two lines of the log, too.
+
+    At most 2 clips at once: 3 passes a step on one rank, 3 of one clip on each of 2, 1 on each of 3.
+    """
+    settings = (*ADAMW, *OFTEN, "training.max_micro_batch_size=2")
     run_until(tmp_path, shards, 3, 1, *settings, "training.zero_stage=1")
     run_until(tmp_path, shards, 7, 2, *settings, "training.zero_stage=2")
     run_until(tmp_path, shards, 11, 3, *settings, "training.zero_stage=3")
     said = end(start(tmp_path, shards, 1, *settings, "training.zero_stage=0"), 0)
     assert "saved by 3 ranks at ZeRO stage 3, resumed by 1 rank at ZeRO stage 0" in said
-    weights, losses = outcome(tmp_path)
-    expected_weights, expected_losses = outcome(undisturbed)
-    assert losses == pytest.approx(expected_losses, abs=1e-4)
-    assert _distance(weights, expected_weights) < 1e-6 * _distance(initial_weights(shards), expected_weights)
-
-
-def test_passes_that_follow_from_the_ranks_change_neither_losses_nor_weights(
-    undisturbed: Path, shards: Path, tmp_path: Path
-) -> None:
-    """2 clips at once: 3 passes a step on one rank, then, between two lines of the log, one pass on each of 3."""
-    settings = (*ADAMW, *OFTEN, "training.max_micro_batch_size=2")
-    run_until(tmp_path, shards, 3, 1, *settings)
-    end(start(tmp_path, shards, 3, *settings), 0)
     weights, losses = outcome(tmp_path)
     expected_weights, expected_losses = outcome(undisturbed)
     assert losses == pytest.approx(expected_losses, abs=1e-4)

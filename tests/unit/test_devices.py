@@ -16,6 +16,7 @@ from test_training_stages import EXPERTS, HEADS, MODALITIES, clips, make_model
 
 from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.corruptions.batches import Sensors
+from karmma_dist.evaluation.corruptions.kinds import KINDS
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector
 from karmma_dist.evaluation.predict.predict import _Predictor
@@ -145,7 +146,8 @@ def test_an_evaluation_with_broken_sensors_and_several_views_runs_there(
     data = DataRecipe(shards=str(shards), modalities=list(model.modalities), num_workers=0)
     seen = EvaluationClips(ShardFolder(shards), data, inputs, "validation", ViewsRecipe(temporal=2))
     seen.uncut = ["audio"]
-    conditions = build_conditions(model.modalities, subsets=True, sweep=True, corrupt=["suite"])
+    every_kind = [f"{name}:3" for name, kind in KINDS.items() if set(kind.effects) <= set(model.modalities)]
+    conditions = build_conditions(model.modalities, subsets=True, sweep=True, corrupt=every_kind)
     whole = [condition for condition in conditions if condition.corrupt is None]
 
     def figures(device: torch.device) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from karmma_dist.evaluation.corruptions.apply import span, spoil_boxes, spoil_pixels, spoil_sound
 from packing_kit import epic_spec, row, write_epic
 
 import karmma_dist
 from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
-from karmma_dist.evaluation.scores import Outcomes
-from karmma_dist.evaluation.statistics.bootstrap import resampled_top1
+from karmma_dist.evaluation.metrics import find_figure
+from karmma_dist.evaluation.results import ClipResults
+from karmma_dist.evaluation.statistics.bootstrap import resampled
+from karmma_dist.modalities.breaking import span
 from karmma_dist.packing.readers.epic_kitchens import read_epic_kitchens
 from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.packing.tars.assemble import shard_keys
@@ -28,6 +29,7 @@ from karmma_dist.streaming.order import ClipOrder
 from karmma_dist.streaming.views import training_view
 from karmma_dist.studies.statistics import Resampled
 from karmma_dist.studies.study import Column
+from tests.unit.decoding_kit import break_arrays, break_sound
 
 KEYS = ["P01_01_0", "P01_01_1", "P22_107_15", "P30_05_é"]
 MODALITIES = ["video", "flow", "audio"]
@@ -69,21 +71,21 @@ def failing_moments() -> np.ndarray:
 
 def noisy_pixels() -> np.ndarray:
     clips = torch.full((len(KEYS), 2, 8, 8, 3), 128, dtype=torch.uint8)
-    return spoil_pixels("video", "noise", 0.2, clips, KEYS, seed=5).numpy()
+    return break_arrays("video", "noise", 0.2, clips, KEYS, seed=5).numpy()
 
 
 def noisy_flow() -> np.ndarray:
     clips = torch.full((len(KEYS), 2, 8, 8, 2), 128, dtype=torch.uint8)
-    return spoil_pixels("flow", "noise", 0.2, clips, KEYS, seed=5).numpy()
+    return break_arrays("flow", "noise", 0.2, clips, KEYS, seed=5).numpy()
 
 
 def noisy_sound() -> np.ndarray:
     samples = np.full(400, 1000, dtype=np.int16)
-    return np.concatenate([spoil_sound("noise", 3.0, samples, key, seed=5) for key in KEYS])
+    return np.concatenate([break_sound("noise", 3.0, samples, key, seed=5) for key in KEYS])
 
 
 def lost_boxes() -> np.ndarray:
-    return spoil_boxes(0.4, torch.ones(len(KEYS), 20, 4, 6), KEYS, seed=5).numpy()
+    return break_arrays("detections", "dropped", 0.4, torch.ones(len(KEYS), 20, 4, 6), KEYS, seed=5).numpy()
 
 
 def clips_over_shards() -> np.ndarray:
@@ -103,22 +105,22 @@ def patterned_ranks(num_clips: int, num_conditions: int) -> np.ndarray:
 
 def resampled_clips() -> np.ndarray:
     conditions = build_conditions(MODALITIES, subsets=True)
-    outcomes = Outcomes([f"clip_{n}" for n in range(60)], conditions, {"action": patterned_ranks(60, 7)})
-    return resampled_top1(outcomes, "action", num_draws=230, seed=4)
+    outcomes = ClipResults([f"clip_{n}" for n in range(60)], conditions, {"action": patterned_ranks(60, 7)})
+    return resampled(outcomes, find_figure("action_top1"), num_draws=230, seed=4)
 
 
 def resampled_study() -> list[list[float] | None]:
     conditions = build_conditions(MODALITIES)
     outcomes = {
         label: {
-            seed: Outcomes([f"clip_{n}" for n in range(60)], conditions, {"action": patterned_ranks(60, 9)[:, [k]]})
+            seed: ClipResults([f"clip_{n}" for n in range(60)], conditions, {"action": patterned_ranks(60, 9)[:, [k]]})
             for k, seed in enumerate(range(shift, shift + 4))
         }
         for shift, label in enumerate(["first", "second"])
     }
     column = Column(name="full")
-    resampled = Resampled(outcomes, [column], num_draws=230, seed=4)
-    return [resampled.summary(label, "full").ci for label in outcomes]
+    study = Resampled(outcomes, [column], num_draws=230, seed=4)
+    return [study.summary(label, "full").ci for label in outcomes]
 
 
 DRAWS: dict[str, tuple[Callable[[], np.ndarray], str]] = {
