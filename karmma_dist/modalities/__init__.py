@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities.audio import AUDIO
 from karmma_dist.modalities.contract import (
+    ArraysBreaker,
     Breakage,
     Breaker,
     DecodeError,
@@ -21,6 +22,7 @@ from karmma_dist.modalities.contract import (
     Modality,
     Pictures,
     Sheet,
+    SignalBreaker,
     StoredError,
     TensorMaker,
     View,
@@ -31,8 +33,9 @@ from karmma_dist.modalities.video import VIDEO
 from karmma_dist.plugins import load_plugins
 
 __all__ = [
-    "LETTERS", "MODALITIES", "Breakage", "Breaker", "DecodeError", "Decoder", "Description", "Drawing", "Modality",
-    "Pictures", "Sheet", "StoredError", "TensorMaker", "View", "letters", "parse_modalities", "subsets",
+    "LETTERS", "MODALITIES", "ArraysBreaker", "Breakage", "Breaker", "DecodeError", "Decoder", "Description", "Drawing",
+    "Modality", "Pictures", "Sheet", "SignalBreaker", "StoredError", "TensorMaker", "View", "letters",
+    "parse_modalities", "subsets",
 ]  # fmt: skip
 
 

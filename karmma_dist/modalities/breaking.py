@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from karmma_dist.modalities.contract import Breaker
+from karmma_dist.modalities.contract import ArraysBreaker
 from karmma_dist.seeding import generator, uniform
 
 Effect = Callable[[Tensor, float, str, str], Tensor]
 """Takes one clip's frames (F, H, W, channels), the amount, the text `seed/key` and the modality's name."""
 
 
-class FramesBreaker(Breaker):
+class FramesBreaker(ArraysBreaker):
     """Breaks decoded frames, uint8 (N, F, H, W, channels).
 
     Args:

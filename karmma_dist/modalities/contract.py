@@ -17,13 +17,13 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
-
-import numpy as np
 
 from karmma_dist.settings import Settings
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from torch import Tensor
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 
 Part = TypeVar("Part")
+
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+"""Values that a field of a description takes, by its annotation."""
 
 
 class DecodeError(Exception):
@@ -109,8 +112,7 @@ class Description:
         values = {}
         for field in dataclasses.fields(cls):
             value = declared.get(field.name)
-            types: tuple[type, ...] = {"int": (int,), "float": (int, float), "str": (str,)}[str(field.type)]
-            if isinstance(value, bool) or not isinstance(value, types):
+            if isinstance(value, bool) or not isinstance(value, _TYPES[str(field.type)]):
                 raise ValueError(f"{field.name} is {value!r}, not of type {field.type}")
             if not isinstance(value, str) and not value > field.metadata.get("above", 0):
                 raise ValueError(f"{field.name} is {value!r}, too small")
@@ -243,22 +245,27 @@ class Breakage:
     """True if the outcome depends on the seed."""
 
 
-class Breaker(ABC):  # noqa: B024 - of its two methods a breaker has the one that `needs_uncut` asks for
+class Breaker(ABC):  # noqa: B024 - the base of the two kinds below
     """Breaks signals on purpose, before anything is computed from them; presence never changes.
 
     What is random follows from (seed, clip key) alone, and not from the severity.
     """
 
-    needs_uncut: ClassVar[bool] = False
-    """True if whole signals are broken (`break_uncut`), from which the views are cut again."""
 
+class ArraysBreaker(Breaker):
+    """Breaks the arrays of the views."""
+
+    @abstractmethod
     def break_arrays(self, effect: str, amount: float, arrays_N: Tensor, keys: Sequence[str], seed: int) -> Tensor:
         """Break what the decoder gave of N clips, on any device; the given tensor is kept."""
-        raise NotImplementedError(f"{type(self).__name__}.break_arrays")
 
+
+class SignalBreaker(Breaker):
+    """Breaks whole signals, from which the views are cut again."""
+
+    @abstractmethod
     def break_uncut(self, effect: str, amount: float, decoded: np.ndarray, key: str, seed: int) -> np.ndarray:
         """Break all that was decoded of one clip; the given array is kept."""
-        raise NotImplementedError(f"{type(self).__name__}.break_uncut")
 
 
 @dataclass(frozen=True)
@@ -296,47 +303,40 @@ class Modality:
     is_jittered: bool = False
     """True if tensors take the view's jitter."""
 
-    @property
+    @cached_property
     def storage(self) -> Storage:
         """Part that packs."""
         from karmma_dist.modalities.storage import Storage
 
         return self._part("storage", self.storage_part, Storage)
 
-    @property
+    @cached_property
     def decoder(self) -> Decoder:
         """Part that decodes."""
         return self._part("decoder", self.decoder_part, Decoder)
 
-    @property
+    @cached_property
     def tensors(self) -> TensorMaker:
         """Part that makes tensors; loads torch."""
         return self._part("tensors", self.tensors_part, TensorMaker)
 
-    @property
+    @cached_property
     def drawing(self) -> Drawing:
         """Part that draws; loads Matplotlib."""
         return self._part("drawing", self.drawing_part, Drawing)
 
-    @property
+    @cached_property
     def breaker(self) -> Breaker:
         """Part that breaks the signal on purpose; loads torch."""
         return self._part("breaker", self.breaker_part, Breaker)
 
     def _part(self, name: str, place: str, kind: Callable[..., Part]) -> Part:
-        key = (self.name, name)
-        if key not in _PARTS:
-            module_name, _, attribute = place.partition(":")
-            part = getattr(importlib.import_module(module_name), attribute, None)
-            assert isinstance(kind, type)
-            if not isinstance(part, kind):
-                raise TypeError(
-                    f"modality '{self.name}': its part '{name}' is missing: {place} is {type(part).__name__}, "
-                    f"not a {kind.__name__} ({kind.__module__})"
-                )
-            _PARTS[key] = part
-        return cast(Part, _PARTS[key])
-
-
-_PARTS: dict[tuple[str, str], object] = {}
-"""Parts that were asked for, by modality and name."""
+        assert isinstance(kind, type)
+        module_name, _, attribute = place.partition(":")
+        part = getattr(importlib.import_module(module_name), attribute, None)
+        if not isinstance(part, kind):
+            raise TypeError(
+                f"modality '{self.name}': its part '{name}' is missing: {place} is {type(part).__name__}, "
+                f"not a {kind.__name__} ({kind.__module__})"
+            )
+        return cast(Part, part)

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 from torch import Tensor
 
-from karmma_dist.modalities import MODALITIES, View
+from karmma_dist.modalities import MODALITIES, ArraysBreaker, SignalBreaker, View
 from karmma_dist.modalities.audio import AudioDescription, AudioInput
 from karmma_dist.modalities.flow import FlowDescription
 from karmma_dist.modalities.video import VideoInput
@@ -48,9 +48,13 @@ def break_arrays(
     modality: str, effect: str, amount: float, arrays_N: Tensor, keys: Sequence[str], seed: int
 ) -> Tensor:
     """What a broken sensor gives of N clips."""
-    return MODALITIES[modality].breaker.break_arrays(effect, amount, arrays_N, keys, seed)
+    breaker = MODALITIES[modality].breaker
+    assert isinstance(breaker, ArraysBreaker)
+    return breaker.break_arrays(effect, amount, arrays_N, keys, seed)
 
 
 def break_sound(effect: str, amount: float, samples: np.ndarray, key: str, seed: int) -> np.ndarray:
     """What a broken microphone gives of a whole clip, int16."""
-    return MODALITIES["audio"].breaker.break_uncut(effect, amount, samples, key, seed)
+    breaker = MODALITIES["audio"].breaker
+    assert isinstance(breaker, SignalBreaker)
+    return breaker.break_uncut(effect, amount, samples, key, seed)

@@ -19,7 +19,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.corruptions.kinds import Corruption, parse_corruption
 from karmma_dist.evaluation.scores import BatchScores
-from karmma_dist.modalities import MODALITIES
+from karmma_dist.modalities import MODALITIES, ArraysBreaker, SignalBreaker
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.batch import Batch, prepare
 
@@ -81,7 +81,7 @@ def uncut_modalities(conditions: Sequence[Condition]) -> set[str]:
         for condition in conditions
         if condition.corrupt is not None
         for modality in parse_corruption(condition.corrupt).modalities
-        if MODALITIES[modality].breaker.needs_uncut
+        if isinstance(MODALITIES[modality].breaker, SignalBreaker)
     }
 
 
@@ -120,8 +120,9 @@ class Sensors:
         there_B = batch.present_BM[:, list(self.modalities).index(modality)].tolist()
         keys = [key for key, there in zip(batch.keys, there_B, strict=True) if there]
         breaker = MODALITIES[modality].breaker
-        if not breaker.needs_uncut:
+        if isinstance(breaker, ArraysBreaker):
             return breaker.break_arrays(effect, amount, batch.inputs[modality], keys, seed)
+        assert isinstance(breaker, SignalBreaker)
         # Views of a clip share its signal, which is broken once.
         signals = dict(zip(keys, batch.uncut[modality], strict=True))
         broken = {

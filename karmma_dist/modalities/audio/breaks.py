@@ -6,17 +6,15 @@ import numpy as np
 
 from karmma_dist.modalities.audio import SAMPLE_RATE
 from karmma_dist.modalities.breaking import span
-from karmma_dist.modalities.contract import Breaker
+from karmma_dist.modalities.contract import SignalBreaker
 from karmma_dist.seeding import generator
 
 _LOUDEST = 32_767
 """Of int16 sound."""
 
 
-class AudioBreaker(Breaker):
+class AudioBreaker(SignalBreaker):
     """Breaks the whole sound of a clip, int16 (samples,), from which windows are cut again."""
-
-    needs_uncut = True
 
     def break_uncut(self, effect: str, amount: float, decoded: np.ndarray, key: str, seed: int) -> np.ndarray:
         """Break one clip's sound."""

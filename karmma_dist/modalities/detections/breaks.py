@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from karmma_dist.modalities.contract import Breaker
+from karmma_dist.modalities.contract import ArraysBreaker
 from karmma_dist.seeding import generator
 
 
-class DetectionsBreaker(Breaker):
+class DetectionsBreaker(ArraysBreaker):
     """Breaks boxes, float32 (N, F, boxes, 6)."""
 
     def break_arrays(self, effect: str, amount: float, arrays_N: Tensor, keys: Sequence[str], seed: int) -> Tensor:

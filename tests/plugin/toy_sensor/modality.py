@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from karmma_dist.modalities import (
+    ArraysBreaker,
     Breakage,
-    Breaker,
     DecodeError,
     Decoder,
     Description,
@@ -96,7 +96,7 @@ class ToyDrawing(Drawing):
         axis.plot(np.load(io.BytesIO(data)))
 
 
-class ToyBreaker(Breaker):
+class ToyBreaker(ArraysBreaker):
     def break_arrays(self, effect: str, amount: float, arrays_N: torch.Tensor, keys: Any, seed: int) -> torch.Tensor:
         return arrays_N * (1 - amount)
 
