@@ -1,4 +1,4 @@
-"""Tables that other packages add to: modalities, encoders, readers, metrics, trackers, by entry points.
+"""Tables that other packages add to: modalities, encoders, readers, metrics, by entry points.
 
     [project.entry-points."karmma_dist.modalities"]
     toy = "my_package.toy:TOY"
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import TypeVar
 
@@ -14,21 +15,29 @@ from karmma_dist.errors import UserError
 Plugin = TypeVar("Plugin")
 
 
-def load_plugins(group: str, kind: type[Plugin]) -> dict[str, Plugin]:
-    """Load every entry point of a group, by name.
+def with_plugins(own: Mapping[str, Plugin], group: str, kind: type[Plugin]) -> dict[str, Plugin]:
+    """Return this package's table followed by the entry points of a group, these in the order of their names.
+
+    Args:
+        own: This package's part of the table.
+        group: Of entry points.
+        kind: Class of what they name; an attribute `name`, where it has one, is the key, else the entry's name.
 
     Raises:
-        UserError: one cannot be imported, or is not a `kind`.
+        UserError: one cannot be imported, is not a `kind`, or has a name that is taken.
     """
-    loaded: dict[str, Plugin] = {}
-    for point in entry_points(group=group):
-        package = point.dist.name if point.dist is not None else "an unknown package"
-        where = f"{group}: '{point.name}' of {package} ({point.value})"
+    table = dict(own)
+    for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+        where = f"entry point {entry.name} = {entry.value} of {group}"
+        known = f"known are {', '.join(table)}"
         try:
-            plugin = point.load()
+            plugin = entry.load()
         except Exception as error:  # other people's code: whatever it raises is told with its name
-            raise UserError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
+            raise UserError(f"{where}: cannot be imported ({type(error).__name__}: {error}); {known}") from error
         if not isinstance(plugin, kind):
-            raise UserError(f"{where} is a {type(plugin).__name__}, not a {kind.__name__} ({kind.__module__})")
-        loaded[point.name] = plugin
-    return loaded
+            raise UserError(f"{where}: it is no {kind.__name__} but a {type(plugin).__name__}; {known}")
+        name = getattr(plugin, "name", entry.name)
+        if name in table:
+            raise UserError(f"{where}: there is a {kind.__name__.lower()} '{name}' already; {known}")
+        table[name] = plugin
+    return table

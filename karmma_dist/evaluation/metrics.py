@@ -20,12 +20,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
 import numpy as np
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.plugins import with_plugins
 
 ENTRY_POINTS = "karmma_dist.metrics"
 """Entry point group by which other packages register a `Metric`."""
@@ -204,24 +204,7 @@ def metric_table() -> Mapping[str, Metric]:
     Raises:
         UserError: an entry cannot be imported, is no `Metric`, or has a name that is taken.
     """
-    table = {metric.name: metric for metric in _OWN}
-    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
-        metric = _load(entry, list(table))
-        table[metric.name] = metric
-    return table
-
-
-def _load(entry: EntryPoint, known: list[str]) -> Metric:
-    where, listed = f"entry point {entry.name} = {entry.value} of {ENTRY_POINTS}", f"known are {', '.join(known)}"
-    try:
-        metric = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{where}: cannot be imported ({error}); {listed}") from error
-    if not isinstance(metric, Metric):
-        raise UserError(f"{where}: it is no Metric but a {type(metric).__name__}; {listed}")
-    if metric.name in known:
-        raise UserError(f"{where}: there is a metric '{metric.name}' already; {listed}")
-    return metric
+    return with_plugins({metric.name: metric for metric in _OWN}, ENTRY_POINTS, Metric)
 
 
 def known_figure(name: str) -> Figure | None:

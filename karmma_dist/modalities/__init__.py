@@ -30,7 +30,7 @@ from karmma_dist.modalities.contract import (
 from karmma_dist.modalities.detections import DETECTIONS
 from karmma_dist.modalities.flow import FLOW
 from karmma_dist.modalities.video import VIDEO
-from karmma_dist.plugins import load_plugins
+from karmma_dist.plugins import with_plugins
 
 __all__ = [
     "LETTERS", "MODALITIES", "ArraysBreaker", "Breakage", "Breaker", "DecodeError", "Decoder", "Description", "Drawing",
@@ -40,16 +40,15 @@ __all__ = [
 
 
 def _table() -> dict[str, Modality]:
-    table: dict[str, Modality] = {}
-    for modality in (VIDEO, FLOW, AUDIO, DETECTIONS, *load_plugins("karmma_dist.modalities", Modality).values()):
-        for other in table.values():
-            for name in ("name", "letter", "member"):
-                if getattr(other, name) == getattr(modality, name):
-                    value = getattr(modality, name)
-                    raise UserError(
-                        f"modality '{modality.name}': its {name} '{value}' is that of '{other.name}': give it another"
-                    )
-        table[modality.name] = modality
+    own = {modality.name: modality for modality in (VIDEO, FLOW, AUDIO, DETECTIONS)}
+    table = with_plugins(own, "karmma_dist.modalities", Modality)
+    for first, second in itertools.combinations(table.values(), 2):
+        for name in ("letter", "member"):
+            value = getattr(second, name)
+            if getattr(first, name) == value:
+                raise UserError(
+                    f"modality '{second.name}': its {name} '{value}' is that of '{first.name}': give it another"
+                )
     return table
 
 

@@ -1,6 +1,6 @@
 """The table of encoders, and the shape of what each modality gives them.
 
-A new encoder is one module with an `EncoderType` and one line in `ENCODERS`, or an entry point `karmma_dist.encoders`
+A new encoder is one module with an `EncoderType` and one line in `_OWN`, or an entry point `karmma_dist.encoders`
 of another package.
 """
 
@@ -10,11 +10,11 @@ from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders import ast, small, stlt, swin3d, temporal
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
-from karmma_dist.plugins import load_plugins
+from karmma_dist.plugins import with_plugins
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
 from karmma_dist.settings import validate
 
-ENCODERS: dict[str, EncoderType] = {
+_OWN = {
     "swin3d_t": swin3d.SWIN3D_T,
     "swin3d_b": swin3d.SWIN3D_B,
     "swin3d_small": swin3d.SWIN3D_SMALL,
@@ -23,8 +23,9 @@ ENCODERS: dict[str, EncoderType] = {
     "small_video": small.SMALL_VIDEO,
     "small_audio": small.SMALL_AUDIO,
     "temporal_video": temporal.TEMPORAL_VIDEO,
-    **load_plugins("karmma_dist.encoders", EncoderType),
 }
+
+ENCODERS: dict[str, EncoderType] = with_plugins(_OWN, "karmma_dist.encoders", EncoderType)
 
 
 def build_encoder(modality: str, recipe: EncoderRecipe, inputs: InputRecipe) -> Encoder:

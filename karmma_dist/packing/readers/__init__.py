@@ -9,7 +9,7 @@ from karmma_dist.packing.readers.csv_table import PLAIN
 from karmma_dist.packing.readers.epic_kitchens import EPIC_KITCHENS
 from karmma_dist.packing.readers.reader import Reader
 from karmma_dist.packing.readers.something_something import SOMETHING_SOMETHING
-from karmma_dist.plugins import load_plugins
+from karmma_dist.plugins import with_plugins
 
 __all__ = ["Reader", "find_reader", "readers"]
 
@@ -18,7 +18,7 @@ __all__ = ["Reader", "find_reader", "readers"]
 def readers() -> dict[str, Reader]:
     """Return all readers by name."""
     own = {"epic_kitchens": EPIC_KITCHENS, "something_something": SOMETHING_SOMETHING, "plain": PLAIN}
-    return own | load_plugins("karmma_dist.readers", Reader)
+    return with_plugins(own, "karmma_dist.readers", Reader)
 
 
 def find_reader(name: str) -> Reader:
