@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from karmma_dist.shards.format import (
     Clip,
     ClipMetadata,
     DamageError,
-    Member,
     index_path,
+    label_problem,
     member_name,
     metadata_problems,
     parse_manifest,
     parse_metadata,
 )
+from karmma_dist.shards.index import indexed_clips
 
 
 class ShardFolder:
@@ -75,9 +75,8 @@ class ShardFolder:
             raise UserError(f"{self.where}: no split '{split}'; there are {', '.join(self.splits) or 'none'}")
         return [clip for shard in self.manifest["splits"][split]["shards"] for clip in self._shard_clips(shard)]
 
-    def _shard_clips(self, shard: dict[str, Any]) -> Iterator[Clip]:
-        name = shard["name"]
-        path = f"{self.where}/{index_path(Path(name))}"
+    def _shard_clips(self, shard: dict[str, Any]) -> list[Clip]:
+        path = f"{self.where}/{index_path(Path(shard['name']))}"
         self._check_tar(shard)
         try:
             content = self.read_index(shard)
@@ -90,10 +89,7 @@ class ShardFolder:
                 f"{path}: not the index that the manifest names, but one of another packing, older or cut: "
                 f"write it again with karmma-dist verify --repair {self.where}"
             )
-        index = json.loads(content)
-        for entry in index["clips"]:
-            members = {name: None if m is None else Member(*m) for name, m in entry["members"].items()}
-            yield Clip(entry["key"], name, entry["labels"], members)
+        return indexed_clips(json.loads(content), shard["name"])
 
     def read_index(self, shard: dict[str, Any]) -> bytes:
         """The index of a shard, given the shard's entry in the manifest.
@@ -162,9 +158,7 @@ class ShardFolder:
         except ValueError as error:
             raise DamageError(clip.shard, clip.key, name, f"not a clip's metadata: {error}") from None
         problem = next(metadata_problems(metadata, clip), "")
-        if not problem and set(metadata.labels) != set(self.manifest["heads"]):
-            heads, known = (", ".join(sorted(names)) or "none" for names in (metadata.labels, self.manifest["heads"]))
-            problem = f"its heads are {heads}, the manifest's {known}"
+        problem = problem or label_problem(self.manifest["heads"], metadata.labels)
         if not problem and not set(self.manifest["modalities"]) <= set(metadata.members):
             problem = f"declares {', '.join(metadata.members) or 'nothing'}, the manifest {', '.join(self.modalities)}"
         if problem:

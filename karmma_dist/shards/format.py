@@ -285,7 +285,9 @@ def _check_shape(manifest: dict[str, Any]) -> None:
             for name in ("clips", "bytes"):
                 if type(shard[name]) is not int:
                     raise ValueError(f"shard {shard['name']!r}: {name} {shard[name]!r}")
-_FACTS = ("dataset", "modalities", "heads", "settings", "plan", "made_with")
+
+
+FACTS = ("dataset", "modalities", "heads", "settings", "plan", "made_with")
 
 
 def facts_of(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -294,7 +296,7 @@ def facts_of(manifest: dict[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError: it is no manifest of this format.
     """
-    return {name: manifest[name] for name in _FACTS}
+    return {name: manifest[name] for name in FACTS}
 
 
 def whole_manifest(facts: dict[str, Any], splits: dict[str, Any], label_counts: dict[str, Any]) -> dict[str, Any]:
@@ -340,8 +342,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         _check_facts(facts_of(manifest))
         for split, entry in manifest["splits"].items():
-            _expect(entry["clips"], int)
-            _expect(manifest["label_counts"][split], dict)
+            expect(entry["clips"], int)
+            expect(manifest["label_counts"][split], dict)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a manifest of packed shards: {error!r}") from None
     return manifest
@@ -353,13 +355,14 @@ def _check_facts(facts: dict[str, Any]) -> None:
             raise ValueError(f"modality {modality!r}")
     for names in facts["heads"].values():
         for name in names:
-            _expect(name, str)
+            expect(name, str)
     for split, planned in facts["plan"]["clips"].items():
-        _expect(split, str)
-        _expect(planned, int)
-    _expect(facts["settings"], dict)
+        expect(split, str)
+        expect(planned, int)
+    expect(facts["settings"], dict)
 
 
-def _expect(value: Any, kind: type) -> None:
+def expect(value: Any, kind: type) -> None:
+    """Raise ValueError where a value is of another type; a bool is no int."""
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{value!r} is not of type {kind.__name__}")

@@ -14,14 +14,15 @@ from typing import Any
 
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.shards.format import (
-    _FACTS,
+    FACTS,
     SCHEMA,
     Clip,
     DamageError,
     Member,
-    _expect,
     check_key,
+    expect,
     index_path,
+    optional_int,
 )
 
 _MEMBERS = {m.member: m.name for m in MODALITIES.values()} | {"json": "json"}
@@ -70,13 +71,15 @@ def _finish_index_entry(shard: str, key: str, clip: dict[str, Any], modalities: 
         if declared is not None and [declared["bytes"], declared["crc32"]] != stored[1:]:
             raise DamageError(shard, key, modality, "bytes or crc32 differ from the declared ones")
         clip["members"][modality] = stored
+
+
 _COPY = "manifest"
 
 
 def copied_facts(index: dict[str, Any]) -> dict[str, Any] | None:
     """The facts that an index carries, or None when it has no copy of them."""
     copy = index.get(_COPY)
-    return copy if isinstance(copy, dict) and set(copy) == set(_FACTS) else None
+    return copy if isinstance(copy, dict) and set(copy) == set(FACTS) else None
 
 
 def shard_index(tar: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -102,12 +105,12 @@ def read_index(tar: Path) -> tuple[dict[str, Any], list[Clip]]:
     """
     index = json.loads(index_path(tar).read_bytes())
     try:
-        _expect(index["bytes"], int)
+        expect(index["bytes"], int)
         clips = [
             Clip(
                 check_key(entry["key"]),
                 tar.name,
-                {head: _optional_int(label) for head, label in entry["labels"].items()},
+                {head: optional_int(label, head) for head, label in entry["labels"].items()},
                 {name: None if member is None else _member(*member) for name, member in entry["members"].items()},
             )
             for entry in index["clips"]
@@ -117,26 +120,24 @@ def read_index(tar: Path) -> tuple[dict[str, Any], list[Clip]]:
     return index, clips
 
 
-def _optional_int(value: Any) -> int | None:
-    if value is None:
-        return None
-    _expect(value, int)
-    return int(value)
-
-
 def _member(offset: Any, size: Any, crc32: Any) -> Member:
     for value in (offset, size, crc32):
-        _expect(value, int)
+        expect(value, int)
         if value < 0:
             raise ValueError(f"member [{offset}, {size}, {crc32}]")
     return Member(offset, size, crc32)
 
 
-def indexed_clips(index: dict[str, Any]) -> list[Clip]:
-    """The clips of an index."""
+def indexed_clips(index: dict[str, Any], shard: str | None = None) -> list[Clip]:
+    """Return the clips of an index whose hash is known to be right: nothing of it is checked.
+
+    Args:
+        index: What the file holds.
+        shard: Name of the tar, where the manifest gives it; None: the one that the index was written for.
+    """
     return [
         Clip(
-            entry["key"], index["shard"], entry["labels"],
+            entry["key"], shard or index["shard"], entry["labels"],
             {name: None if member is None else Member(*member) for name, member in entry["members"].items()},
         )
         for entry in index["clips"]
