@@ -73,7 +73,10 @@ class Source(ABC):
 
 
 class Storage(ABC):
-    """The packing of one modality. A subclass has a source, a sink, or either by its settings."""
+    """The packing of one modality. A subclass has a source, a sink, or either by its settings.
+
+    It is asked only where its section's `source` is not `none`.
+    """
 
     needs_pictures: ClassVar[bool] = False
     """True if members are cut from a source with the clip's pictures at hand, for example their size."""

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -49,16 +49,17 @@ def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
     return _limited(_with_media(find_reader(spec.reader).read(spec), spec), limit)
 
 
-def _identity(clip: ClipRecord) -> dict[str, Any]:
-    fields = asdict(clip)
-    entries = fields.pop("entries")
-    named = {m.storage.entry_field: entries.get(name) for name, m in MODALITIES.items() if m.storage.entry_field}
-    return fields | named
+def _identity(clip: ClipRecord, entry_fields: Mapping[str, str]) -> dict[str, Any]:
+    """Return all of a clip, its entries under the names that their modalities have for them."""
+    described = asdict(clip)
+    entries = described.pop("entries")
+    return described | {field: entries.get(name) for name, field in entry_fields.items()}
 
 
 def plan_identity(plan: Plan, limit: int | None) -> dict[str, Any]:
     """What was planned: the limit, the clips per split, and a digest of all annotations."""
-    clips = [[r.name, r.participant, _identity(clip)] for r in plan.recordings for clip in r.clips]
+    fields = {name: m.storage.entry_field for name, m in MODALITIES.items() if m.storage.entry_field}
+    clips = [[r.name, r.participant, _identity(clip, fields)] for r in plan.recordings for clip in r.clips]
     text = json.dumps([plan.classes, sorted(clips, key=lambda entry: entry[2]["key"])], sort_keys=True)
     return {
         "limit": limit,

@@ -87,10 +87,10 @@ class PackingSpec(Settings):
 
     @model_validator(mode="after")
     def _other_sections(self) -> PackingSpec:
-        sections = {name: modality.storage.settings for name, modality in MODALITIES.items()}
-        sections |= {name: reader.paths for name, reader in readers().items()}
         own = type(self).model_fields
-        check_other_sections(self, {name: section for name, section in sections.items() if name not in own})
+        others = {name: modality.storage.settings for name, modality in MODALITIES.items() if name not in own}
+        others |= {name: reader.paths for name, reader in readers().items() if name not in own}
+        check_other_sections(self, others)
         return self
 
     @model_validator(mode="after")

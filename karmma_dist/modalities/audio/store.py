@@ -243,8 +243,6 @@ class AudioStorage(Storage):
     ) -> SoundSource | None:
         """Decode the video file's sound, else read the HDF5 file's."""
         source, own = sections["audio"].source, recording.media.get("audio")
-        if source == "none":
-            return None
         if video_file is not None and source != "hdf5" and (sound := sound_of(video_file)) is not None:
             return SoundSource(sound)
         if own is not None and source != "movie":

@@ -36,11 +36,9 @@ class VideoStorage(Storage):
 
     settings = VideoSpec
 
-    def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker | None:
+    def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker:
         """Make members of the pictures."""
         spec = sections["video"]
-        if spec.source == "none":
-            return None
         return lambda width, height, fps, colorspace: VideoSink(width, height, fps, colorspace, spec)
 
 
