@@ -28,7 +28,9 @@ from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.plan import plan_evaluation
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.write import RESULTS, write_report
+from karmma_dist.evaluation.results import parse_results
 from karmma_dist.evaluation.run import Evaluated, carry_out
+from karmma_dist.evaluation.statistics.compare import parse_comparison
 from karmma_dist.io.files import write_json
 from karmma_dist.models.weights import own_weights
 from karmma_dist.packing.pack import pack
@@ -70,7 +72,10 @@ def run_demo(out: Path, report: Report) -> Path:
         f"Everything lies in {out}: raw recordings, shards, and one folder per run.",
     ]
     title = "karmma-dist demo: a synthetic kitchen with failing sensors"
-    return write_report(out, ReportContent(title, found["models"], notes, timings.seconds, found["comparison"]))
+    file = str(out / COMPARISON)
+    models = {name: parse_results(results, file) for name, results in found["models"].items()}
+    comparison = parse_comparison(found["comparison"], file)
+    return write_report(out, ReportContent(title, models, notes, timings.seconds, comparison))
 
 
 def train_side_by_side(out: Path, recipes: Mapping[str, Recipe], report: Report) -> None:
@@ -120,7 +125,7 @@ def compare_students(out: Path, runs: Mapping[str, Path], timings: Timings, repo
 def _stored_comparison(path: Path, runs: Mapping[str, Path]) -> dict[str, Any] | None:
     """The object of comparison.json if it compares the runs' present results, and these are of their present weights.
 
-    Without each clip's outcomes, which only an evaluation knows, results cannot be compared anew.
+    Without results clip by clip, which only an evaluation knows, results cannot be compared anew.
     """
     stored = {title: run / "eval" / RESULTS for title, run in runs.items()}
     if not all(file.is_file() for file in (path, *stored.values())):

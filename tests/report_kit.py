@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
 from karmma_dist.evaluation.corruptions.kinds import KINDS
-from karmma_dist.evaluation.results import ResultRow
+from karmma_dist.evaluation.results import ResultRow, Results
 from karmma_dist.evaluation.scores import BatchScores, score_rows
 
 MODALITIES = ("video", "flow", "audio")
@@ -33,17 +34,19 @@ def random_results(
     num_clips: int = 400,
     skill: float = 1.0,
     extras: bool = False,
+    corrupt: Sequence[str] = (),
     **choices: Any,
-) -> dict[str, Any]:
-    """The object of a results.json: ranks are the smaller the more modalities a clip keeps.
+) -> Results:
+    """Results whose ranks are the smaller the more modalities a clip keeps.
 
     Args:
         seed: Of the ranks.
         modalities: Of the model; a tenth of the clips has none of the last one.
         num_clips: Clips of the split.
         skill: How fast ranks fall with what is kept.
-        extras: Add intervals, losses, tail, unseen and calibration figures, and rows of corrupted sensors.
-        choices: Of `build_conditions`, not with `extras`; without any: subsets and a sweep with three seeds.
+        extras: Add intervals, tail and unseen figures, and without `corrupt` rows of broken sensors.
+        corrupt: Broken sensors, under the condition with everything present.
+        choices: Of `build_conditions`; without any: subsets and a sweep with three seeds.
     """
     random = np.random.default_rng(seed)
     names = list(modalities)
@@ -52,6 +55,7 @@ def random_results(
     if len(names) > 1:
         present_BM[::10, -1] = False
     conditions = build_conditions(names, **(choices or {"subsets": True, "sweep": True, "num_seeds": 3}))
+    conditions += [Condition(tuple(names), corrupt=kind) for kind in corrupt]
     kept = [keep(one, keys, torch.from_numpy(present_BM), names).numpy() for one in conditions]
     masks_BK = np.stack([(k * (1 << np.arange(len(names)))).sum(axis=1) for k in kept], axis=1).astype(np.uint8)
     strength_BK = np.stack([k.sum(axis=1) for k in kept], axis=1) * skill
@@ -64,34 +68,45 @@ def random_results(
     confidence = {name: random.uniform(0.1, 1, masks_BK.shape).astype(np.float32) for name in ranks}
     damage = ["val-000000.tar: clip x: x.flow.mp4: cut"]
     scores = BatchScores(keys, labels, present_BM, masks_BK, ranks, losses, confidence, damage)
-    results = score_rows(scores, conditions, names, HEADS, drop_nouns=()).to_dict()
-    if extras:
-        for row in results["rows"]:
-            _add_figures(row)
-        subsets, curve = (results["summary"][key] or {} for key in ("subsets", "drop_curve"))
-        for summary, key in ((subsets, "average"), (curve, "area")):
-            summary[f"{key}_ci"] = {name: [0.9 * value, 1.1 * value] for name, value in summary[key].items()}
-        curve["mean_ci"] = {name: [[0.9 * one, 1.1 * one] for one in of] for name, of in curve["mean"].items()}
-        results["rows"] += _corrupted(results["rows"][-1] | {"drop_prob": 0.0, "seed": 0, "modalities": names})
-    return results
+    results = score_rows(scores, conditions, names, HEADS, drop_nouns=())
+    return _with_extras(results, names, has_broken=not corrupt) if extras else results
 
 
-def _add_figures(row: dict[str, Any]) -> None:
-    top1 = {key: value for key, value in row.items() if key.endswith("_top1") and value is not None}
-    for key, value in top1.items():
-        row[f"{key}_ci"] = [max(0.0, value - 2.345678901), min(100.0, value + 2.109876543)]
-        row[key.replace("_top1", "_ece")] = value / 7
-        row[key.replace("_top1", "_loss")] = 5 - value / 20
-    for key in EXTRA:
-        value = top1.get("_".join(key.split("_")[:2]))
-        row[key] = None if value is None else value / 3
+def _with_extras(results: Results, modalities: list[str], has_broken: bool) -> Results:
+    rows = list(map(_add_figures, results.rows))
+    subsets, curve = results.summary.subsets, results.summary.drop_curve
+    if subsets is not None:
+        subsets = replace(subsets, average_ci={name: _around(value) for name, value in subsets.average.items()})
+    if curve is not None:
+        mean = {name: [_around(value) for value in values] for name, values in curve.mean.items()}
+        area = {name: _around(value) for name, value in curve.area.items()}
+        curve = replace(curve, area_ci=area, mean_ci=mean)
+    if has_broken:
+        rows += _broken(replace(rows[-1], drop_prob=0.0, seed=0, modalities=tuple(modalities)))
+    return replace(results, rows=rows, summary=replace(results.summary, subsets=subsets, drop_curve=curve))
 
 
-def _corrupted(row: dict[str, Any]) -> list[dict[str, Any]]:
-    kinds = [f"{name}:{kind}:{level}" for name in row["modalities"] for kind in ("blur", "noise") for level in (1, 5)
+def _around(value: float | None) -> tuple[float, float] | None:
+    return None if value is None else (0.9 * value, 1.1 * value)
+
+
+def _add_figures(row: ResultRow) -> ResultRow:
+    figures, intervals = dict(row.figures), {}
+    for name in ("action", *HEADS):
+        value = figures[f"{name}_top1"]
+        known = value is not None
+        intervals[f"{name}_top1"] = (max(0.0, value - 2.345678901), min(100.0, value + 2.109876543)) if known else None
+        figures[f"{name}_top1_tail"] = value / 3 if known else None
+    figures["action_top1_unseen"] = figures["action_top1_tail"]
+    return replace(row, figures=figures, intervals=intervals)
+
+
+def _broken(row: ResultRow) -> list[ResultRow]:
+    kinds = [f"{name}:{kind}:{level}" for name in row.modalities for kind in ("blur", "noise") for level in (1, 5)
              if f"{name}:{kind}" in KINDS]  # fmt: skip
     rows = []
     for place, kind in enumerate(kinds):
-        value = row["action_top1"] / (1 + place / 10)
-        rows.append(row | {"corrupt": kind, "action_top1": value, "action_top1_ci": [0.9 * value, 1.1 * value]})
+        value = row.figures["action_top1"] / (1 + place / 10)
+        figures, intervals = row.figures | {"action_top1": value}, row.intervals | {"action_top1": _around(value)}
+        rows.append(replace(row, corrupt=kind, figures=figures, intervals=intervals))
     return rows

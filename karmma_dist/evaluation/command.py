@@ -21,8 +21,10 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.exports.exports import Exports
 from karmma_dist.evaluation.plan import Plan, check_folder, plan_evaluation, run_name
+from karmma_dist.evaluation.report import terminal
 from karmma_dist.evaluation.report.content import ReportContent
-from karmma_dist.evaluation.report.write import results_table, write_report, write_results
+from karmma_dist.evaluation.report.rows import terminal_rows
+from karmma_dist.evaluation.report.write import write_report, write_results
 from karmma_dist.evaluation.run import Evaluated, carry_out, joined_ranks, newest_finished_run
 from karmma_dist.evaluation.statistics.compare import (
     Comparison,
@@ -147,7 +149,7 @@ def print_answer(found: Answer, as_text: bool) -> None:
             click.echo(f"split '{split}' has no labels: predictions only, nothing is scored", err=True)
     if as_text and found.report is not None:
         for name, one in found.done.items():
-            Console().print(results_table(one.results, name), "")
+            terminal.print_table(terminal_rows(one.results, name), Console())
         click.echo(f"report: {found.report}")
     for name, one in found.done.items():
         summary = one.results.summary
@@ -211,16 +213,15 @@ def evaluate_and_compare(
 def write_one(one: Evaluated) -> Path:
     """Write results and report of one run into its folder, and return the report's path."""
     write_results(one.results, one.folder)
-    return write_report(one.folder, ReportContent(title([one]), {one.name: one.results.to_dict()}))
+    return write_report(one.folder, ReportContent(title([one]), {one.name: one.results}))
 
 
 def write_comparison(folder: Path, done: dict[str, Evaluated], comparison: Comparison) -> Path:
     """Write comparison.json, report.md and plots into `folder`, and return the report's path."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / COMPARISON, to_dict(done, comparison))
-    models = {name: one.results.to_dict() for name, one in done.items()}
-    content = ReportContent(title(list(done.values())), models, comparison=comparison.to_dict())
-    return write_report(folder, content)
+    models = {name: one.results for name, one in done.items()}
+    return write_report(folder, ReportContent(title(list(done.values())), models, comparison=comparison))
 
 
 def to_dict(done: dict[str, Evaluated], comparison: Comparison) -> dict[str, Any]:

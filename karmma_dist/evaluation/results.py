@@ -236,7 +236,7 @@ def parse_row(value: object, where: str) -> ResultRow:
         UserError: as `parse_results`.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a row is an object, not a {type(value).__name__}")
+        raise UserError(f"{where}: a row is an object, not of type {type(value).__name__}")
     row: dict[str, Any] = {"figures": {}, "intervals": {}, "group_sizes": {}}
     for key, content in value.items():
         if key in _ROW_FIELDS:

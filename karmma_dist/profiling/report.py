@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
+from karmma_dist.evaluation.report import terminal
+from karmma_dist.evaluation.report.model import Section, Table, TableLine
 from karmma_dist.evaluation.report.plots import COLOURS, save_figure, style_axes
 from karmma_dist.modalities import letters
 from karmma_dist.profiling.costs import Cost, Profile
@@ -120,23 +119,24 @@ _EXPLAINED = {
 
 def print_profile(profile: Profile, console: Console | None = None) -> None:
     """Print every row, models side by side."""
-    console = console or Console(highlight=False)
+    terminal.print_section(profile_section(profile), console or Console(highlight=False))
+
+
+def profile_section(profile: Profile) -> Section:
+    """Return every row, models side by side, and what the figures are of."""
     load = profile.workload
     named = {"clips": load.clips, "precision": load.precision}
-    console.print(f"{profile.recipe}: {_models(profile)}")
-    for title, figures in {**_COUNTED, **_MEMORY[load.part]}.items():
-        console.print(_table(profile, title.format(**named), figures))
+    figures, sentences = {**_COUNTED, **_MEMORY[load.part]}, [_EXPLAINED[load.part]]
     if profile.measured is not None:
         settings = profile.measured
-        for title, figures in _MEASURED[load.part].items():
-            console.print(_table(profile, title.format(**named), figures))
-        console.print(
+        figures |= _MEASURED[load.part]
+        sentences.append(
             f"Measured on {settings['device']} in {settings['precision']}, {settings['threads']} threads, median of "
             f"{settings['repeats']} passes."
         )
-    console.print(_EXPLAINED[load.part])
-    for note in profile.notes:
-        console.print(f"note: {note}")
+    tables = [_table(profile, title.format(**named), columns) for title, columns in figures.items()]
+    sentences += [f"note: {note}" for note in profile.notes]
+    return Section("profile", f"{profile.recipe}: {_models(profile)}", sentences, tables)
 
 
 def _models(profile: Profile) -> str:
@@ -151,22 +151,19 @@ def _models(profile: Profile) -> str:
 
 def _table(profile: Profile, title: str, figures: tuple[_Figure, ...]) -> Table:
     models = list(dict.fromkeys(row.model for row in profile.rows))
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    table.add_column("")
-    for model in models:
-        for figure in figures:
-            table.add_column(f"{model}\n{figure.heading}", justify="right", no_wrap=True)
+    columns = ["", *(f"{model}\n{figure.heading}" for model in models for figure in figures)]
     compared = next(figure for figure in figures if figure.compared)
     if len(models) == 2:
-        table.add_column(f"ratio\n{compared.heading}", justify="right", no_wrap=True)
-    of_model = {(row.modalities, row.model): row for row in profile.rows}
+        columns.append(f"ratio\n{compared.heading}")
+    by_model = {(row.modalities, row.model): row for row in profile.rows}
+    body: list[TableLine] = []
     for subset in dict.fromkeys(row.modalities for row in profile.rows):
-        rows = [of_model.get((subset, model)) for model in models]
+        rows = [by_model.get((subset, model)) for model in models]
         cells = [figure.shown(row) for row in rows for figure in figures]
         if len(models) == 2:
             cells.append(compared.ratio(rows))
-        table.add_row(letters(subset), *cells)
-    return table
+        body.append([letters(subset), *cells])
+    return Table(title, columns, body)
 
 
 def _megabytes(num_bytes: int | None) -> float | None:
@@ -187,7 +184,6 @@ def cost_bars(path: Path, profile: Profile) -> None:
     num_subsets = len({row.modalities for row in profile.rows})
     num_models = len({row.model for row in profile.rows})
     figure = Figure(figsize=(2 * max(3.2, 1.2 + 0.36 * num_subsets * (num_models + 0.5)), 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     load = profile.workload
     part = "" if load.part == "model" else "fusion block, "

@@ -10,11 +10,12 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from karmma_dist.evaluation.report import terminal
 from karmma_dist.progress import Progress
 from karmma_dist.studies.costs import RunCost, plan_costs
 from karmma_dist.studies.jobs import write_recipe
 from karmma_dist.studies.plan import StudyPlan, plan_study
-from karmma_dist.studies.report import terminal_table
+from karmma_dist.studies.report import study_table
 from karmma_dist.studies.run import carry_out_study, check_teachers
 from karmma_dist.studies.slurm import plan_arrays, shown_arrays, submit_arrays
 from karmma_dist.studies.study import StudyFile
@@ -101,7 +102,7 @@ def carry_out(request: StudyRequest) -> bool:
             plan, request.out or plan.out, request.local, progress, lambda line: click.echo(line, err=True)
         )
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    console.print(terminal_table(done.report), "")
+    terminal.print_table(study_table(done.report), console, has_asides=False)
     click.echo(f"report: {done.path}")
     for name, why in done.report.missing.items():
         click.echo(f"missing: {name}: {why}", err=True)

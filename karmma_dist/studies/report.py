@@ -1,30 +1,35 @@
-"""What came of a study: results.json for scripts, report.md and report.html for people, a table for the terminal.
+"""The results of a study: results.json for scripts, report.md and report.html for people, a table for the terminal.
 
     OUT/results.json   report.md   report.html   drop_curve.png
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as RichTable
-from rich.text import Text
-
-from karmma_dist.evaluation.report import markdown
-from karmma_dist.evaluation.report.html.page import page
-from karmma_dist.evaluation.report.html.sections import figure
-from karmma_dist.evaluation.report.html.svg import Point, legend, line_plot
-from karmma_dist.evaluation.report.html.tables import Cell, Section, Table, bullets, note
-from karmma_dist.evaluation.report.plots import Curve, drop_curves
-from karmma_dist.io.files import write_json, write_whole
+from karmma_dist.evaluation.report.model import (
+    NONE,
+    Cell,
+    Page,
+    Picture,
+    Section,
+    Table,
+    TableLine,
+    interval,
+    p_equals,
+    p_value,
+)
+from karmma_dist.evaluation.report.plots import Line, Point, line_figure
+from karmma_dist.evaluation.report.sections import CURVE_PLOT
+from karmma_dist.evaluation.report.sentences import compared_heading
+from karmma_dist.evaluation.report.write import RESULTS, write_page
+from karmma_dist.evaluation.summary import LEVEL
+from karmma_dist.io.files import write_json
 from karmma_dist.studies.statistics import Summary, Test
 from karmma_dist.studies.study import Column, Row, Study
-
-RESULTS, REPORT, HTML_REPORT, CURVE_PLOT = "results.json", "report.md", "report.html", "drop_curve.png"
 
 
 @dataclass(frozen=True)
@@ -93,68 +98,60 @@ class StudyReport:
 def write_study_report(report: StudyReport, folder: Path) -> Path:
     """Write everything into `folder`, which is made if missing, each file whole or not at all; return report.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = report.to_dict()
-    write_json(folder / RESULTS, content)
-    curves = {one.row.label: one.curve for one in report.rows if one.curve}
-    if curves:
-        drop_curves(folder / CURVE_PLOT, {label: _png_curve(of) for label, of in curves.items()}, "action top-1 (%)",
-                    None)  # fmt: skip
-    write_whole(folder / REPORT, _markdown(report, bool(curves)).encode())
-    write_whole(folder / HTML_REPORT, page(report.study.title, _sections(report), content).encode())
-    return folder / REPORT
+    write_json(folder / RESULTS, report.to_dict())
+    return write_page(folder, study_page(report))
 
 
-def terminal_table(report: StudyReport) -> RichTable:
-    """Return the table for a terminal."""
-    header, body = _grid(report, lambda cell: Cell(_short(cell)))
-    table = RichTable(title=report.study.title, caption=_caption(report), box=SIMPLE_HEAD, show_edge=False,
-                      pad_edge=False)  # fmt: skip
-    table.add_column(header[0])
-    for name in header[1:]:
-        table.add_column(name, justify="right")
-    for line in body:
-        table.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in line))
-    return table
-
-
-def _markdown(report: StudyReport, has_curve: bool) -> str:
-    header, body = _grid(report, lambda cell: Cell(_short(cell), _ends(cell)))
-    shown = [[_bold(cell) + (f" {cell.aside}" if cell.aside else "") for cell in line] for line in body]
-    plot = f"![action top-1 over the probability that a modality is missing]({CURVE_PLOT})\n"
-    parts = [
-        f"# {markdown.text(report.study.title)}\n",
-        f"{report.study.caption}\n" if report.study.caption else "",
-        markdown.table([markdown.text(name) for name in header], shown) + "\n",
-        _caption(report) + "\n",
-        plot if has_curve else "",
-        markdown.table_section("Tests", _TEST_COLUMNS, [_test_line(test) for test in report.tests]),
-        markdown.table_section("Every seed", *_seed_table(report)),
-        markdown.list_section("Not in the table", [f"{name}: {why}" for name, why in report.missing.items()]),
-        markdown.list_section("Notes", _notes(report)),
+def study_page(report: StudyReport) -> Page:
+    """Return the report: what came out, the curves, the table, tests and seeds."""
+    pictures = [picture] if (picture := _curve_picture(report)) is not None else []
+    sections = [
+        Section("table", "The table", tables=[study_table(report)], short="Table"),
+        Section("tests", "Tests", tables=[_test_table(report.tests)]),
+        Section("seeds", "Every seed", tables=[_seed_table(report)]),
+        Section("missing", "Not in the table", [f"{name}: {reason}" for name, reason in report.missing.items()]),
+        Section("notes", "Notes", _notes(report)),
     ]
-    return "\n".join(part for part in parts if part)
+    said = [sentence for sentence in (_headline(report), report.study.caption) if sentence]
+    return Page(report.study.title, Section("outcome", "", said, pictures=pictures), sections)
 
 
-def _sections(report: StudyReport) -> list[Section]:
-    study = report.study
-    header, body = _grid(report, lambda cell: Cell(_short(cell), _ends(cell)))
-    tests = Table("Tests", _TEST_COLUMNS, [_test_line(test) for test in report.tests], text_columns=frozenset({1, 2}))
-    seed_header, seed_body = _seed_table(report)
-    found = [
-        Section("table", "The table", Table(study.title, header, body).to_html() + note(_caption(report)), "Table"),
-        Section("sweep", "Modalities missing at random: action top-1 (%)", _curve_html(report), "Missing at random"),
-        Section("tests", "Tests between rows", tests.to_html() if report.tests else "", "Tests"),
-        Section("seeds", "Every seed", Table("Every seed", seed_header, seed_body).to_html() if seed_body else ""),
-        Section("missing", "Not in the table", bullets([f"{name}: {why}" for name, why in report.missing.items()])),
-        Section("notes", "Notes", bullets([*([study.caption] if study.caption else []), *_notes(report)])),
-    ]
-    return [section for section in found if section.html]
+def study_table(report: StudyReport) -> Table:
+    """Return the table: a line per row of the study, or per column where these are more."""
+    header, body = _grid(report)
+    return Table(report.study.title, header, body, caption=_caption(report))
 
 
-def _grid(report: StudyReport, show: Callable[[Summary], Cell]) -> tuple[list[str], list[list[Cell]]]:
+def _headline(report: StudyReport) -> str:
+    """Which row is the best, and by which figure: the first that is tested."""
+    column = next(iter(report.study.tested_columns), None)
+    means = {} if column is None else {one.row.label: one.cells[column.name].mean for one in report.rows}
+    known = {label: mean for label, mean in means.items() if mean is not None}
+    if column is None or not known:
+        return ""
+    ranked = sorted(known, key=lambda label: known[label], reverse=not column.lower_is_better)
+    best = next(one.cells[column.name] for one in report.rows if one.row.label == ranked[0])
+    shown = f"{_short(best)} {interval(best.ci)}".strip()
+    if len(ranked) == 1:
+        return f"“{ranked[0]}” has {column.name} {shown}."
+    certainty = _certainty(report, column, *ranked[:2])
+    return f"Of {len(ranked)} rows, “{ranked[0]}” has the best {column.name}: {shown}{certainty}."
+
+
+def _certainty(report: StudyReport, column: Column, best: str, second: str) -> str:
+    """Whether the lead in a column would hold with other seeds and clips."""
+    tests = [test for test in report.tests if test.column == column.name]
+    test = next((test for test in tests if {test.first, test.second} == {best, second}), None)
+    if test is None or test.p_holm is None:
+        return ""
+    hold = "is within the sampling error" if test.p_holm >= LEVEL else "would hold with other seeds and clips"
+    return f"; its lead over “{second}” {hold}, {p_equals(test.p_holm)}"
+
+
+def _grid(report: StudyReport) -> tuple[list[str], list[TableLine]]:
     """Header and lines: a line per row of the study, or per column where these are more; published beside ours."""
     columns = report.study.columns
-    ours = [[show(one.cells[column.name]) for column in columns] for one in report.rows]
+    ours = [[_cell(one.cells[column.name]) for column in columns] for one in report.rows]
     for c, column in enumerate(columns):
         _mark_best([line[c] for line in ours], [one.cells[column.name].mean for one in report.rows], column, ours, c)
     published = [[_number(one.row.published.get(column.name)) for column in columns] for one in report.rows]
@@ -165,9 +162,9 @@ def _grid(report: StudyReport, show: Callable[[Summary], Cell]) -> tuple[list[st
     has_published = [any(line[place] for line in published) for place in range(len(names))]
     header = ["", *(text for name, has in zip(names, has_published, strict=True)
                        for text in ([name, "published"] if has else [name]))]  # fmt: skip
-    body = [
+    body: list[TableLine] = [
         [
-            Cell(label),
+            label,
             *(
                 cell
                 for place, has in enumerate(has_published)
@@ -189,30 +186,32 @@ def _mark_best(
     best = (min if column.lower_is_better else max)(known)
     for line, (cell, mean) in enumerate(zip(cells, means, strict=True)):
         if mean is not None and _number(mean) == _number(best):
-            ours[line][place] = Cell(cell.text, cell.aside, best=True)
+            ours[line][place] = Cell(cell.text, cell.aside, is_best=True)
 
 
-def _seed_table(report: StudyReport) -> tuple[list[str], list[list[str]]]:
+def _seed_table(report: StudyReport) -> Table:
     """Each seed's own figures, where there are several seeds."""
     columns = [column for column in report.study.columns if not column.is_cost]
-    if len(report.seeds) < 2 or not columns:
-        return [""], []
     body = [
-        [f"{one.row.label}, seed {seed}", *(_number(one.cells[c.name].per_seed.get(seed)) or "–" for c in columns)]
+        [f"{one.row.label}, seed {seed}", *(_number(one.cells[c.name].per_seed.get(seed)) or NONE for c in columns)]
         for one in report.rows
         for seed in one.evaluated
+        if len(report.seeds) > 1 and columns
     ]
-    return ["", *(column.name for column in columns)], body
+    return Table("Every seed", ["", *(column.name for column in columns)], body)
 
 
-_TEST_COLUMNS = ["column", "row", "against", "difference", "95 % interval", "p (bootstrap)", "Holm", "p (paired t)",
-                 "Holm"]  # fmt: skip
-
-
-def _test_line(test: Test) -> list[str]:
-    difference = "–" if test.difference is None else f"{test.difference:+.2f}"
-    p_values = [_p(value) for value in (test.p, test.p_holm, test.t_p, test.t_p_holm)]
-    return [test.column, test.second, test.first, difference, markdown.interval(test.ci), *p_values]
+def _test_table(tests: Sequence[Test]) -> Table:
+    columns = ["column", "row", "against", "difference", "95 % interval", "p (bootstrap)", "Holm", "p (paired t)",
+               "Holm"]  # fmt: skip
+    body = [
+        [
+            test.column, test.second, test.first, NONE if test.difference is None else f"{test.difference:+.2f}",
+            interval(test.ci) or NONE, *map(p_value, (test.p, test.p_holm, test.t_p, test.t_p_holm)),
+        ]
+        for test in tests
+    ]  # fmt: skip
+    return Table("Tests", columns, body, text_columns=frozenset({0, 1, 2}))
 
 
 def _caption(report: StudyReport) -> str:
@@ -241,45 +240,37 @@ def _notes(report: StudyReport) -> list[str]:
     return [*report.study.notes, *rows, *tests]
 
 
-def _curve_html(report: StudyReport) -> str:
-    lines: dict[str, Mapping[float, Point]] = {
-        one.row.label: {
-            100 * p: _point(one.row.label, point) for p, point in one.curve.items()
-        }
+def _curve_picture(report: StudyReport) -> Picture | None:
+    """The rows over the drop probability, with their intervals as bands; None: nothing was swept."""
+    lines: dict[str, Line] = {
+        one.row.label: {100 * p: Point(point.mean, *(point.ci or ())) for p, point in one.curve.items()}
         for one in report.rows
         if one.curve
     }
     if not lines:
-        return ""
-    plot = figure(
-        "Action top-1 over the probability that a modality is missing at inference",
-        legend(lines, marks=True),
-        lambda width: line_plot(lines, x_label="drop probability (%)", y_label="action top-1 (%)", width=width),
+        return None
+    ends = [f"{label}: {_first_and_last(line)}." for label, line in lines.items()]
+    heading = compared_heading()
+    return Picture(
+        CURVE_PLOT,
+        f"{heading[0].upper()}{heading[1:]} over the probability that a modality is missing, with 95 % intervals",
+        " ".join(ends),
+        lambda: line_figure(lines, "probability that a modality is missing (%)", f"{heading} (%)"),
     )
-    return plot + note("Bands are 95 % intervals.")
 
 
-def _point(label: str, figure: Summary) -> Point:
-    low, high = figure.ci or (None, None)
-    return Point(figure.mean, low, high, f"{label}: {_number(figure.mean)} %")
+def _first_and_last(line: Line) -> str:
+    (first, start), *_, (last, end) = line.items()
+    return f"{_number(start.value)} % at {first:g} %, {_number(end.value)} % at {last:g} %"
 
 
-def _png_curve(curve: Mapping[float, Summary]) -> Curve:
-    return Curve(list(curve), [point.mean for point in curve.values()], [point.sd for point in curve.values()])
+def _cell(summary: Summary) -> Cell:
+    return Cell(_short(summary), interval(summary.ci))
 
 
-def _short(cell: Summary) -> str:
-    spread = "" if cell.sd is None else f" ± {cell.sd:.2f}"
-    return (_number(cell.mean) or "–") + spread
-
-
-def _ends(cell: Summary) -> str:
-    return "" if cell.ci is None else markdown.interval(cell.ci)
-
-
-def _bold(cell: Cell) -> str:
-    text = markdown.text(cell.text)
-    return f"**{text}**" if cell.best else text
+def _short(summary: Summary) -> str:
+    spread = "" if summary.sd is None else f" ± {summary.sd:.2f}"
+    return (_number(summary.mean) or NONE) + spread
 
 
 def _number(value: float | None) -> str:
@@ -288,7 +279,3 @@ def _number(value: float | None) -> str:
         return ""
     size = abs(value)
     return f"{value:,.1f}" if size >= 1000 else f"{value:.3g}" if 0 < size < 0.1 else f"{value:.2f}"
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -236,7 +236,7 @@ def test_unseen_participants_get_figures_of_their_own(
     assert row["num_unseen"]["action"] == people.count(unseen) > 0
     assert 0 <= row["action_top1_unseen"] <= 100
     assert "num_tail" not in row
-    assert "action top-1 unseen" in (out / "report.md").read_text()
+    assert "action top-1, unseen participants" in (out / "report.md").read_text()
     copy = tmp_path / "student"
     shutil.copytree(workplace / "runs/student", copy)
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())

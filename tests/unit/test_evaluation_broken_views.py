@@ -28,7 +28,8 @@ from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.corruptions.kinds import parse_corruption
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector, Predictions
-from karmma_dist.evaluation.report.comparison_section import comparison_section
+from karmma_dist.evaluation.report import markdown
+from karmma_dist.evaluation.report.sections import differences
 from karmma_dist.evaluation.statistics.bootstrap import add_intervals
 from karmma_dist.evaluation.statistics.compare import compare
 from karmma_dist.modalities import MODALITIES as ALL
@@ -161,7 +162,7 @@ def test_models_are_paired_failure_by_failure_and_averaged_with_whole_sensors():
     first, second = models.values()
     for test, one, other in zip(pair.conditions, first.rows, second.rows, strict=True):
         assert test.difference == pytest.approx(other.figures["action_top1"] - one.figures["action_top1"])
-    lines = comparison_section(comparison.to_dict()).splitlines()
+    lines = "".join(map(markdown.section, differences(comparison))).splitlines()
     assert sum(line.startswith("| V+F+A+D camera:black:5 | 0 |") for line in lines) == 1
     assert sum(line.startswith("| V+F+A+D | 0 |") for line in lines) == 1
 

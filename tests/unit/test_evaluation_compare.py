@@ -8,23 +8,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from page_kit import Page
 from test_evaluation_evaluate import HEADS, MODALITIES, Fusion, make_batches, singles
-from test_evaluation_html import Page
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.metrics import find_figure
-from karmma_dist.evaluation.report.comparison_section import comparison_section, sentences
+from karmma_dist.evaluation.report import html, markdown
 from karmma_dist.evaluation.report.content import ReportContent
-from karmma_dist.evaluation.report.findings import findings
-from karmma_dist.evaluation.report.html.page import html_report
+from karmma_dist.evaluation.report.model import p_value
+from karmma_dist.evaluation.report.sections import differences, evaluation_page
+from karmma_dist.evaluation.report.sentences import findings, headline, verdicts
 from karmma_dist.evaluation.report.write import write_report
 from karmma_dist.evaluation.results import Results
 from karmma_dist.evaluation.scores import BatchScores, score_rows
 from karmma_dist.evaluation.statistics import bootstrap
 from karmma_dist.evaluation.statistics.bootstrap import add_intervals
-from karmma_dist.evaluation.statistics.compare import FigureTest, compare, holm, mcnemar
+from karmma_dist.evaluation.statistics.compare import Comparison, FigureTest, PairTests, compare, holm, mcnemar
 
 TOP1 = find_figure("action_top1")
 CONDITIONS = build_conditions(MODALITIES, subsets=True, sweep=True, num_seeds=2)
@@ -56,6 +57,10 @@ def make_results(
         damage=[],
     )
     return add_intervals(score_rows(scores, conditions, MODALITIES, heads, ()), num_draws=200)
+
+
+def markdown_of(comparison: Comparison) -> str:
+    return "".join(map(markdown.section, differences(comparison)))
 
 
 MODELS = {"weak": make_results(0.5, 1), "strong": make_results(0.8, 2), "as strong": make_results(0.8, 3)}
@@ -174,7 +179,7 @@ def test_averages_differ_by_the_summaries_difference_and_only_real_differences_a
             assert test.ci[0] < test.difference < test.ci[1]
             assert (test.p_holm < 0.05) == ("weak" in pair.models)
     assert found.average_rank["weak"] == 3
-    text = comparison_section(found.to_dict())
+    text = markdown_of(found)
     assert "strong is better than weak in the average over subsets by" in text
     assert "as strong and strong cannot be told apart by the mean height of the drop curve" in text
 
@@ -240,7 +245,7 @@ def test_falls_are_compared_on_the_same_clips():
     assert -7 < test.ci[0] < -4 < test.ci[1] < -1
     assert test.p < 0.01
     assert found.pairs[0].drop_curve_area.p > 0.5
-    text = " ".join(findings({name: results.to_dict() for name, results in models.items()}, found.to_dict()))
+    text = " ".join(findings(models, found))
     assert "firm falls more slowly than soft" in text
     assert "sampling error" not in text
     independent = 1.96 * np.sqrt(sum(row.figures["action_top1"] * (100 - row.figures["action_top1"]) / 400
@@ -266,11 +271,11 @@ def test_of_a_fall_less_is_better_and_the_order_of_a_pair_turns_the_sentence_rou
     said, sizes = {}, {}
     for first, second in (names, names[::-1]):
         found = compare({name: MODELS[name] for name in (first, second)}, num_draws=200)
-        (sentence,) = [one for one in sentences(found.to_dict()["pairs"][0]) if " falls by " in one]
+        (sentence,) = [one for one in verdicts(found.pairs[0]) if " falls by " in one]
         said[second] = sentence
         sizes[second] = found.pairs[0].drop_curve_fall.difference
-        assert f"| fall of the drop curve (less is better) | {second} – {first} | **{sizes[second]:+.2f}** |" in (
-            comparison_section(found.to_dict())
+        assert f"| fall of the drop curve (less is better) | {second} | {first} | **{sizes[second]:+.2f}** |" in (
+            markdown_of(found)
         )
     size = f"{sizes['strong']:.2f}"
     assert sizes["weak"] == -sizes["strong"] < 0
@@ -280,16 +285,15 @@ def test_of_a_fall_less_is_better_and_the_order_of_a_pair_turns_the_sentence_rou
 
 
 def test_a_worse_model_is_worse_by_the_same_points_as_the_other_is_better():
-    pair = {"models": ["a", "b"], "subset_average": None, "drop_curve_fall": None}
-    test = {"difference": -3.0, "ci": [-5.0, -1.0], "p": 0.004, "p_holm": 0.012}
-    assert sentences(pair | {"drop_curve_area": test}) == [
+    test = FigureTest(-3.0, (-5.0, -1.0), 0.004, 0.012)
+    assert verdicts(PairTests(("a", "b"), [], None, test, None)) == [
         "b is worse than a in the mean height of the drop curve by 3.00 points [1.00, 5.00], p = 0.012."
     ]
 
 
 def test_the_findings_doubt_what_the_paired_test_cannot_tell_apart():
     found = compare(MODELS, num_draws=200)
-    everything = findings({name: results.to_dict() for name, results in MODELS.items()}, found.to_dict())
+    everything = findings(MODELS, found)
     assert "is not tested here" not in " ".join(everything)
     of_pairs = {
         tuple(pair.models): [
@@ -304,32 +308,50 @@ def test_the_findings_doubt_what_the_paired_test_cannot_tell_apart():
         assert ("within the sampling error (p = " in said[0]) == ("weak" not in (first, second))
 
 
-def test_the_report_holds_intervals_ranks_and_every_test(tmp_path):
-    models = {name: results.to_dict() for name, results in MODELS.items()}
+def test_the_headline_says_whether_the_leads_would_hold():
     found = compare(MODELS, num_draws=200)
-    text = write_report(tmp_path, ReportContent("t", models, comparison=found.to_dict())).read_text()
+    said = headline(MODELS, found)
+    assert said.count("is within the sampling error, p = ") == 2  # the two strong models lead each other by chance
+    weak_and_strong = {name: MODELS[name] for name in ("weak", "strong")}
+    said = headline(weak_and_strong, compare(weak_and_strong, num_draws=200))
+    assert said.count("its lead over weak would hold on other clips, p ") == 2
+    assert "its lead" not in headline(MODELS)
+
+
+def test_the_report_holds_intervals_ranks_and_every_test(tmp_path):
+    models = MODELS
+    found = compare(MODELS, num_draws=200)
+    text = write_report(tmp_path, ReportContent("t", models, comparison=found)).read_text()
     low, high = MODELS["weak"].summary.subsets.average_ci["action_top1"]
-    assert f"| 95 % interval |  | [{low:.2f}, {high:.2f}] |" in text
+    average = MODELS["weak"].summary.subsets.average["action_top1"]
+    assert f"| average over subsets |  | {average:.2f} [{low:.2f}, {high:.2f}] |" in text
     assert "| average rank |" in text
-    assert "| action top-1 | 95 % | action top-5 | action per class | action ECE |" in text
-    for test in found.pairs[0].conditions:
-        assert f"{test.difference:+.2f}" in text
+    assert "| action top-1 | action top-5 | action per class | action calibration error |" in text
+    for pair in found.pairs:
+        for test in pair.conditions:
+            bold = "**" if test.p_holm < 0.05 else ""
+            assert f"| {bold}{test.difference:+.2f}{bold} ({p_value(test.p_holm)}) |" in text
 
 
 def test_the_html_report_holds_every_test_too():
-    models = {name: results.to_dict() for name, results in MODELS.items()}
+    models = MODELS
     found = compare(MODELS, num_draws=200)
-    page = Page(html_report(ReportContent("t", models, comparison=found.to_dict())))
+    page = Page(html.page(evaluation_page(ReportContent("t", models, comparison=found))))
     assert "within the sampling error" in page.text
     header, *lines = page.tables["Paired tests of averages and falls: action top-1"]
-    assert header == ["figure", "model", "against", "difference", "low", "high", "p"]
+    assert header == ["figure", "model", "against", "difference", "95 % interval", "p"]
     assert len(lines) == 3 * len(found.pairs)
     for pair, line in zip(found.pairs, lines[-3:], strict=True):
         first, second = pair.models
         test = pair.drop_curve_fall
-        figures = [f"{test.difference:+.2f}", *(f"{end:.2f}" for end in test.ci), f"{test.p_holm:.3f}"]
+        figures = [f"{test.difference:+.2f}", "[{:.2f}, {:.2f}]".format(*test.ci), p_value(test.p_holm)]
         assert line == ["fall of the drop curve (less is better)", second, first, *figures]
-    assert len(page.tables["Paired tests of single conditions: action top-1"]) == 1 + 3 * len(CONDITIONS)
+    header, *lines = page.tables["Paired tests of single conditions: action top-1"]
+    assert header[3:] == [f"{second} – {first}" for first, second in (pair.models for pair in found.pairs)]
+    assert len(lines) == len(CONDITIONS)
+    shown = [cell for line in lines for cell in line[3:]]
+    assert not any("(0.000)" in cell for cell in shown)  # what is below the last digit is said to be below it
+    assert any("(< 0.001)" in cell for cell in shown)
 
 
 def test_what_cannot_be_compared_is_one_line():

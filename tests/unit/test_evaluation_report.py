@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from report_kit import row_of
 from rich.console import Console
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import build_conditions
+from karmma_dist.evaluation.report import terminal
 from karmma_dist.evaluation.report.content import ReportContent
-from karmma_dist.evaluation.report.findings import findings
-from karmma_dist.evaluation.report.plots import _spread
-from karmma_dist.evaluation.report.write import results_table, write_report, write_results
+from karmma_dist.evaluation.report.rows import terminal_rows
+from karmma_dist.evaluation.report.sentences import findings, headline
+from karmma_dist.evaluation.report.write import write_report, write_results
 from karmma_dist.evaluation.results import Results, Summary
 from karmma_dist.evaluation.summary import summarise
 from karmma_dist.modalities import letters
@@ -59,8 +57,8 @@ def make_results(curve, modalities=MODALITIES, majority=1.0, **choices) -> Resul
     return Results(rows, summary)
 
 
-def as_models(**curves: list[float]) -> dict:
-    return {name: make_results(curve).to_dict() for name, curve in curves.items()}
+def as_models(**curves: list[float]) -> dict[str, Results]:
+    return {name: make_results(curve) for name, curve in curves.items()}
 
 
 def test_results_file_is_the_results(tmp_path):
@@ -75,14 +73,11 @@ def test_report_holds_every_row_count_and_note(tmp_path):
     notes, timings = ["Trained for one hour."], {"evaluate": 12.34}
     text = write_report(tmp_path, ReportContent("Sensors that fail", models, notes, timings)).read_text()
     for results in models.values():
-        for row in results["rows"]:
-            percent = f"{100 * row['drop_prob']:g}"
-            start = f"| {letters(row['modalities'])} | {percent} | {row['seed']} | {row['num_clips']:,} |"
-            assert any(
-                one.startswith(start) and f"| {row['action_top1']:.2f} | {row['action_top5']:.2f} |" in one
-                for one in text.splitlines()
-            )
-    for part in ("# Sensors that fail", "29,100 classes", notes[0], "12.3", "(12 without)", "x.flow.mp4"):
+        for row in results.rows:
+            start = f"| {letters(row.modalities)} | {100 * row.drop_prob:g} | {row.seed} | {row.num_clips:,} |"
+            figures = f"| {row.figures['action_top1']:.2f} | {row.figures['action_top5']:.2f} |"
+            assert any(line.startswith(start) and figures in line for line in text.splitlines())
+    for part in ("# Sensors that fail", "| action | 29,100 |", notes[0], "12.3", "(12 without)", "x.flow.mp4"):
         assert part in text
     assert "| student | 9,644 | 3 | 24 | 1 | 0 | 0 | 12 |" in text
     for plot in ("drop_curve.png", "subsets.png"):
@@ -101,7 +96,7 @@ def test_the_best_of_each_line_is_bold_and_a_single_model_has_no_best(tmp_path):
 
 
 def test_sections_that_the_rows_do_not_allow_are_left_out(tmp_path):
-    models = {"run": make_results(STUDENT, modalities=["video"], drop_prob=0.0).to_dict()}
+    models = {"run": make_results(STUDENT, modalities=["video"], drop_prob=0.0)}
     text = write_report(tmp_path, ReportContent("t", models)).read_text()
     assert "png" not in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.md"]
@@ -109,7 +104,7 @@ def test_sections_that_the_rows_do_not_allow_are_left_out(tmp_path):
 
 
 def test_models_with_other_modalities_stand_side_by_side(tmp_path):
-    models = as_models(student=STUDENT) | {"one|camera": make_results([20.0] * 10, modalities=["video"]).to_dict()}
+    models = as_models(student=STUDENT) | {"one|camera": make_results([20.0] * 10, modalities=["video"])}
     text = write_report(tmp_path, ReportContent("t", models)).read_text()
     assert "| V+F | 9,644 | 28.67 | – |" in text
     assert "one\\|camera" in text
@@ -147,23 +142,23 @@ def test_results_alone_do_not_say_how_certain_a_difference_is():
     pair = findings(as_models(dropout=DROPOUT, student=STUDENT))
     assert "within the sampling error" not in " ".join(pair)
     assert sum("is not tested here" in sentence for sentence in pair) == 1
-    mixed = as_models(student=STUDENT) | {"camera": make_results(BASELINE, modalities=["video"]).to_dict()}
+    mixed = as_models(student=STUDENT) | {"camera": make_results(BASELINE, modalities=["video"])}
     for without_pairs in (as_models(student=STUDENT), mixed):
         assert "is not tested here" not in " ".join(findings(without_pairs))
 
 
 def test_a_model_no_better_than_the_commonest_action_is_named():
-    models = {"untrained": make_results([2.0] * 10, majority=4.0).to_dict()}
+    models = {"untrained": make_results([2.0] * 10, majority=4.0)}
     assert any("untrained is nowhere better" in sentence for sentence in findings(models))
 
 
 def test_terminal_table_has_a_line_per_row():
     results = make_results(STUDENT)
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    table = results_table(results, "student")
-    console.print(table)
+    table = terminal_rows(results, "student")
+    terminal.print_table(table, console)
     text = console.export_text()
-    assert table.row_count == len(results.rows)
+    assert len(table.body) == len(results.rows)
     assert "43.0 " in text
     assert "action top-1" in text
 
@@ -175,7 +170,7 @@ def test_the_terminal_table_of_conditions_fits_80_columns_and_says_what_was_left
             for place, row in enumerate(results.rows)]  # fmt: skip
     summary = replace(results.summary, num_unlabelled=66, num_pruned=0)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(results_table(Results(rows, summary), "student"))
+    terminal.print_table(terminal_rows(Results(rows, summary), "student"), console)
     text = console.export_text()
     assert "…" not in text
     assert "66 unlabelled; without: has none of these" in " ".join(text.split())
@@ -185,8 +180,7 @@ def test_the_terminal_table_of_conditions_fits_80_columns_and_says_what_was_left
 def test_what_is_the_same_in_every_row_takes_no_column():
     results = make_results(STUDENT)
     rows = [replace(row, drop_prob=0.0, seed=0, num_without=0) for row in results.rows[:2]]
-    headings = [str(column.header) for column in results_table(Results(rows, results.summary)).columns]
-    assert headings[:3] == ["modalities", "clips", "action top-1"]
+    assert terminal_rows(Results(rows, results.summary), "x").columns[:3] == ["modalities", "clips", "action top-1"]
 
 
 def test_a_report_on_nothing_is_refused(tmp_path):
@@ -194,10 +188,31 @@ def test_a_report_on_nothing_is_refused(tmp_path):
         write_report(tmp_path, ReportContent("t", {}))
 
 
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=8), st.floats(0.1, 10))
-def test_labels_keep_their_distance_and_order(heights, gap):
-    placed = _spread(heights, gap)
-    order = sorted(range(len(heights)), key=lambda place: heights[place])
-    apart = [placed[b] - placed[a] for a, b in itertools.pairwise(order)]
-    assert all(distance >= gap - 1e-6 for distance in apart)
-    assert sum(placed) == pytest.approx(sum(heights), abs=1e-6)
+def test_the_report_opens_with_one_sentence_that_says_what_came_out_and_the_two_pictures(tmp_path):
+    models = as_models(baseline=BASELINE, dropout=DROPOUT, student=STUDENT)
+    lines = [line for line in write_report(tmp_path, ReportContent("t", models)).read_text().splitlines() if line]
+    area = models["student"].summary.drop_curve.area["action_top1"]
+    assert lines[0] == "# t"
+    assert lines[1] == headline(models)
+    for part in ("Of 3 models, student is the best", "43.00 % action top-1", f"{area:.2f} %"):
+        assert part in lines[1]
+    assert lines[2].endswith("(drop_curve.png)")
+    assert lines[3].endswith("(subsets.png)")
+    assert lines[4] == "## At a glance"
+
+
+def test_the_headline_names_everyone_who_leads_and_no_one_who_does_not():
+    low = [value / 2 for value in DROPOUT]
+    firm = [20.0] * 10
+    steep = [50.0, *[1.0] * 9]
+    assert headline(as_models(a=STUDENT, b=STUDENT)).startswith("Of 2 models, a and b are the best")
+    apart = headline(as_models(steep=steep, firm=firm))
+    assert "steep is the best with everything present (50.00 %" in apart
+    assert ", firm where modalities are missing (20.00 %" in apart
+    alone = headline({"run": make_results(low)})
+    assert alone.startswith("run reaches 20.75 % action top-1")
+    assert "11.71 %" in alone
+    poor = headline({"untrained": make_results([2.0] * 10, majority=4.0)})
+    assert poor.endswith("no more than naming the most frequent action.")
+    assert headline({"x": make_results(STUDENT, subsets=True)}).endswith("24.57 % on average over the subsets.")
+    assert headline({"x": make_results(STUDENT, modalities=["video"], drop_prob=0.0)}).endswith("everything present.")

@@ -1,14 +1,15 @@
-"""What a report is made of, whatever it is written as."""
+"""The content of an evaluation's report, and the part of it that somebody would read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.report.corruption_section import corruption_values
-from karmma_dist.evaluation.report.readings import Models, Row
+from karmma_dist.evaluation.conditions import Condition
+from karmma_dist.evaluation.results import ResultRow, Results
+from karmma_dist.evaluation.statistics.compare import Comparison
+from karmma_dist.evaluation.summary import broken_condition
 from karmma_dist.modalities import letters
 
 MOST_BROKEN = 200
@@ -17,7 +18,7 @@ MOST_BROKEN = 200
 
 @dataclass(frozen=True)
 class ReportContent:
-    """What report.md and report.html show.
+    """Everything that the report of one or several evaluated models shows.
 
     Raises:
         UserError: `models` is empty.
@@ -25,14 +26,14 @@ class ReportContent:
 
     title: str
     """First line."""
-    models: Models
-    """Results (the object of results.json) per model name, in the order of the columns."""
+    models: Mapping[str, Results]
+    """Results per model name, in the order of the columns."""
     notes: Sequence[str] = ()
     """Sentences of the caller, for what the numbers cannot tell."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds per step."""
-    comparison: dict[str, Any] | None = None
-    """What `compare` says of these models."""
+    comparison: Comparison | None = None
+    """Tests of these models."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -45,36 +46,39 @@ def condense(content: ReportContent) -> ReportContent:
     A suite of failures under every subset and drop probability makes 1,600 rows a model. What stays is each failure
     at the largest set of modalities and the lowest drop probability, and a note says where the others are.
     """
-    kept = {name: kept_rows(results) for name, results in content.models.items()}
-    num_out = {name: len(results["rows"]) - len(kept[name]) for name, results in content.models.items()}
-    if not any(num_out.values()):
+    models = {name: replace(results, rows=kept_rows(results)) for name, results in content.models.items()}
+    num_out = max(len(results.rows) - len(models[name].rows) for name, results in content.models.items())
+    if not num_out:
         return content
-    shown = {_condition(row) for rows in kept.values() for row in rows}
-    note = f"{max(num_out.values()):,} rows of a model with broken sensors, under other conditions than "
-    wholes = dict.fromkeys(letters(corruption_values(results)[0]) for results in content.models.values())
-    note += f"{' and '.join(filter(None, wholes))}, are not in this report: they are in results.json"
+    conditions = dict.fromkeys(
+        letters(condition[0]) for results in content.models.values() if (condition := broken_condition(results))
+    )
+    note = (
+        f"{num_out:,} rows of a model with broken sensors, under other conditions than {' and '.join(conditions)}, are "
+        "not in this report: they are in results.json"
+    )
     comparison = content.comparison
     if comparison is not None:
         note += ", their paired tests in comparison.json"
-        pairs = [
-            pair | {"conditions": [test for test in pair["conditions"] if _condition(test) in shown]}
-            for pair in comparison["pairs"]
-        ]
-        comparison = comparison | {"pairs": pairs}
-    models = {name: results | {"rows": kept[name]} for name, results in content.models.items()}
+        shown = {condition_of(row) for results in models.values() for row in results.rows}
+        comparison = replace(
+            comparison,
+            pairs=[
+                replace(pair, conditions=[test for test in pair.conditions if test.condition in shown])
+                for pair in comparison.pairs
+            ],
+        )
     return replace(content, models=models, notes=[*content.notes, f"{note}."], comparison=comparison)
 
 
-def kept_rows(results: Mapping[str, Any]) -> list[Row]:
-    """The rows of a model that a report shows: see `condense`."""
-    rows: list[Row] = results["rows"]
-    if sum(row.get("corrupt") is not None for row in rows) <= MOST_BROKEN:
-        return rows
-    modalities, probability, _ = corruption_values(results)
-    at = (list(modalities), probability)
-    return [row for row in rows if row.get("corrupt") is None or (row["modalities"], row["drop_prob"]) == at]
+def kept_rows(results: Results) -> list[ResultRow]:
+    """Return the rows of a model that a report shows: see `condense`."""
+    condition = broken_condition(results)
+    if condition is None or sum(row.corrupt is not None for row in results.rows) <= MOST_BROKEN:
+        return results.rows
+    return [row for row in results.rows if row.corrupt is None or (row.modalities, row.drop_prob) == condition]
 
 
-def _condition(row: Row) -> tuple[Any, ...]:
-    """Of a row, or of a paired test."""
-    return tuple(row["modalities"]), row["drop_prob"], row["seed"], row.get("corrupt")
+def condition_of(row: ResultRow) -> Condition:
+    """Return the condition of a row."""
+    return Condition(row.modalities, row.drop_prob, row.seed, row.corrupt)

@@ -1,41 +1,77 @@
-"""The pieces of a report in Markdown: numbers, names, tables, lists."""
+"""A page, or any section of one, as Markdown with tables (GitHub's)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+from karmma_dist.evaluation.report.model import Cell, Page, Picture, Section, Table
 
-def percent(value: float | None, digits: int = 2) -> str:
-    """A figure, or a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def interval(ends: Sequence[float] | None) -> str:
-    """`[low, high]`, or a dash."""
-    return "–" if ends is None else f"[{ends[0]:.2f}, {ends[1]:.2f}]"
+_MARKUP = re.compile(r"[\\`*|]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<=\])(?=\()|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What would begin emphasis, code, a cell, an element, a character reference or a link."""
+_BLOCK = re.compile(r"^(\d*)([#>+\-=~\[.)])")
+"""What would begin a heading, a list, a quotation, a fence or a link definition."""
 
 
-def p_value(value: float) -> str:
-    """`p = 0.012`."""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+def page(content: Page) -> str:
+    """Return a whole report."""
+    return "\n".join([f"# {_heading(content.title)}\n", *map(section, content.parts)])
+
+
+def section(content: Section) -> str:
+    """Return a section; folded tables stand in a `details` element."""
+    lines = [f"## {_heading(content.heading)}\n"] if content.heading else []
+    if content.heading:
+        lines += [*(f"* {_paragraph(sentence)}" for sentence in content.sentences), *[""] * bool(content.sentences)]
+    else:
+        lines += [f"{_paragraph(sentence)}\n" for sentence in content.sentences]
+    lines += [f"{picture(entry)}\n" for entry in content.pictures]
+    tables = [entry for entry in content.tables if entry.body]
+    if tables and content.is_folded:
+        lines.append(f"<details>\n<summary>{content.summary}</summary>\n")
+    lines += [_titled(entry, len(tables) > 1) for entry in tables]
+    if tables and content.is_folded:
+        lines.append("</details>\n")
+    return "\n".join(lines)
+
+
+def table(content: Table) -> str:
+    """Return a table; its best cells are bold, what is beside a cell's text stands after it."""
+    rule = ["---" if column in content.text_columns else "---:" for column in range(len(content.columns))]
+    lines = [*content.cells(content.body), *content.cells(content.foot)]
+    rows = [list(map(text, content.columns)), rule, *([_cell(cell) for cell in line] for line in lines)]
+    return "\n".join(_row(row) for row in rows)
+
+
+def picture(content: Picture) -> str:
+    """Return the reference to the PNG; its text stands for it."""
+    alternative = re.sub(r"[\[\]]", "", text(content.text))
+    return f"![{alternative}]({content.file})"
 
 
 def text(name: str) -> str:
-    """A name as a table cell: a bar would end it."""
-    return name.replace("|", "\\|")
+    """Return a text, on one line, without what Markdown would take for markup."""
+    return _MARKUP.sub(lambda match: "\\" + match[0], " ".join(name.split()))
 
 
-def list_section(heading: str, lines: Sequence[str]) -> str:
-    """A heading and its points, or nothing where there are none."""
-    return "\n".join([f"## {heading}\n", *(f"* {line}" for line in lines), ""]) if lines else ""
+def _heading(name: str) -> str:
+    return text(name).replace("#", r"\#")
 
 
-def table_section(heading: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A heading and its table, or nothing where it has no line."""
-    return f"## {heading}\n\n{table(header, body)}\n" if body else ""
+def _paragraph(sentence: str) -> str:
+    return _BLOCK.sub(lambda match: match[1] + "\\" + match[2], text(sentence))
 
 
-def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is set left, the others right."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *body])
+def _titled(content: Table, has_title: bool) -> str:
+    parts = [f"### {_heading(content.title)}\n"] if has_title else []
+    parts.append(f"{table(content)}\n")
+    return "\n".join([*parts, *([f"{_paragraph(content.caption)}\n"] if content.caption else [])])
+
+
+def _cell(cell: Cell) -> str:
+    shown = f"**{text(cell.text)}**" if cell.is_best else text(cell.text)
+    return f"{shown} {text(cell.aside)}" if cell.aside else shown
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,171 +1,348 @@
-"""The report's two figures, drawn without a display. Colours are Okabe and Ito's, told apart by the colour-blind."""
+"""Pictures of the report, drawn once by Matplotlib: as PNG beside the Markdown, as SVG inside the page.
+
+Colours are Okabe and Ito's, told apart by the colour-blind. A picture is as wide as a phone, so that its text is
+readable there, and larger on a desk. The SVG holds no colour but classes that the page's style sheet gives one, in the
+light and in the dark: `f0` to `f7` fill and `s0` to `s7` stroke with the colour of a series, `fk`, `sk` with the ink of
+text, `sg` with that of the grid.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import re
+import textwrap
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from typing import Any, Literal
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from karmma_dist.evaluation.report.model import Picture
 from karmma_dist.io.files import write_whole
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#010101", "#F0E442")
+"""Of the series in turn; the black is not quite black, for which Matplotlib's SVG says no colour at all."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-_GRAY = "#666666"
-_DOTS_PER_INCH = 150
+INK, GRID = "#1b1f24", "#d0d5db"
+
+WIDTH = 4.6
+"""Inches: on a phone of 360 pixels a point is about a pixel."""
+
+_SETTINGS: dict[Any, Any] = {
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.linewidth": 0.8, "font.size": 9.0, "svg.fonttype": "none",
+    "svg.hashsalt": "karmma-dist", "text.color": INK, "xtick.color": INK, "ytick.color": INK, "path.simplify": False,
+    "text.parse_math": False, "xtick.major.size": 0.0, "ytick.major.size": 0.0,
+}  # fmt: skip
+_DOTS_PER_INCH = 200
+_LEGEND_CHARACTERS = 62
+"""Characters of a legend that fit side by side, its marks among them."""
+_MARK_CHARACTERS = 5
+_LEGEND_LINE = 0.17
+"""Height of a line of a legend in inches."""
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One model's line."""
+class Point:
+    """A value with its bounds, in the unit of its axis."""
 
-    drop_probs: Sequence[float]
-    mean: Sequence[float | None]
-    """Percent; None where nothing could be evaluated."""
-    std: Sequence[float | None]
-    """Over seeds, in points."""
+    value: float | None
+    """None: nothing could be evaluated."""
+    low: float | None = None
+    high: float | None = None
 
 
-def drop_curves(path: Path, curves: Mapping[str, Curve], y_label: str, reference: tuple[str, float] | None) -> None:
-    """Accuracy over drop probability, one line per model, named at its end (the form of the paper's Fig. 4).
+Line = Mapping[float, Point]
+"""Points by their x."""
+
+
+def line_figure(
+    lines: Mapping[str, Line], x_label: str, y_label: str, reference: tuple[str, float] | None = None
+) -> Figure:
+    """Draw a line with marks per series, with bands where points have bounds (the form of the paper's Fig. 4).
 
     Args:
-        path: PNG to write.
-        curves: One line each.
-        y_label: What is measured, in percent.
+        lines: Points per series, in ascending x. A missing value interrupts the line.
+        x_label: What runs to the right, with its unit.
+        y_label: What runs upwards, with its unit; the axis begins at zero.
         reference: Name and height of a dotted horizontal line.
     """
-    figure, axes = _axes(7.0, 4.6)
-    ends = []
-    for place, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[place % len(COLOURS)]
-        points = [
-            (100 * p, mean, std or 0.0)
-            for p, mean, std in zip(curve.drop_probs, curve.mean, curve.std, strict=True)
-            if mean is not None
-        ]
-        if not points:
-            continue
-        x, y, spread = zip(*points, strict=True)
-        axes.plot(x, y, color=colour, marker=MARKERS[place % len(MARKERS)], markersize=5, linewidth=1.8, label=name)
-        low = [value - s for value, s in zip(y, spread, strict=True)]
-        high = [value + s for value, s in zip(y, spread, strict=True)]
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        ends.append((y[-1], name, colour))
-    last = max((100 * p for curve in curves.values() for p in curve.drop_probs), default=90.0)
-    if reference is not None:
-        name, height = reference
-        axes.axhline(height, color=_GRAY, linewidth=1, linestyle=":", label=f"{name} ({height:.2g} %)")
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(-0.03 * last, 1.03 * last)
-    axes.set_xticks(sorted({round(100 * p, 6) for curve in curves.values() for p in curve.drop_probs}))
-    axes.set_xlabel("probability that a modality is missing at inference (%)")
-    axes.set_ylabel(y_label)
-    heights = _spread([end[0] for end in ends], 0.045 * axes.get_ylim()[1])
-    for height, (_, name, colour) in zip(heights, ends, strict=True):
-        axes.text(1.05 * last, height, name, color=colour, va="center", fontsize=9, clip_on=False)
-    axes.legend(frameon=False, fontsize=8, loc="best")
-    save_figure(figure, path)
-
-
-def subset_bars(path: Path, values: Mapping[str, Mapping[str, float | None]], y_label: str) -> None:
-    """Accuracy per subset of modalities, one group per subset and one bar per model.
-
-    Args:
-        path: PNG to write.
-        values: Percent per subset name, per model.
-        y_label: What is measured, in percent.
-    """
-    subsets = list(dict.fromkeys(subset for of in values.values() for subset in of))
-    figure, axes = _axes(max(5.0, 1.5 + 0.32 * len(subsets) * (len(values) + 1)), 4.2)
-    width = 0.8 / len(values)
-    for place, (name, of) in enumerate(values.items()):
-        x = [group + (place - (len(values) - 1) / 2) * width for group in range(len(subsets))]
-        heights = [of.get(subset) for subset in subsets]
-        bars = axes.bar(x, [h or 0.0 for h in heights], 0.92 * width, color=COLOURS[place % len(COLOURS)], label=name)
-        texts = ["–" if h is None else f"{h:.1f}" for h in heights]
-        axes.bar_label(bars, texts, fontsize=7, padding=2, rotation=90 if len(values) > 2 else 0)
-    axes.set_xticks(range(len(subsets)), subsets)
-    axes.margins(y=0.15)
-    axes.set_xlabel("modalities present at inference")
-    axes.set_ylabel(y_label)
-    if len(values) > 1:
-        axes.legend(frameon=False, fontsize=8, ncols=min(len(values), 4), loc="lower left", bbox_to_anchor=(0, 1.0))
-    save_figure(figure, path)
-
-
-def severity_curves(path: Path, panels: Mapping[str, Mapping[str, Mapping[int, float | None]]], y_label: str) -> None:
-    """Accuracy over the severity of a failure, one panel per failure and one line per model.
-
-    Args:
-        path: PNG to write.
-        panels: Percent per severity (0: nothing is broken), per model, per failure.
-        y_label: What is measured, in percent.
-    """
-    models = list(dict.fromkeys(model for of in panels.values() for model in of))
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(2.4 * columns, 4.2), 2.1 * lines + 0.7), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    for axes, (failure, curves) in zip(grid, panels.items(), strict=False):
+    with matplotlib.rc_context(_SETTINGS):
+        figure = _figure(2.8, [*lines, *(reference[:1] if reference else ())])
+        axes = figure.add_subplot()
+        for place, (name, line) in enumerate(lines.items()):
+            _draw_line(axes, place, name, line)
+        if reference is not None:
+            axes.axhline(reference[1], color=INK, linewidth=1, linestyle=":", label=_wrapped(reference[0]))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         style_axes(axes)
-        axes.set_title(failure, fontsize=9)
-        for model, values in curves.items():
-            place = models.index(model)
-            points = [(severity, value) for severity, value in sorted(values.items()) if value is not None]
-            axes.plot(
-                [severity for severity, _ in points], [value for _, value in points],
-                color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)], markersize=4, label=model,
-            )  # fmt: skip
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    grid[0].set_ylim(bottom=0)
-    grid[0].set_xticks(range(6))
-    figure.supxlabel("severity (0: whole)", fontsize=9)
-    figure.supylabel(y_label, fontsize=9)
-    handles, names = grid[0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, fontsize=8, ncols=min(len(models), 4), loc="outside upper center")
-    save_figure(figure, path)
+        _add_legend(figure, axes)
+        return figure
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    style_axes(axes)
-    return figure, axes
+def bar_figure(series: Mapping[str, Mapping[str, Point]], groups_label: str, x_label: str) -> Figure:
+    """Draw bars to the right, one group per name and a bar per series in it, with a whisker where there are bounds.
+
+    Args:
+        series: Points by the name of their group, per series.
+        groups_label: What the groups are.
+        x_label: What runs to the right, with its unit.
+    """
+    groups = list(dict.fromkeys(group for points in series.values() for group in points))
+    width = 1 / (len(series) + 0.7)
+    with matplotlib.rc_context(_SETTINGS):
+        figure = _figure(0.5 + 0.135 * len(groups) * (len(series) + 0.7), list(series))
+        axes = figure.add_subplot()
+        for place, (name, points) in enumerate(series.items()):
+            label = _wrapped(name)
+            for group, point in points.items():
+                y = groups.index(group) + (place - (len(series) - 1) / 2) * width
+                _draw_bar(axes, place, point, y, width, label)
+                label = "_nolegend_"  # its first bar alone
+        axes.set_yticks(range(len(groups)), groups)
+        axes.set_ylim(max(len(groups), 1) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.margins(x=0.08)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(groups_label)
+        style_axes(axes, "x")
+        _add_legend(figure, axes)
+        return figure
 
 
-def style_axes(axes: Axes) -> None:
-    """Leave the frame open, with light horizontal lines behind the data."""
+def panel_figure(
+    panels: Mapping[str, Mapping[str, Line]], x_label: str, y_label: str, x_ticks: Sequence[float]
+) -> Figure:
+    """Draw a small panel per name with a line per series, all on the same axes.
+
+    Args:
+        panels: Points per series, per panel.
+        x_label: What runs to the right, with its unit.
+        y_label: What runs upwards, with its unit; the axis begins at zero.
+        x_ticks: Where the axis that runs to the right is numbered.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with matplotlib.rc_context(_SETTINGS):
+        figure = _figure(0.5 + 1.25 * rows, names)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+            axes.set_title(title, fontsize=9)
+            for name, line in lines.items():
+                _draw_line(axes, names.index(name), name, line)
+            style_axes(axes)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        grid[0].set_ylim(bottom=0)
+        grid[0].set_xticks(x_ticks)
+        figure.supxlabel(x_label, fontsize=9)
+        figure.supylabel(y_label, fontsize=9)
+        _add_legend(figure, grid[0])
+        return figure
+
+
+def style_axes(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
+    """Leave the frame open, with light lines behind the data across the axis `grid`."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move labels apart until neighbours are `gap` from each other, keeping their order and their common centre."""
-    order = sorted(range(len(heights)), key=lambda place: heights[place])
-    groups: list[list[float]] = []  # [sum of wished heights less each one's offset in the group, number of labels]
-    for place in order:
-        groups.append([heights[place], 1])
-        while len(groups) > 1 and _top(groups[-2], gap) + gap > groups[-1][0] / groups[-1][1]:
-            total, num = groups.pop()
-            groups[-1][0] += total - num * groups[-1][1] * gap
-            groups[-1][1] += num
-    placed = [total / num + k * gap for total, num in groups for k in range(int(num))]
-    return [height for _, height in sorted(zip(order, placed, strict=True))]
-
-
-def _top(group: Sequence[float], gap: float) -> float:
-    return group[0] / group[1] + (group[1] - 1) * gap
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
+    FigureCanvasAgg(figure)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH))
+
+
+def _figure(height: float, names: Sequence[str]) -> Figure:
+    """A figure with room for the plot (inches) and for a legend of these names."""
+    shown = list(map(_wrapped, names))
+    lines = -(-sum(name.count("\n") + 1 for name in shown) // _legend_columns(shown)) if len(names) > 1 else 0
+    return Figure(figsize=(WIDTH, height + _LEGEND_LINE * lines), layout="constrained")
+
+
+def _draw_line(axes: Axes, place: int, name: str, line: Line) -> None:
+    colour, again = COLOURS[place % len(COLOURS)], place >= len(COLOURS)
+    x = list(line)
+    y = [float("nan") if point.value is None else point.value for point in line.values()]
+    axes.plot(
+        x, y, color=colour, marker=MARKERS[place % len(MARKERS)], markersize=4, markeredgewidth=0, linewidth=1.5,
+        linestyle="--" if again else "-", label=_wrapped(name),
+    )  # fmt: skip
+    bounded = {x: (max(0.0, point.low), point.high) for x, point in line.items()
+               if point.low is not None and point.high is not None}  # fmt: skip
+    if len(bounded) > 1:
+        low, high = zip(*bounded.values(), strict=True)
+        axes.fill_between(list(bounded), low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _draw_bar(axes: Axes, place: int, point: Point, y: float, width: float, label: str) -> None:
+    """A bar with its value at its end; a dash where there is none. The label puts it into the legend."""
+    value = 0.0 if point.value is None else point.value
+    alpha = 0.55 if place >= len(COLOURS) else None
+    axes.barh(y, value, 0.86 * width, color=COLOURS[place % len(COLOURS)], alpha=alpha, label=label)
+    end = value
+    if point.low is not None and point.high is not None:
+        axes.plot([max(0.0, point.low), point.high], [y, y], color=INK, linewidth=1)
+        end = max(end, point.high)
+    text = "–" if point.value is None else f"{point.value:.1f}"
+    axes.annotate(text, (end, y), (2, 0), textcoords="offset points", va="center_baseline", fontsize=8.5)
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    longest = max((len(line) for name in names for line in name.split("\n")), default=0)
+    return max(1, min(len(names), _LEGEND_CHARACTERS // (longest + _MARK_CHARACTERS)))
+
+
+def _wrapped(name: str) -> str:
+    """A name in lines that fit the picture; Matplotlib's legends leave out names that begin with an underscore."""
+    lines = "\n".join(textwrap.wrap(name, _LEGEND_CHARACTERS - _MARK_CHARACTERS)) or " "
+    return f"\u200b{lines}" if lines.startswith("_") else lines
+
+
+def _add_legend(figure: Figure, axes: Axes) -> None:
+    """Name the series above the plot, where there are several or a reference."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) > 1:
+        figure.legend(
+            handles, names, frameon=False, ncols=_legend_columns(names), loc="outside upper left", handlelength=1.6,
+            columnspacing=1.2, borderpad=0, labelspacing=0.3,
+        )  # fmt: skip
+
+
+_COMMANDS = re.compile(r"([MLHVCQz])([^MLHVCQz]*)")
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+_SVG, _HREF = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+
+_CLASSES = {colour.lower(): str(place) for place, colour in enumerate(COLOURS)} | {INK: "k", GRID: "g"}
+_KEPT = {"fill-opacity": "1", "opacity": "1", "stroke-width": "1", "stroke-dasharray": "none", "text-anchor": "start",
+         "font-size": "9"}  # fmt: skip
+"""Properties that an element keeps where they differ from these, which the style sheet sets."""
+
+
+def svg(picture: Picture, prefix: str) -> str:
+    """Return a picture as an SVG element for a page: no style, no colour, nothing that is loaded, always the same.
+
+    Args:
+        picture: What is drawn.
+        prefix: Letters that names of its elements begin with, others for each picture of a page.
+    """
+    figure, target = picture.figure, io.StringIO()
+    FigureCanvasSVG(figure)
+    with matplotlib.rc_context(_SETTINGS):
+        none = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(target, format="svg", transparent=True, metadata=none)
+    root = ElementTree.fromstring(target.getvalue())
+    shapes = {element.get("id", ""): element for element in root.iter(f"{_SVG}path") if element.get("id")}
+    names: dict[str, str] = {}
+    elements = [_element(element, shapes, names, prefix) for element in _drawn(root)]
+    parts = _merged(sorted(elements, key=_layer))
+    marks = "".join(f'<path id="{name}" d="{_path(shapes[shape].get("d", ""))}"/>' for shape, name in names.items())
+    _, _, width, height = map(float, root.get("viewBox", "0 0 1 1").split())
+    return (
+        f'<svg class="plot" role="img" aria-labelledby="{prefix}t {prefix}d" viewBox="0 0 {width:g} {height:g}">'
+        f'<title id="{prefix}t">{escape(picture.title)}</title><desc id="{prefix}d">{escape(picture.description)}'
+        f"</desc><defs>{marks}</defs>{''.join(parts)}</svg>"
+    )
+
+
+def _drawn(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
+    """Elements that draw something, in their order."""
+    for child in element:
+        if child.tag == f"{_SVG}g":
+            yield from _drawn(child)
+        elif child.tag == f"{_SVG}text" or child.get("style", "fill: none") not in ("", "fill: none"):
+            yield child
+
+
+def _layer(element: tuple[str, str, str]) -> tuple[int, str]:
+    """The grid lies below areas, these below lines, marks and text, and what looks alike lies together."""
+    kind, attributes, _ = element
+    if kind == "path":
+        return next(n for n, name in enumerate(("sg", "f", "s")) if f'class="{name}' in attributes), attributes
+    return (3 if kind == "use" else 4), attributes
+
+
+def _element(
+    element: ElementTree.Element, shapes: Mapping[str, ElementTree.Element], names: dict[str, str], prefix: str
+) -> tuple[str, str, str]:
+    """Kind, attributes and content of an element without style; shapes that are used several times get `names`."""
+    style = dict(part.split(": ", 1) for part in element.get("style", "").split("; ") if part)
+    attributes = _attributes(style)
+    if element.tag == f"{_SVG}path":
+        return "path", attributes, _path(element.get("d", ""))
+    x, y = float(element.get("x", 0)), float(element.get("y", 0))
+    if element.tag == f"{_SVG}text":
+        transform = element.get("transform", "")
+        if moved := re.search(r"translate\(([-\d.]+) ([-\d.]+)", transform):
+            x, y = float(moved[1]), float(moved[2])
+        turned = re.search(r"rotate\((-?[1-9][\d.]*)", transform)
+        rotation = f' transform="rotate({turned[1]} {_short(x)} {_short(y)})"' if turned else ""
+        return "text", attributes, f'x="{_short(x)}" y="{_short(y)}"{rotation}>{escape(element.text or "")}'
+    shape = element.get(_HREF, "").removeprefix("#")
+    if abs(x) < 1e-6:  # a band, which Matplotlib moves to its place as a whole
+        return "path", attributes, _path(shapes[shape].get("d", ""), y)
+    name = names.setdefault(shape, f"{prefix}{len(names)}")
+    return "use", attributes, f'href="#{name}" x="{_short(x)}" y="{_short(y)}"'
+
+
+def _attributes(style: Mapping[str, str]) -> str:
+    fill, stroke = _CLASSES.get(style.get("fill", ""), ""), _CLASSES.get(style.get("stroke", ""), "")
+    classes = [f"f{fill}"] * bool(fill) + [f"s{stroke}"] * (bool(stroke) and not fill)
+    kept = [(name, style[name].removesuffix("px")) for name in _KEPT if name in style]
+    text = "".join(f' {name}="{value}"' for name, value in kept if value != _KEPT[name])
+    return (f' class="{classes[0]}"' if classes else "") + text
+
+
+def _merged(elements: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    """Neighbours of the same kind and attributes as one path or in one group."""
+    waiting: list[str] = []
+    before: tuple[str, str] | None = None
+    for kind, attributes, content in [*elements, ("", "", "")]:
+        if before is not None and (kind, attributes) != before:
+            yield _group(*before, waiting)
+            waiting = []
+        before = kind, attributes
+        waiting.append(content)
+
+
+def _group(kind: str, attributes: str, contents: Sequence[str]) -> str:
+    if kind == "path":
+        return f'<path{attributes} d="{"".join(contents)}"/>'
+    end = {"use": "/>", "text": "</text>"}[kind]
+    return f"<g{attributes}>{''.join(f'<{kind} {content}{end}' for content in contents)}</g>"
+
+
+def _path(description: str, down: float = 0.0) -> str:
+    """Path data in tenths of a point, moved down."""
+    parts, before = [], ("", "")
+    for command, text in _COMMANDS.findall(description):
+        numbers = [float(number) for number in _NUMBER.findall(text)]
+        numbers[1::2] = [y + down for y in numbers[1::2]]
+        shown = list(map(_short, numbers))
+        if command == "L" and shown[1] == before[1]:
+            parts.append(f"H{shown[0]}")
+        elif command == "L" and shown[0] == before[0]:
+            parts.append(f"V{shown[1]}")
+        elif command == "L" and parts[-1][0] in "ML ":  # points after a point are lines
+            parts.append(" " + " ".join(shown))
+        else:
+            parts.append(command + " ".join(shown))
+        if shown:
+            before = shown[-2], shown[-1]
+    return "".join(parts)
+
+
+def _short(value: float) -> str:
+    text = f"{value:.1f}".removesuffix(".0")
+    return "0" if text == "-0" else text

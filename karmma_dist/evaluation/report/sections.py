@@ -1,0 +1,499 @@
+"""The sections of an evaluation's report: the figures of the results that stand in each table and picture.
+
+Rows with a broken sensor (`corrupt` is set) stand in sections of their own and among all rows, nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from karmma_dist.evaluation import metrics
+from karmma_dist.evaluation.corruptions.kinds import NUM_SEVERITIES, parse_corruption
+from karmma_dist.evaluation.metrics import ACTION, Figure
+from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.model import (
+    NONE,
+    Cell,
+    Page,
+    Picture,
+    Section,
+    Table,
+    TableLine,
+    best_cells,
+    interval,
+    p_value,
+    percent,
+)
+from karmma_dist.evaluation.report.plots import Line, Point, bar_figure, line_figure, panel_figure
+from karmma_dist.evaluation.report.rows import clips_behind, condition_cells, condition_name, every_figure, every_row
+from karmma_dist.evaluation.report.sentences import (
+    FALL,
+    FIGURE_NAMES,
+    Models,
+    compared_heading,
+    findings,
+    fullest_name,
+    headline,
+    verdicts,
+)
+from karmma_dist.evaluation.results import DropCurve, Interval, ResultRow, Results, SubsetSummary
+from karmma_dist.evaluation.statistics.compare import Comparison, ConditionTest, FigureTest
+from karmma_dist.evaluation.summary import (
+    LEVEL,
+    METRIC,
+    Subset,
+    broken_condition,
+    by_corruption,
+    fullest,
+    interval_of,
+    mean_over_seeds,
+    model_ranks,
+    rows_of,
+    subset_rows,
+)
+from karmma_dist.modalities import letters
+
+CURVE_PLOT, SUBSET_PLOT, CORRUPTION_PLOT = "drop_curve.png", "subsets.png", "corruptions.png"
+
+
+def evaluation_page(content: ReportContent) -> Page:
+    """Return the report; sections that the rows do not allow (no subsets, no sweep) are empty."""
+    models, comparison = content.models, content.comparison
+    pictures = [picture for picture in (curve_picture(models), subset_picture(models)) if picture is not None]
+    sections = [
+        at_a_glance(models),
+        missing_at_random(models),
+        subsets_section(models),
+        *broken_sensors(models),
+        Section("findings", "What the figures say", findings(models, comparison)),
+        *([] if comparison is None else differences(comparison)),
+        what_was_measured(models),
+        every_figure(models),
+        every_row(models),
+        clips_behind(models),
+        Section("notes", "Notes", list(content.notes)),
+        times(content.timings),
+    ]
+    return Page(content.title, Section("outcome", "", [headline(models, comparison)], pictures=pictures), sections)
+
+
+def shorter_pages(page: Page, content: ReportContent) -> Iterator[Page]:
+    """Return the same report with less and less in what few read, for a file that must stay small.
+
+    Args:
+        page: What `evaluation_page` made.
+        content: What it was made of.
+    """
+    place = "in report.md, which is written beside this page"
+
+    def rows(is_shown: Callable[[Figure], bool]) -> Section:
+        return replace(every_row(content.models, is_shown), sentences=[f"The other figures of each row stand {place}."])
+
+    if content.comparison is not None:
+        page = _with(page, differences(content.comparison, has_words=False)[0])
+        yield page
+    page = _with(page, rows(lambda figure: figure.scored == ACTION))
+    yield page
+    for anchor in ("counts", "broken-others", "tests"):
+        for section in page.parts:
+            if section.anchor == anchor:
+                page = _with(page, replace(section, sentences=[f"{section.summary} stand {place}."], tables=[]))
+                yield page
+    yield _with(page, rows(lambda figure: figure.name == METRIC))
+
+
+def _with(page: Page, changed: Section) -> Page:
+    sections = [changed if section.anchor == changed.anchor else section for section in page.sections]
+    return replace(page, sections=sections)
+
+
+def at_a_glance(models: Models) -> Section:
+    """Return a line per model: the figures that models are compared by."""
+    subsets = [results.summary.subsets for results in models.values()]
+    curves = [results.summary.drop_curve for results in models.values()]
+    columns = {fullest_name(models): _cells([_point(fullest(results.rows)) for results in models.values()])}
+    if any(subsets):
+        columns["average over subsets"] = _summary_cells(subsets, "average")
+        columns["relative drop (%)"] = _summary_cells(subsets, "relative_drop", lower_is_better=True)
+        if len(models) > 1:
+            columns["average rank"] = best_cells(list(model_ranks(models).values()), lower_is_better=True)
+    if any(curves):
+        columns["mean over drop probabilities"] = _summary_cells(curves, "area")
+        columns["fall (points)"] = _summary_cells(curves, "fall", lower_is_better=True)
+        columns["fall (% of the start)"] = _summary_cells(curves, "relative_fall", lower_is_better=True)
+    body: list[TableLine] = [
+        [name, *(cells[place] for cells in columns.values())] for place, name in enumerate(models)
+    ]
+    caption = "Relative drop: lost against the largest subset, averaged over the smaller subsets. The best is in bold."
+    heading = compared_heading()
+    table = Table(f"{_capital(heading)} of each model", [f"{heading} (%)", *columns], body,
+                  caption=caption if any(subsets) else "")  # fmt: skip
+    return Section("glance", "At a glance", tables=[table])
+
+
+def what_was_measured(models: Models) -> Section:
+    """Return clips, chance, and what the data itself lacks, per model."""
+    first = next(iter(models.values())).summary
+    heads = [
+        [name, f"{num:,}", f"{first.chance_top1[name]:.3g}", percent(first.majority_top1[name])]
+        for name, num in first.num_classes.items()
+    ]
+    modalities = list(dict.fromkeys(m for results in models.values() for m in results.summary.modalities))
+    clips = []
+    for name, results in models.items():
+        summary = results.summary
+        counts = [summary.num_clips, summary.num_unlabelled, summary.num_pruned, summary.num_damaged]
+        lacking = [f"{summary.num_clips - summary.num_present[m]:,}" if m in summary.num_present else "not used"
+                   for m in modalities]  # fmt: skip
+        clips.append([name, *(f"{count:,}" for count in counts), *lacking])
+    fewest = min(results.summary.num_clips for results in models.values())
+    seeds = max(len(results.summary.seeds) for results in models.values())
+    damage = dict.fromkeys(line for results in models.values() for line in results.summary.damage)
+    sentences = [
+        f"Seeds of the drops: {seeds}. What a clip loses depends on seed and key alone, not on the model.",
+        f"{fewest:,} clips: by sampling alone, the 95 % interval of a figure is up to "
+        f"±{98 / math.sqrt(fewest):.1f} points.",
+        "“Without” counts clips whose modality the data itself lacks; a modality that cannot be read is damage, and "
+        "its clip is unreadable.",
+        *(f"unreadable: {line}" for line in damage),
+    ]
+    columns = ["model", "clips", "unlabelled", "left out by noun", "unreadable", *(f"without {m}" for m in modalities)]
+    tables = [
+        Table("Classes and chance per head", ["head", "classes", "chance (%)", "always the most frequent (%)"], heads),
+        Table("Clips per model", columns, clips),
+    ]
+    return Section("measured", "What was measured", sentences, tables)
+
+
+def subsets_section(models: Models) -> Section:
+    """Return the figure under every subset of the modalities, with averages."""
+    probability, rows, subsets = _subsets(models)
+    if len(subsets) < 2:
+        return Section("subsets", "")
+    body: list[TableLine] = [
+        [
+            letters(subset),
+            _clip_counts([row for own in rows.values() for row in own.get(subset, [])]),
+            *_cells([_point(own.get(subset, [])) for own in rows.values()]),
+        ]
+        for subset in subsets
+    ]
+    summaries = [results.summary.subsets for results in models.values()]
+    foot: list[TableLine] = [
+        ["average over subsets", "", *_summary_cells(summaries, "average")],
+        ["average relative drop (%)", "", *_summary_cells(summaries, "relative_drop", lower_is_better=True)],
+    ]
+    if len(models) > 1:
+        ranks = list(model_ranks(models).values())
+        foot.append(["average rank", "", *best_cells(ranks, lower_is_better=True)])
+    at, heading = f" at drop probability {probability:g}" if probability else "", compared_heading()
+    caption = "A clip that has none of a subset's modalities cannot be shown to a model: counted apart, as without."
+    table = Table(f"{_capital(heading)} per subset{at}", ["present", "clips", *models], body, foot,
+                  caption=caption + _interval_note(models))  # fmt: skip
+    return Section("subsets", f"Subsets of the modalities{at}: {heading} (%)", tables=[table], short="Subsets")
+
+
+def subset_picture(models: Models) -> Picture | None:
+    """Return the bars of every subset; None: there are no subsets."""
+    probability, rows, subsets = _subsets(models)
+    if len(subsets) < 2:
+        return None
+    points = {name: {letters(subset): _point(own[subset]) for subset in subsets if subset in own}
+              for name, own in rows.items()}  # fmt: skip
+    at, label = f" at drop probability {probability:g}" if probability else "", f"{compared_heading()} (%)"
+    return Picture(
+        SUBSET_PLOT,
+        f"{_capital(compared_heading())} per subset of the modalities{at}",
+        " ".join(_range(name, {group: point.value for group, point in own.items()}) for name, own in points.items()),
+        lambda: bar_figure(points, "modalities present", label),
+    )
+
+
+def missing_at_random(models: Models) -> Section:
+    """Return the figure over the drop probability."""
+    curves = _curves(models)
+    body: list[TableLine] = [
+        [f"{100 * probability:g}", *_curve_cells(models, curves, probability)]
+        for probability in sorted({p for curve in curves.values() for p in curve.drop_prob})
+    ]
+    own = list(curves.values())
+    foot: list[TableLine] = [
+        ["mean height (area)", *_summary_cells(own, "area")],
+        ["fall (points)", *_summary_cells(own, "fall", lower_is_better=True)],
+        ["fall (% of the start)", *_summary_cells(own, "relative_fall", lower_is_better=True)],
+    ]
+    has_seeds = any(curve.num_seeds > 1 for curve in own)
+    deviation = " ± is the standard deviation over the seeds." if has_seeds else ""
+    columns = ["drop probability (%)", *(f"{name} ({letters(curve.modalities)})" for name, curve in curves.items())]
+    table = Table(
+        f"{_capital(compared_heading())} per drop probability", columns, body, foot,
+        caption=f"At least one modality of each clip stays.{deviation}{_band_note(models)}",
+    )  # fmt: skip
+    heading = f"Modalities missing at random: {compared_heading()} (%)"
+    return Section("sweep", heading, tables=[table], short="Missing at random")
+
+
+def curve_picture(models: Models) -> Picture | None:
+    """Return the figure over the drop probability; None: nothing was swept."""
+    curves = _curves(models)
+    if not curves:
+        return None
+    same = len({curve.modalities for curve in curves.values()}) == 1
+    lines: dict[str, Line] = {
+        name if same else f"{name} ({letters(curve.modalities)})": {
+            100 * probability: _bounded(models[name], curve, place) for place, probability in enumerate(curve.drop_prob)
+        }
+        for name, curve in curves.items()
+    }
+    chance = next(iter(models.values())).summary.chance_top1[ACTION]
+    label = f"{compared_heading()} (%)"
+    return Picture(
+        CURVE_PLOT,
+        f"{_capital(compared_heading())} over the probability that a modality is missing at inference",
+        " ".join(_range(name, {f"{x:g} %": point.value for x, point in line.items()}) for name, line in lines.items()),
+        lambda: line_figure(
+            lines, "probability that a modality is missing (%)", label, (f"chance ({chance:.2g} %)", chance)
+        ),
+    )
+
+
+def broken_sensors(models: Models) -> list[Section]:
+    """Return what each failure costs each model, under its fullest condition and, folded, under the others."""
+    conditions = {name: at for name, results in models.items() if (at := broken_condition(results)) is not None}
+    heading = compared_heading()
+    if not conditions:
+        return []
+    rows = {name: by_corruption(models[name].rows, at) for name, at in conditions.items()}
+    values = {name: {corrupt: mean_over_seeds(seeds) for corrupt, seeds in own.items()} for name, own in rows.items()}
+    losses = [_average_loss(own) for own in values.values()]
+    columns = [f"{name} ({condition_name(*at)})" for name, at in conditions.items()]
+    table = Table(
+        f"{_capital(heading)} per corrupted sensor", ["broken", "severity means", *columns], _broken_lines(rows),
+        [["average", "relative drop (%)", *best_cells(losses, lower_is_better=True)]], frozenset({0, 1}),
+        "Named as sensor, kind, severity. A sensor behind several modalities, such as the camera, breaks them at once; "
+        "a modality broken by its own name leaves the others as they were. In brackets the change in points against "
+        "whole sensors. A broken sensor is there: its modality is not absent, and the model is not told."
+        + _interval_note(models),
+    )  # fmt: skip
+    return [
+        Section("broken", f"Sensors that are there but broken: {heading} (%)", tables=[table],
+                pictures=[_broken_picture(values)], short="Broken sensors"),
+        _other_conditions(models, conditions),
+    ]  # fmt: skip
+
+
+def _other_conditions(models: Models, shown: Mapping[str, tuple[Subset, float]]) -> Section:
+    others = dict.fromkeys(
+        (row.modalities, row.drop_prob)
+        for name, results in models.items()
+        for row in results.rows
+        if row.corrupt is not None and (row.modalities, row.drop_prob) != shown[name]
+    )
+    tables = [
+        Table(
+            f"{condition_name(*at)}: {compared_heading()} per corrupted sensor", ["broken", "severity means", *models],
+            _broken_lines({name: by_corruption(results.rows, at) for name, results in models.items()}),
+            text_columns=frozenset({0, 1}),
+        )
+        for at in others
+    ]  # fmt: skip
+    heading = f"Broken sensors under other conditions: {compared_heading()} (%)"
+    return Section("broken-others", heading, tables=tables, is_folded=True, short="Under other conditions")
+
+
+def differences(comparison: Comparison, has_words: bool = True) -> list[Section]:
+    """Return the paired tests, of averages and falls and, folded, of single conditions.
+
+    Args:
+        comparison: The tests.
+        has_words: False if those of averages and falls are not said in sentences too.
+    """
+    pairs, heading = comparison.pairs, compared_heading()
+    over: list[TableLine] = [
+        [_figure_label(figure), *reversed(pair.models), _difference(test), interval(test.ci), p_value(test.p_holm)]
+        for figure in FIGURE_NAMES
+        for pair in pairs
+        if (test := pair.test(figure)) is not None
+    ]
+    explained = (
+        f"Paired tests on the same {comparison.num_clips:,} clips; second model minus first, in points. Averages and "
+        "falls: paired bootstrap, 95 % interval. Single conditions: exact McNemar test. p-values are corrected by Holm "
+        "for the number of pairs, and of conditions where there are several (those with broken sensors apart). What is "
+        "significant is in bold."
+    )
+    words = [sentence for pair in pairs for sentence in verdicts(pair)] if has_words else []
+    columns = ["figure", "model", "against", "difference", "95 % interval", "p"]
+    several = Table(f"Paired tests of averages and falls: {heading}", columns, over, text_columns=frozenset({0, 1, 2}))
+    by_pair = [{test.condition: test for test in pair.conditions} for pair in pairs]
+    single: list[TableLine] = [
+        [*condition_cells(condition), *(_tested(tests.get(condition)) for tests in by_pair)]
+        for condition in dict.fromkeys(condition for tests in by_pair for condition in tests)
+    ]
+    names = [f"{second} – {first}" for first, second in (pair.models for pair in pairs)]
+    conditions = Table(
+        f"Paired tests of single conditions: {heading}", ["present", "drop %", "seed", *names], single,
+        caption="The difference in points, in brackets its p-value.",
+    )  # fmt: skip
+    return [
+        Section("differences", f"Which differences would hold on other clips: {heading}", [explained, *words],
+                [several], short="Differences"),
+        Section("tests", f"Single conditions: {heading}", tables=[conditions], is_folded=True, short="Every test"),
+    ]  # fmt: skip
+
+
+def times(timings: Mapping[str, float]) -> Section:
+    """Return the seconds that each step took."""
+    body = [[step, f"{seconds:,.1f}"] for step, seconds in timings.items()]
+    return Section("time", "Time", tables=[Table("Seconds per step", ["step", "seconds"], body)])
+
+
+def _subsets(models: Models) -> tuple[float, dict[str, dict[Subset, list[ResultRow]]], list[Subset]]:
+    """The drop probability that subsets are compared at, their rows per model, and all of them."""
+    probability, rows = subset_rows(models)
+    return probability, rows, list(dict.fromkeys(subset for own in rows.values() for subset in own))
+
+
+def _curves(models: Models) -> dict[str, DropCurve]:
+    return {name: curve for name, results in models.items() if (curve := results.summary.drop_curve) is not None}
+
+
+def _point(rows: Sequence[ResultRow]) -> Point:
+    """The mean over seeds, with its interval where it is known."""
+    value = mean_over_seeds(rows)
+    low, high = (None if value is None else interval_of(rows)) or (None, None)
+    return Point(value, low, high)
+
+
+def _curve_point(results: Results, curve: DropCurve, place: int) -> Point:
+    """The mean over seeds at one drop probability, with the curve's own interval where the summary has it."""
+    point = _point(rows_of(results.rows, curve.modalities, curve.drop_prob[place]))
+    ends = None if curve.mean_ci is None else curve.mean_ci[METRIC][place]
+    return point if ends is None else Point(point.value, *ends)
+
+
+def _bounded(results: Results, curve: DropCurve, place: int) -> Point:
+    """The same; where it has no interval, its bounds are one standard deviation over several seeds."""
+    point, std = _curve_point(results, curve, place), curve.std[METRIC][place]
+    if point.low is None and point.value is not None and std and curve.num_seeds > 1:
+        return Point(point.value, point.value - std, point.value + std)
+    return point
+
+
+def _curve_cells(models: Models, curves: Mapping[str, DropCurve], probability: float) -> list[Cell]:
+    """A line of the table: mean, deviation over several seeds, interval."""
+    points, deviations = [], []
+    for name, curve in curves.items():
+        place = curve.drop_prob.index(probability) if probability in curve.drop_prob else None
+        points.append(Point(None) if place is None else _curve_point(models[name], curve, place))
+        std = None if place is None or curve.num_seeds < 2 else curve.std[METRIC][place]
+        deviations.append(f"± {std:.2f}" if std else "")
+    return _cells(points, deviations)
+
+
+def _cells(points: Sequence[Point], asides: Sequence[str] | None = None) -> list[Cell]:
+    """The best marked; beside each what is given and its interval."""
+    given = asides or [""] * len(points)
+    shown = [f"{aside} {interval(_ends(point))}".strip() for aside, point in zip(given, points, strict=True)]
+    return best_cells([point.value for point in points], shown)
+
+
+def _ends(point: Point) -> Interval | None:
+    return None if point.low is None or point.high is None else (point.low, point.high)
+
+
+def _summary_cells(
+    summaries: Sequence[SubsetSummary | DropCurve | None], key: str, lower_is_better: bool = False
+) -> list[Cell]:
+    """A figure of the summaries with its interval, where it has one."""
+    values = [None if summary is None else getattr(summary, key)[METRIC] for summary in summaries]
+    intervals = [getattr(summary, f"{key}_ci", None) or {} for summary in summaries]
+    return best_cells(values, [interval(ends.get(METRIC)) for ends in intervals], lower_is_better)
+
+
+def _clip_counts(rows: Sequence[ResultRow]) -> str:
+    """Clips behind a line; each number where models differ."""
+    counts = (f"{row.num_clips:,}" + (f" ({row.num_without:,} without)" if row.num_without else "") for row in rows)
+    return " / ".join(dict.fromkeys(counts))
+
+
+def _broken_lines(rows: Mapping[str, Mapping[str | None, Sequence[ResultRow]]]) -> list[TableLine]:
+    """A line per failure: the figure of each model, its change against whole sensors, its interval."""
+    lines: list[TableLine] = []
+    for corrupt in dict.fromkeys(corrupt for own in rows.values() for corrupt in own):
+        points = [_point(own.get(corrupt, [])) for own in rows.values()]
+        changes = ["" if corrupt is None else _change(own, corrupt) for own in rows.values()]
+        meaning = "" if corrupt is None else parse_corruption(corrupt).meaning
+        lines.append([corrupt or "none", meaning, *_cells(points, changes)])
+    return lines
+
+
+def _change(rows: Mapping[str | None, Sequence[ResultRow]], corrupt: str) -> str:
+    value, base = mean_over_seeds(rows.get(corrupt, [])), mean_over_seeds(rows.get(None, []))
+    return "" if value is None or base is None else f"({value - base:+.2f})"
+
+
+def _average_loss(values: Mapping[str | None, float | None]) -> float | None:
+    broken = [value for corrupt, value in values.items() if corrupt is not None]
+    return metrics.average_relative_drop(values.get(None), broken)
+
+
+def _broken_picture(values: Mapping[str, Mapping[str | None, float | None]]) -> Picture:
+    """A panel per failure, over the severity; 0 is with whole sensors."""
+    panels: dict[str, dict[str, dict[float, Point]]] = {}
+    for name, own in values.items():
+        for corrupt, value in own.items():
+            if corrupt is not None:
+                corruption = parse_corruption(corrupt)
+                line = panels.setdefault(corruption.name, {}).setdefault(name, {0: Point(own.get(None))})
+                line[corruption.severity] = Point(value)
+    ordered = {
+        failure: {name: dict(sorted(line.items())) for name, line in lines.items()} for failure, lines in panels.items()
+    }
+    named = {name: {corrupt or "whole sensors": v for corrupt, v in own.items()} for name, own in values.items()}
+    label = f"{compared_heading()} (%)"
+    return Picture(
+        CORRUPTION_PLOT,
+        f"{_capital(compared_heading())} over the severity of each failure",
+        " ".join(_range(name, own) for name, own in named.items()),
+        lambda: panel_figure(ordered, "severity (0: whole)", label, range(NUM_SEVERITIES + 1)),
+    )
+
+
+def _figure_label(figure: str) -> str:
+    """The reader of a table expects more to be better."""
+    return f"{FIGURE_NAMES[figure]} (less is better)" if figure == FALL else FIGURE_NAMES[figure]
+
+
+def _difference(test: FigureTest | ConditionTest, aside: str = "") -> Cell:
+    return Cell(f"{test.difference:+.2f}", aside, test.p_holm < LEVEL)
+
+
+def _tested(test: ConditionTest | None) -> Cell:
+    return Cell(NONE) if test is None or test.difference is None else _difference(test, f"({p_value(test.p_holm)})")
+
+
+def _range(name: str, values: Mapping[str, float | None]) -> str:
+    """A series of a picture in words: its highest and lowest value."""
+    known = {place: value for place, value in values.items() if value is not None}
+    if not known:
+        return f"{name}: nothing could be evaluated."
+    high, low = (choose(known, key=lambda place: known[place]) for choose in (max, min))
+    return f"{name}: from {known[high]:.1f} % ({high}) down to {known[low]:.1f} % ({low})."
+
+
+def _interval_note(models: Models) -> str:
+    has_intervals = any(row.intervals.get(METRIC) for results in models.values() for row in results.rows)
+    return " Square brackets and whiskers are 95 % intervals." if has_intervals else ""
+
+
+def _band_note(models: Models) -> str:
+    curves = _curves(models).values()
+    if any(curve.mean_ci for curve in curves):
+        return " Square brackets and bands are 95 % intervals."
+    return " The band is one such deviation to either side." if any(curve.num_seeds > 1 for curve in curves) else ""
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

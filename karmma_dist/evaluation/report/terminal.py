@@ -1,0 +1,57 @@
+"""Any section of a report for a terminal, by rich."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from karmma_dist.evaluation.report.model import Cell, Section, Table
+
+
+def print_section(content: Section, console: Console) -> None:
+    """Print a section; whatever looks like markup of rich is text."""
+    if content.heading:
+        console.print(Text(content.heading, style="bold"), "")
+    for sentence in content.sentences:
+        console.print(Text(sentence))
+    for picture in content.pictures:
+        console.print(Text(f"{picture.text} ({picture.file})"))
+    if content.sentences or content.pictures:
+        console.print()
+    for table in content.tables:
+        if table.body:
+            print_table(table, console)
+
+
+def print_table(content: Table, console: Console, has_asides: bool = True) -> None:
+    """Print a table with its title and caption.
+
+    Args:
+        content: What is printed; whatever looks like markup of rich is text.
+        console: Where to.
+        has_asides: False if intervals and deviations take too much room.
+    """
+    console.print(Text(content.title, style="bold"), _drawn(content, has_asides))
+    console.print(*([Text(content.caption, style="dim")] if content.caption else []), "")
+
+
+def _drawn(content: Table, has_asides: bool) -> RichTable:
+    """A table as rich draws it; columns of figures are set right."""
+    drawn = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for place, heading in enumerate(content.columns):
+        is_text = place in content.text_columns
+        drawn.add_column(
+            Text(heading), justify="left" if is_text else "right", overflow="fold", no_wrap=place == 0 and is_text
+        )
+    lines = content.cells(content.body)
+    for number, line in enumerate([*lines, *content.cells(content.foot)], 1):
+        ends_body = number == len(lines) and bool(content.foot)
+        drawn.add_row(*(_text(cell, has_asides) for cell in line), end_section=ends_body)
+    return drawn
+
+
+def _text(cell: Cell, has_asides: bool) -> Text:
+    shown = Text(cell.text, style="bold" if cell.is_best else "")
+    return shown.append(f" {cell.aside}", style="dim not bold") if cell.aside and has_asides else shown
