@@ -35,7 +35,7 @@ def with_plugins(own: Mapping[str, Plugin], group: str, kind: type[Plugin]) -> d
         except Exception as error:  # other people's code: whatever it raises is told with its name
             raise UserError(f"{where}: cannot be imported ({type(error).__name__}: {error}); {known}") from error
         if not isinstance(plugin, kind):
-            raise UserError(f"{where}: it is no {kind.__name__} but a {type(plugin).__name__}; {known}")
+            raise UserError(f"{where}: of type {type(plugin).__name__}, not {kind.__name__}; {known}")
         name = getattr(plugin, "name", entry.name)
         if name in table:
             raise UserError(f"{where}: there is a {kind.__name__.lower()} '{name}' already; {known}")

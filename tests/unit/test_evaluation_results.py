@@ -175,7 +175,7 @@ def test_a_metric_from_outside_is_in_rows_summary_and_comparison(tmp_path: Path)
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("3", "it is of type int, no Metric"),
+        ("3", "of type int, not Metric"),
         ('Metric("top1", "again", right=top_k(1))', "there is a metric 'top1' already"),
         ('Metric("Top 9", "x", right=top_k(9))', "metric 'Top 9'"),
         ('Metric("both", "x", right=top_k(9), measure=len)', "metric 'both'"),
