@@ -36,8 +36,8 @@ from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.batch import Sample, collate, prepare
 from karmma_dist.streaming.views import View, training_view
-from tests.unit.decoding_kit import decode_audio, decode_flow, decode_video
-from tests.unit.decoding_kit import described as described_frames
+from kits.decoding import decode_audio, decode_flow, decode_video
+from kits.decoding import described as described_frames
 
 FPS = 30
 SIZES = {"456x256": (456, 256), "70x56": (70, 56)}

@@ -29,8 +29,7 @@ from karmma_dist.packing.synthetic.kitchen import write_kitchen
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests are no package that is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
-from kit import outcome
-from test_resume import ADAMW, start
+from kits.ranks import ADAMW, outcome, start
 
 _SETTINGS = (*ADAMW, "training.checkpoint_every_steps=1", "training.log_every_steps=2", "training.epochs=12")
 _STEPS = 60

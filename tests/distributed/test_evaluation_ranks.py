@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from patience import HANGS_S
 
 from karmma_dist.launching.local import rank_command, rank_environments
 from karmma_dist.models.model_card import save_model
 from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
-
-sys.path.insert(0, str(Path(__file__).parent))
-from kit import RECIPE, karmma_dist
+from kits.patience import HANGS_S
+from kits.ranks import RECIPE, karmma_dist
 
 CONDITIONS = ["--subsets", "--sweep", "--seeds", "2", "--corrupt", "audio:noise:5"]
 

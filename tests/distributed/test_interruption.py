@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from patience import HANGS_S
-from recipe_kit import tiny_recipe
 from safetensors.torch import load_file
 
 from karmma_dist.distributed.world import free_port
+from kits.patience import HANGS_S
+from kits.recipes import tiny_recipe
 
 RECIPE = tiny_recipe(
     ["video", "audio"],

@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from patience import HANGS_S
-from test_ranks import command
-
 from karmma_dist.distributed.world import free_port
+from kits.patience import HANGS_S
+from kits.ranks import command
 
 HANGING = """
 import sys, threading

@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kit import command
-from patience import HANGS_S
-
 from karmma_dist.shards.folder import ShardFolder
+from kits.patience import HANGS_S
+from kits.ranks import command
 
 
 def test_the_damage_budget_counts_the_clips_of_all_ranks(shards: Path, tmp_path: Path) -> None:

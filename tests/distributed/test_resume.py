@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from kit import RECIPE, command, karmma_dist, outcome
-from patience import HANGS_S
 
-from karmma_dist.distributed.world import free_port
 from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
+from kits.patience import HANGS_S
+from kits.ranks import ADAMW, RECIPE, command, karmma_dist, outcome, start
 
-ADAMW = ("optimizer.name=adamw", "optimizer.lr=0.003", "optimizer.weight_decay=0.01")
 OFTEN = ("training.checkpoint_every_steps=1", "training.log_every_steps=2")
 
 
@@ -27,24 +23,6 @@ def initial_weights(shards: Path) -> dict[str, torch.Tensor]:
     """The weights every run starts from."""
     recipe = Recipe.model_validate({**RECIPE, "data": {**RECIPE["data"], "shards": str(shards)}})  # type: ignore[dict-item]
     return dict(build_model(recipe, ShardFolder(shards).classes).state_dict())
-
-
-def start(folder: Path, shards: Path, num_ranks: int, *overrides: str, script: str = "") -> list[subprocess.Popen[str]]:
-    """Start the ranks of a run, each a process that this test can kill; `script` runs in them first."""
-    arguments = command(folder, shards, *overrides)
-    program = f"import sys\n{script}\nfrom karmma_dist.cli import main\nsys.exit(main(sys.argv[1:]))\n"
-    port = str(free_port())
-    ranks = []
-    for rank in range(num_ranks):
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1"}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-c", program, "train", *arguments],
-                cwd=folder, env={**os.environ, **{k: str(v) for k, v in world.items()}, "MASTER_PORT": port},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-        )  # fmt: skip
-    return ranks
 
 
 def end(ranks: list[subprocess.Popen[str]], status: int) -> str:

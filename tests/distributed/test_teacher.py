@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from karmma_dist.models.model_card import save_model
 from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
-
-sys.path.insert(0, str(Path(__file__).parent))
-from kit import RECIPE, karmma_dist
+from kits.ranks import RECIPE, karmma_dist
 
 EXPERTS = {"pictures": ["video", "flow"], "sound": ["audio"]}
 

@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any
 
 import pytest
-from patience import HANGS_S
+
+from kits.patience import HANGS_S
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 

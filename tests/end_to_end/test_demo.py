@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from recipe_kit import tiny_recipe
-
 from karmma_dist.demo import STUDENTS, train_side_by_side
 from karmma_dist.recipe import Recipe, load_chain
+from kits.recipes import tiny_recipe
 
 
 def test_the_demos_models_are_trained_in_order_and_once(shards: Path, tmp_path: Path) -> None:

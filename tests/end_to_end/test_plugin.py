@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from patience import HANGS_S
 
 from karmma_dist.modalities import MODALITIES
-from tests.unit.packing_kit import write_movie
+from kits.packing import write_movie
+from kits.patience import HANGS_S
 
 ENTRY_POINTS = """\
 [karmma_dist.modalities]

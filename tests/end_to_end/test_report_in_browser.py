@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser
-from report_kit import random_results
 
+from browser import Browser
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.write import HTML_REPORT, write_report
+from kits.reports import random_results
 
 HOSTILE = "</script><script>window.smuggled = 1</script><img src=x onerror='window.smuggled = 1'>"
 LONG = "runs/epic_kitchens/a_name_without_any_place_to_break_it_in_two"

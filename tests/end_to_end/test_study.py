@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from patience import HANGS_S
-from study_kit import STUDY, write_study
+from kits.patience import HANGS_S
+from kits.studies import STUDY, write_study
 
 COMMAND = [sys.executable, "-m", "karmma_dist", "study", "tiny/tab0", "--local", "2"]
 BEST = {"label": "best", "recipe": "tiny/teacher", "weights": "best"}

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_data import real
 
 from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.pack import make_plan
 from karmma_dist.packing.readers.something_something import read_something_something
 from karmma_dist.packing.records import Plan
 from karmma_dist.packing.spec import load_spec
+from real_data import real
 
 EPIC = {
     "train": ("EPIC_100_train_reconstructed.csv.gz", 67_217),

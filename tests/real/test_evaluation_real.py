@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from real_data import real
 from torch import Tensor, nn
 
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.groups import read_groups
 from karmma_dist.streaming.batch import Batch
+from real_data import real
 
 HEADS = {"verb": 97, "noun": 300}
 NEVER_TRAINED = (205, 240, 288, 295)

@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 import pytest
 import webdataset as wds
-from real_data import real
 
 from karmma_dist.modalities.audio.store import sound_of
 from karmma_dist.modalities.detections.store import detections_json
@@ -26,6 +25,7 @@ from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.records import CutClip, Failure
 from karmma_dist.packing.spec import load_spec
+from real_data import real
 
 MEMBERS = {"video": "video.mp4", "flow": "flow.mp4", "audio": "audio.flac", "detections": "detections.json"}
 MEAN_GRAY_ERROR = 1.3

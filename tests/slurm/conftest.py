@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import slurm_cluster
 import yaml
+
+import slurm_cluster
 from slurm_cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]

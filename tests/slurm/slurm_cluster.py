@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from patience import HANGS_S
+from kits.patience import HANGS_S
 
 NODES = ("n1", "n2")
 REQUIRE = "KARMMA_DIST_REQUIRE_SLURM"

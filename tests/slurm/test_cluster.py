@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from patience import HANGS_S
 from safetensors.torch import load_file
-from slurm_cluster import Cluster
-from study_kit import write_study
 
 from karmma_dist.shards.folder import ShardFolder
+from kits.patience import HANGS_S
+from kits.studies import write_study
+from slurm_cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "slurm"

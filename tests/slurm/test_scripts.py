@@ -12,13 +12,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from patience import HANGS_S
 
 from karmma_dist.cli import main
 from karmma_dist.distributed.world import World, find_world
 from karmma_dist.errors import UserError
 from karmma_dist.launching.slurm import plan_jobs, slurm_job, submit_jobs
 from karmma_dist.recipe import SlurmRecipe, load_recipe
+from kits.patience import HANGS_S
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).parent / "recorded"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import click
 import pytest
-from patience import HANGS_S
 
 from karmma_dist.cli import cli, main
+from kits.patience import HANGS_S
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "shards/README.md", *sorted(ROOT.glob("recipes/*/README.md"))]

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packing_kit import epic_spec, row, write_epic
 
 import karmma_dist
 from karmma_dist.evaluation.conditions import Condition, build_conditions, keep
@@ -29,7 +28,8 @@ from karmma_dist.streaming.order import ClipOrder
 from karmma_dist.streaming.views import training_view
 from karmma_dist.studies.statistics import Resampled
 from karmma_dist.studies.study import Column
-from tests.unit.decoding_kit import break_arrays, break_sound
+from kits.decoding import break_arrays, break_sound
+from kits.packing import epic_spec, row, write_epic
 
 KEYS = ["P01_01_0", "P01_01_1", "P22_107_15", "P30_05_é"]
 MODALITIES = ["video", "flow", "audio"]

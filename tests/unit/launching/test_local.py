@@ -1,0 +1,231 @@
+"""The launcher: torchrun's environment, signals and exit codes passed on, each error once, no process left behind.
+
+Ranks here are a few lines of Python. Their standard output is the launcher's, so reading it to its end means that
+every process that held it is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from karmma_dist.distributed.world import World, find_world
+from karmma_dist.errors import ERROR_FILE, say
+from karmma_dist.launching.local import launch_local, rank_command, shown_commands
+from kits.patience import HANGS_S
+
+LAUNCHER = """
+import sys
+from karmma_dist.launching.local import launch_local
+sys.exit(launch_local(int(sys.argv[1]), [sys.executable, "-c", sys.argv[2]], float(sys.argv[3])))
+"""
+RANK = """
+import os, signal, subprocess, sys
+from karmma_dist.errors import say
+rank = int(os.environ["RANK"])
+def tell(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+"""
+
+
+@contextmanager
+def launcher(body: str, num_ranks: int = 2, grace_s: float = 60.0) -> Iterator[subprocess.Popen[str]]:
+    """A launcher of ranks that run `body`."""
+    command = [sys.executable, "-c", LAUNCHER, str(num_ranks), RANK + body, str(grace_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def run(body: str, num_ranks: int = 2, grace_s: float = 60.0) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    with launcher(body, num_ranks, grace_s) as process:
+        out, err = process.communicate(timeout=HANGS_S)
+        return process.returncode, out, err
+
+
+def lines(process: subprocess.Popen[str], num: int) -> list[str]:
+    """The next lines of the ranks, sorted."""
+    assert process.stdout is not None
+    return sorted(process.stdout.readline().strip() for _ in range(num))
+
+
+def test_every_rank_gets_torchruns_variables() -> None:
+    code, out, err = run("import json\ntell(json.dumps(dict(os.environ)))", num_ranks=3)
+    assert (code, err) == (0, "")
+    worlds = sorted((find_world(json.loads(line)) for line in out.splitlines()), key=lambda world: world.rank)
+    assert worlds == [World(rank, rank, 3, "127.0.0.1", worlds[0].port) for rank in range(3)]
+
+
+def test_what_is_shown_is_what_every_rank_runs() -> None:
+    shown = shown_commands(2, ["train", "my recipe"])
+    assert [line.split()[0] for line in shown] == ["RANK=0", "RANK=1"]
+    assert all(line.endswith("-m karmma_dist train 'my recipe'") for line in shown)
+    assert rank_command(["train"])[1:] == ["-m", "karmma_dist", "train"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_every_rank_and_85_comes_back(number: signal.Signals) -> None:
+    body = f"""
+signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])
+tell("ready")
+tell("got", int(signal.sigwait([{int(number)}])))
+sys.exit(85)
+"""
+    with launcher(body) as process:
+        assert lines(process, 2) == ["ready", "ready"]
+        process.send_signal(number)
+        out, err = process.communicate(timeout=HANGS_S)
+    assert (process.returncode, err) == (85, "")
+    assert out.splitlines() == [f"got {int(number)}"] * 2
+
+
+def test_a_killed_rank_is_named_and_ends_the_others_and_all_they_started() -> None:
+    body = """
+subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+tell(rank, os.getpid())
+signal.pause()
+"""
+    with launcher(body, num_ranks=3, grace_s=0.1) as process:
+        pids = dict(line.split() for line in lines(process, 3))
+        subprocess.run(["kill", "-KILL", pids["1"]], check=True, timeout=HANGS_S)
+        _, err = process.communicate(timeout=HANGS_S)
+    assert process.returncode == 137
+    assert err == "error: rank 1 was killed by SIGKILL; the others were ended\n"
+
+
+def test_no_rank_survives_a_killed_launcher() -> None:
+    with launcher('tell("ready")\nsignal.pause()') as process:
+        assert lines(process, 2) == ["ready", "ready"]
+        process.kill()
+        out, err = process.communicate(timeout=HANGS_S)  # to the end of the pipes that the ranks hold
+    assert (process.returncode, out, err) == (-signal.SIGKILL, "", "")
+
+
+def test_an_error_of_all_ranks_is_said_once() -> None:
+    assert run('say("error: no teacher in runs/a")\nsys.exit(2)', num_ranks=3) == (
+        2, "", "error: no teacher in runs/a\n",
+    )  # fmt: skip
+
+
+def test_an_error_of_one_rank_says_which_and_those_that_lost_it_are_silent() -> None:
+    body = """
+if rank == 1:
+    say("error: disk full")
+    sys.exit(2)
+say("error: rank 1 is gone", of_another=True)
+sys.exit(1)
+"""
+    assert run(body) == (2, "", "rank 1: error: disk full\n")
+
+
+def test_a_bug_in_one_rank_is_named_with_its_exit_code() -> None:
+    body = """
+if rank == 1:
+    sys.exit(7)
+say("error: rank 1 is gone", of_another=True)
+sys.exit(1)
+"""
+    code, _, err = run(body)
+    assert code in (1, 7)  # whichever was first
+    assert err == "error: rank 1 ended with exit code 7; the others were ended\n"
+
+
+def test_ranks_that_wait_for_a_failed_one_are_ended() -> None:
+    code, _, err = run('if rank == 0:\n    say("error: bad")\n    sys.exit(2)\nsignal.pause()', grace_s=0.1)
+    assert (code, err) == (2, "error: bad\n")
+
+
+def test_ctrl_c_reaches_every_rank_once_and_is_one_line() -> None:
+    body = """
+try:
+    tell("ready")
+    while True:
+        signal.pause()
+except KeyboardInterrupt:
+    tell("interrupted")
+    say("interrupted: run the same command again to go on")
+    sys.exit(130)
+"""
+    with launcher(body) as process:
+        assert lines(process, 2) == ["ready", "ready"]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=HANGS_S)
+    assert (process.returncode, err) == (130, "interrupted: run the same command again to go on\n")
+    assert out.splitlines() == ["interrupted"] * 2
+
+
+def test_a_second_ctrl_c_ends_ranks_that_ignore_the_first() -> None:
+    body = """
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+tell("ready")
+signal.sigwait([signal.SIGINT])
+tell("ignored")
+signal.pause()
+"""
+    with launcher(body) as process:
+        assert lines(process, 2) == ["ready", "ready"]
+        process.send_signal(signal.SIGINT)
+        assert lines(process, 2) == ["ignored", "ignored"]
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=HANGS_S)
+    assert (process.returncode, err) == (130, "interrupted: the ranks were ended before they said anything\n")
+
+
+def test_the_end_of_a_rank_is_noticed_where_another_thread_takes_its_signal() -> None:
+    program = """
+import signal, sys, threading, time
+from karmma_dist.launching import local
+threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()  # does not hold SIGCHLD back
+collect = local.Ranks._collect
+def collect_slowly(ranks):
+    collect(ranks)
+    time.sleep(1)  # the second rank ends in here
+local.Ranks._collect = collect_slowly
+body = "import os, time; time.sleep(0.5 * int(os.environ['RANK']))"
+sys.exit(local.launch_local(2, [sys.executable, "-c", body]))
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=HANGS_S).returncode == 0
+
+
+def test_a_command_that_cannot_start_leaves_the_callers_signals_as_they_were() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with pytest.raises(FileNotFoundError):
+        launch_local(2, ["/nonexistent/python"])
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "error: x"),
+        ({"RANK": "0"}, "error: x"),
+        ({"RANK": "2"}, "rank 2: error: x"),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, "rank 3: error: x"),
+        ({"SLURM_PROCID": "0"}, "error: x"),
+        ({"RANK": "1", ERROR_FILE: "/nonexistent/1"}, "rank 1: error: x (not left in /nonexistent/1: No such file or"),
+    ],
+)
+def test_ranks_of_other_launchers_say_who_they_are(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ERROR_FILE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    say("error: x")
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_lone_lost_rank_is_still_told() -> None:
+    assert run("say('error: rank 1 hangs', of_another=True)\nsys.exit(1)", num_ranks=1) == (
+        1, "", "error: rank 1 hangs\n",
+    )  # fmt: skip

@@ -1,0 +1,448 @@
+"""Packing that is stopped half way, by a full disk, Ctrl-C or a kill: nothing looks whole, nothing is left running,
+and the same command again gives the bytes of a run that was never stopped."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from karmma_dist.cli import main
+from karmma_dist.errors import UserError
+from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.packing import pack as pack_module
+from karmma_dist.packing.clip_cutter import cut_recording
+from karmma_dist.packing.pack import pack
+from karmma_dist.packing.records import CutClip
+from karmma_dist.packing.spec import PackingSpec
+from karmma_dist.packing.tars import lock, staging, writer
+from karmma_dist.packing.tars.lock import folder_lock
+from karmma_dist.packing.verify.repair import repair
+from karmma_dist.packing.verify.verify import verify
+from karmma_dist.shards.folder import ShardFolder
+from kits.packing import epic_spec, folder_bytes, movie_path, row, write_epic, write_frames, write_movie
+from kits.patience import HANGS_S
+
+UNIT_CLIPS = 32
+"""A recording with as many is a unit of its own: two of them keep two workers busy."""
+
+
+class SmallDisk:
+    """`open`, `fsync` and `mkdir` of a disk that has room for so many of their writes."""
+
+    def __init__(self, room: int, *, freed: bool) -> None:
+        self.left, self.freed, self.was_full = room, freed, False
+        """`freed`: there is room again after the one write that failed."""
+
+    def use(self) -> None:
+        self.left -= 1
+        if self.left < 0 and not (self.freed and self.was_full):
+            self.was_full = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open(self, path: Path, mode: str = "r") -> IO[Any]:
+        if "r" in mode:
+            return open(path, mode)
+        self.use()
+        buffered = io.BufferedWriter(_SmallFile(path, mode.replace("b", ""), self), 4096)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered)
+
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        """What is packed or repaired inside is written to this disk; when it gets full, that is one clear error."""
+        said = ""
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (writer, pack_module, lock):
+                patch.setattr(module, "open", self.open, raising=False)
+            patch.setattr(os, "fsync", self._counted(os.fsync))
+            patch.setattr(os, "mkdir", self._counted(os.mkdir, lambda path, *_: not Path(path).exists()))
+            try:
+                yield
+            except UserError as error:
+                said = str(error)
+        assert ("disk full" in said) == self.was_full
+
+    def _counted(self, function: Any, writes: Callable[..., bool] = lambda *_: True) -> Any:
+        """The function, of whose calls those that write take room: making a folder that exists needs none."""
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            if writes(*arguments):
+                self.use()
+            return function(*arguments, **named)
+
+        return counted
+
+
+class _SmallFile(io.FileIO):
+    def __init__(self, path: Path, mode: str, disk: SmallDisk) -> None:
+        super().__init__(path, mode)
+        self._disk = disk
+
+    def write(self, data: Any) -> int:
+        try:
+            self._disk.use()
+        except OSError:
+            super().write(bytes(data)[: len(data) // 2])  # what still fitted is on the disk
+            raise
+        return super().write(data)
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three recordings of two clips, quick to pack; a fourth is no movie."""
+    root = tmp_path_factory.mktemp("sounds")
+    names = ("P01_01", "P01_02", "P02_01")
+    for name in names:
+        write_movie(movie_path(root, name), bursts=[0.5], seconds=2.0)
+    movie_path(root, "P03_01").parent.mkdir(parents=True)
+    movie_path(root, "P03_01").write_bytes(b"no movie")
+    train = [row(f"{name}_{n}", name, f"00:00:00.{20 * n:02d}", "00:00:01.10") for name in names for n in range(2)]
+    return write_epic(root, train, [row("P03_01_0", "P03_01")])
+
+
+def sound_spec(raw: Path, out: Path) -> PackingSpec:
+    return epic_spec(raw, out, clips_per_shard=3, video={"source": "none"}, flow={"source": "none"})
+
+
+@pytest.fixture(scope="module")
+def packed_sounds(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("packed_sounds")
+    pack(sound_spec(sounds, out))
+    return folder_bytes(out)
+
+
+def expect_nothing_looks_whole(out: Path, reference: dict[str, str]) -> None:
+    """No manifest; and whatever tar or index has its final name is complete."""
+    for name, digest in folder_bytes(out).items() if out.is_dir() else ():
+        assert name != "manifest.json"
+        assert reference[name] == digest
+    with pytest.raises(UserError):
+        verify(out)
+    with pytest.raises(UserError):
+        ShardFolder(out)
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_nothing_that_looks_whole(
+    sounds: Path, packed_sounds: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "_UNIT_CLIPS", 2)
+    room, failed = 0, 0
+    while True:
+        out = tmp_path / str(room)
+        disk = SmallDisk(room, freed=room % 2 == 1)
+        with disk.filled():
+            pack(sound_spec(sounds, out))
+        if not disk.was_full:
+            break
+        expect_nothing_looks_whole(out, packed_sounds)
+        assert pack(sound_spec(sounds, out)).status == "packed"
+        assert folder_bytes(out) == packed_sounds
+        shutil.rmtree(out)
+        room += 1
+        failed += 1
+    # At least the tar, its fsync and the result of each unit, and the tar, index and fsyncs of each shard.
+    assert failed > 3 * 4 + 4 * 2
+    assert folder_bytes(out) == packed_sounds
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_is_full_while_clips_are_cut_is_one_line_and_no_clips_failure(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    out = tmp_path / "out"
+    (out / ".staging").mkdir(parents=True)
+    full = out / ".staging/.000001-P02_01.tar.partial"
+    full.symlink_to("/dev/full")
+    assert main(command(frames, out, workers=workers)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("cut: ", "write: "))]
+    assert errors == [f"error: {out}: disk full: free some space and pack again, what is cut is kept"]
+    assert not (out / "failures.jsonl").exists()
+    assert (out / ".staging/000000-P01_01.result.json").is_file() or workers > 1  # the other may not be done yet
+    expect_nothing_looks_whole(out, packed_frames)
+    full.unlink()
+    assert main(command(frames, out, workers=workers)) == 0
+    assert folder_bytes(out) == packed_frames
+
+
+def test_a_failing_disk_below_the_shards_is_one_line_and_the_rerun_completes(
+    sounds: Path, packed_sounds: dict[str, str], tmp_path: Path
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(UserError, match=f"^{tmp_path}: Input/output error: mend that and pack again, what is cut"):
+            pack(sound_spec(sounds, tmp_path))
+    expect_nothing_looks_whole(tmp_path, packed_sounds)
+    pack(sound_spec(sounds, tmp_path))
+    assert folder_bytes(tmp_path) == packed_sounds
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EMFILE, errno.ESTALE, errno.EIO])
+def test_an_error_of_the_machine_while_media_are_read_ends_the_run_and_a_bad_sector_costs_its_clips(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    """ENOSPC: of a network disk's cache, for one."""
+    read, hit = Path.read_bytes, frames / "EPIC-KITCHENS/P02/rgb_frames/P02_01/frame_0000000021.jpg"
+
+    def fails(path: Path) -> bytes:
+        if path == hit:
+            raise OSError(code, os.strerror(code), str(path))
+        return read(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        status = main(command(frames, tmp_path, workers=1))
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("cut: ", "write: "))]
+    if code == errno.EIO:
+        assert (status, errors) == (1, [])
+        failed = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+        assert {failure["key"].rpartition("_")[0] for failure in failed} == {"P02_01"}
+        assert 0 < len(failed) < UNIT_CLIPS
+        assert all("Input/output error" in failure["error"] for failure in failed)
+        status = main([*command(frames, tmp_path, workers=1), "--retry-failed"])
+    else:
+        said = "disk full" if code == errno.ENOSPC else f"frame_0000000021.jpg: {os.strerror(code)}: mend that"
+        assert (status, len(errors)) == (2, 1)
+        assert said in errors[0]
+        expect_nothing_looks_whole(tmp_path, packed_frames)
+        status = main(command(frames, tmp_path, workers=1))
+    assert status == 0
+    assert folder_bytes(tmp_path) == packed_frames
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """This process may open no further file."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, before[1]))
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def test_too_many_open_files_are_no_damage_of_a_movie(tmp_path: Path) -> None:
+    movie = write_movie(tmp_path / "m.mp4", frames=10, bursts=[0.1])
+    recording = Recording("r", "p", (ClipRecord("a", "train", 0.0, 0.3, {"verb": 0}),), video_file=movie)
+    spec = epic_spec(tmp_path, flow={"source": "none"})
+    with no_more_files(), pytest.raises(OSError, match="Too many open files") as caught:
+        list(cut_recording(recording, spec))
+    assert caught.value.errno == errno.EMFILE
+    assert [type(cut) for cut in cut_recording(recording, spec)] == [CutClip]
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 60), st.booleans())
+@example(0, False)
+@example(0, True)
+@example(1, False)
+@example(1, True)
+def test_a_disk_that_is_full_while_mending_loses_nothing(
+    sounds: Path, tmp_path_factory: pytest.TempPathFactory, room: int, freed: bool
+) -> None:
+    root = tmp_path_factory.mktemp("mending")
+    raw, out, whole = root / "raw", root / "out", root / "whole"
+    shutil.copytree(sounds, raw)
+    pack(sound_spec(raw, out))
+    shutil.copy(movie_path(raw, "P01_01"), movie_path(raw, "P03_01"))
+    pack(sound_spec(raw, whole))
+    disk = SmallDisk(room, freed=freed)
+    with disk.filled():
+        pack(sound_spec(raw, out), retry_failed=True)
+    assert disk.was_full or folder_bytes(out) == folder_bytes(whole)
+    pack(sound_spec(raw, out), retry_failed=True)
+    assert folder_bytes(out) == folder_bytes(whole)
+    assert verify(out, full=True).whole
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 12), st.booleans())
+@example(0, False)
+@example(0, True)
+@example(1, False)
+@example(1, True)
+def test_a_disk_that_is_full_while_repairing_is_one_clear_error_and_repair_completes_later(
+    sounds: Path, packed_sounds: dict[str, str], tmp_path_factory: pytest.TempPathFactory, room: int, freed: bool
+) -> None:
+    out = tmp_path_factory.mktemp("repairing")
+    pack(sound_spec(sounds, out))
+    (out / "manifest.json").unlink()
+    (out / "train-000000.index.json").unlink()
+    disk = SmallDisk(room, freed=freed)
+    with disk.filled():
+        repair(out)
+    assert disk.was_full or folder_bytes(out) == packed_sounds
+    repair(out)
+    assert folder_bytes(out) == packed_sounds
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two recordings of numbered frames with as many clips as a unit takes."""
+    root = tmp_path_factory.mktemp("frames")
+    train = []
+    for name in ("P01_01", "P02_01"):
+        write_frames(root / "EPIC-KITCHENS" / name[:3] / "rgb_frames" / name, list(range(1, 61)))
+        for n in range(UNIT_CLIPS):
+            times = [f"00:00:0{frame / 60:.4f}" for frame in (n, n + 7.5)]
+            train.append(row(f"{name}_{n}", name, *times, start_frame=1 + n, stop_frame=9 + n))
+    write_epic(root, train)
+    (root / "spec.json").write_text(
+        json.dumps(
+            {"reader": "epic_kitchens", "dataset": "test", "raw": "-", "out": "-", "clips_per_shard": 40}
+            | {"flow": {"source": "none"}}
+        )
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed_frames(frames: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("packed_frames")
+    assert main(command(frames, out, workers=1)) == 0
+    return folder_bytes(out)
+
+
+def command(raw: Path, out: Path, workers: int = 2) -> list[str]:
+    return ["shard", str(raw / "spec.json"), "--raw", str(raw), "--out", str(out), "--workers", str(workers)]
+
+
+@pytest.fixture
+def stuck(frames: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """The raw folder where one frame of each recording is a pipe: who reads it waits. Also those pipes."""
+    raw = tmp_path / "raw"
+    shutil.copytree(frames, raw)
+    pipes = [path for path in sorted(raw.rglob("frame_*")) if path.stem.endswith("20")]
+    for path in pipes:
+        path.unlink()
+        os.mkfifo(path)
+    return raw, pipes
+
+
+def start(raw: Path, out: Path) -> subprocess.Popen[str]:
+    """Pack with two workers in a session of its own, as from a terminal."""
+    words = [sys.executable, "-m", "karmma_dist", *command(raw, out)]
+    return subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
+    """Its output, and its errors except progress. Both are complete only when all its workers are gone too."""
+    out, err = process.communicate(timeout=HANGS_S)
+    # The empty line is click's: it ends the line on which a terminal shows ^C.
+    return out, [line for line in err.splitlines() if line and not line.startswith(("cut: ", "write: "))]
+
+
+def mend(frames: Path, raw: Path, pipes: list[Path]) -> None:
+    for path in pipes:
+        path.unlink()
+        shutil.copy(frames / path.relative_to(raw), path)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
+def test_two_workers_stopped_in_the_middle_of_cutting_leave_nothing_and_the_rerun_completes(
+    frames: Path,
+    packed_frames: dict[str, str],
+    stuck: tuple[Path, list[Path]],
+    tmp_path: Path,
+    how: signal.Signals,
+) -> None:
+    raw, pipes = stuck
+    process = start(raw, tmp_path / "out")
+    held = [open(path, "wb") for path in pipes]  # noqa: SIM115 - each waits for the worker that reads it
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)
+    else:
+        os.kill(process.pid, how)
+    out, errors = end_of(process)
+    for file in held:
+        file.close()
+    if how == signal.SIGINT:
+        assert (process.returncode, out) == (130, "")
+        assert errors == ["interrupted: run the same command again to go on"]
+    else:
+        assert process.returncode == -how
+    expect_nothing_looks_whole(tmp_path / "out", packed_frames)
+    mend(frames, raw, pipes)
+    assert main(command(raw, tmp_path / "out", workers=1)) == 0
+    assert folder_bytes(tmp_path / "out") == packed_frames
+
+
+def test_ctrl_c_while_workers_start_is_one_line(stuck: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    process = start(stuck[0], tmp_path / "out")
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("cut: 0/")
+    os.killpg(process.pid, signal.SIGINT)
+    out, errors = end_of(process)
+    assert (process.returncode, out) == (130, "")
+    assert errors == ["interrupted: run the same command again to go on"]
+
+
+def test_a_kill_in_the_middle_of_a_shard_is_never_taken_for_whole_and_the_rerun_completes(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    pipe = out / ".train-000001.tar.partial"
+    os.mkfifo(pipe)
+    process = start(frames, out)
+    with open(pipe, "rb", buffering=0) as shard:  # waits for the packer that writes it
+        assert shard.read(512).startswith(b"P0")
+        os.kill(process.pid, signal.SIGKILL)
+        end_of(process)
+    assert (out / "train-000000.tar").is_file()
+    assert not (out / "train-000001.tar").exists()
+    expect_nothing_looks_whole(out, packed_frames)
+    pipe.unlink()
+    assert main(command(frames, out, workers=1)) == 0
+    assert folder_bytes(out) == packed_frames
+
+
+def test_the_exit_code_and_the_last_lines_say_how_many_clips_failed(
+    frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(frames, raw)
+    next(raw.rglob("frame_0000000020.jpg")).unlink()
+    lost = sum(1 + n <= 20 < 9 + n and (20 - n - 1) % 2 == 0 for n in range(UNIT_CLIPS))
+    assert main(command(raw, tmp_path / "out", workers=1)) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{lost} clips failed and were left out (video, decode {lost})" in said
+    assert f"train {2 * UNIT_CLIPS - lost} " in said
+    assert main(command(raw, tmp_path / "out")) == 1
+    assert f"{lost} clips failed" in capsys.readouterr().out
+    failures = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    assert len(failures) == lost
+    assert main(command(frames, tmp_path / "whole", workers=1)) == 0
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_a_second_packer_is_one_line_and_exit_code_2(
+    frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with folder_lock(tmp_path, None):
+        assert main(command(frames, tmp_path)) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert "another packer is at work" in shown.err
