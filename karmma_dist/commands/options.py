@@ -1,0 +1,44 @@
+"""Options that several commands share, and how they print JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+class Part(click.ParamType):
+    """`I/N` with 1 <= I <= N."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        first, slash, second = str(value).partition("/")
+        if not slash or not first.isdigit() or not second.isdigit() or not 1 <= int(first) <= int(second):
+            self.fail(f"{value!r} is not I/N with 1 <= I <= N, for example 3/16", param, ctx)
+        return int(first), int(second)
+
+
+class Steps(click.ParamType):
+    """`START:STOP`, given on as the recipe's `[START, STOP]`."""
+
+    name = "START:STOP"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        start, colon, stop = str(value).partition(":")
+        if not colon or not start.isdigit() or not stop.isdigit():
+            self.fail(f"{value!r} is not START:STOP, for example 10:15", param, ctx)
+        return f"[{start}, {stop}]"
+
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field, e.g. --set training.epochs=3."
+)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    click.echo(json.dumps(value, indent=1))

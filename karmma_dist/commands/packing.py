@@ -1,0 +1,89 @@
+"""The commands of shards: shard, inspect, verify."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from karmma_dist.commands.options import Part, print_json, set_option
+
+
+@click.command()
+@click.argument("spec", default="epic_kitchens")
+@click.option("--raw", type=click.Path(), help="Raw dataset folder; default: the specification's.")
+@click.option("--out", type=click.Path(), help="Folder for the shards; default: the specification's.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Packing processes.")
+@click.option("--limit", type=click.IntRange(min=1), help="Pack only the first N clips of each split.")
+@click.option("--part", type=Part(), help="Take only the I-th of N parts of the recordings.")
+@click.option("--retry-failed", is_flag=True, help="Try clips again that failed before.")
+@set_option
+def shard(
+    spec: str, raw: str | None, out: str | None, workers: int, limit: int | None, part: tuple[int, int] | None,
+    retry_failed: bool, overrides: tuple[str, ...],
+) -> None:
+    """Pack a raw dataset into shards. SPEC is a file of shards/ or its bare name."""
+    from karmma_dist.packing.inspect.tables import print_summary
+    from karmma_dist.packing.pack import pack
+    from karmma_dist.packing.spec import load_spec
+    from karmma_dist.progress import Progress
+
+    resolved = load_spec(spec, raw=raw, out=out, overrides=overrides)
+    with Progress() as report:
+        summary = pack(
+            resolved, workers=workers, limit=limit, part=part, retry_failed=retry_failed, progress=report
+        )
+    print_summary(summary)
+    if summary.failures:
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("key", required=False)
+@click.option("--sheet", type=click.Path(path_type=Path), help="Draw a contact sheet into this PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) -> None:
+    """Show what is in a shards folder: splits, modality subsets, classes; or one clip; or a contact sheet."""
+    from karmma_dist.packing.inspect.inspect import contact_sheet, describe, describe_clip
+    from karmma_dist.packing.inspect.tables import print_description
+    from karmma_dist.shards.folder import ShardFolder
+
+    folder = ShardFolder(shards)
+    description = describe(folder) if key is None else describe_clip(folder, key)
+    if sheet is not None:
+        contact_sheet(folder, sheet, keys=None if key is None else [key])
+    if as_json:
+        print_json(description)
+    else:
+        print_description(description)
+    if sheet is not None:
+        click.echo(f"contact sheet: {sheet}", err=as_json)
+
+
+@click.command()
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--full", is_flag=True, help="Read every byte, and decode the ends of every video.")
+@click.option("--repair", "mend", is_flag=True, help="First write lost indexes and manifests again from whole tars.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Checking processes.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(shards: Path, full: bool, mend: bool, workers: int, as_json: bool) -> None:
+    """Check that a shards folder is what was packed: 0 whole, 1 damaged, each shard, clip and member named."""
+    from karmma_dist.packing.inspect.tables import print_verification
+    from karmma_dist.packing.verify.repair import repair
+    from karmma_dist.packing.verify.verify import verify as check
+    from karmma_dist.progress import Progress
+
+    with Progress() as report:
+        done = repair(shards, progress=report) if mend else None
+        result = check(shards, full=full, workers=workers, progress=report)
+    if done is not None:
+        result.repaired = done.written
+        result.findings = list(dict.fromkeys([*done.findings, *result.findings]))
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print_verification(result)
+    if not result.whole:
+        sys.exit(1)
