@@ -278,8 +278,12 @@ class Modality:
     """Letter on the command line and in tables (`--modalities V,F`)."""
     member: str
     """Suffix of the clip's member in the tar: `KEY.<member>`."""
+    array: str
+    """Kind of array that a model receives, by which encoders say what they take. Ours, with the fields of the section
+    that encoders read: `frames` (3, num_frames, crop, crop), `spectrograms` (num_windows, num_mels, num_steps), `boxes`
+    (num_frames, max_boxes, 6); another kind is for encoders of its own package."""
     layout: str
-    """Array a model receives, N present clips."""
+    """Axes of that array for N present clips, and what its values are."""
     settings: type[Settings]
     """Its section of the recipe's `inputs`."""
     section: str

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from enum import Enum
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +33,13 @@ Stored = tuple[bytes, dict[str, Any]]
 
 Sections = Mapping[str, Any]
 """Sections of the packing specification, by modality."""
+
+
+class MediaStream(Enum):
+    """A stream of a media file, by the name that people know it by."""
+
+    PICTURES = "video"
+    SOUND = "audio"
 
 
 class PictureSink(ABC):
@@ -80,6 +88,12 @@ class Storage(ABC):
 
     needs_pictures: ClassVar[bool] = False
     """True if members are cut from a source with the clip's pictures at hand, for example their size."""
+    media_stream: ClassVar[MediaStream | None] = None
+    """Stream of a media file that members can be made of without any other file; None: a file of its own is needed."""
+    media_source: ClassVar[str] = "auto"
+    """`source` of the section by which members are made of that stream."""
+    has_clip_length: ClassVar[bool] = False
+    """True if a clip's moments are counted in this member, so that it is stored even where no model takes it."""
     entry_field: ClassVar[str] = ""
     """Name of a clip's entry (`ClipRecord.entries`) in the identity of a plan; empty: files have no entries."""
 

@@ -15,7 +15,9 @@ from typing import Any
 import av
 
 from karmma_dist.errors import UserError
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.modalities.recording import MediaError
+from karmma_dist.modalities.storage import MediaStream, Storage
 from karmma_dist.modalities.video_file import VideoFile
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import PackingSpec
@@ -73,20 +75,28 @@ def packed_media(
 
 
 def _spec(settings: Mapping[str, Any], modalities: Sequence[str], raw: Path, out: Path) -> PackingSpec:
-    flow, audio = ("compute" if "flow" in modalities else "none"), ("auto" if "audio" in modalities else "none")
+    sections = {
+        name: {**settings.get(name, {}), "source": storage.media_source}
+        if name in modalities or storage.has_clip_length
+        else {"source": "none"}
+        for name, storage in _from_media().items()
+    }
     return PackingSpec.model_validate(
         {
             "reader": "plain",
             "dataset": "one file",
             "raw": str(raw),
             "out": str(out),
-            # Video is stored whatever the model takes: a clip's length, and so its moments, are the video's.
-            "video": {**settings["video"], "source": "auto"},
-            "flow": {**settings["flow"], "source": flow},
-            "audio": {"source": audio},
+            **sections,
             "plain": {"splits": {SPLIT: "clip.csv"}, "unlabelled_splits": [SPLIT]},
         }
     )
+
+
+def _from_media() -> dict[str, Storage]:
+    """Return the storage of every modality that is made of a media file alone."""
+    storages = {name: modality.storage for name, modality in MODALITIES.items()}
+    return {name: storage for name, storage in storages.items() if storage.media_stream is not None}
 
 
 def check_file(path: Path) -> None:
@@ -109,11 +119,13 @@ def _check_media(path: Path, modalities: Sequence[str], start_s: float, stop_s: 
     av.logging.set_level(av.logging.PANIC)
     try:
         with VideoFile(path) as movie, av.open(str(path)) as container:
-            there = ["video", "flow"] * (movie.video is not None) + ["audio"] * bool(container.streams.audio)
-            if not there:
+            found = {MediaStream.PICTURES: movie.video is not None, MediaStream.SOUND: bool(container.streams.audio)}
+            streams = [stream for stream, is_there in found.items() if is_there]
+            if not streams:
                 raise UserError(f"{path}: neither video nor sound in it")
-            if not set(there) & set(modalities):
-                has = " and ".join(name for name in there if name != "flow")
+            usable = [name for name, storage in _from_media().items() if storage.media_stream in streams]
+            if not set(usable) & set(modalities):
+                has = " and ".join(stream.value for stream in streams)
                 raise UserError(f"{path}: it has {has}, but the model is to be given {', '.join(modalities)}")
             duration_s = None if container.duration is None else container.duration / av.time_base
     except MediaError as error:

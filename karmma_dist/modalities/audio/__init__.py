@@ -64,6 +64,7 @@ AUDIO = Modality(
     name="audio",
     letter="A",
     member="audio.flac",
+    array="spectrograms",
     layout="float (N, windows, mels, time), normalised dB",
     settings=AudioInput,
     section="audio",

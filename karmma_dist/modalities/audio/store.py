@@ -25,7 +25,7 @@ from karmma_dist.modalities.recording import (
     Stretches,
     media_error,
 )
-from karmma_dist.modalities.storage import Sections, Source, Storage, Stored
+from karmma_dist.modalities.storage import MediaStream, Sections, Source, Storage, Stored
 from karmma_dist.modalities.video_file import VideoFile, reason
 
 if TYPE_CHECKING:
@@ -237,6 +237,7 @@ class AudioStorage(Storage):
     """Packs audio."""
 
     settings = AudioSpec
+    media_stream = MediaStream.SOUND
 
     def open(
         self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None

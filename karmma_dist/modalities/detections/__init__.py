@@ -45,6 +45,7 @@ DETECTIONS = Modality(
     name="detections",
     letter="D",
     member="detections.json",
+    array="boxes",
     layout="float (N, frames, boxes, 6): x0 y0 x1 y1 category score",
     settings=DetectionsInput,
     section="detections",

@@ -63,6 +63,7 @@ FLOW = Modality(
     name="flow",
     letter="F",
     member="flow.mp4",
+    array="frames",
     layout="float (N, 3, frames, height, width): u, v, 0, by inputs.video.flow_scale",
     settings=VideoInput,
     section="video",

@@ -20,7 +20,7 @@ from karmma_dist.modalities.encode import Geometry, VideoEncoder, rounded
 from karmma_dist.modalities.flow import FlowSpec
 from karmma_dist.modalities.numbered_frames import NumberedFrames, numbers_shown
 from karmma_dist.modalities.recording import ClipRecord, MediaError, Recording
-from karmma_dist.modalities.storage import PictureSink, Sections, SinkMaker, Source, Storage, Stored
+from karmma_dist.modalities.storage import MediaStream, PictureSink, Sections, SinkMaker, Source, Storage, Stored
 from karmma_dist.modalities.video import VIDEO, VideoSpec
 from karmma_dist.modalities.video_file import VideoFile
 from karmma_dist.modalities.yuv import gray
@@ -200,6 +200,7 @@ class FlowStorage(Storage):
     """Packs flow: from files, or computed between stored pictures."""
 
     settings = FlowSpec
+    media_stream, media_source = MediaStream.PICTURES, "compute"
 
     def check_settings(self, settings: FlowSpec) -> None:
         """See `check_method`."""

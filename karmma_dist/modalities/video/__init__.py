@@ -106,6 +106,7 @@ VIDEO = Modality(
     name="video",
     letter="V",
     member="video.mp4",
+    array="frames",
     layout="float (N, 3, frames, height, width), ImageNet-normalised RGB",
     settings=VideoInput,
     section="video",

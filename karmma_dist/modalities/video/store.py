@@ -8,7 +8,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 
 from karmma_dist.modalities.encode import VideoEncoder, rounded
-from karmma_dist.modalities.storage import PictureSink, Sections, SinkMaker, Source, Storage, Stored
+from karmma_dist.modalities.storage import MediaStream, PictureSink, Sections, SinkMaker, Source, Storage, Stored
 from karmma_dist.modalities.video import VideoSpec
 
 
@@ -35,6 +35,7 @@ class VideoStorage(Storage):
     """Packs video."""
 
     settings = VideoSpec
+    media_stream, has_clip_length = MediaStream.PICTURES, True
 
     def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker:
         """Make members of the pictures."""

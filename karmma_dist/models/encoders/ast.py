@@ -157,9 +157,9 @@ def _resize_positions(positions_1TD: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([prefix, resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _build(_modality: str, inputs: InputRecipe, _options: AstOptions) -> Encoder:
-    audio = inputs.audio
-    return AudioSpectrogramTransformer(audio.num_windows, audio.num_mels, audio.num_steps)
+def _build(modality: str, inputs: InputRecipe, _options: AstOptions) -> Encoder:
+    spectrograms = inputs.section(modality)
+    return AudioSpectrogramTransformer(spectrograms.num_windows, spectrograms.num_mels, spectrograms.num_steps)
 
 
-AST_T = EncoderType(AstOptions, ("audio",), _build)
+AST_T = EncoderType(AstOptions, ("spectrograms",), _build)

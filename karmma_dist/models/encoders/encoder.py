@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.settings import Settings
 
@@ -60,7 +61,12 @@ class EncoderType:
 
     options: type[Settings]
     """The recipe's `options`, typed."""
-    modalities: tuple[str, ...]
-    """Modalities it takes."""
+    arrays: tuple[str, ...]
+    """Kinds of array that it takes, by the modalities' `array`."""
     build: Callable[[str, InputRecipe, Any], Encoder]
     """Called with the modality, the input sizes and the options."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities that it takes."""
+        return tuple(name for name, modality in MODALITIES.items() if modality.array in self.arrays)

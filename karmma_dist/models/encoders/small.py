@@ -186,14 +186,14 @@ def _init(encoder: SmallVideo | SmallAudio) -> None:
     nn.init.trunc_normal_(encoder.position_token, std=INIT_STD)
 
 
-def _small_video(_modality: str, inputs: InputRecipe, options: SmallOptions) -> Encoder:
-    return SmallVideo(inputs.video.num_frames, options)
+def _small_video(modality: str, inputs: InputRecipe, options: SmallOptions) -> Encoder:
+    return SmallVideo(inputs.section(modality).num_frames, options)
 
 
-def _small_audio(_modality: str, inputs: InputRecipe, options: SmallOptions) -> Encoder:
-    audio = inputs.audio
-    return SmallAudio(audio.num_windows, audio.num_mels, audio.num_steps, options)
+def _small_audio(modality: str, inputs: InputRecipe, options: SmallOptions) -> Encoder:
+    spectrograms = inputs.section(modality)
+    return SmallAudio(spectrograms.num_windows, spectrograms.num_mels, spectrograms.num_steps, options)
 
 
-SMALL_VIDEO = EncoderType(SmallOptions, ("video", "flow"), _small_video)
-SMALL_AUDIO = EncoderType(SmallOptions, ("audio",), _small_audio)
+SMALL_VIDEO = EncoderType(SmallOptions, ("frames",), _small_video)
+SMALL_AUDIO = EncoderType(SmallOptions, ("spectrograms",), _small_audio)

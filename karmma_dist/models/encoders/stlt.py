@@ -216,8 +216,8 @@ def _frame_types(categories: Tensor) -> Tensor:
     return torch.cat([types[:, :-1], last], dim=1)
 
 
-def _build(_modality: str, inputs: InputRecipe, options: StltOptions) -> Encoder:
-    return Stlt(inputs.detections.num_frames, options)
+def _build(modality: str, inputs: InputRecipe, options: StltOptions) -> Encoder:
+    return Stlt(inputs.section(modality).num_frames, options)
 
 
-STLT = EncoderType(StltOptions, ("detections",), _build)
+STLT = EncoderType(StltOptions, ("boxes",), _build)

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
 from karmma_dist.models.encoders.transformer import INIT_STD
 from karmma_dist.models.encoders.window_attention import (
@@ -267,7 +268,8 @@ def _is_dropped(key: str) -> bool:
 
 
 def _build(modality: str, inputs: InputRecipe, options: SwinOptions) -> Encoder:
-    num_frames = inputs.audio.num_windows if modality == "audio" else inputs.video.num_frames
+    section = inputs.section(modality)
+    num_frames = section.num_windows if MODALITIES[modality].array == "spectrograms" else section.num_frames
     return VideoSwin(options, num_frames, inputs.video.crop)
 
 
@@ -275,11 +277,11 @@ def _published(width: int, depths: list[int], heads: list[int]) -> EncoderType:
     def build(modality: str, inputs: InputRecipe, options: PublishedSwinOptions) -> Encoder:
         return _build(modality, inputs, SwinOptions(width=width, depths=depths, heads=heads, **options.model_dump()))
 
-    return EncoderType(PublishedSwinOptions, _MODALITIES, build)
+    return EncoderType(PublishedSwinOptions, _ARRAYS, build)
 
 
-_MODALITIES = ("video", "flow", "audio")
+_ARRAYS = ("frames", "spectrograms")
 
 SWIN3D_T = _published(96, [2, 2, 6, 2], [3, 6, 12, 24])
 SWIN3D_B = _published(128, [2, 2, 18, 2], [4, 8, 16, 32])
-SWIN3D_SMALL = EncoderType(SwinOptions, _MODALITIES, _build)
+SWIN3D_SMALL = EncoderType(SwinOptions, _ARRAYS, _build)

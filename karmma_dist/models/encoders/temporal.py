@@ -82,8 +82,9 @@ def _norm(options: TemporalOptions, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(4 if options.norm == "group" else channels, channels)
 
 
-def _temporal_video(_modality: str, inputs: InputRecipe, options: TemporalOptions) -> Encoder:
-    return TemporalVideo(inputs.video.num_frames, inputs.video.crop, options)
+def _temporal_video(modality: str, inputs: InputRecipe, options: TemporalOptions) -> Encoder:
+    frames = inputs.section(modality)
+    return TemporalVideo(frames.num_frames, frames.crop, options)
 
 
-TEMPORAL_VIDEO = EncoderType(TemporalOptions, ("video", "flow"), _temporal_video)
+TEMPORAL_VIDEO = EncoderType(TemporalOptions, ("frames",), _temporal_video)

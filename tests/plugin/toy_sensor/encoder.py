@@ -28,4 +28,4 @@ def build(modality: str, inputs: Any, options: ToyOptions) -> Encoder:
     return ToyConv(inputs.section(modality).num_readings, options)
 
 
-TOY_CONV = EncoderType(ToyOptions, ("toy",), build)
+TOY_CONV = EncoderType(ToyOptions, ("readings",), build)

@@ -104,8 +104,8 @@ class ToyBreaker(ArraysBreaker):
 STORAGE, DECODER, TENSORS, DRAWING, BREAKER = ToyStorage(), ToyDecoder(), ToyTensors(), ToyDrawing(), ToyBreaker()
 
 TOY = Modality(
-    name="toy", letter="T", member="toy.npy", layout="float (N, readings)", settings=ToyInput, section="toy",
-    description=ToyDescription, storage_part=f"{__name__}:STORAGE", decoder_part=f"{__name__}:DECODER",
+    name="toy", letter="T", member="toy.npy", array="readings", layout="float (N, readings)", settings=ToyInput,
+    section="toy", description=ToyDescription, storage_part=f"{__name__}:STORAGE", decoder_part=f"{__name__}:DECODER",
     tensors_part=f"{__name__}:TENSORS", drawing_part=f"{__name__}:DRAWING", breaker_part=f"{__name__}:BREAKER",
     breakages=(Breakage("toy", "weak", "weak", (0.1, 0.3, 0.5, 0.7, 0.9), "{:.0%} weaker", is_random=False),),
 )  # fmt: skip
