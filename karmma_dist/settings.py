@@ -57,6 +57,17 @@ def _unmarked(value: Any, dumped: Any, mark: Any) -> Any:
     return dumped
 
 
+def marked(cls: type[Settings], mark: Any, prefix: str = "") -> list[str]:
+    """Return the dotted names of the fields of a class and its sections that bear the mark."""
+    names = []
+    for name, field in cls.model_fields.items():
+        if is_marked(field, mark):
+            names.append(f"{prefix}{name}")
+        elif (section := _section_type(field.annotation)) is not None:
+            names += marked(section, mark, f"{prefix}{name}.")
+    return names
+
+
 def check_other_sections(settings: Settings, known: Mapping[str, type[Settings]], where: str = "") -> None:
     """Check the sections that are no fields of the settings' class, each by the class that is known of it, in place.
 

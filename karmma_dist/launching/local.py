@@ -19,9 +19,9 @@ from pathlib import Path
 
 from karmma_dist.distributed.world import free_port
 from karmma_dist.errors import ERROR_FILE, LOST_RANK
-from karmma_dist.micro_batches import check_batches
 from karmma_dist.processes import dying_with_parent, kill_sessions, signal_name
 from karmma_dist.recipe import Recipe
+from karmma_dist.recipe.micro_batches import check_batches
 from karmma_dist.runs.folder import finished_names
 
 _GRACE_S = 15.0

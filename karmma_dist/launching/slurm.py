@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from karmma_dist.errors import UserError, one_line
-from karmma_dist.micro_batches import check_batches
 from karmma_dist.recipe import SlurmRecipe, load_chain, shared_overrides
+from karmma_dist.recipe.micro_batches import check_batches
 from karmma_dist.runs.folder import finished_names
 from karmma_dist.settings import find_file
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from karmma_dist.errors import UserError
-from karmma_dist.micro_batches import indivisible
+from karmma_dist.recipe.micro_batches import indivisible
 from karmma_dist.seeding import order_words
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from karmma_dist.distributed.process_group import device_of
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
-from karmma_dist.micro_batches import divide_batch
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.recipe import Recipe
+from karmma_dist.recipe.micro_batches import divide_batch
 from karmma_dist.training.checkpoint.zero_state import Pieces, SavedPieces
 from karmma_dist.training.optim import build_optimizer
 

@@ -31,12 +31,12 @@ from karmma_dist.distributed.heartbeat import START_S, mark
 from karmma_dist.distributed.process_group import process_group
 from karmma_dist.distributed.world import World, find_world
 from karmma_dist.errors import Stopped
-from karmma_dist.micro_batches import check_batches, divide_batch
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import save_model
 from karmma_dist.models.weights import build_model
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.recipe import Recipe
+from karmma_dist.recipe.micro_batches import check_batches, divide_batch
 from karmma_dist.runs.folder import finished_names, read_state, validation_at, write_state
 from karmma_dist.seeding import forward_seed
 from karmma_dist.shards.folder import ShardFolder

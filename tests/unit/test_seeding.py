@@ -17,10 +17,11 @@ from karmma_dist.evaluation.metrics import find_figure
 from karmma_dist.evaluation.results import ClipResults
 from karmma_dist.evaluation.statistics.bootstrap import resampled
 from karmma_dist.modalities.breaking import span
+from karmma_dist.modalities.video import VideoInput
 from karmma_dist.packing.readers.epic_kitchens import read_epic_kitchens
 from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.packing.tars.assemble import shard_keys
-from karmma_dist.recipe import ModalityDropout, VideoInput
+from karmma_dist.recipe import ModalityDropout
 from karmma_dist.seeding import fallback_words, forward_seed
 from karmma_dist.streaming.dropout import keep_patterns
 from karmma_dist.streaming.loader import is_held_out

@@ -47,8 +47,8 @@ from karmma_dist.distributed.preflight.probes import (
 )
 from karmma_dist.distributed.world import World, find_world
 from karmma_dist.errors import UserError
-from karmma_dist.micro_batches import check_batches
 from karmma_dist.recipe import Recipe
+from karmma_dist.recipe.micro_batches import check_batches
 from karmma_dist.runs.folder import finished_names
 from karmma_dist.runs.process import node_name
 from karmma_dist.terminal import print_table

@@ -17,9 +17,9 @@ from karmma_dist.io.cache import cache_root
 from karmma_dist.io.download import is_url
 from karmma_dist.launching.doctor.check import Check, State
 from karmma_dist.launching.slurm import slurm_ranks
-from karmma_dist.micro_batches import check_batches, divide_batch
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.recipe import InputRecipe, Recipe
+from karmma_dist.recipe.micro_batches import check_batches, divide_batch
 from karmma_dist.runs.folder import finished_names
 from karmma_dist.shards.folder import ShardFolder
 

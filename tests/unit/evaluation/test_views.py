@@ -16,7 +16,8 @@ from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector, Predictions
 from karmma_dist.evaluation.views import mean_over_views, parse_views
 from karmma_dist.modalities.stored_frames import _crop
-from karmma_dist.recipe import VideoInput, ViewsRecipe
+from karmma_dist.modalities.video import VideoInput
+from karmma_dist.recipe import ViewsRecipe
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.loader import evaluation_batches, is_wide, num_stored_frames
 from karmma_dist.streaming.reader import read_sample

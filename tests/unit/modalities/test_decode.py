@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from karmma_dist.modalities import DecodeError
+from karmma_dist.modalities.audio import AudioInput
 from karmma_dist.modalities.audio.store import encode_flac
 from karmma_dist.modalities.encode import VideoEncoder
 from karmma_dist.modalities.stored_frames import chosen_frames, frame_numbers, group_starts
-from karmma_dist.modalities.video import VideoSpec
+from karmma_dist.modalities.video import VideoInput, VideoSpec
 from karmma_dist.modalities.yuv import ToI420
-from karmma_dist.recipe import AudioInput, InputRecipe, VideoInput
+from karmma_dist.recipe import InputRecipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import DamageError
 from karmma_dist.streaming.loader import num_stored_frames

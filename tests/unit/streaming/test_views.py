@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from karmma_dist.modalities.audio import AudioInput
 from karmma_dist.modalities.audio.tensor import HOP, SAMPLE_RATE, mel_filters, mel_spectrogram
-from karmma_dist.recipe import AudioInput, VideoInput
+from karmma_dist.modalities.video import VideoInput
 from karmma_dist.streaming.views import evaluation_view, training_view
 
 
@@ -91,7 +92,7 @@ def test_a_clip_without_pictures_is_heard_all_over_also_in_dense_sampling() -> N
 
 def test_another_process_has_the_same_view() -> None:
     script = (
-        "from karmma_dist.recipe import VideoInput; from karmma_dist.streaming.views import training_view;"
+        "from karmma_dist.modalities.video import VideoInput; from karmma_dist.streaming.views import training_view;"
         "print(repr(training_view(VideoInput(num_frames=3, horizontal_flip=True), 50, 7, 3, 'P01_01_3')))"
     )
     here = repr(training_view(VideoInput(num_frames=3, horizontal_flip=True), 50, 7, 3, "P01_01_3"))

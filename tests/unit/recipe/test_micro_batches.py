@@ -16,14 +16,14 @@ from karmma_dist.cli import main
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.run import validate
 from karmma_dist.launching.doctor import doctor, machine
-from karmma_dist.micro_batches import check_batches, divide_batch, indivisible, nearest_divisible
 from karmma_dist.recipe import Recipe, load_recipe
+from karmma_dist.recipe.micro_batches import check_batches, divide_batch, indivisible, nearest_divisible
 from karmma_dist.runs.folder import write_state
 from karmma_dist.streaming.order import Position, Schedule
 from karmma_dist.training.checkpoint.resume import differing_fields
 from karmma_dist.training.trainer import train_chain
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = sorted(
     f"{path.parent.name}/{path.stem}"
     for folder in ("epic_kitchens", "epic_kitchens_star", "something_something")

@@ -9,7 +9,7 @@ import pytest
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe, load_chain, load_recipe, read_run_recipe, save_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.stem not in ("base", "expert"))
 
 MINIMAL = """
