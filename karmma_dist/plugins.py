@@ -1,4 +1,4 @@
-"""Tables that other packages add to: modalities, encoders, readers, metrics, by entry points.
+"""Tables that other packages add to: modalities, encoders, readers, objectives, trackers, metrics, by entry points.
 
     [project.entry-points."karmma_dist.modalities"]
     toy = "my_package.toy:TOY"

@@ -78,6 +78,15 @@ class ModelRecipe(Settings):
 
 
 
+class ObjectiveRecipe(Settings):
+    """What training minimises, where that is not what the stage says."""
+
+    name: str
+    """Name in the table of objectives: cross_entropy, distillation, or one of another package."""
+    options: dict[str, Any] = {}
+    """What it takes; see its class."""
+
+
 class DistillRecipe(Settings):
     """Stage 2: alpha * CE + (1 - alpha) * KL(teacher || student)."""
 

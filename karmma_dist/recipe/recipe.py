@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from karmma_dist.recipe.data import DataRecipe, InputRecipe
 from karmma_dist.recipe.fields import NOT_LEARNED, SHARED
-from karmma_dist.recipe.model import DistillRecipe, ModelRecipe
+from karmma_dist.recipe.model import DistillRecipe, ModelRecipe, ObjectiveRecipe
 from karmma_dist.recipe.training import OptimizerRecipe, TrainingRecipe
 from karmma_dist.settings import Positive, Settings
 
@@ -92,6 +92,8 @@ class Recipe(Settings):
     """The model that is trained."""
     distill: DistillRecipe | None = None
     """Required by the distill stage, refused by the others."""
+    objective: ObjectiveRecipe | None = None
+    """What is minimised; None: distillation in the distill stage, else cross_entropy."""
     optimizer: OptimizerRecipe = OptimizerRecipe()
     """Optimizer."""
     training: TrainingRecipe = TrainingRecipe()

@@ -75,6 +75,8 @@ class TrainingRecipe(Settings):
     """Epochs between validations with every modality present; 0: only after the last epoch."""
     log_every_steps: Annotated[Positive, NOT_LEARNED] = 10
     """Optimizer steps between lines of metrics.jsonl."""
+    trackers: Annotated[list[str], NOT_LEARNED] = ["tensorboard"]
+    """What else is told the lines of metrics.jsonl: names in the table of trackers."""
     threads: Annotated[int, Field(ge=0), NOT_LEARNED] = 0
     """CPU threads of the model per rank; 0 leaves it to torch."""
     best_metric: str = "action_top1"

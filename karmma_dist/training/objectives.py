@@ -1,79 +1,145 @@
-"""The three stages of training: the loss of a batch, and what has to be loaded for it.
+"""Objectives: the loss of a batch that training minimises, and the table that other packages add theirs to.
 
-    supervised   cross-entropy on labels: unimodal encoders, Baseline, Baseline with modality dropout
-    teacher      the same, every encoder frozen
-    distill      alpha * cross-entropy + (1 - alpha) * KL(teacher || student); the teacher runs online, frozen
+    cross_entropy   on labels: unimodal encoders, teachers, Baseline, Baseline with modality dropout
+    distillation    alpha * cross-entropy + (1 - alpha) * KL(teacher || student); the teacher runs online, frozen
+
+A recipe names one in its section `objective`; without it, its stage does.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from karmma_dist.distributed.world import World
-from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.errors import UserError, nearest
 from karmma_dist.models.losses import cross_entropy, distillation
+from karmma_dist.plugins import with_plugins
 from karmma_dist.recipe import DistillRecipe, Recipe
+from karmma_dist.settings import Settings, validate
 from karmma_dist.streaming.batch import Batch
-from karmma_dist.training.engine import Engine, ShardedModule
-from karmma_dist.training.teacher import Measure, Teacher, build_teacher
+from karmma_dist.training.engine import ShardedModule
+from karmma_dist.training.teacher import Teacher
 from karmma_dist.training.tracking import accuracies, agreements, entropies
 
+SoftTargets = Callable[[Batch], dict[str, Tensor]]
+"""Returns the soft targets of a batch: the frozen teacher's log-probabilities (B, C) per head, at distill.temperature.
+Every rank must call it for every batch, and whatever it returns carries no gradient."""
 
-class Stage(Protocol):
-    """Turns a student's logits and the batch they came from into a loss."""
 
-    @property
-    def teachers(self) -> list[KarmmaModel]:
-        """Frozen models that run beside the one in training."""
+class Objective(ABC):
+    """The loss of a batch."""
+
+    @abstractmethod
+    def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss to minimise, which must depend on every head, and figures for the log; all 0-d tensors.
+
+        Args:
+            logits: logits_BC per head of the model in training.
+            batch: What they were computed from.
+        """
+
+
+@dataclass(frozen=True)
+class ObjectiveType:
+    """An entry of the table of objectives."""
+
+    options: type[Settings]
+    """The recipe's `objective.options`, typed."""
+    build: Callable[[Any, Recipe, SoftTargets | None], Objective]
+    """Called with the options, the recipe and, in the distill stage, the soft targets."""
+
+
+class CrossEntropy(Objective):
+    """Cross-entropy on labels, averaged over heads."""
 
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimise and its parts for the log, all 0-d tensors."""
-
-
-def build_stage(recipe: Recipe, heads: dict[str, int], engine: Engine, world: World, measure: Measure) -> Stage:
-    """Build the recipe's stage; the distill stage loads its teacher, see `build_teacher`. Every rank must call this."""
-    if recipe.distill is None:
-        return Supervised()
-    return Distill(build_teacher(recipe, heads, engine, world, measure), recipe.distill)
-
-
-class Supervised:
-    """Cross-entropy averaged over heads."""
-
-    teachers: list[KarmmaModel] = []
-
-    def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Stage.loss`."""
+        """Return the loss, accuracy and entropy; see `Objective.loss`."""
         loss = cross_entropy(logits, batch.labels)
         return loss, {"loss": loss.detach(), **accuracies("train", logits, batch.labels), **entropies("train", logits)}
 
 
-class Distill:
-    """A student taught online by a frozen teacher that sees the same batch with the same modalities."""
+class Distillation(Objective):
+    """Cross-entropy on labels and KL divergence from a frozen teacher that sees the same batch (paper, Sec. III-D).
 
-    def __init__(self, teacher: Teacher | ShardedModule, recipe: DistillRecipe) -> None:
-        self.teacher, self.recipe = teacher, recipe
+    Args:
+        recipe: alpha and temperature.
+        soft_targets: What the teacher says of a batch.
+    """
 
-    @property
-    def teachers(self) -> list[KarmmaModel]:
-        """See `Stage.teachers`."""
-        module = self.teacher.module if isinstance(self.teacher, ShardedModule) else self.teacher
-        assert isinstance(module, Teacher)
-        return [member for member in module.members if isinstance(member, KarmmaModel)]
+    def __init__(self, recipe: DistillRecipe, soft_targets: SoftTargets) -> None:
+        self.recipe, self.soft_targets = recipe, soft_targets
 
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Stage.loss`. The teacher's entropy is that of what it teaches, softened by the temperature."""
-        with torch.no_grad():
-            taught: dict[str, Tensor] = self.teacher(batch.inputs, batch.present_BM, batch.labels)
+        """Return the loss, its parts, and the accuracy and entropy of both models, as the KL compares them."""
+        taught = self.soft_targets(batch)
         hard = cross_entropy(logits, batch.labels)
         soft = distillation(logits, taught, self.recipe.temperature)
         loss = self.recipe.alpha * hard + (1 - self.recipe.alpha) * soft
-        softened = {head: of.detach().float() / self.recipe.temperature for head, of in logits.items()}
+        softened = {head: logits_BC.detach().float() / self.recipe.temperature for head, logits_BC in logits.items()}
         return loss, {
             "loss": loss.detach(), "cross_entropy": hard.detach(), "kl": soft.detach(),
             **accuracies("train", logits, batch.labels), **accuracies("teacher", taught, batch.labels),
             **agreements(logits, taught), **entropies("train", softened), **entropies("teacher", taught),
         }  # fmt: skip
+
+
+class NoOptions(Settings):
+    """No options."""
+
+
+def _distillation(_options: NoOptions, recipe: Recipe, soft_targets: SoftTargets | None) -> Objective:
+    if recipe.distill is None or soft_targets is None:
+        raise UserError(f"objective.name: 'distillation' needs a teacher, which stage {recipe.stage} has not")
+    return Distillation(recipe.distill, soft_targets)
+
+
+_OWN = {
+    "cross_entropy": ObjectiveType(NoOptions, lambda _options, _recipe, _soft_targets: CrossEntropy()),
+    "distillation": ObjectiveType(NoOptions, _distillation),
+}
+
+
+@cache
+def objective_table() -> dict[str, ObjectiveType]:
+    """Return every objective by name: ours, and the entry points `karmma_dist.objectives` of other packages."""
+    return with_plugins(_OWN, "karmma_dist.objectives", ObjectiveType)
+
+
+def build_objective(recipe: Recipe, soft_targets: SoftTargets | None) -> Objective:
+    """Build the recipe's objective: the one it names, else its stage's.
+
+    Args:
+        recipe: The run.
+        soft_targets: The teacher's, in the distill stage.
+
+    Raises:
+        UserError: an unknown objective, options that it does not know, or a stage that it does not fit.
+    """
+    if recipe.objective is None:
+        name, options = ("cross_entropy" if recipe.distill is None else "distillation"), {}
+    else:
+        name, options = recipe.objective.name, recipe.objective.options
+    table = objective_table()
+    if name not in table:
+        raise UserError(
+            f"objective.name: unknown objective '{name}'{nearest(name, list(table))}; known are {', '.join(table)}"
+        )
+    entry = table[name]
+    return entry.build(validate(options, entry.options, f"objective.options ({name})"), recipe, soft_targets)
+
+
+def soft_targets_of(teacher: Teacher | ShardedModule) -> SoftTargets:
+    """Return the soft targets that a frozen teacher gives."""
+
+    def soft_targets(batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            log_probs: dict[str, Tensor] = teacher(batch.inputs, batch.present_BM, batch.labels)
+        return log_probs
+
+    return soft_targets

@@ -168,6 +168,13 @@ def build_teacher(
     return ShardedModule(teacher, recipe, world)
 
 
+def members_of(teacher: Teacher | ShardedModule) -> list[KarmmaModel]:
+    """Return the frozen models that a teacher asks."""
+    module = teacher.module if isinstance(teacher, ShardedModule) else teacher
+    assert isinstance(module, Teacher)
+    return [member for member in module.members if isinstance(member, KarmmaModel)]
+
+
 def _undropped(paths: Sequence[Path], recipe: Recipe) -> list[str]:
     """Return a line about each teacher of several modalities trained without dropout, where the student has it."""
     if not recipe.data.modality_dropout.probability:

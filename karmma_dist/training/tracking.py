@@ -1,52 +1,16 @@
-"""Tracks a training: running means, accuracy of model and teacher, cost of loading; metrics.jsonl and TensorBoard."""
+"""Figures of a training: running means, accuracy and entropy of model and teacher, cost of loading."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from karmma_dist.recipe import Recipe
-from karmma_dist.runs.folder import step_of
 from karmma_dist.streaming.batch import Batch
-
-
-class RunLog:
-    """Writes a run's metrics; only the main rank has one.
-
-    On resuming at optimizer step `resumed`, lines of later steps are removed: they will be written again.
-    """
-
-    def __init__(self, run_dir: Path, resumed: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = run_dir / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= resumed]
-            self.path.write_text("".join(line + "\n" for line in kept if resumed))
-        self._events = SummaryWriter(str(run_dir), purge_step=resumed + 1)
-
-    def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Append one line `{"kind", "step", "epoch", ...values}`; `step` counts finished optimizer steps."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
-
-    def write_event(self, kind: str, step: int, epoch: int, **values: Any) -> None:
-        """Append one line that holds other things than numbers; TensorBoard gets none of it."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
-
-    def close(self) -> None:
-        """Flush TensorBoard's file."""
-        self._events.close()
-
 
 _PER_STEP = ("wait_s", "step_s", "flops", "grad_norm")
 """Measured once per optimizer step; everything else once per forward pass."""
@@ -94,7 +58,8 @@ def accuracies(name: str, scores: dict[str, Tensor], labels: dict[str, Tensor]) 
         scores: logits or log-probabilities (B, C) per head.
         labels: int64 (B,) per head.
     """
-    return _shares(f"{name}_accuracy", {head: of.detach().argmax(-1) == labels[head] for head, of in scores.items()})
+    right = {head: scores_BC.detach().argmax(-1) == labels[head] for head, scores_BC in scores.items()}
+    return _shares(f"{name}_accuracy", right)
 
 
 def agreements(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:

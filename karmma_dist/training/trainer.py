@@ -52,11 +52,13 @@ from karmma_dist.training.engine import Engine, Update, whole_model
 from karmma_dist.training.fault_tolerance.damaged_clips import DamageLog
 from karmma_dist.training.fault_tolerance.preemption import Interruption, Stop, refuse_stop_file
 from karmma_dist.training.fault_tolerance.skipped_steps import Skips, Suspect, describe
-from karmma_dist.training.objectives import build_stage
+from karmma_dist.training.objectives import build_objective, soft_targets_of
 from karmma_dist.training.optim import learning_rate
 from karmma_dist.training.profiler import tracing
+from karmma_dist.training.teacher import build_teacher, members_of
 from karmma_dist.training.throughput import Throughput
-from karmma_dist.training.tracking import Averages, RunLog, loading_sums, pace
+from karmma_dist.training.trackers import RunLog
+from karmma_dist.training.tracking import Averages, loading_sums, pace
 
 _logger = logging.getLogger(__name__)
 
@@ -170,12 +172,15 @@ class Trainer:
         self.best = BestWeights(recipe, self.classes, validate.metrics(self.classes))
         self.engine = Engine(build_model(recipe, self.classes, report, world.is_main), recipe, world)
         heads = {head: len(names) for head, names in self.classes.items()}
-        self.stage = build_stage(
-            recipe, heads, self.engine, world, lambda model, of: validate(model, of, world, lambda: None)
-        )
+        teacher = None
+        if recipe.distill is not None:
+            teacher = build_teacher(
+                recipe, heads, self.engine, world, lambda model, changed: validate(model, changed, world, lambda: None)
+            )
+        self.objective = build_objective(recipe, None if teacher is None else soft_targets_of(teacher))
         assert isinstance(self.engine.model, KarmmaModel)
         self.throughput = Throughput(
-            self.engine.model, self.stage.teachers, self.engine.device, self.engine.dtype,
+            self.engine.model, [] if teacher is None else members_of(teacher), self.engine.device, self.engine.dtype,
             recipe.training.peak_tflops, say=world.is_main,
         )  # fmt: skip
         self.position = Position(0, 0)
@@ -205,7 +210,7 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train from the current position to the end; returns the last validation's metrics."""
         done = self.position.epoch * self.steps_per_epoch + self.position.step
-        self.log = RunLog(self.recipe.run_dir, done) if self.world.is_main else None
+        self.log = RunLog(self.recipe, done) if self.world.is_main else None
         left_out = self.schedule.dropped_clips
         notes = [f"{left_out} of {self.schedule.num_clips} clips left out of each epoch"] if left_out else []
         notes += [f"batch {self.division}"] if self.division.accumulation > 1 else []
@@ -289,7 +294,7 @@ class Trainer:
         guarded = self.guard.is_due(step)
         with self.guard.forward() if guarded else contextlib.nullcontext():
             logits = self.engine.forward(*batch.only(self.recipe.modalities, self.recipe.data.modalities))
-        loss, parts = self.stage.loss(logits, batch)
+        loss, parts = self.objective.loss(logits, batch)
         if guarded:
             self.guard.check(loss)
         self._mark(f"reducing the gradients of step {step + 1}")  # a rank that is not here yet keeps the others waiting

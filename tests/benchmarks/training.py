@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,7 +49,7 @@ from karmma_dist.streaming.order import Slice
 from karmma_dist.training import trainer as loop
 from karmma_dist.training.engine import Engine
 from karmma_dist.training.fault_tolerance.preemption import Interruption
-from karmma_dist.training.objectives import Distill
+from karmma_dist.training.objectives import Distillation, soft_targets_of
 
 SHORT_CLIPS = ["inputs.video.num_frames=8", "inputs.video.short_side=56", "inputs.video.crop=56",
                "inputs.audio.num_windows=8"]  # fmt: skip
@@ -123,15 +124,15 @@ def bench_skip(repeats: int) -> None:
     teacher = make_teacher(recipe).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
     batch = synthetic_batch(recipe, 8, device, torch.float32)
-    arms: dict[str, tuple[nn.Module, Distill]] = {
-        "present clips only": (student, Distill(teacher, recipe.distill)),
+    arms: dict[str, tuple[nn.Module, Distillation]] = {
+        "present clips only": (student, Distillation(recipe.distill, soft_targets_of(teacher))),
         "dense, masked": (Dense(student), _distill(Dense(teacher), recipe.distill)),
     }
     _check_same(arms, student, batch)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats + 1):
-        for name, (model, stage) in arms.items():
-            took = _timed(lambda model=model, stage=stage: _plain_step(model, stage, optimizer, batch), device)
+        for name, (model, objective) in arms.items():
+            took = _timed(partial(_plain_step, model, objective, optimizer, batch), device)
             if repeat:  # the first warms up
                 seconds[name].append(took)
     share = float(batch.present_BM.float().mean())
@@ -139,11 +140,11 @@ def bench_skip(repeats: int) -> None:
     _print_ratio(seconds, "present clips only", "dense, masked")
 
 
-def _distill(teacher: nn.Module, recipe: DistillRecipe) -> Distill:
-    return Distill(teacher, recipe)  # type: ignore[arg-type]  # called like the model that it wraps
+def _distill(teacher: nn.Module, recipe: DistillRecipe) -> Distillation:
+    return Distillation(recipe, soft_targets_of(teacher))  # type: ignore[arg-type]  # called like the model that it wraps
 
 
-def _check_same(arms: dict[str, tuple[nn.Module, Distill]], student: nn.Module, batch: Batch) -> None:
+def _check_same(arms: dict[str, tuple[nn.Module, Distillation]], student: nn.Module, batch: Batch) -> None:
     student.eval()
     with torch.no_grad():
         one, other = (model(batch.inputs, batch.present_BM) for model, _ in arms.values())
@@ -152,8 +153,8 @@ def _check_same(arms: dict[str, tuple[nn.Module, Distill]], student: nn.Module, 
     student.train()
 
 
-def _plain_step(model: nn.Module, stage: Distill, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    loss, _ = stage.loss(model(batch.inputs, batch.present_BM), batch)
+def _plain_step(model: nn.Module, objective: Distillation, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    loss, _ = objective.loss(model(batch.inputs, batch.present_BM), batch)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -215,10 +216,10 @@ class InTurn(Iterator[Batch]):
         return self.raw[self._given % len(self.raw)]
 
     def _bare_block(self) -> None:
-        engine, stage = self.trainer.engine, self.trainer.stage
+        engine, objective = self.trainer.engine, self.trainer.objective
         for place in range(1, BLOCK + 1):
             batch = self.prepared[place % len(self.prepared)]
-            loss, _ = stage.loss(engine.forward(batch.inputs, batch.present_BM), batch)
+            loss, _ = objective.loss(engine.forward(batch.inputs, batch.present_BM), batch)
             engine.backward(loss)
             engine.step(1e-6)
 
@@ -307,12 +308,12 @@ def _gpu_step(size: int, repeats: int, world: World) -> tuple[float, float]:
     assert recipe.distill is not None
     torch.manual_seed(0)
     engine = Engine(KarmmaModel(recipe.model, recipe.inputs, recipe.data.modalities, HEADS), recipe, world)
-    stage = Distill(make_teacher(recipe).to(engine.device, engine.dtype), recipe.distill)
+    objective = Distillation(recipe.distill, soft_targets_of(make_teacher(recipe).to(engine.device, engine.dtype)))
     batches = [synthetic_batch(recipe, size, engine.device, engine.dtype, seed) for seed in range(2)]
     engine.model.train()
 
     def step(batch: Batch) -> None:
-        loss, _ = stage.loss(engine.forward(batch.inputs, batch.present_BM), batch)
+        loss, _ = objective.loss(engine.forward(batch.inputs, batch.present_BM), batch)
         engine.backward(loss)
         engine.step(1e-6)
 

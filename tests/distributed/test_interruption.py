@@ -32,7 +32,7 @@ PRELUDE = """
 import os, signal, sys, threading
 from karmma_dist.cli import main
 from karmma_dist.training import trainer
-from karmma_dist.training.objectives import Supervised
+from karmma_dist.training.objectives import CrossEntropy
 rank = int(os.environ["RANK"])
 """
 
@@ -74,13 +74,13 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 RANK_1_IS_NOT_FINITE_AT_STEP_2 = """
-mark, losses, at = trainer.mark, Supervised.loss, []
+mark, losses, at = trainer.mark, CrossEntropy.loss, []
 trainer.mark = lambda doing, *limit: (at.append(doing), mark(doing, *limit))
 def poisoned(self, logits, batch):
     loss, parts = losses(self, logits, batch)
     loss = loss * float("nan") if rank == 1 and at[-1].endswith("step 2") else loss
     return loss, {**parts, "loss": loss.detach()}
-Supervised.loss = poisoned
+CrossEntropy.loss = poisoned
 """
 
 SIGNAL_AT_STEP_3 = """
@@ -131,11 +131,11 @@ def test_a_run_stopped_in_an_epoch_and_in_validation_ends_as_the_undisturbed_one
 
 
 LEAVE_A_HEAD_OUT = """
-honest = Supervised.loss
+honest = CrossEntropy.loss
 def partly(self, logits, batch):
     loss, parts = honest(self, logits, batch)
     return (loss if rank == 0 else logits["verb"].float().sum()), parts
-Supervised.loss = partly
+CrossEntropy.loss = partly
 """
 
 

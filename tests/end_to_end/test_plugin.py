@@ -1,4 +1,4 @@
-"""A modality, an encoder and a dataset reader of another package, from raw files to a report."""
+"""A package apart adds a modality, a reader, an encoder, an objective, a tracker and a metric, all used in one run."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ toy = toy_sensor.modality:TOY
 toy_conv = toy_sensor.encoder:TOY_CONV
 [karmma_dist.readers]
 kinetics_like = toy_sensor.dataset:KINETICS_LIKE
+[karmma_dist.objectives]
+smoothed = toy_sensor.objective:SMOOTHED
+[karmma_dist.trackers]
+csv = toy_sensor.tracker:CSV
+[karmma_dist.metrics]
+top2 = toy_sensor.metric:TOP2
 """
 SPEC = """\
 reader: kinetics_like
@@ -53,7 +59,8 @@ model:
   feedforward: 16
   fc_width: 16
   missing: stand_in
-training: {{epochs: 2, batch_size: 4}}
+objective: {{name: smoothed, options: {{smoothing: 0.2}}}}
+training: {{epochs: 2, batch_size: 4, trackers: [tensorboard, csv]}}
 optimizer: {{warmup_epochs: 0}}
 """
 SOURCE = Path(__file__).parent.parent / "plugin" / "toy_sensor"
@@ -113,7 +120,7 @@ def karmma(site: Path, *commands: tuple[str, ...]) -> subprocess.CompletedProces
     )  # fmt: skip
 
 
-def test_a_sensor_a_dataset_and_an_encoder_of_another_package_go_all_the_way(place: Path) -> None:
+def test_what_another_package_adds_goes_all_the_way(place: Path) -> None:
     site, shards, run = place / "site", place / "shards", place / "runs" / "toys" / "baseline"
     done = karmma(
         site,
@@ -128,6 +135,12 @@ def test_a_sensor_a_dataset_and_an_encoder_of_another_package_go_all_the_way(pla
     rows = json.loads((run / "eval" / "results.json").read_text())["rows"]
     assert {tuple(row["modalities"]) for row in rows} == {("video",), ("toy",), ("video", "toy")}
     assert {row["corrupt"] for row in rows} == {None, "toy:weak:3"}
+    assert all("action_top2" in row for row in rows)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["smoothing"] for line in lines if line["kind"] == "train"] == pytest.approx([0.2] * 2)
+    tracked = list(csv.reader((run / "figures.csv").read_text().splitlines()))
+    assert {(kind, int(step)) for kind, step, *_ in tracked} == {(line["kind"], line["step"]) for line in lines}
+    assert list(run.glob("events.out.tfevents.*"))
     manifest = json.loads((shards / "manifest.json").read_text())
     assert manifest["modalities"] == ["video", "toy"]
     assert manifest["settings"]["toy"] == {"source": "auto"}

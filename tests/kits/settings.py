@@ -61,5 +61,6 @@ def _other_value(annotation: Any, value: Any) -> Any:
     if annotation is bool:
         return not value
     if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return annotation()
+        required = {name: field for name, field in annotation.model_fields.items() if field.is_required()}
+        return annotation(**{name: _other_value(field.annotation, None) for name, field in required.items()})
     return f"{value or ''}other" if annotation is str else (value or 0) + 1

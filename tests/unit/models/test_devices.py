@@ -25,7 +25,7 @@ from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.batch import Batch, collate, prepare
 from karmma_dist.streaming.loader import EvaluationClips, TrainingClips, evaluation_batches, training_batches
 from karmma_dist.streaming.order import Position, Schedule
-from karmma_dist.training.objectives import Distill
+from karmma_dist.training.objectives import Distillation, soft_targets_of
 from karmma_dist.training.teacher import Teacher
 from karmma_dist.training.tracking import Averages
 from kits import real_encoders
@@ -95,10 +95,11 @@ def test_a_lesson_of_several_experts_and_its_figures_stay_there_too(sharded: boo
         teacher = Teacher(copy.deepcopy(EXPERTS), MODALITIES, losses, recipe).to(device)
         if sharded:
             teacher.run_everything()
-        stage, student, averages = Distill(teacher, recipe), make_model(MODALITIES, 4).to(device), Averages()
+        objective = Distillation(recipe, soft_targets_of(teacher))
+        student, averages = make_model(MODALITIES, 4).to(device), Averages()
         moved = batch.map(lambda tensor: tensor.to(device))
         for _ in range(2):
-            loss, parts = stage.loss(student(moved.inputs, moved.present_BM), moved)
+            loss, parts = objective.loss(student(moved.inputs, moved.present_BM), moved)
             averages.add({"loss": loss.detach(), **parts, "present": moved.present_BM.float().mean()})
         return averages.take()
 

@@ -19,7 +19,7 @@ from karmma_dist.evaluation.run import validate
 from karmma_dist.recipe import Recipe
 from karmma_dist.training.engine import Engine
 from karmma_dist.training.fault_tolerance.skipped_steps import Skips, Suspect, describe
-from karmma_dist.training.objectives import Supervised
+from karmma_dist.training.objectives import CrossEntropy
 from karmma_dist.training.trainer import train
 
 RECIPE: dict[str, Any] = {
@@ -154,16 +154,16 @@ def test_a_run_goes_on_past_a_bad_step_and_ends_with_its_checkpoint_after_too_ma
 ) -> None:
     """Steps 2, and 7 to the end, are bad; 3 in a row are too many, so the run ends with the 9th."""
     calls: list[list[str]] = []
-    honest = Supervised.loss
+    honest = CrossEntropy.loss
 
-    def poisoned(self: Supervised, logits: dict[str, Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def poisoned(self: CrossEntropy, logits: dict[str, Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         calls.append(batch.keys)
         loss, parts = honest(self, logits, batch)
         bad = len(calls) == 2 or len(calls) >= 7
         loss = loss * torch.nan if bad else loss
         return loss, {**parts, "loss": loss.detach()}
 
-    monkeypatch.setattr(Supervised, "loss", poisoned)
+    monkeypatch.setattr(CrossEntropy, "loss", poisoned)
     data = {"shards": str(shards)}
     run = recipe(data=data, training={"epochs": 4, "max_skipped_steps": 3}, runs_dir=str(tmp_path))
     with pytest.raises(UserError, match="3 optimizer steps in a row were skipped"):

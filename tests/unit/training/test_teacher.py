@@ -19,8 +19,8 @@ from karmma_dist.models.model_card import save_model
 from karmma_dist.recipe import DistillRecipe, Recipe, load_chain
 from karmma_dist.streaming.batch import collate
 from karmma_dist.training import teacher as teacher_module
-from karmma_dist.training.objectives import Distill
-from karmma_dist.training.teacher import Teacher
+from karmma_dist.training.objectives import Distillation, soft_targets_of
+from karmma_dist.training.teacher import Teacher, members_of
 from kits.experts import (
     EXPERTS,
     HEADS,
@@ -112,11 +112,12 @@ def test_the_stage_mixes_cross_entropy_and_kl_and_logs_both_models() -> None:
     batch.present_BM, batch.inputs = present_BM, clips(present_BM)
     batch.labels = {"verb": torch.tensor([0, 2]), "noun": torch.tensor([3, 1])}
     recipe = DistillRecipe(teachers=["v", "f", "a"], alpha=0.25, temperature=2.0)
-    stage = Distill(Teacher(EXPERTS, MODALITIES, {"verb": [1.0, 2.0, 3.0], "noun": [3.0, 2.0, 1.0]}, recipe), recipe)
+    teacher = Teacher(EXPERTS, MODALITIES, {"verb": [1.0, 2.0, 3.0], "noun": [3.0, 2.0, 1.0]}, recipe)
+    objective = Distillation(recipe, soft_targets_of(teacher))
     student = {head: torch.randn(2, num, requires_grad=True) for head, num in HEADS.items()}
-    loss, parts = stage.loss(student, batch)
+    loss, parts = objective.loss(student, batch)
     with torch.no_grad():
-        taught = stage.teacher(batch.inputs, present_BM)
+        taught = teacher(batch.inputs, present_BM)
     kls = []
     for head in HEADS:
         p, q = taught[head].exp(), (student[head] / 2).softmax(-1)
@@ -125,7 +126,7 @@ def test_the_stage_mixes_cross_entropy_and_kl_and_logs_both_models() -> None:
     expected = 0.25 * cross_entropy(student, batch.labels) + 0.75 * sum(kls) / 2
     torch.testing.assert_close(loss, expected)
     assert {"kl", "train_accuracy_verb", "teacher_accuracy_noun", "agreement", "train_entropy_verb"} <= set(parts)
-    assert stage.teachers == EXPERTS
+    assert members_of(teacher) == EXPERTS
 
 
 def test_experts_weigh_by_the_training_clips_they_held_out_and_a_resumed_run_keeps_the_weights(tmp_path: Path) -> None:
@@ -209,8 +210,9 @@ def test_a_student_on_video_under_a_teacher_on_everything_learns_what_formulas_s
     teacher = make_model(MODALITIES, seed).double()
     student = make_model(["video"], seed + 1).double().requires_grad_(True)
     recipe = DistillRecipe(teacher="t", alpha=0.3, temperature=2.0)
-    stage = Distill(Teacher([teacher], MODALITIES, {head: [0.0] for head in HEADS}, recipe), recipe)
-    stage.loss(student(*batch.only(["video"], MODALITIES)), batch)[0].backward()
+    taught_by = Teacher([teacher], MODALITIES, {head: [0.0] for head in HEADS}, recipe)
+    objective = Distillation(recipe, soft_targets_of(taught_by))
+    objective.loss(student(*batch.only(["video"], MODALITIES)), batch)[0].backward()
     found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
     student.zero_grad()
