@@ -1,7 +1,7 @@
-"""The one table of modalities: a folder each, and those of other packages (entry points `karmma_dist.modalities`).
+"""The table of all modalities: one folder each, and those that other packages add (`karmma_dist.modalities`).
 
-Everything that iterates over modalities does so in the order of a dataset's own list, which is a
-sub-sequence of :data:`MODALITIES`.
+Other packages add a modality by an entry point of that group. All code iterates over modalities in the order of the
+dataset's own list, which is a sub-sequence of :data:`MODALITIES`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _table() -> dict[str, Modality]:
             value = getattr(second, name)
             if getattr(first, name) == value:
                 raise UserError(
-                    f"modality '{second.name}': its {name} '{value}' is that of '{first.name}': give it another"
+                    f"modality '{second.name}': its {name} '{value}' is taken by '{first.name}': choose another"
                 )
     return table
 
@@ -61,7 +61,7 @@ def parse_modalities(text: str, available: Sequence[str]) -> tuple[str, ...]:
     """Turn `V,F` or `video,flow` into names, in the order of `available`.
 
     Raises:
-        UserError: an unknown letter or name, one that `available` lacks, or none at all.
+        UserError: a letter or name is unknown, a modality is not in `available`, or `text` names no modality.
     """
     names = set()
     for part in (p.strip() for p in text.split(",")):
@@ -70,7 +70,7 @@ def parse_modalities(text: str, available: Sequence[str]) -> tuple[str, ...]:
         name = LETTERS.get(part.upper(), part.lower())
         if name not in MODALITIES:
             known = ", ".join(f"{m.letter} ({m.name})" for m in MODALITIES.values())
-            raise UserError(f"unknown modality '{part}'{nearest(part, list(MODALITIES))}; there are {known}")
+            raise UserError(f"unknown modality '{part}'{nearest(part, list(MODALITIES))}; known are {known}")
         if name not in available:
             raise UserError(f"modality '{name}' is not one of this model's: {', '.join(available)}")
         names.add(name)
@@ -80,7 +80,7 @@ def parse_modalities(text: str, available: Sequence[str]) -> tuple[str, ...]:
 
 
 def letters(modalities: Iterable[str]) -> str:
-    """Return `"V+A"` for `("video", "audio")`, for tables and plots."""
+    """Return the letters of modalities for tables and plots: `"V+A"` for `("video", "audio")`."""
     return "+".join(MODALITIES[name].letter for name in modalities)
 
 

@@ -1,11 +1,12 @@
-"""The contract of a modality: what its folder has to say, so that nothing else need know its name.
+"""The contract of a modality: the parts that its folder provides, so that no other code needs its name.
 
-    Modality        name, letter, member, settings, and the parts below, each loaded when it is first asked for
-      Description   the entry of a stored member in KEY.json
+    Modality        name, letter, member, settings, and the parts below, each imported on first use
+      Description   entry of a stored member in KEY.json
       Storage       raw media -> bytes and descriptions (`storage.py`)
-      Decoder       bytes -> arrays of the views that are asked for (no torch), and the check of stored bytes
+      Decoder       bytes -> arrays of the requested views (no torch), and the check of stored bytes
       TensorMaker   arrays of a batch -> the tensor that encoders take, on the device
       Drawing       a cell of a contact sheet
+      Breaker       arrays or whole signals -> the same, damaged on purpose
 
 A part is named as `module:attribute`, so that listing modalities imports neither PyAV, Matplotlib nor torch.
 """
@@ -33,15 +34,15 @@ if TYPE_CHECKING:
 Part = TypeVar("Part")
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
-"""Values that a field of a description takes, by its annotation."""
+"""Accepted types of a description's field, by its annotation."""
 
 
 class DecodeError(Exception):
-    """Bytes of a member are not what their description says, or cannot be decoded."""
+    """A member whose bytes contradict its description or cannot be decoded."""
 
 
 class StoredError(Exception):
-    """A check of stored bytes failed: `kind` is that of the finding (`length`, `decode`)."""
+    """A failed check of stored bytes. `kind` is the kind of the problem: `length` or `decode`."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -50,14 +51,17 @@ class StoredError(Exception):
 
 @dataclass(frozen=True)
 class View:
-    """How one clip is looked at. Modalities share it, so that a frame, its flow and its sound belong together."""
+    """The sampled moments, crop and augmentation of one clip.
+
+    All modalities share it, so that a frame, its flow and its audio belong together.
+    """
 
     times_F: np.ndarray
     """Moments of the frames, as fractions of the clip in [0, 1)."""
     top: float
-    """In [0, 1): the crop's upper edge among the places there are, each of the same chance."""
+    """Upper edge of the crop, as a fraction in [0, 1) of the possible positions, which are equally likely."""
     left: float
-    """The crop's left edge, likewise."""
+    """Left edge of the crop, likewise."""
     flip: bool
     """True if mirrored horizontally."""
     jitter_3: np.ndarray
@@ -66,7 +70,7 @@ class View:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of a member that is seen."""
+    """Number, size and rate of a member's pictures."""
 
     num_frames: int
     width: int
@@ -76,26 +80,26 @@ class Pictures:
 
     @property
     def length_s(self) -> float:
-        """Seconds from the first to the end of the last."""
+        """Seconds from the start of the first picture to the end of the last."""
         return float(self.num_frames / self.fps)
 
 
 @dataclass(frozen=True)
 class Description:
-    """The entry of a stored member in KEY.json, without its bytes and crc32. Fields are of type int, float or str."""
+    """The entry of a stored member in KEY.json, without byte count and crc32. Fields are of type int, float or str."""
 
     @property
     def length_s(self) -> float | None:
-        """Seconds that are stored; None where nothing tells."""
+        """Seconds of stored signal; None if the description does not tell."""
         return None
 
     @property
     def pictures(self) -> Pictures | None:
-        """The pictures, where the member has any."""
+        """The member's pictures; None if it has none."""
         return None
 
     def problem_beside(self, others: Mapping[str, Description]) -> str:
-        """Return what of the entry cannot be true beside the clip's other members, or an empty string.
+        """Return how the entry contradicts those of the clip's other members, or an empty string.
 
         Args:
             others: Entries of all present members, by modality.
@@ -104,10 +108,10 @@ class Description:
 
     @classmethod
     def parse(cls, declared: Mapping[str, Any]) -> Self:
-        """Read the fields of an entry; others are left alone.
+        """Read this class's fields from an entry of KEY.json and ignore all others.
 
         Raises:
-            ValueError: one is missing, of another type, or a number that is not positive.
+            ValueError: a field is missing, has another type, or is a number that is too small.
         """
         values = {}
         for field in dataclasses.fields(cls):
@@ -121,14 +125,14 @@ class Description:
 
 
 class Decoder(ABC):
-    """From the bytes of a member to arrays. Everything raises `DecodeError` on bytes that it cannot decode."""
+    """The part that decodes a member's bytes to arrays. Every method raises `DecodeError` if decoding fails."""
 
     always_whole: ClassVar[bool] = False
-    """True if a member is always decoded whole, because views cut from the whole at no cost."""
+    """True if members are always decoded as a whole, because cutting views from the whole costs nothing."""
 
     @abstractmethod
     def decode(self, data: bytes, description: Any, settings: Any) -> np.ndarray:
-        """Decode everything that a view may ask for, to be kept and cut by `cut`.
+        """Decode everything that a view may need; `cut` cuts views from the result.
 
         Args:
             data: The member.
@@ -140,38 +144,38 @@ class Decoder(ABC):
     def cut(
         self, decoded: np.ndarray, description: Any, settings: Any, views: Sequence[View], length_s: float
     ) -> np.ndarray:
-        """Return the arrays of some views (V, ...), cut from what `decode` made.
+        """Cut the arrays of V views (V, ...) from the result of `decode`.
 
         Args:
-            decoded: From `decode`; not to be changed.
+            decoded: Result of `decode`; must not be modified.
             description: The member's entry.
             settings: The modality's section of the recipe's `inputs`.
-            views: V of them.
-            length_s: Seconds that the views' times are fractions of.
+            views: The V views.
+            length_s: Length of the clip in seconds; the views' times are fractions of it.
         """
 
     def decode_views(
         self, data: bytes, description: Any, settings: Any, views: Sequence[View], length_s: float
     ) -> np.ndarray:
-        """Return what `cut` would, bit for bit, decoding no more than the views ask for."""
+        """Return the same arrays as `cut`, bit for bit, decoding only the parts that the views show."""
         return self.cut(self.decode(data, description, settings), description, settings, views, length_s)
 
     @abstractmethod
     def num_bytes(self, settings: Any) -> int:
-        """Return the bytes of one view's array."""
+        """Return the size of one view's array in bytes."""
 
     @abstractmethod
     def check(self, data: bytes, description: Any) -> None:
-        """Look whether stored bytes decode to what is declared, for `verify --full`.
+        """Check that stored bytes decode to what their description declares, for `verify --full`.
 
         Raises:
-            StoredError: they do not.
-            DecodeError: they cannot be read.
+            StoredError: the decoded signal differs from its description.
+            DecodeError: the bytes cannot be decoded.
         """
 
 
 class TensorMaker(ABC):
-    """From the arrays of a batch to the tensor that encoders take."""
+    """The part that turns the arrays of a batch into the tensor that encoders take."""
 
     @abstractmethod
     def shape(self, settings: Any) -> tuple[int, ...]:
@@ -182,26 +186,26 @@ class TensorMaker(ABC):
         """Return float32 (N, *shape) on the device of `arrays_N`.
 
         Args:
-            arrays_N: What the decoder gave of N clips, stacked; may not be changed.
+            arrays_N: The decoder's arrays of N clips, stacked; must not be modified.
             settings: The modality's section of the recipe's `inputs`.
             jitter_N3: The views' jitter, for a modality whose `is_jittered` is True.
         """
 
 
 class Sheet(ABC):
-    """What a drawing may ask about its clip beyond its own member."""
+    """The rest of a drawing's clip, beyond the member that is drawn."""
 
     @abstractmethod
     def pictures(self, places: Callable[[int], Sequence[int]]) -> list[np.ndarray] | None:
-        """Return the clip's pictures at some places, uint8 RGB (H, W, 3), or None where nothing of it is seen.
+        """Return some of the clip's pictures, uint8 RGB (H, W, 3), or None if no modality shows the scene.
 
         Args:
-            places: Gives the places among a number of frames.
+            places: Function from the number of frames to the indices of the wanted ones.
         """
 
     @abstractmethod
     def clock(self) -> Pictures | None:
-        """Return the pictures that the clip's times are counted by, where there are any."""
+        """Return the pictures that define the clip's times, or None if the clip has none."""
 
 
 class Drawing(ABC):
@@ -217,60 +221,60 @@ class Drawing(ABC):
         """Draw a member into a cell.
 
         Raises:
-            DecodeError: it cannot be decoded.
+            DecodeError: the member cannot be decoded.
         """
 
     def draw_legend(self, axis: Axes) -> None:  # noqa: B027 - most columns need none
-        """Draw what the column's colours mean, beside its title."""
+        """Draw the meaning of the column's colours next to its title."""
 
     def pictures(self, data: bytes, places: Callable[[int], Sequence[int]]) -> list[np.ndarray] | None:
-        """Return pictures for others to draw on, uint8 RGB; None where the modality shows no scene."""
+        """Return pictures that other drawings may draw on, uint8 RGB; None if the modality shows no scene."""
         return None
 
 
 @dataclass(frozen=True)
 class Breakage:
-    """One way in which a sensor breaks, `SENSOR:KIND` on the command line, and what it does to this modality."""
+    """One way in which a sensor breaks, `SENSOR:KIND` on the command line, and its effect on this modality."""
 
     sensor: str
-    """The modality's name, or that of a sensor behind several modalities, such as `camera`."""
+    """Name of the modality, or of a sensor behind several modalities, such as `camera`."""
     kind: str
     effect: str
-    """What happens to the signal, by the breaker's name for it."""
+    """The breaker's name of what happens to the signal."""
     amounts: tuple[float, ...]
-    """Per severity, from slight to severe; what a smaller one spoils, a larger one spoils too or more so."""
+    """Amount per severity, from slight to severe; a larger amount damages at least what a smaller one does."""
     meaning: str
-    """What an amount is, as a format of it."""
+    """Format string that explains an amount."""
     is_random: bool
     """True if the outcome depends on the seed."""
 
 
 class Breaker(ABC):  # noqa: B024 - the base of the two kinds below
-    """Breaks signals on purpose, before anything is computed from them; presence never changes.
+    """The part that breaks signals on purpose, before anything is computed from them; presence never changes.
 
-    What is random follows from (seed, clip key) alone, and not from the severity.
+    Random choices depend on (seed, clip key) alone, not on the severity.
     """
 
 
 class ArraysBreaker(Breaker):
-    """Breaks the arrays of the views."""
+    """A breaker of the views' arrays."""
 
     @abstractmethod
     def break_arrays(self, effect: str, amount: float, arrays_N: Tensor, keys: Sequence[str], seed: int) -> Tensor:
-        """Break what the decoder gave of N clips, on any device; the given tensor is kept."""
+        """Return the decoder's arrays of N clips, broken, on any device; the given tensor is not modified."""
 
 
 class SignalBreaker(Breaker):
-    """Breaks whole signals, from which the views are cut again."""
+    """A breaker of whole signals, from which the views are cut again."""
 
     @abstractmethod
     def break_uncut(self, effect: str, amount: float, decoded: np.ndarray, key: str, seed: int) -> np.ndarray:
-        """Break all that was decoded of one clip; the given array is kept."""
+        """Return one clip's whole decoded signal, broken; the given array is not modified."""
 
 
 @dataclass(frozen=True)
 class Modality:
-    """One kind of sensor signal, and the parts that deal with it."""
+    """One kind of sensor signal and the parts that handle it."""
 
     name: str
     """Name in recipes, manifests and batches."""
@@ -285,9 +289,9 @@ class Modality:
     layout: str
     """Axes of that array for N present clips, and what its values are."""
     settings: type[Settings]
-    """Its section of the recipe's `inputs`."""
+    """Section of the recipe's `inputs`."""
     section: str
-    """Name of that section; modalities that share it are looked at alike."""
+    """Name of that section; modalities that share a section share its settings."""
     description: type[Description]
     """Entry of a stored member in KEY.json."""
     storage_part: str
@@ -303,44 +307,44 @@ class Modality:
     breakages: tuple[Breakage, ...]
     """Ways in which its sensor breaks."""
     fills_clip: bool = False
-    """True if what is stored lasts as long as its clip; else it may end with its recording."""
+    """True if a stored member lasts as long as its clip; otherwise it may end with its recording."""
     is_jittered: bool = False
-    """True if tensors take the view's jitter."""
+    """True if the view's colour jitter applies to its tensors."""
 
     @cached_property
     def storage(self) -> Storage:
-        """Part that packs."""
+        """The part that packs."""
         from karmma_dist.modalities.storage import Storage
 
         return self._part("storage", self.storage_part, Storage)
 
     @cached_property
     def decoder(self) -> Decoder:
-        """Part that decodes."""
+        """The part that decodes."""
         return self._part("decoder", self.decoder_part, Decoder)
 
     @cached_property
     def tensors(self) -> TensorMaker:
-        """Part that makes tensors; loads torch."""
+        """The part that makes tensors; imports torch."""
         return self._part("tensors", self.tensors_part, TensorMaker)
 
     @cached_property
     def drawing(self) -> Drawing:
-        """Part that draws; loads Matplotlib."""
+        """The part that draws; imports Matplotlib."""
         return self._part("drawing", self.drawing_part, Drawing)
 
     @cached_property
     def breaker(self) -> Breaker:
-        """Part that breaks the signal on purpose; loads torch."""
+        """The part that breaks the signal on purpose; imports torch."""
         return self._part("breaker", self.breaker_part, Breaker)
 
-    def _part(self, name: str, place: str, kind: Callable[..., Part]) -> Part:
-        assert isinstance(kind, type)
-        module_name, _, attribute = place.partition(":")
+    def _part(self, name: str, reference: str, part_type: Callable[..., Part]) -> Part:
+        assert isinstance(part_type, type)
+        module_name, _, attribute = reference.partition(":")
         part = getattr(importlib.import_module(module_name), attribute, None)
-        if not isinstance(part, kind):
+        if not isinstance(part, part_type):
             raise TypeError(
-                f"modality '{self.name}': its part '{name}' is missing: {place} is {type(part).__name__}, "
-                f"not a {kind.__name__} ({kind.__module__})"
+                f"modality '{self.name}': its part '{name}' is missing: {reference} is {type(part).__name__}, "
+                f"not a {part_type.__name__} ({part_type.__module__})"
             )
         return cast(Part, part)

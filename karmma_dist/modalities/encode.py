@@ -1,6 +1,6 @@
-"""Encodes pictures as they are stored, in a geometry that video and flow share.
+"""The encoder of stored pictures, and the geometry that video and flow share.
 
-Everything runs on one thread and writes no date, so that the same input gives the same bytes.
+Encoding runs on one thread and writes no date, so that the same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from karmma_dist.modalities.recording import MediaError
 from karmma_dist.modalities.video import VideoSpec
 
 MIN_SIDE = 16
-"""Smallest picture that H.264 and DIS flow take, pixels."""
+"""Smallest side in pixels that H.264 and DIS flow accept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How a picture is scaled, then cropped to the kept region. All even, in pixels."""
+    """The size to which a picture is scaled, and the region to which it is then cropped. All even, in pixels."""
 
     scaled_width: int
     scaled_height: int
     left: int
     top: int
     width: int
-    """Of the stored picture."""
+    """Width of the stored picture."""
     height: int
+    """Height of the stored picture."""
 
     @classmethod
     def of(cls, width: int, height: int, spec: VideoSpec, modality: str = "video") -> Geometry:
-        """Geometry for an upright source of `width` x `height`: never enlarged.
+        """Compute the geometry for an upright source of `width` x `height`, which is never enlarged.
 
         Raises:
-            MediaError: what would be stored is smaller than 16 pixels.
+            MediaError: the stored picture would be smaller than 16 pixels.
         """
         left, top, right, bottom = spec.region
         across, down = (right - left) * width, (bottom - top) * height
@@ -67,12 +68,12 @@ class Geometry:
     def shrink(self, picture: np.ndarray) -> np.ndarray:
         """Scale and crop a decoded picture, uint8 (H, W) or (H, W, 3)."""
         size = (self.scaled_width, self.scaled_height)
-        same = picture.shape[1::-1] == size
-        return self.crop(picture if same else cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
+        is_scaled = picture.shape[1::-1] == size
+        return self.crop(picture if is_scaled else cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
 
 
 def x264_options(crf: int, spec: VideoSpec) -> dict[str, str]:
-    """FFmpeg's options of libx264 for everything that is stored."""
+    """Return FFmpeg's libx264 options for all stored video."""
     # x264's macroblock tree gives other bytes for the same pictures about once in a hundred runs (measured).
     return {
         "mbtree": "0", "crf": str(crf), "preset": spec.preset, "tune": "fastdecode", "bf": "0", "g": str(spec.gop),
@@ -81,18 +82,20 @@ def x264_options(crf: int, spec: VideoSpec) -> dict[str, str]:
 
 
 class VideoEncoder:
-    """Pictures -> H.264 in MP4: constant frame rate, short closed groups of pictures, no B-frames."""
+    """An encoder of pictures to H.264 in MP4: constant frame rate, short closed groups of pictures, no B-frames.
+
+    Gray pictures have the colour space None.
+    """
 
     def __init__(
         self, width: int, height: int, fps: Fraction, crf: int, spec: VideoSpec, colorspace: Colorspace | None
     ) -> None:
-        """`colorspace` None: the pictures are gray."""
         self._file = io.BytesIO()
         self._container = av.open(self._file, "w", format="mp4", options={"fflags": "+bitexact"})
         self._stream = self._container.add_stream("libx264", rate=fps, options=x264_options(crf, spec))
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         self._format = "gray" if colorspace is None else "yuv420p"
-        # Gray values must come back as they went in: with the limited range they are squeezed to 16..235.
+        # Gray values must survive a round trip: the limited range would squeeze them to 16..235.
         self._range = ColorRange.JPEG if colorspace is None else ColorRange.MPEG
         self._stream.codec_context.color_range = self._range
         if colorspace is not None:
@@ -117,12 +120,12 @@ class VideoEncoder:
 
 
 def num_frames_between(start_s: float, stop_s: float, fps: Fraction) -> int:
-    """Frames at start, start + 1/fps, ... that lie before stop: at least one."""
+    """Count the frames at start, start + 1/fps, ... before stop; at least one."""
     return max(1, math.ceil((stop_s - start_s) * float(fps) - 1e-6))
 
 
 def rounded(fps: Fraction) -> float | int:
-    """A frame rate as it is written in metadata."""
+    """Return a frame rate as metadata store it: an int if whole, else rounded to six digits."""
     return int(fps) if fps.denominator == 1 else round(float(fps), 6)
 
 

@@ -1,6 +1,6 @@
-"""Folders and tars of numbered JPEG frames: pictures, or optical flow of which u and v are horizontal and vertical.
+"""Folders and tars of numbered JPEG frames: pictures, or optical flow with components u (horizontal) and v (vertical).
 
-`#` is a number of any width; tars may put `./` or a folder of their own in front.
+`#` is a number of any width; names in tars may start with `./` or a folder.
 
     pictures      frame_#.jpg  img_#.jpg  image_#.jpg  #.jpg
     flow, pairs   u/frame_#.jpg + v/frame_#.jpg, also x/ + y/, flow_x/ + flow_y/, flow_u/ + flow_v/, and in them any of
@@ -8,7 +8,7 @@
                   x_ + y_, u_ + v_
     flow, packed  flow_#.jpg in colour: red is u, green is v
 
-Pictures beside flow, as in dense_flow's folders, are left alone; two layouts of the same modality are refused.
+Pictures next to flow, as in dense_flow's folders, are ignored; two layouts of the same modality are refused.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class NumberedFrames:
     """The frames of one recording, opened for random access.
 
     Args:
-        path: folder or tar.
-        modality: "video" (pictures) or "flow": which of the layouts count.
+        path: Folder or tar.
+        modality: "video" (pictures) or "flow"; it selects the layouts.
 
     Raises:
-        MediaError: the tar cannot be read to its end, there is no frame in it, or frames in several layouts.
+        MediaError: the tar cannot be read to its end, or the folder or tar has no frame or frames in several layouts.
     """
 
     def __init__(self, path: Path, modality: str = "video") -> None:
@@ -53,9 +53,9 @@ class NumberedFrames:
         self._members: dict[tuple[str, int], tarfile.TarInfo | Path] = {}
         self._names: dict[tuple[str, int], str] = {}
         self._layout = ""
-        """What precedes the numbers, with {u} and {x} for the letters of the component."""
+        """Names without number and suffix, with {u} and {x} for the letters of the component."""
         self._width = 0
-        """Digits of a number."""
+        """Number of digits."""
         self._packed: tuple[int, np.ndarray] | None = None
         if path.is_dir():
             self._list_folder()
@@ -76,12 +76,12 @@ class NumberedFrames:
             self._tar.close()
 
     def clamped(self, start: int, stop: int | None) -> range:
-        """File numbers from start up to (not including) stop, of those between the first and last there are.
+        """Return the file numbers from start up to (not including) stop, limited to those from the first to the last.
 
         A clip whose stop is its start has one frame.
 
         Raises:
-            MediaError: the clip lies outside of them.
+            MediaError: the clip has none of the frames.
         """
         stop = self.last + 1 if stop is None else max(stop, start + 1)
         numbers = range(max(start, self.first), min(stop, self.last + 1))
@@ -96,7 +96,7 @@ class NumberedFrames:
         """Decode one frame: uint8 (H, W, 3) RGB, or (H, W) of flow's component "u" or "v".
 
         Raises:
-            MediaError: it is missing or does not decode.
+            MediaError: the frame is missing or does not decode.
         """
         if component and ("", number) in self._members:
             if self._packed is None or self._packed[0] != number:
@@ -108,22 +108,22 @@ class NumberedFrames:
         member = self._members.get((component, number))
         if member is None:
             raise MediaError(self.modality, "decode", f"{self.path.name}: {self._name(component, number)} is missing")
-        where = f"{self.path.name}: {self._names[component, number]}"
+        name = f"{self.path.name}: {self._names[component, number]}"
         data = self._bytes(member)
-        # OpenCV fills a cut JPEG with gray without a word: look for the end-of-image marker.
+        # OpenCV silently fills a truncated JPEG with gray: look for the end-of-image marker.
         if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-64:]:
-            raise MediaError(self.modality, "decode", f"{where} is no whole JPEG")
+            raise MediaError(self.modality, "decode", f"{name} is not a complete JPEG")
         packed = self.modality == "flow" and not component
         flag = cv2.IMREAD_UNCHANGED if packed else cv2.IMREAD_GRAYSCALE if component else cv2.IMREAD_COLOR
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         if picture is None:
-            raise MediaError(self.modality, "decode", f"{where} does not decode")
+            raise MediaError(self.modality, "decode", f"{name} does not decode")
         if packed and picture.ndim != 3:
-            raise MediaError(self.modality, "decode", f"{where} is gray: flow in one file is in colour, red u, green v")
+            raise MediaError(self.modality, "decode", f"{name} is gray: flow in one file is in colour, red u, green v")
         return picture if component else cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
 
     def _name(self, component: str, number: int) -> str:
-        """What the file of a missing frame would be called."""
+        """Return the expected file name of a missing frame."""
         return f"{_filled(self._layout, component)}{number:0{self._width}d}.jpg"
 
     def _bytes(self, member: tarfile.TarInfo | Path) -> bytes:
@@ -154,22 +154,22 @@ class NumberedFrames:
                     self._add(info.name, info)
             with open(self.path, "rb") as file:
                 file.seek(self._tar.offset)
-                # tarfile takes a cut between two members for the end: the end is marked by a block of zeros.
+                # tarfile takes a cut between two members for the end, but a complete tar ends with a block of zeros.
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end-of-archive mark")
         except (OSError, tarfile.TarError) as error:
-            raise media_error(error, self.modality, "open", f"{self.path.name}: not a whole tar: {error}") from None
+            raise media_error(error, self.modality, "open", f"{self.path.name}: not a complete tar: {error}") from None
 
     def _add(self, name: str, member: tarfile.TarInfo | Path) -> None:
-        found = _parse(name, self.modality)
-        if found is None:
+        parsed = _parse(name, self.modality)
+        if parsed is None:
             return
-        layout, component, digits = found
+        layout, component, digits = parsed
         number = int(digits)
         if self._members and layout != self._layout:
-            one, other = (f"{_filled(each, 'u')}#.jpg" for each in (self._layout, layout))
+            first, second = (f"{_filled(each, 'u')}#.jpg" for each in (self._layout, layout))
             raise MediaError(
-                self.modality, "open", f"{self.path.name}: two layouts in one, {one} and {other}: keep one"
+                self.modality, "open", f"{self.path.name}: frames in two layouts, {first} and {second}: keep one"
             )
         name = name.removeprefix("./")
         known = self._names.setdefault((component, number), name)
@@ -180,7 +180,7 @@ class NumberedFrames:
 
 
 def _parse(name: str, modality: str) -> tuple[str, str, str] | None:
-    """Layout, component ("u", "v" or "" for none) and digits of a file; None: not a frame of the modality."""
+    """Return layout, component ("u", "v" or "") and digits of a file; None if it is not a frame of the modality."""
     name = name.removeprefix("./")
     folder, file = name.rpartition("/")[::2]
     above, inner = folder.rpartition("/")[::2]
@@ -200,7 +200,7 @@ def _parse(name: str, modality: str) -> tuple[str, str, str] | None:
 
 
 def _filled(layout: str, component: str) -> str:
-    """A layout as the files of one component are called."""
+    """Return a layout with the letters of one component filled in."""
     letters = {"u": ("u", "x"), "v": ("v", "y")}.get(component, ("", ""))
     return layout.replace("{u}", letters[0]).replace("{x}", letters[1])
 
@@ -208,17 +208,17 @@ def _filled(layout: str, component: str) -> str:
 def numbers_shown(
     clip: ClipRecord, frames: NumberedFrames, start: int, stop: int | None, nominal: Fraction, fps: Fraction
 ) -> list[int]:
-    """Return the file numbers that show the clip at `fps`: the first by its number, then as many as a video would give.
+    """Return the file numbers that show the clip at `fps`, as many as a video file would give.
 
-    A clip of an untrimmed recording lasts from its start to its stop in seconds, as in a video file, so that either
-    source gives as many frames; a clip that is its whole recording lasts as long as there are files.
+    A clip of an untrimmed recording lasts from its start to its stop in seconds, as in a video file, so that both
+    sources give the same number of frames; a clip that is its whole recording lasts as long as its files.
 
     Raises:
-        MediaError: the clip lies outside of the files.
+        MediaError: the clip has none of the frames.
     """
-    there = frames.clamped(start, stop)
-    stop_s = clip.start_s + len(there) / float(nominal) if clip.stop_s is None else clip.stop_s
+    existing = frames.clamped(start, stop)
+    stop_s = clip.start_s + len(existing) / float(nominal) if clip.stop_s is None else clip.stop_s
     wanted = [
-        there.start + int(place * nominal / fps) for place in range(num_frames_between(clip.start_s, stop_s, fps))
+        existing.start + int(place * nominal / fps) for place in range(num_frames_between(clip.start_s, stop_s, fps))
     ]
     return [number for number in wanted if number <= frames.last]

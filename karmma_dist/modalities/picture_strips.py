@@ -1,4 +1,4 @@
-"""Cells of contact sheets that hold pictures in a row."""
+"""Cells of contact sheets that show pictures in a row."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from karmma_dist.modalities.contract import Pictures
 from karmma_dist.modalities.stored_frames import decoding_video, open_video
 
 NUM_SHOWN = 4
-"""Pictures of a cell."""
+"""Number of pictures in a cell."""
 _STRIP_WIDTH = 1000
-"""Pixels of the frames of one cell, side by side."""
+"""Total width in pixels of a cell's frames, side by side."""
 
 
 def shown_places(num_frames: int) -> list[int]:
@@ -23,10 +23,10 @@ def shown_places(num_frames: int) -> list[int]:
 
 
 def some_frames(data: bytes, pixels: str, places: Callable[[int], Sequence[int]] = shown_places) -> list[np.ndarray]:
-    """Decode a whole movie and return the frames at some places, in a format of FFmpeg's.
+    """Decode a whole video and return the frames at some places, in an FFmpeg pixel format.
 
     Raises:
-        DecodeError: it cannot be decoded.
+        DecodeError: the video cannot be decoded.
     """
     with decoding_video(), open_video(data) as (container, stream, _):
         frames = [frame.to_ndarray(format=pixels) for frame in container.decode(stream)]
@@ -34,7 +34,7 @@ def some_frames(data: bytes, pixels: str, places: Callable[[int], Sequence[int]]
 
 
 def fit_picture(picture: np.ndarray, number: int) -> np.ndarray:
-    """Return a copy of a width with which `number` of them fill a strip; small pictures stay sharp-edged."""
+    """Return a resized copy such that `number` copies fill a strip; enlarged pixels keep sharp edges."""
     width = _STRIP_WIDTH // number
     height = max(round(picture.shape[0] * width / picture.shape[1]), 1)
     shrinks = width < picture.shape[1]
@@ -42,7 +42,7 @@ def fit_picture(picture: np.ndarray, number: int) -> np.ndarray:
 
 
 def draw_strip(axis: Axes, pictures: list[np.ndarray]) -> None:
-    """Draw pictures side by side, in the same place of every cell."""
+    """Draw pictures side by side, at the same position in every cell."""
     fitted = [fit_picture(picture, len(pictures)) for picture in pictures]
     gap = np.full((fitted[0].shape[0], 6, 3), 255, np.uint8)
     parts = [part for picture in fitted for part in (gap, picture)][1:]
@@ -53,7 +53,7 @@ def draw_strip(axis: Axes, pictures: list[np.ndarray]) -> None:
 
 
 def draw_times(axis: Axes, shown: Pictures, text: str = "") -> None:
-    """Write under a strip when its frames are shown, in seconds from the start of the clip."""
+    """Write the times of a strip's frames under it, in seconds from the start of the clip."""
     places = shown_places(shown.num_frames)
     width = _STRIP_WIDTH // len(places) + 6
     centres = [number * width + width // 2 for number in range(len(places))]

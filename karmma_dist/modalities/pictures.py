@@ -18,15 +18,15 @@ from karmma_dist.modalities.video_file import Picture, Shrinker, VideoFile, quar
 from karmma_dist.modalities.yuv import ToI420, size_of
 
 EARLY_S = 2e-3
-"""A frame this much after a stored frame's moment counts as shown: many containers round to milliseconds."""
+"""Delay in seconds up to which a frame counts as shown at a stored frame's moment: containers round to milliseconds."""
 
 
 class ClipPictures:
-    """The pictures of one clip as they come, handed to the sinks of all modalities that are made of them.
+    """The pictures of one clip, handed one by one to the sinks of all modalities that are made from pictures.
 
     Args:
-        fps: Rate of what is stored.
-        makers: Per modality, what makes its sink.
+        fps: Rate of the stored pictures.
+        makers: Maker of the sink, by modality.
     """
 
     def __init__(self, fps: Fraction, makers: Mapping[str, SinkMaker]) -> None:
@@ -35,7 +35,7 @@ class ClipPictures:
         self._sinks: dict[str, PictureSink] = {}
 
     def add(self, picture: np.ndarray, colorspace: Colorspace) -> None:
-        """Append a stored picture, uint8 (3H/2, W) I420; all of one size and colour space."""
+        """Append a stored picture, uint8 (3H/2, W) I420; all pictures have one size and colour space."""
         if self.num_frames == 0:
             height, width = size_of(picture)
             self._sinks = {name: make(width, height, self._fps, colorspace) for name, make in self._makers.items()}
@@ -44,18 +44,18 @@ class ClipPictures:
             sink.add(picture)
 
     def finish(self) -> dict[str, Stored]:
-        """Return the members that were made, by modality."""
+        """Return the finished members, by modality."""
         return {name: sink.finish() for name, sink in self._sinks.items()}
 
 
 @dataclass(slots=True)
 class CutPictures:
-    """What the pass gave for one clip."""
+    """The result of the pass for one clip."""
 
     stored: dict[str, Stored] = field(default_factory=dict)
-    """Members made of the pictures, by modality."""
+    """Members made from the pictures, by modality."""
     source_size: tuple[int, int] | None = None
-    """Width and height of the upright source; None: nothing was seen of the clip."""
+    """Width and height of the upright source; None if the clip has no pictures."""
     num_source_frames: int = 0
     stop_s: float | None = None
     """End of the last picture."""
@@ -72,8 +72,8 @@ def pass_over_pictures(
     Args:
         recording: The clips.
         video: Rate and geometry of what is stored.
-        makers: Per modality that is made of pictures, what makes its sink.
-        source: Where the pictures are; None: there are none, or nobody wants them.
+        makers: Maker of the sink, by modality, for modalities that are made from pictures.
+        source: Source of the pictures; None if the recording has none or nothing needs them.
     """
     if isinstance(source, VideoFile):
         yield from _pass_over_video(recording, video, makers, source)
@@ -137,7 +137,7 @@ def _pictures_of_frames(
 
 
 class _ActiveClip:
-    """A clip while the pass goes over it: which picture is stored for which of its moments."""
+    """A clip that the pass is currently storing: it chooses the picture for each moment of the clip."""
 
     def __init__(self, clip: ClipRecord, fps: Fraction, makers: Mapping[str, SinkMaker]) -> None:
         self.clip, self._fps = clip, float(fps)
@@ -148,7 +148,7 @@ class _ActiveClip:
         self._problem: MediaError | None = None
 
     def show(self, picture: Picture, until_s: float) -> None:
-        """Store `picture`, which is on until `until_s`, for every moment of the clip before that."""
+        """Store `picture`, which is shown until `until_s`, for every remaining moment of the clip before that."""
         while not self.done and self.clip.start_s + self._stored.num_frames / self._fps < until_s - EARLY_S:
             image = picture.image()
             if self._stored.num_frames == 0:
@@ -160,11 +160,11 @@ class _ActiveClip:
 
     @property
     def done(self) -> bool:
-        """True if no picture after this one is needed."""
+        """True if the clip needs no further picture."""
         return self._problem is not None or self._stored.num_frames == self._wanted
 
     def finish(self, file: VideoFile, size: tuple[int, int] | None) -> CutPictures | MediaError:
-        """Return the clip's pictures, or what is wrong with them."""
+        """Return the clip's pictures, or the error if they cannot be stored."""
         try:
             if self._problem is not None:
                 raise self._problem
@@ -178,7 +178,10 @@ class _ActiveClip:
         return CutPictures(self._stored.finish(), size, file.num_frames, round(stop_s, 6))
 
     def _span(self, file: VideoFile) -> tuple[float, float]:
-        """From the first picture shown to the last moment stored, or to the clip's end when the file ends before."""
+        """Return the time from the first shown picture to the last stored moment, or to the clip's end.
+
+        It reaches to the clip's end if the file ends before the clip.
+        """
         if self.done:
             return self._first_s, self.clip.start_s + (self._stored.num_frames - 1) / self._fps
         return self._first_s, max(file.end_s, self.clip.stop_s or 0.0)

@@ -1,4 +1,4 @@
-"""A raw recording: where its media lie, the clips to cut from it, and what becomes of those that cannot be read."""
+"""A raw recording: the paths of its media, the clips to cut from it, and the errors of clips that cannot be read."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ class ClipRecord:
     start_s: float
     """Seconds from the start of the recording."""
     stop_s: float | None
-    """None: to the end of the recording."""
+    """Seconds from the start of the recording; None for the end of the recording."""
     labels: dict[str, int | None]
-    """Class per head; None in an unlabelled split."""
+    """Class by head; None in an unlabelled split."""
     narration: str = ""
     start_frame: int = 1
-    """First file number (1-based, at the recording's nominal frame rate) in folders of numbered frames; 0: the first
-    there is, wherever the numbers start."""
+    """First file number (1-based, at the recording's nominal frame rate) in folders of numbered frames; 0 for the
+    first existing file, whatever its number."""
     stop_frame: int | None = None
-    """File number where the clip ends, not part of it; None: the last one there is."""
+    """File number after the clip's last frame; None for the end of the existing files."""
     entries: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Per modality whose file has an entry for each clip: first byte and length of this clip's; none: it has none."""
+    """First byte and length of this clip's entry, by modality, for files with an entry per clip. A modality is missing
+    if its file has no entry for the clip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,12 @@ class MediaFile:
 
     path: Path
     rate: int = 1
-    """What its modality has to know of its clock: samples per second, or numbered frames per frame of it."""
+    """Rate in the modality's own terms: samples per second, or numbered frames per frame of this modality."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One untrimmed recording: where its media lie (None: no such file) and the clips to cut from it."""
+    """One untrimmed recording: the paths of its media (None if a file does not exist) and the clips to cut from it."""
 
     name: str
     participant: str
@@ -51,15 +52,15 @@ class Recording:
     video_file: Path | None = None
     """Container file with video, audio or both."""
     frames: Path | None = None
-    """Tar or folder of frame_0000000001.jpg, ...; used where the video file has no video."""
+    """Tar or folder of frame_0000000001.jpg, ...; used if the video file has no video."""
     media: Mapping[str, MediaFile] = field(default_factory=dict)
-    """Files of single modalities, by name."""
+    """Files of single modalities, by modality."""
     nominal_fps: int = 60
     """Frame rate of numbered frames and of the clips' frame numbers."""
 
 
 class MediaError(Exception):
-    """Existing media of a clip cannot be read as what they are said to be."""
+    """Media of a clip that exist but cannot be read in their declared format."""
 
     def __init__(self, modality: str, stage: str, error: str) -> None:
         super().__init__(f"{modality}: {stage}: {error}")
@@ -75,18 +76,18 @@ _OF_THE_MACHINE = {
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Return True if an error tells of the machine, its disks or its network, and nothing of the file it came up at.
+    """Return True if an error comes from the machine, its disks or its network, and not from the file being read.
 
-    A bad sector (EIO) is the file's: one must not stand in the way of all others.
+    A bad sector (EIO) counts as the file's error, so that one bad file does not stop all others.
     """
     return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
 def media_error(error: BaseException, modality: str, stage: str, text: str) -> MediaError:
-    """Return the failure of the clips whose media could not be read for `error`.
+    """Return the `MediaError` of clips whose media could not be read because of `error`.
 
     Raises:
-        OSError: `error` is of the machine: no clip's failure.
+        OSError: `error` comes from the machine, so no clip is to blame.
     """
     if is_of_the_machine(error):
         assert isinstance(error, OSError)
@@ -95,7 +96,7 @@ def media_error(error: BaseException, modality: str, stage: str, text: str) -> M
 
 
 CUT_TOLERANCE_S = 0.5
-"""A stream that ends this much before the end its container declares is cut."""
+"""Seconds by which a stream may end before the end that its container declares; an earlier end counts as cut."""
 
 
 @dataclass(slots=True)
@@ -103,24 +104,28 @@ class Stretches:
     """Stretches of time that could not be decoded."""
 
     spans: list[tuple[float, float, str]] = field(default_factory=list)
-    """Start, stop, why."""
+    """Start and stop in seconds, and the problem."""
     open: tuple[float, str] | None = None
-    """Start of a stretch that has not ended yet."""
+    """Start in seconds, and the problem, of a stretch that has not ended yet."""
 
-    def start(self, time_s: float, why: str) -> None:
-        """Damage from here on."""
+    def start(self, time_s: float, problem: str) -> None:
+        """Start a stretch at `time_s`, unless one is open."""
         if self.open is None:
-            self.open = (time_s, why)
+            self.open = (time_s, problem)
 
     def stop(self, time_s: float) -> None:
-        """Whole again."""
+        """End the open stretch at `time_s`."""
         if self.open is not None and time_s > self.open[0]:
             self.spans.append((self.open[0], time_s, self.open[1]))
             self.open = None
 
     def check(self, modality: str, start_s: float, stop_s: float) -> None:
-        """Raise MediaError when [start_s, stop_s] meets a stretch."""
+        """Check that [start_s, stop_s] overlaps no stretch.
+
+        Raises:
+            MediaError: the interval overlaps a stretch.
+        """
         spans = [*self.spans, (self.open[0], math.inf, self.open[1])] if self.open else self.spans
-        for start, stop, why in spans:
+        for start, stop, problem in spans:
             if start <= stop_s and start_s < stop:
-                raise MediaError(modality, "decode", f"damaged at {start:.2f} s: {why}")
+                raise MediaError(modality, "decode", f"damaged at {start:.2f} s: {problem}")

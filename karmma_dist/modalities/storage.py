@@ -1,10 +1,10 @@
-"""How a modality of a raw recording becomes members of shards; no torch.
+"""The contract for packing a modality: raw recordings become members of shards, without torch.
 
-    Storage        the part of a modality that packs
-      Source       an open file of its own, from which members are cut
-      PictureSink  takes the pictures of a clip as they pass, where a member is made of them
+    Storage        part of a modality that packs
+      Source       open file of the modality, from which members are cut
+      PictureSink  consumer of a clip's pictures, for members that are made from pictures
 
-A recording's pictures are decoded once and pass by every clip that shows them (`pictures.py`). A modality is
+A recording's pictures are decoded once and handed to every clip that shows them (`pictures.py`). A modality is
 stored from a file of its own, from the pictures, or not at all.
 """
 
@@ -43,7 +43,7 @@ class MediaStream(Enum):
 
 
 class PictureSink(ABC):
-    """Makes one clip's member of its pictures."""
+    """The maker of one clip's member from its pictures."""
 
     @abstractmethod
     def add(self, picture: np.ndarray) -> None:
@@ -51,11 +51,11 @@ class PictureSink(ABC):
 
     @abstractmethod
     def finish(self) -> Stored:
-        """Return the member; no more pictures come."""
+        """Return the member; call it after the last picture."""
 
 
 SinkMaker = Callable[[int, int, Fraction, "Colorspace"], PictureSink]
-"""Makes the sink of a clip whose pictures have a width, a height, a rate and a colour space."""
+"""Function from width, height, rate and colour space of a clip's pictures to the clip's sink."""
 
 
 class Source(ABC):
@@ -63,31 +63,31 @@ class Source(ABC):
 
     @property
     def end_s(self) -> float | None:
-        """Where the file ends, in seconds from the start of the recording; None where it does not tell."""
+        """End of the file in seconds from the start of the recording; None if the file does not tell."""
         return None
 
     @abstractmethod
     def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored | None:
-        """Cut a clip's member; None: there is nothing of the clip in the file.
+        """Cut a clip's member; return None if the file holds nothing for the clip.
 
         Args:
-            clip: What to cut.
-            stop_s: Where it ends, as far as is known.
-            pictures: What the pass over the pictures found of it.
+            clip: The clip to cut.
+            stop_s: End of the clip in seconds, if known.
+            pictures: The clip's pictures, as the pass over the recording found them.
 
         Raises:
-            MediaError: there is, but it cannot be read.
+            MediaError: the file holds the clip, but that part cannot be read.
         """
 
 
 class Storage(ABC):
-    """The packing of one modality. A subclass has a source, a sink, or either by its settings.
+    """The part that packs one modality. A subclass provides a source, a sink, or one of them by its settings.
 
-    It is asked only where its section's `source` is not `none`.
+    It is used only if `source` of its section is not `none`.
     """
 
     needs_pictures: ClassVar[bool] = False
-    """True if members are cut from a source with the clip's pictures at hand, for example their size."""
+    """True if cutting members from a source needs facts about the clip's pictures, for example their size."""
     media_stream: ClassVar[MediaStream | None] = None
     """Stream of a media file that members can be made of without any other file; None: a file of its own is needed."""
     media_source: ClassVar[str] = "auto"
@@ -95,41 +95,44 @@ class Storage(ABC):
     has_clip_length: ClassVar[bool] = False
     """True if a clip's moments are counted in this member, so that it is stored even where no model takes it."""
     entry_field: ClassVar[str] = ""
-    """Name of a clip's entry (`ClipRecord.entries`) in the identity of a plan; empty: files have no entries."""
+    """Name of a clip's entry (`ClipRecord.entries`) in the identity of a plan; empty if files have no entries."""
 
     @property
     @abstractmethod
     def settings(self) -> type[Settings]:
-        """Its section of the packing specification, with a field `source` that may be `none`."""
+        """Section of the packing specification, with a field `source` that may be `none`."""
 
-    def check_settings(self, settings: Any) -> None:  # noqa: B027 - most need nothing that may be missing
-        """Refuse now rather than in the first worker what cannot be done here.
+    def check_settings(self, settings: Any) -> None:  # noqa: B027 - most modalities need no optional package
+        """Refuse settings that this machine cannot serve, before any worker starts.
 
         Raises:
-            UserError: something is not installed.
+            UserError: a package that the settings need is not installed.
         """
 
     def open(
         self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None
     ) -> Source | None:
-        """Open the recording's own file of this modality; None: it has none, or members are made of the pictures.
+        """Open the recording's file of this modality.
 
         Args:
-            recording: Where its media lie.
-            sections: Of the specification.
-            files: Closes what is opened.
-            video_file: The recording's video file, opened already.
+            recording: The recording and the paths of its media.
+            sections: Sections of the specification.
+            files: Stack that closes the opened files.
+            video_file: The recording's video file, already open.
+
+        Returns:
+            The source; None if the recording has no such file, or if members are made from the pictures.
 
         Raises:
-            MediaError: it has one that cannot be read.
+            MediaError: the file exists but cannot be read.
         """
         return None
 
     def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker | None:
-        """Return what makes members of pictures; None: they are not made of them.
+        """Return the maker of sinks; None if members are not made from pictures.
 
         Args:
-            source: What `open` returned.
-            sections: Of the specification.
+            source: Result of `open`.
+            sections: Sections of the specification.
         """
         return None

@@ -1,7 +1,8 @@
-"""Stored movies: chosen frames, decoding only the groups of pictures that hold one, bit for bit as a whole pass.
+"""The decoder of stored video: it decodes only the groups of pictures that hold a chosen frame.
 
-What is stored by packing is H.264 whose frames come in the order in which they are coded, in closed groups: a group is
-entered at its IDR picture and left at its last chosen frame. Anything else is decoded from its first frame on.
+The frames are bit for bit those of a full pass. Packing stores H.264 without reordered frames, in closed groups:
+decoding of a group starts at its IDR picture and ends at its last chosen frame. Other video is decoded from its first
+frame.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from karmma_dist.modalities.contract import DecodeError, Decoder, Pictures, Stor
 from karmma_dist.modalities.video import VideoInput
 
 _STRICT = {"err_detect": "explode+aggressive"}
-"""Without it FFmpeg's decoders paint over what they cannot read, and say nothing; `aggressive` also minds what is left
-over in a packet whose pictures are complete, often the only sign of overwritten bytes."""
+"""Decoder options: by default FFmpeg's decoders silently conceal errors. `aggressive` also reports bytes left over in
+a packet whose pictures are complete, often the only sign of overwritten bytes."""
 
 _ON_THE_EDGE = 1e-4
-"""A moment this little before a frame, in frames, means that frame: metadata round rates to a millionth."""
+"""Distance in frames up to which a moment before a frame counts as that frame: metadata round rates to a millionth."""
 
 _reformatters = threading.local()
-"""One reformatter per thread and pixel format: one per frame leaks, and one for two threads crashes."""
+"""One reformatter per thread and pixel format: one per frame leaks memory, and one shared by two threads crashes."""
 
 _IDR, _PARAMETER_SETS = 5, {7, 8}
 """Types of NAL units (ITU-T H.264, table 7-1)."""
@@ -36,10 +37,10 @@ _IDR, _PARAMETER_SETS = 5, {7, 8}
 
 @contextmanager
 def open_video(data: bytes) -> Iterator[tuple[Any, Any, Any]]:
-    """Open a movie in memory: its container, first video stream and decoder, strict and on one thread.
+    """Open a video file in memory and yield container, first video stream and decoder, strict and on one thread.
 
     Raises:
-        DecodeError: there is no video in it.
+        DecodeError: the file has no video.
     """
     with av.open(io.BytesIO(data), "r") as container:
         if not container.streams.video:
@@ -47,18 +48,18 @@ def open_video(data: bytes) -> Iterator[tuple[Any, Any, Any]]:
         stream = container.streams.video[0]
         context = stream.codec_context
         if context is None:
-            raise DecodeError("nothing says how it is encoded")
+            raise DecodeError("its codec is unknown")
         context.thread_count = 1
         context.options = _STRICT
         yield container, stream, context
 
 
 def chosen_frames(data: bytes, chosen: np.ndarray, num_frames: int) -> Iterator[av.VideoFrame]:
-    """Yield the frames numbered `chosen` (ascending, each once) of a movie that is declared to have `num_frames`.
+    """Yield the frames numbered `chosen` (ascending, each once) of a video that is declared to have `num_frames`.
 
     Raises:
-        DecodeError: it has another number of frames, is cut, or misses a frame on the way to a chosen one.
-        av.error.FFmpegError: a packet on the way to a chosen frame does not decode, or the file cannot be read at all.
+        DecodeError: the video has another number of frames, is cut, or lacks a frame needed to decode a chosen one.
+        av.error.FFmpegError: a packet needed to decode a chosen frame does not decode, or the file cannot be read.
     """
     with open_video(data) as (container, stream, context):
         packets = [packet for packet in container.demux(stream) if packet.size]
@@ -71,7 +72,7 @@ def chosen_frames(data: bytes, chosen: np.ndarray, num_frames: int) -> Iterator[
         needed = range(len(packets)) if starts is None else _needed(starts, chosen)
         place = 0
         for count, frame in enumerate(_decoded(context, [packets[number] for number in needed])):
-            # Without entry points the decoder may reorder and leave out: its own count is the frame's number.
+            # Without entry points the decoder may reorder and omit frames: the frame's number is the decoder's count.
             number = count if starts is None else needed[count]
             if frame.is_corrupt:
                 raise DecodeError(f"frame {number} is corrupt")
@@ -86,11 +87,11 @@ def chosen_frames(data: bytes, chosen: np.ndarray, num_frames: int) -> Iterator[
 
 
 def group_starts(context: Any, packets: list[Any]) -> list[int] | None:
-    """Numbers of the packets at which decoding may start; None where only decoding from the first one is sure.
+    """Return the numbers of the packets at which decoding may start; None if it may only start at the first packet.
 
-    Sure means: H.264 in MP4's form, frames shown in the order of their packets and all of them, and a group starts
-    with an IDR picture, behind which nothing refers back. Parameter sets must come with IDR pictures only: others
-    could be lost with a group that is left out.
+    Decoding may start at an IDR picture, since no later picture refers to one before it, if the video is H.264 in MP4's
+    form and all frames are shown in the order of their packets. Parameter sets must come with IDR pictures only: others
+    would be lost with a group that is skipped.
     """
     extradata = context.extradata
     if context.name != "h264" or extradata is None or len(extradata) < 5 or extradata[0] != 1:
@@ -111,7 +112,7 @@ def group_starts(context: Any, packets: list[Any]) -> list[int] | None:
 
 
 def _needed(starts: list[int], chosen: np.ndarray) -> list[int]:
-    """Numbers of the packets to decode: of every group that holds a chosen frame, its start to the last chosen one."""
+    """Return the numbers of the packets to decode: from the start of every needed group to its last chosen frame."""
     needed: list[int] = []
     bounds = np.searchsorted(chosen, [*starts[1:], np.iinfo(np.int64).max])
     first = 0
@@ -123,7 +124,7 @@ def _needed(starts: list[int], chosen: np.ndarray) -> list[int]:
 
 
 def _nal_types(payload: memoryview, length_bytes: int) -> Iterator[int]:
-    """Types of the NAL units of a packet, each preceded by its length (ISO/IEC 14496-15)."""
+    """Yield the types of a packet's NAL units, each preceded by its length (ISO/IEC 14496-15)."""
     place = length_bytes
     while place < len(payload):
         yield payload[place] & 31
@@ -137,7 +138,7 @@ def _decoded(context: Any, packets: list[Any]) -> Iterator[av.VideoFrame]:
 
 @contextmanager
 def decoding_video() -> Iterator[None]:
-    """Turn what FFmpeg says of a movie that it cannot read into `DecodeError`."""
+    """Turn FFmpeg's errors into `DecodeError`."""
     try:
         yield
     except av.error.FFmpegError as error:
@@ -145,7 +146,7 @@ def decoding_video() -> Iterator[None]:
 
 
 def frame_numbers(moments_s: np.ndarray, pictures: Pictures) -> np.ndarray:
-    """Numbers of the stored frames shown at `moments_s`: frame k from k / fps on, the last one for ever. int64."""
+    """Return the numbers (int64) of the frames shown at `moments_s`: frame k from k / fps on, then the last frame."""
     return floor_places(moments_s * pictures.fps, pictures.num_frames)
 
 
@@ -155,11 +156,11 @@ def floor_places(places: np.ndarray, num: int) -> np.ndarray:
 
 
 class FramesDecoder(Decoder):
-    """Decodes a member that is a movie: the frames of the views' moments, resized and cropped, on one thread.
+    """A decoder of video members: the frames at the views' moments, resized and cropped, on one thread.
 
     Args:
         channels: Values per pixel of an array.
-        heights: Pictures that stand on each other in a stored frame.
+        heights: Number of pictures stacked vertically in a stored frame.
     """
 
     def __init__(self, channels: int, heights: int = 1) -> None:
@@ -167,10 +168,10 @@ class FramesDecoder(Decoder):
 
     @abstractmethod
     def resized(self, frame: av.VideoFrame, short_side: int) -> np.ndarray:
-        """Return a frame whose short side has so many pixels, uint8 (H, W, channels)."""
+        """Return a frame resized to a short side of `short_side` pixels, uint8 (H, W, channels)."""
 
     def oriented(self, arrays: np.ndarray, views: Sequence[View]) -> np.ndarray:
-        """Return crops (V, F, H, W, channels) whose values fit their views' orientation; may change them in place."""
+        """Adapt the values of crops (V, F, H, W, channels) to their views' orientation, possibly in place."""
         return arrays
 
     def decode(self, data: bytes, description: Any, settings: VideoInput) -> np.ndarray:
@@ -191,7 +192,7 @@ class FramesDecoder(Decoder):
     def decode_views(
         self, data: bytes, description: Any, settings: VideoInput, views: Sequence[View], length_s: float
     ) -> np.ndarray:
-        """Decode the frames of the views alone, each once: uint8 (V, F, crop, crop, channels)."""
+        """Decode only the frames that the views show, each once: uint8 (V, F, crop, crop, channels)."""
         numbers_VF = frame_numbers(_moments_s(views, length_s), description.pictures)
         crops = np.empty((*numbers_VF.shape, settings.crop, settings.crop, self.channels), np.uint8)
         chosen = np.unique(numbers_VF)
@@ -205,7 +206,7 @@ class FramesDecoder(Decoder):
         return self.oriented(crops, views)
 
     def num_bytes(self, settings: VideoInput) -> int:
-        """Bytes of F crops."""
+        """Return the size of F crops in bytes."""
         return self.channels * settings.num_frames * settings.crop**2
 
     def check(self, data: bytes, description: Any) -> None:
@@ -227,17 +228,17 @@ class FramesDecoder(Decoder):
 
 
 def reformat(frame: av.VideoFrame, size: tuple[int, int], pixels: str) -> np.ndarray:
-    """Return a frame's pixels in a format of FFmpeg's (`rgb24`, `gray`), scaled to (width, height): uint8."""
-    mine: dict[str, VideoReformatter] = _reformatters.__dict__  # this thread's
-    if pixels not in mine:
-        mine[pixels] = VideoReformatter()
-    reformatted = mine[pixels].reformat(frame, *size, format=pixels, interpolation="BILINEAR", threads=1)
+    """Return a frame's pixels in an FFmpeg format (`rgb24`, `gray`), scaled to (width, height): uint8."""
+    reformatters: dict[str, VideoReformatter] = _reformatters.__dict__  # this thread's
+    if pixels not in reformatters:
+        reformatters[pixels] = VideoReformatter()
+    reformatted = reformatters[pixels].reformat(frame, *size, format=pixels, interpolation="BILINEAR", threads=1)
     picture: np.ndarray = reformatted.to_ndarray()
     return picture
 
 
 def resized_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height of a picture once its short side is `short_side`."""
+    """Return width and height of a picture resized to a short side of `short_side` pixels."""
     scale = short_side / min(width, height)
     return round(width * scale), round(height * scale)
 
@@ -247,7 +248,7 @@ def _moments_s(views: Sequence[View], length_s: float) -> np.ndarray:
 
 
 def _crop(pictures: np.ndarray, size: int, view: View) -> np.ndarray:
-    """(..., H, W, channels) -> the view's square crop of `size` pixels a side, mirrored if it says so."""
+    """Cut the view's square crop of `size` pixels a side from (..., H, W, channels), mirrored if the view says so."""
     height, width = pictures.shape[-3:-1]
     top, left = int(view.top * (height - size + 1)), int(view.left * (width - size + 1))
     crop = pictures[..., top : top + size, left : left + size, :]

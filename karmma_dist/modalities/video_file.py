@@ -1,6 +1,6 @@
-"""One untrimmed container file, read once from front to back: pictures with their times, and the sound.
+"""One untrimmed container file, read once from start to end: frames with their times, and audio.
 
-What cannot be decoded is remembered as stretches of damage, so that only the clips that meet one are lost.
+Stretches that cannot be decoded are recorded as damage, so that only the clips that overlap one are lost.
 Times are seconds from the start of the container.
 """
 
@@ -23,10 +23,10 @@ from karmma_dist.modalities.yuv import ToI420, cropped, turned
 
 
 class VideoFile:
-    """A container file, opened for one pass. Its best video and audio streams count.
+    """A container file, opened for one pass over its best video and audio streams.
 
     Raises:
-        MediaError: it cannot be opened.
+        MediaError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +37,7 @@ class VideoFile:
             raise media_error(error, "video", "open", f"{path.name}: {reason(error)}") from None
         self._origin_s = max((self._container.start_time or 0) / av.time_base, 0.0)
         self.video: Any = self._container.streams.best("video")
-        """Its best video stream, or None; the cover of a song is none."""
+        """Best video stream; None if the file has none. Cover art of a song does not count."""
         if self.video is not None and Disposition.attached_pic in self.video.disposition:
             self.video = None
         self.damage = Stretches()
@@ -56,15 +56,15 @@ class VideoFile:
 
     @property
     def fps(self) -> Fraction:
-        """The video's frame rate; it must have video."""
+        """Frame rate of the video stream, which must exist."""
         rate = self.video.average_rate or self.video.guessed_rate or Fraction(25)
         return Fraction(rate)
 
     def frames(self) -> Iterator[tuple[float, av.VideoFrame]]:
-        """Yield (time, frame) in order of time. Stretches that do not decode go to `damage`."""
+        """Yield (time, frame) in order of time and record stretches that do not decode in `damage`."""
         stream = self.video
         stream.codec_context.thread_count = 1
-        # Without it the decoder paints over what it cannot read, and says nothing.
+        # By default the decoder silently conceals errors.
         stream.codec_context.options = {"err_detect": "explode"}
         period = float(1 / self.fps)
         for frame, time_s, problem in _decode(self._container, stream):
@@ -84,9 +84,9 @@ class VideoFile:
             self.damage.start(self.end_s, f"ends at {self.end_s:.2f} of {declared:.2f} s")
 
     def audio_frames(self) -> Iterator[tuple[Any, float | None, str]]:
-        """Yield (frame, time, "") of the best audio stream in a pass of its own, and (None, time, why) for damage.
+        """Yield (frame, time, "") of the best audio stream in a separate pass, and (None, time, problem) for damage.
 
-        Times are seconds from the start of the file; None: the frame follows the one before it.
+        Times are seconds from the start of the file; None if the frame follows the previous one.
         """
         with av.open(str(self.path)) as container:
             stream = container.streams.best("audio")
@@ -97,17 +97,17 @@ class VideoFile:
                 yield frame, None if time_s is None else time_s - self._origin_s, problem
 
     def audio_end_s(self) -> float | None:
-        """Where the best audio stream ends by the container's word; None: it does not say, or there is no audio."""
+        """Return the declared end of the best audio stream in seconds; None without audio or without declaration."""
         stream = self._container.streams.best("audio")
         return None if stream is None else self._declared_end_s(stream)
 
     @property
     def has_audio(self) -> bool:
-        """True if there is an audio stream."""
+        """True if the file has an audio stream."""
         return self._container.streams.best("audio") is not None
 
     def _declared_end_s(self, stream: Any) -> float | None:
-        """Where the stream ends by its container's word."""
+        """Return the stream's end in seconds as its container declares it, or None."""
         if stream.duration is not None:
             return float((stream.duration + (stream.start_time or 0)) * stream.time_base) - self._origin_s
         if len(self._container.streams) == 1 and self._container.duration is not None:
@@ -124,38 +124,38 @@ class Picture:
         self._image: np.ndarray | None = None
 
     def image(self) -> np.ndarray:
-        """uint8 (3H/2, W) I420 as it is stored."""
+        """Return the picture as it is stored, uint8 (3H/2, W) I420."""
         if self._image is None:
             self._image = self._shrinker(self._frame)
         return self._image
 
 
 class Shrinker:
-    """Scales decoded frames to a geometry, turns them upright and crops them."""
+    """A function that scales decoded frames to a geometry, turns them upright and crops them."""
 
     def __init__(self, geometry: Geometry, quarter_turns: int, colorspace: int) -> None:
         self._geometry, self._turns = geometry, quarter_turns
         self._to_i420 = ToI420(colorspace)
         self.colorspace = self._to_i420.colorspace
-        """Of what is stored."""
+        """Colour space of the stored pictures."""
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """uint8 (3H/2, W) I420."""
-        kept = self._geometry
-        width, height = kept.scaled_width, kept.scaled_height
+        """Return the frame as it is stored, uint8 (3H/2, W) I420."""
+        geometry = self._geometry
+        width, height = geometry.scaled_width, geometry.scaled_height
         if self._turns % 2:
             width, height = height, width
         upright = turned(self._to_i420(frame, width, height), self._turns)
-        return cropped(upright, kept.left, kept.top, kept.width, kept.height)
+        return cropped(upright, geometry.left, geometry.top, geometry.width, geometry.height)
 
 
 def quarter_turns(frame: av.VideoFrame) -> int:
-    """Counter-clockwise quarter turns that set the frame upright."""
+    """Return the number of counter-clockwise quarter turns that turn the frame upright."""
     return round(frame.rotation / 90) % 4
 
 
 def _decode(container: Any, stream: Any) -> Iterator[tuple[Any, float | None, str]]:
-    """Yield (frame, time, "") and, for packets that do not decode, (None, time, why)."""
+    """Yield (frame, time, "") and, for packets that do not decode, (None, time, problem)."""
     packets = container.demux(stream)
     while True:
         try:
@@ -177,6 +177,6 @@ def _decode(container: Any, stream: Any) -> Iterator[tuple[Any, float | None, st
 
 
 def reason(error: BaseException) -> str:
-    """The first sentence of FFmpeg's complaint."""
+    """Return the first sentence of FFmpeg's error message."""
     text = getattr(error, "strerror", None) or str(error)
     return one_line(str(text).split(";")[0])

@@ -1,7 +1,7 @@
-"""Pictures as they are stored: I420, 8 bit, limited range, from the movie's own planes to the encoder's.
+"""Pictures in the stored pixel format: I420, 8 bit, limited range, from the decoder's planes to the encoder's.
 
 An I420 picture of (H, W) is uint8 (3H/2, W): H rows of luma, then both chroma planes at half the size. Scaling planes
-directly is faster than going through RGB and spares the picture two roundings, each of which darkens it.
+directly is faster than going through RGB and avoids two roundings, each of which darkens the picture.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 _FULL_RANGE = np.clip(np.rint((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
-"""From limited-range luma, 16 to 235."""
+"""Full-range gray value of each limited-range luma value (16 to 235)."""
 
 
 class ToI420:
-    """Scales frames of any format to I420: one reused reformatter, since one per frame leaks."""
+    """A converter of frames of any format to scaled I420. It reuses one reformatter: one per frame leaks memory.
+
+    Args:
+        colorspace: Colour space of the source; BT.709, usual for cameras, is kept, any other becomes BT.601.
+    """
 
     def __init__(self, colorspace: int = Colorspace.ITU601) -> None:
-        """`colorspace`: of the movie; BT.709, the usual one of cameras, is kept, everything else becomes BT.601."""
         self.colorspace = Colorspace.ITU709 if colorspace == Colorspace.ITU709 else Colorspace.ITU601
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
-        """uint8 (3 * height / 2, width); both must be even."""
+        """Return the frame scaled to I420, uint8 (3 * height / 2, width); width and height must be even."""
         scaled = self._reformatter.reformat(
             frame, width, height, "yuv420p", dst_colorspace=self.colorspace, dst_color_range=ColorRange.MPEG,
             interpolation="AREA", threads=1,
@@ -31,29 +34,29 @@ class ToI420:
         return scaled.to_ndarray()
 
     def of_rgb(self, picture: np.ndarray) -> np.ndarray:
-        """The same picture, uint8 (H, W, 3) RGB, as I420."""
+        """Convert an RGB picture, uint8 (H, W, 3), to I420."""
         return self(av.VideoFrame.from_ndarray(picture, format="rgb24"), picture.shape[1], picture.shape[0])
 
 
 def planes(picture: np.ndarray) -> list[np.ndarray]:
-    """Luma (H, W) and both chroma planes (H/2, W/2) of an I420 picture, as views."""
+    """Return luma (H, W) and both chroma planes (H/2, W/2) of an I420 picture, as views."""
     height, width = size_of(picture)
     luma, *chroma = np.split(picture.reshape(-1), (height * width, height * width * 5 // 4))
     return [luma.reshape(height, width), *(plane.reshape(height // 2, width // 2) for plane in chroma)]
 
 
 def size_of(picture: np.ndarray) -> tuple[int, int]:
-    """Height and width of an I420 picture."""
+    """Return height and width of an I420 picture."""
     return picture.shape[0] * 2 // 3, picture.shape[1]
 
 
 def turned(picture: np.ndarray, quarter_turns: int) -> np.ndarray:
-    """An I420 picture turned counter-clockwise."""
+    """Turn an I420 picture counter-clockwise."""
     return _joined([np.rot90(plane, quarter_turns) for plane in planes(picture)]) if quarter_turns % 4 else picture
 
 
 def cropped(picture: np.ndarray, left: int, top: int, width: int, height: int) -> np.ndarray:
-    """Part of an I420 picture; everything even."""
+    """Cut a region out of an I420 picture; all numbers must be even."""
     if size_of(picture) == (height, width):
         return picture
     luma, *chroma = planes(picture)
@@ -62,7 +65,7 @@ def cropped(picture: np.ndarray, left: int, top: int, width: int, height: int) -
 
 
 def gray(picture: np.ndarray) -> np.ndarray:
-    """Luma of an I420 picture at the full range: uint8 (H, W), black 0 and white 255."""
+    """Return luma of an I420 picture in full range: uint8 (H, W), black 0 and white 255."""
     return _FULL_RANGE[picture[: size_of(picture)[0]]]
 
 

@@ -1,1 +1,1 @@
-"""Shards -> batches: which clip when (`order`), what is read, decoded, augmented, and put together."""
+"""Shards -> batches: the order of clips, and their reading, decoding, augmentation and collation."""

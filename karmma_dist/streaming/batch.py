@@ -1,4 +1,4 @@
-"""The batch: identical in structure on every rank and step, tensors of the clips that are there only."""
+"""The batch: identical in structure on every rank and step, with tensors of the present clips only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.worker_status import LoadStats
 
 UNLABELLED = -1
-"""Label of a clip whose split carries none."""
+"""Label of a clip in an unlabelled split."""
 
 
 @dataclass
 class Damage:
-    """One member that was declared and could not be read or decoded."""
+    """A declared member that could not be read or decoded."""
 
     shard: str
     key: str
@@ -28,74 +28,74 @@ class Damage:
     what: str
 
     def __str__(self) -> str:
-        """One line."""
+        """Return one line that names shard, clip, member and problem."""
         return f"{self.shard}: clip {self.key}: {self.member}: {self.what}"
 
 
 @dataclass(frozen=True)
 class UncutSignal:
-    """All that was decoded of a clip's member, and how a view is cut from it."""
+    """A clip's whole decoded member, from which a view is cut."""
 
     decoded: np.ndarray
-    """What the modality's decoder made of the whole member; views of a clip share it."""
+    """The whole decoded member, shared by all views of the clip."""
     description: Description
     view: View
     length_s: float
-    """Seconds that the view's times are fractions of."""
+    """Length of the clip in seconds; the view's times are fractions of it."""
 
     def cut(self, decoder: Decoder, settings: Any, decoded: np.ndarray | None = None) -> np.ndarray:
-        """Return the view's array, cut by the modality's decoder from the signal, or from another in its place."""
+        """Cut the view's array with the modality's decoder, from this signal or from `decoded` if given."""
         whole = self.decoded if decoded is None else decoded
         return decoder.cut(whole, self.description, settings, [self.view], self.length_s)[0]
 
 
 @dataclass
 class Sample:
-    """One decoded clip: arrays of the modalities it brings, all others absent."""
+    """One decoded clip: arrays of its modalities in the batch; all other modalities are absent."""
 
     key: str
     labels: dict[str, int | None]
     arrays: dict[str, np.ndarray]
     jitter_3: np.ndarray
     uncut: dict[str, UncutSignal] = field(default_factory=dict)
-    """The whole signals that arrays are cut from, of modalities where it is asked for."""
+    """Whole signals from which arrays are cut, by modality, for the modalities that were requested."""
 
 
 @dataclass
 class Batch:
-    """B clips. As it leaves the loader the inputs are arrays as decoded; `prepare` makes them what models take."""
+    """A batch of B clips. The loader gives inputs as decoded arrays; `prepare` turns them into the models' tensors."""
 
     keys: list[str]
     """Clip keys, "" for padding."""
     present_BM: Tensor
-    """bool, True = there; columns in the order of the recipe's modalities."""
+    """bool, True = present; columns in the order of the recipe's modalities."""
     inputs: dict[str, Tensor]
-    """Per modality the present clips only, in batch order; a modality nobody has is left out."""
+    """Present clips only, in batch order, by modality; a modality that no clip has is missing."""
     labels: dict[str, Tensor]
-    """Per head int64 (B,), -1 where unlabelled."""
+    """int64 (B,) by head, -1 if unlabelled."""
     valid_B: Tensor
     """bool, False = padding in evaluation."""
     jitter: dict[str, Tensor]
-    """float32 (N, 3), colour jitter of the clips of each modality that takes it; left out where no clip is jittered."""
+    """Colour jitter of the present clips, float32 (N, 3), by jittered modality; missing if no clip is jittered."""
     epoch: int = 0
     step: int = 0
     damage: list[Damage] = field(default_factory=list)
-    """What was found unreadable while this batch was put together."""
+    """Damaged members found while this batch was made."""
     stats: LoadStats = field(default_factory=LoadStats)
-    """What it cost its worker."""
+    """Time and bytes that the batch cost its worker."""
     uncut: dict[str, list[UncutSignal]] = field(default_factory=dict)
-    """The whole signals of the present clips, in batch order, of modalities where they are asked for."""
+    """Whole signals of the present clips, in batch order, by modality, for the modalities that were requested."""
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that `map` changes."""
+        """Return every tensor that `map` changes."""
         return [*self.jitter.values(), *self.inputs.values(), *self.labels.values()]
 
     def only(self, modalities: Sequence[str], columns: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the inputs and present_BM of some modalities, for a model that takes no others.
+        """Return the inputs and present_BM of some modalities, for a model that takes only these.
 
         Args:
-            modalities: Those of the model, in its order.
-            columns: Those of `present_BM`.
+            modalities: Modalities of the model, in its order.
+            columns: Modalities of the columns of `present_BM`.
         """
         if list(modalities) == list(columns):
             return self.inputs, self.present_BM
@@ -103,9 +103,9 @@ class Batch:
         return inputs, self.present_BM[:, [list(columns).index(m) for m in modalities]]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with `change` applied to every tensor but `present_BM` and `valid_B`.
+        """Return the batch with `change` applied to every tensor except `present_BM` and `valid_B`.
 
-        These decide what is run: they stay where they are, on the CPU, so that nothing waits for a device to know them.
+        These two decide which computation runs: they stay on the CPU, so that reading them never waits for a device.
         """
         return replace(
             self,
@@ -118,7 +118,7 @@ class Batch:
 def collate(
     samples: Sequence[Sample | None], modalities: Sequence[str], heads: Sequence[str], epoch: int = 0, step: int = 0
 ) -> Batch:
-    """Put samples together; None is padding (no modality, no label, not valid)."""
+    """Put samples together into a batch; None is padding (no modality, no label, not valid)."""
     present = [[sample is not None and m in sample.arrays for m in modalities] for sample in samples]
     inputs = {}
     for modality in modalities:
@@ -162,13 +162,13 @@ def _label(sample: Sample | None, head: str) -> int:
 def prepare(
     batch: Batch, inputs: InputRecipe, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Batch:
-    """Move a batch to `device` and make the tensors that models take of its arrays, as each modality says.
+    """Move a batch to `device` and turn its arrays into the tensors that models take, with each modality's maker.
 
-    All of it is computed in float32 and then cast to `dtype`, the model's precision.
+    Tensors are computed in float32 and then cast to `dtype`, the model's precision.
     """
     moved = batch.map(lambda tensor: tensor.to(device, non_blocking=True))
-    made = {
+    tensors = {
         name: MODALITIES[name].tensors.make(arrays_N, inputs.section(name), moved.jitter.get(name)).to(dtype)
         for name, arrays_N in moved.inputs.items()
     }
-    return replace(moved, inputs=made)
+    return replace(moved, inputs=tensors)

@@ -1,4 +1,4 @@
-"""How fast the training loader is on a folder of shards, and what its time goes into: `karmma-dist bench loader`."""
+"""The benchmark of the training loader on a folder of shards: `karmma-dist bench loader`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from karmma_dist.terminal import print_table
 
 _BATCH_SIZE = 32
 _REPLAYED = 4
-"""Batches kept to be replayed."""
+"""Number of batches kept for replay."""
 _PSS_EVERY_S = 0.25
 
 
 @dataclass
 class LoaderBench:
-    """What was measured, after the workers' first batches."""
+    """The measurements, taken after the workers' first batches."""
 
     shards: str
     inputs: str
-    """Where the inputs' settings are from."""
+    """Origin of the input settings."""
     modalities: list[str]
     drop_prob: float
     num_workers: int
@@ -43,27 +43,27 @@ class LoaderBench:
     num_batches: int
     num_clips: int
     seconds: float = 0.0
-    """From asking for the first batch to having prepared the last."""
+    """Seconds from the request for the first batch to the end of preparing the last."""
     wait_share: float = 0.0
     """Share of the seconds spent waiting for a batch; the rest is `prepare`."""
     clips_per_s: float = 0.0
     supply_clips_per_s: float = 0.0
-    """What the workers would make if they never had to wait for the trainer, judged by the seconds each batch took."""
+    """Clips per second that the workers would make without waiting for the trainer, from the seconds per batch."""
     decode_ms: dict[str, float] = field(default_factory=dict)
-    """Per modality and clip decoded, in one worker."""
+    """Milliseconds of decoding per clip in one worker, by modality."""
     read_mb_per_s: float = 0.0
-    """What one worker gets while it reads."""
+    """Megabytes per second of one worker while it reads."""
     read_kb_per_clip: float = 0.0
     queue_depth: float = 0.0
-    """Batches that lay ready when one was asked for, on average."""
+    """Mean number of finished batches in the queue when one was requested."""
     damaged_clips: int = 0
     worker_pss_mb: list[float] = field(default_factory=list)
-    """Each worker's largest proportional set size; none where the system does not tell."""
+    """Largest proportional set size of each worker; empty if the system does not tell."""
     headspace_clips_per_s: float | None = None
-    """Clips per second with batches that are already there: preparing them on the device and nothing else."""
+    """Clips per second of preparing batches in memory on the device, without loading; None if not measured."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the measurements for JSON."""
         return asdict(self)
 
 
@@ -77,21 +77,21 @@ def bench_loader(
     headspace: bool = False,
     report: Report = silent,
 ) -> LoaderBench:
-    """Run the training loader over a folder, as one rank of a training would.
+    """Run the training loader over a folder, as one rank of a training run would.
 
     Each batch is moved to the device and prepared as in training; no model runs.
 
     Args:
-        shards: A folder of packed shards, or the URL of one.
-        recipe: Whose inputs, modalities, dropout, batch size and workers to take; None: one that fits the dataset.
-        num_workers: Instead of the recipe's.
-        num_batches: Batches measured; before them each worker makes one more that is not.
-        drop_prob: Training-time modality dropout instead of the recipe's.
-        headspace: Also replay batches that are in memory.
-        report: Progress.
+        shards: Folder of packed shards, or its URL.
+        recipe: Recipe whose inputs, modalities, dropout, batch size and workers are used; None for the dataset's own.
+        num_workers: Number of workers instead of the recipe's.
+        num_batches: Number of measured batches; before them each worker makes one that is not measured.
+        drop_prob: Training-time drop probability instead of the recipe's.
+        headspace: True to also replay batches in memory.
+        report: Progress callback.
 
     Raises:
-        UserError: no such shards or recipe, or they do not fit each other.
+        UserError: the shards or the recipe do not exist, or they do not fit each other.
     """
     data, inputs, batch_size, seed, source = _settings(shards, recipe)
     if num_workers is not None:
@@ -114,28 +114,31 @@ def bench_loader(
 
 
 def _settings(shards: str, recipe: str | None) -> tuple[DataRecipe, InputRecipe, int, int, str]:
-    """Data and inputs of `recipe`, or of the first recipe that fits the shards, or their defaults."""
-    here = [f"data.shards={json.dumps(shards)}"]
+    """Return data, inputs, batch size, seed and origin: of `recipe`, else of the dataset's recipe if it fits.
+
+    If that does not fit the shards, they are the defaults.
+    """
+    overrides = [f"data.shards={json.dumps(shards)}"]
     if recipe is not None:
-        loaded = load_recipe(recipe, here)
+        loaded = load_recipe(recipe, overrides)
         return loaded.data, loaded.inputs, loaded.training.batch_size, loaded.seed, f"recipe {recipe}"
     folder = open_folder(DataRecipe(shards=shards))
     name = f"{folder.manifest['dataset']}/distill"
     try:
-        loaded = load_recipe(name, here)
+        loaded = load_recipe(name, overrides)
         if set(loaded.data.modalities) <= set(folder.modalities):
             return loaded.data, loaded.inputs, loaded.training.batch_size, loaded.seed, f"recipe {name}"
-        why = f"recipe {name} wants {', '.join(loaded.data.modalities)}"
+        reason = f"recipe {name} needs {', '.join(loaded.data.modalities)}"
     except UserError as error:
-        why = str(error).partition(";")[0]
+        reason = str(error).partition(";")[0]
     data = DataRecipe(shards=shards, modalities=folder.modalities)
-    return data, InputRecipe(), _BATCH_SIZE, 0, f"default inputs ({why})"
+    return data, InputRecipe(), _BATCH_SIZE, 0, f"default inputs ({reason})"
 
 
 def _measure(
     clips: TrainingClips, inputs: InputRecipe, device: torch.device, result: LoaderBench, report: Report
 ) -> list[Batch]:
-    """Fill in the result; returns the last few batches, as they left the loader."""
+    """Fill in the result and return the last few batches, as they left the loader."""
     num_workers, num_batches = result.num_workers, result.num_batches
     schedule = Schedule(len(clips.clips), result.batch_size)
     num_warm = max(num_workers, 1)
@@ -159,7 +162,7 @@ def _measure(
             stats.append(batch.stats)
             damaged |= {event.key for event in batch.damage}
             kept = [*kept, batch][-_REPLAYED:]
-            memory.look()
+            memory.sample()
             report("bench loader", number + 1, num_batches)
         _finish(device)
         result.seconds = time.perf_counter() - began
@@ -173,19 +176,19 @@ def _measure(
 
 def _sum_up(result: LoaderBench, stats: list[LoadStats]) -> None:
     for modality in result.modalities:
-        seconds = sum(one.decode_s.get(modality, 0.0) for one in stats)
-        num = sum(one.clips_decoded.get(modality, 0) for one in stats)
+        seconds = sum(cost.decode_s.get(modality, 0.0) for cost in stats)
+        num = sum(cost.clips_decoded.get(modality, 0) for cost in stats)
         if num:
             result.decode_ms[modality] = 1000 * seconds / num
-    num_bytes, read_s = sum(one.bytes_read for one in stats), sum(one.read_s for one in stats)
+    num_bytes, read_s = sum(cost.bytes_read for cost in stats), sum(cost.read_s for cost in stats)
     result.read_mb_per_s = num_bytes / 1e6 / read_s if read_s else 0.0
     result.read_kb_per_clip = num_bytes / 1e3 / result.num_clips
-    result.supply_clips_per_s = result.num_clips * max(result.num_workers, 1) / sum(one.load_s for one in stats)
-    result.queue_depth = sum(one.queue_depth for one in stats) / len(stats)
+    result.supply_clips_per_s = result.num_clips * max(result.num_workers, 1) / sum(cost.load_s for cost in stats)
+    result.queue_depth = sum(cost.queue_depth for cost in stats) / len(stats)
 
 
 def _replay(kept: list[Batch], inputs: InputRecipe, device: torch.device, num_batches: int) -> float:
-    """Clips per second of preparing batches that are in memory."""
+    """Return the clips per second of preparing batches in memory."""
     began = time.perf_counter()
     num_clips = 0
     for batch in itertools.islice(itertools.cycle(kept), num_batches):
@@ -201,27 +204,27 @@ def _finish(device: torch.device) -> None:
 
 
 class _Memory:
-    """Largest proportional set size seen of each process, from /proc where there is one."""
+    """The largest observed proportional set size of each process, from /proc if it exists."""
 
     def __init__(self, pids: list[int]) -> None:
         self._peaks = dict.fromkeys(pids, 0)
-        self._looked = 0.0
+        self._sampled = 0.0
 
-    def look(self) -> None:
-        """Look now, unless it was just done."""
-        if time.monotonic() - self._looked < _PSS_EVERY_S:
+    def sample(self) -> None:
+        """Sample all processes, unless the last sample is recent."""
+        if time.monotonic() - self._sampled < _PSS_EVERY_S:
             return
         for pid, peak in self._peaks.items():
             self._peaks[pid] = max(peak, _pss_kb(pid))
-        self._looked = time.monotonic()
+        self._sampled = time.monotonic()
 
     def peaks_mb(self) -> list[float]:
-        """Of each process that could be looked at."""
+        """Return the peak of each process that could be sampled, in megabytes."""
         return [peak * 1024 / 1e6 for peak in self._peaks.values() if peak]
 
 
 def _pss_kb(pid: int) -> int:
-    """Proportional set size of a process in KiB; 0 where the system does not say or the process has ended."""
+    """Return a process's proportional set size in KiB; 0 if the system does not tell or the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -234,12 +237,12 @@ def print_loader_bench(result: LoaderBench) -> None:
     rows = [
         ("waiting for the loader", f"{100 * result.wait_share:.0f} % of {result.seconds:.1f} s"),
         ("workers alone, never waiting", f"{result.supply_clips_per_s:,.1f} clips/s"),
-        ("batches ready when asked", f"{result.queue_depth:.1f}"),
-        *((f"decoding {modality}", f"{ms:.1f} ms a clip") for modality, ms in result.decode_ms.items()),
-        ("reading, one worker", f"{result.read_mb_per_s:,.0f} MB/s, {result.read_kb_per_clip:,.0f} KB a clip"),
+        ("batches ready on request", f"{result.queue_depth:.1f}"),
+        *((f"decoding {modality}", f"{ms:.1f} ms per clip") for modality, ms in result.decode_ms.items()),
+        ("reading, one worker", f"{result.read_mb_per_s:,.0f} MB/s, {result.read_kb_per_clip:,.0f} KB per clip"),
     ]
     if result.worker_pss_mb:
-        rows.append(("memory of a worker", f"{max(result.worker_pss_mb):,.0f} MB (largest peak PSS)"))
+        rows.append(("memory per worker", f"{max(result.worker_pss_mb):,.0f} MB (largest peak PSS)"))
     rows.append(("damaged clips", f"{result.damaged_clips}"))
     footer = [
         f"{result.num_batches} batches of {result.batch_size}, {', '.join(result.modalities)}, drop probability "

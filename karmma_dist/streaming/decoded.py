@@ -1,11 +1,10 @@
-"""Clips decoded once and kept in memory, for datasets that fit: everything a view may ask for, before it is chosen.
+"""A cache of decoded clips in memory, for datasets that fit: whole signals, from which any view can be cut.
 
-What is kept of a clip: what its modalities' decoders make of whole members (all frames, resized to `short_side` and
-not yet cropped; all samples; all boxes), and its metadata. Views cut from these are bit for bit those of a fresh
-decode. The first pass decodes whole clips where it would decode the frames of one view alone, so a clip that is damaged
-anywhere is damaged then.
+The cache holds a clip's whole decoded members (all frames, resized to `short_side` and not yet cropped; all samples;
+all boxes) and its metadata. Views cut from them are bit for bit those of a fresh decode. The first pass decodes whole
+clips instead of the frames of one view, so damage anywhere in a clip shows up in that pass.
 
-Every decoding process keeps its own: with W workers a clip is decoded up to W times and takes W times the memory.
+Every decoding process has its own cache: with W workers a clip is decoded up to W times and takes W times the memory.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from karmma_dist.shards.format import Clip, ClipMetadata
 
 
 class DecodedClips:
-    """Arrays by clip and modality, up to a number of bytes; what no longer fits is not kept, and nothing is evicted.
+    """Arrays by clip and modality, up to a number of bytes. Arrays that do not fit are not kept; none is evicted.
 
-    A pass over a split visits every clip once, so whatever were evicted would be missed before what took its place.
+    A pass over a split visits every clip once, so an evicted clip would be needed before the clip that replaced it.
 
     Args:
-        max_bytes: Size of all arrays together; 0: nothing is kept.
+        max_bytes: Largest size of all arrays together; 0 keeps none.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -33,15 +32,15 @@ class DecodedClips:
 
     @property
     def takes_more(self) -> bool:
-        """True if the next clip should be decoded whole, to be kept."""
+        """True if the next clip should be decoded as a whole and kept."""
         return not self._is_full
 
     def get(self, clip: Clip, modality: str) -> np.ndarray | None:
-        """Return what `keep` was given for a clip's modality, or None."""
+        """Return the kept array of a clip's modality, or None."""
         return self._arrays.get((clip.shard, clip.key, modality))
 
     def keep(self, clip: Clip, modality: str, whole: np.ndarray) -> None:
-        """Keep an array if it fits; the first that does not is the last that is tried."""
+        """Keep an array if it fits; after the first that does not fit, no further array is kept."""
         if self.num_bytes + whole.nbytes > self.max_bytes:
             self._is_full = True
             return
@@ -49,10 +48,10 @@ class DecodedClips:
         self._arrays[clip.shard, clip.key, modality] = whole
 
     def metadata(self, clip: Clip) -> ClipMetadata | None:
-        """Return a clip's metadata, or None where it was not kept."""
+        """Return a clip's kept metadata, or None."""
         return self._metadata.get((clip.shard, clip.key))
 
     def keep_metadata(self, clip: Clip, metadata: ClipMetadata) -> None:
-        """Keep a clip's metadata as long as clips are kept; it is small beside them and not counted."""
+        """Keep a clip's metadata while the cache takes more clips; it is small and not counted."""
         if not self._is_full:
             self._metadata[clip.shard, clip.key] = metadata

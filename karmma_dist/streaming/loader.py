@@ -1,7 +1,7 @@
-"""Clips of a split -> batches, for training and for evaluation; `workers.py` runs them.
+"""The loader: clips of a split -> batches, for training and for evaluation; `workers.py` runs it in processes.
 
-A damaged clip is replaced in training and left out in evaluation, and the event travels with its batch; the batch
-never shrinks and no clip loses a modality.
+A damaged clip is replaced in training and becomes padding in evaluation, and the batch carries a record of the damage.
+The batch never shrinks, and no clip loses a modality.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from karmma_dist.streaming.worker_status import Activity
 from karmma_dist.streaming.workers import Batches
 
 _MAX_REPLACEMENTS = 100
-"""Clips tried in a damaged one's place before giving up."""
+"""Number of clips tried for one place before giving up."""
 
 
 def open_shards(data: DataRecipe) -> ShardFolder:
     """Open the recipe's shards and check that they declare its modalities.
 
     Raises:
-        UserError: they do not, or cannot be opened.
+        UserError: the shards lack a modality of the recipe, or cannot be opened.
     """
     folder = open_folder(data)
     missing = [m for m in data.modalities if m not in folder.modalities]
@@ -49,26 +49,28 @@ def open_shards(data: DataRecipe) -> ShardFolder:
 
 
 def check_heads(data: DataRecipe, folder: ShardFolder) -> dict[str, int]:
-    """Number of classes per head of the shards, which must be the recipe's where it names them.
+    """Return the number of classes by head of the shards and check it against the recipe's, if it names any.
 
     Raises:
-        UserError: it names others.
+        UserError: the recipe names other heads or numbers of classes.
     """
     heads = {head: len(names) for head, names in folder.classes.items()}
     if data.heads and data.heads != heads:
-        said, found = (", ".join(f"{head} {num}" for head, num in of.items()) for of in (data.heads, heads))
+        in_recipe, in_shards = (
+            ", ".join(f"{head} {num}" for head, num in classes.items()) for classes in (data.heads, heads)
+        )
         raise UserError(
-            f"{folder.where}: the shards' classes are {found}; data.heads says {said}: name other shards with "
+            f"{folder.where}: the shards' classes are {in_shards}; data.heads says {in_recipe}: name other shards with "
             "data.shards, or correct data.heads"
         )
     return heads
 
 
 class _Clips(ABC):
-    """The clips of a split and the frame of every batch: find each place's clip, read it, put all together."""
+    """The clips of a split, from which batches are made: find the clip of each place, read it, collate all."""
 
     uncut: Collection[str] = ()
-    """Modalities of which batches bring also the whole signals."""
+    """Modalities whose whole signals are also in the batches."""
 
     def __init__(
         self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str, needed: Sequence[str] = (),
@@ -84,28 +86,28 @@ class _Clips(ABC):
         if held_out is not None and data.hold_out:
             self.clips = [clip for clip, is_out in self._drawn() if is_out == held_out]
             if not self.clips:
-                what = "nothing" if held_out else "everything"
+                amount = "nothing" if held_out else "everything"
                 raise UserError(
-                    f"{folder.where}: data.hold_out {data.hold_out:g} holds out {what} of split '{split}', which has "
+                    f"{folder.where}: data.hold_out {data.hold_out:g} holds out {amount} of split '{split}', which has "
                     "too few recordings: choose another fraction"
                 )
 
     def _drawn(self) -> list[tuple[Clip, bool]]:
-        """Return each clip with True if its recording is held out; reads every clip's metadata once."""
+        """Return each clip with a flag, True if its recording is held out. It reads every clip's metadata once."""
         try:
             named = [(clip, self.folder.metadata(clip).recording) for clip in self.clips]
         except DamageError as error:
             raise UserError(
-                f"{error}: data.hold_out goes by the recording of every clip: karmma-dist verify --repair "
+                f"{error}: data.hold_out needs the recording of every clip: karmma-dist verify --repair "
                 f"{self.folder.where}, or pack it again"
             ) from None
         return [(clip, is_held_out(recording, self.data.hold_out)) for clip, recording in named]
 
     def batch(self, part: Slice, activity: Activity | None = None) -> Batch:
-        """Decode one slice, saying to `activity` what is being done.
+        """Read one slice, recording the current stage in `activity`.
 
         Raises:
-            UserError: a place of a training batch found no whole clip at all.
+            UserError: no undamaged clip was found for a place of a training batch.
         """
         activity = activity or Activity()
         activity.begin_batch()
@@ -115,7 +117,7 @@ class _Clips(ABC):
             for place in range(part.start, part.stop)
             for sample in self._samples(place, part.epoch, damage, activity)
         ]
-        activity.say("collating")
+        activity.start("collating")
         batch = collate(samples, self.data.modalities, self.heads, part.epoch, part.step)
         batch.damage, batch.stats = damage, activity.end_batch()
         return batch
@@ -124,16 +126,17 @@ class _Clips(ABC):
     def _samples(
         self, place: int, epoch: int, damage: list[Damage], activity: Activity
     ) -> Sequence[Sample | None]:
-        """The views of the clip at `place`, or None for padding; what was found damaged is added to `damage`."""
+        """Return one sample per view of the clip at `place`, or None for padding, and add damaged members to `damage`.
+        """
 
     @abstractmethod
     def _views(self, metadata: ClipMetadata, epoch: int, key: str) -> list[View]:
-        """How a clip is looked at."""
+        """Return the views of a clip."""
 
     def _read(
         self, clip: Clip, wanted: list[str], epoch: int, damage: list[Damage], activity: Activity
     ) -> list[Sample] | None:
-        """Read the `wanted` modalities of a clip, once per view: all of them or, where it is damaged, None."""
+        """Read the `wanted` modalities of a clip, one sample per view; return None if any of them is damaged."""
         try:
             metadata = self._metadata(clip, activity)
             views = self._views(metadata, epoch, clip.key)
@@ -145,7 +148,6 @@ class _Clips(ABC):
             damage.append(Damage(error.shard, error.key, error.member, error.what))
             return None
 
-
     def _metadata(self, clip: Clip, activity: Activity) -> ClipMetadata:
         metadata = self._decoded.metadata(clip)
         if metadata is None:
@@ -156,10 +158,10 @@ class _Clips(ABC):
 
 
 class TrainingClips(_Clips):
-    """Turns a training slice into a batch: order, modality dropout, views, damage and its replacement.
+    """The training clips: they are ordered, lose modalities by dropout, and are replaced if damaged.
 
-    Clips that `data.hold_out` holds out are not among them. Every clip brings at least one of the `needed` modalities
-    (none named: of all), so that a student of fewer modalities than its teacher always has something to see.
+    Clips that `data.hold_out` holds out are excluded. Every clip brings at least one of the `needed` modalities (by
+    default all), so that a student with fewer modalities than its teacher always receives one.
     """
 
     def __init__(
@@ -183,7 +185,7 @@ class TrainingClips(_Clips):
         self._epoch = epoch
 
     def _samples(self, place: int, epoch: int, damage: list[Damage], activity: Activity) -> list[Sample]:
-        """The clip at `place`; when it is damaged, the first whole one of the order's candidates."""
+        """Read the clip at `place`; if it is damaged, the first undamaged one of the order's candidates."""
         self._seek(epoch)
         for candidate in itertools.islice(self._order.candidates(place), _MAX_REPLACEMENTS):
             clip = self.clips[self._clip_at[candidate]]
@@ -201,10 +203,11 @@ class TrainingClips(_Clips):
 
 
 class EvaluationClips(_Clips):
-    """Turns an evaluation slice into a batch: every clip with all it has, in stored order, padded at the end.
+    """The evaluation clips: every clip with all its modalities, in stored order, padded at the end.
 
-    A damaged clip becomes padding and its event travels with the batch. With several views every clip takes that many
-    rows, one after another, all with its key and labels. `held_out`: only the clips that `data.hold_out` holds out.
+    A damaged clip becomes padding, and the batch carries a record of the damage. With several views every clip takes
+    that many consecutive rows, all with its key and labels. With `held_out` these are only the clips that
+    `data.hold_out` holds out.
     """
 
     def __init__(
@@ -231,36 +234,39 @@ class EvaluationClips(_Clips):
 
 
 def num_stored_frames(metadata: ClipMetadata) -> int:
-    """Return the frames stored for a clip, 0 where nothing of it is seen."""
+    """Return the number of a clip's stored frames, 0 if it has no pictures."""
     return 0 if metadata.pictures is None else metadata.pictures.num_frames
 
 
 def is_wide(metadata: ClipMetadata) -> bool:
-    """Return True if the clip's picture is at least as wide as high, or there is none."""
+    """Return True if the clip's pictures are at least as wide as high, or if it has none."""
     return metadata.pictures is None or metadata.pictures.width >= metadata.pictures.height
 
 
 def is_held_out(recording: str, fraction: float) -> bool:
-    """Return True if `data.hold_out` of this fraction holds the recording out: what a smaller one holds out, too."""
+    """Return True if `data.hold_out` of this fraction holds the recording out.
+
+    A larger fraction holds out all recordings that a smaller one does.
+    """
     return hold_out_word(recording, "training") < fraction * 2**64
 
 
 def usable_clips(clips: list[Clip], modalities: list[str]) -> list[Clip]:
-    """Clips that have at least one of the modalities: the others cannot be shown to the model at all."""
+    """Return the clips that have at least one of the modalities: a model cannot use the others."""
     return [clip for clip in clips if any(clip.has(m) for m in modalities)]
 
 
 def training_batches(clips: TrainingClips, schedule: Schedule, rank: int, start: Position, epochs: int) -> Batches:
-    """This rank's batches from `start` to the end of the last epoch, one per forward pass.
+    """Return this rank's batches from `start` to the end of the last epoch, one per forward pass.
 
-    All remaining epochs are one stream: nothing restarts between them.
+    All remaining epochs are one stream: workers do not restart between them.
     """
     slices = partial(schedule.slices, rank, start, epochs)
     return Batches(clips, slices, clips.data.num_workers, clips.data.stall_s, rank)
 
 
 def evaluation_batches(clips: EvaluationClips, batch_size: int, rank: int = 0, world_size: int = 1) -> Batches:
-    """This rank's share of one pass over an evaluation split: the same number of batches on every rank."""
+    """Return this rank's batches of one pass over an evaluation split: the same number on every rank."""
     slices = partial(evaluation_slices, len(clips.clips), batch_size, rank, world_size)
     num_batches = -(-len(clips.clips) // (batch_size * world_size))
     return Batches(clips, slices, min(clips.data.num_workers, num_batches), clips.data.stall_s, rank)

@@ -1,20 +1,20 @@
-"""Which clip is where in the epoch: one order for every rank, worker and world size.
+"""The order of clips in an epoch: one order for all ranks, workers and world sizes.
 
-`ClipOrder` gives every place of an epoch its clip. Optimizer step k takes the k-th slice of `batch_size` places
-(the global batch); each rank takes one contiguous part of the slice, cut into one piece per accumulation step. A
-position is (epoch, step) and nothing else, so every rank takes the same number of steps and resuming is a seek.
+`ClipOrder` assigns a clip to every place of an epoch. Optimizer step k takes the k-th slice of `batch_size` places
+(the global batch); each rank takes one contiguous part of the slice, divided into one piece per accumulation step. A
+position is just (epoch, step), so every rank takes the same number of steps and resuming is a seek.
 
 By default the order is one permutation of all clips: every batch comes from as many shards as it has clips, which
-costs nothing where reads at any offset are cheap. Where a whole shard is fetched before its first clip (object
-stores), `lanes` and `window` keep reads together:
+costs nothing if reads at any offset are cheap. If a whole shard is fetched before its first clip (object stores),
+`lanes` and `window` keep reads together:
 
     places of a batch    | lane 0 | lane 1 | lane 2 | lane 3 |      lane l: places [l*B/L, (l+1)*B/L) of every batch
     ranks                | node 0: 8 ranks | node 1: 8 ranks |      a node's ranks hold whole lanes
     shards of an epoch   | 7 2 9 | 4 0 8 | 1 11 3 | 6 5 10 |        permuted, cut into lanes, mixed `window` at a time
 
-The number of nodes (or a multiple) as `lanes` makes each node read its own part of the shards, once per epoch, for any
+With as many `lanes` as nodes (or a multiple), each node reads its own part of the shards, once per epoch, for any
 number of ranks per node and accumulation steps; a shard on a lane's border is read by both lanes. Shards are permuted
-anew each epoch, so every node sees all of them over time. `tests/benchmarks/order_mixing.py` measures what to choose.
+anew each epoch, so every node sees all of them over time. `tests/benchmarks/order_mixing.py` measures the choices.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from karmma_dist.seeding import order_words
 
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of `range(num_clips)`, int64."""
+    """Return a permutation of `range(num_clips)`, int64."""
     return np.argsort(order_words(num_clips, seed, epoch), kind="stable")
 
 
 class ClipOrder:
-    """Which clip is at which place of an epoch: a function of the arguments and the epoch alone.
+    """The assignment of clips to the places of an epoch: a function of the arguments and the epoch alone.
 
     Args:
-        shards: each clip's shard, in the order of clip numbers.
-        batch_size: clips per optimizer step, over all ranks.
-        seed: of the run.
-        lanes: parts of a batch that read shards of their own; 0: one permutation of all clips.
-        window: shards of a lane whose clips are mixed; has a meaning with lanes only.
+        shards: Each clip's shard, in the order of clip numbers.
+        batch_size: Clips per optimizer step, over all ranks.
+        seed: Seed of the run.
+        lanes: Number of parts of a batch that read different shards; 0 for one permutation of all clips.
+        window: Number of a lane's shards whose clips are mixed; only used with lanes.
 
     Raises:
-        UserError: lanes do not divide the batch.
+        UserError: the number of lanes does not divide the batch size.
     """
 
     def __init__(self, shards: Sequence[str], batch_size: int, seed: int, lanes: int = 0, window: int = 0) -> None:
@@ -63,15 +63,16 @@ class ClipOrder:
         self.num_clips, self.steps = len(shards), len(shards) // batch_size
 
     def clips(self, epoch: int) -> np.ndarray:
-        """Clip number at every place, int64: a permutation; no step takes the last `num_clips % batch_size`."""
+        """Return the clip number at every place, int64: a permutation. No step takes the last `num_clips % batch_size`.
+        """
         if not self.lanes:
             return epoch_order(self.num_clips, self.seed, epoch)
         return self._laned_order(epoch)
 
     def _laned_order(self, epoch: int) -> np.ndarray:
-        """Permute shards, leave out the tail at random, cut into lanes, mix each lane's windows, deal to batches.
+        """Permute shards, drop random clips as the tail, cut into lanes, mix each lane's windows, deal to batches.
 
-        Clips are mixed by words of their own: in a shard cut by a border, `clip_words` already say which side.
+        Clips are mixed by separate words: in a shard on a lane's border, `clip_words` already decide the side.
         """
         num, taken = self.num_clips, self.steps * self.batch_size
         num_shards = int(self._shard_of_clip.max(initial=-1)) + 1
@@ -91,12 +92,13 @@ class ClipOrder:
         return np.concatenate([per_batch.reshape(-1), dropped])
 
     def candidates(self, place: int) -> Iterator[int]:
-        """Places to take a clip from for `place`: itself, then where else to look while clips are unreadable.
+        """Yield the places whose clip may be used for `place`: itself, then its replacements while clips are damaged.
 
         Every place of the epoch comes once. First come the places of the same column (the same place of other
-        batches), so no two places of a batch get the same clip; then clips that no step takes; then all others. The
-        column is walked from half an epoch further on. In lanes, where that would be another node's shard or one long
-        gone, it is walked from the next step on in doubling strides: near, and soon out of a shard that is lost.
+        batches), so that no two places of a batch get the same clip; then clips that no step takes; then all others.
+        The walk along the column starts half an epoch later. With lanes that would be another node's shard or one no
+        longer in the cache, so the walk starts at the next step with doubling strides: it stays near but soon leaves a
+        lost shard.
         """
         yield place
         step, column = divmod(place, self.batch_size)
@@ -107,9 +109,9 @@ class ClipOrder:
         else:
             walk = [(step + self.steps // 2 + further) % self.steps for further in range(self.steps)]
         same_column = (other * self.batch_size + column for other in walk if 0 <= other < self.steps)
-        untaken = range(self.steps * self.batch_size + column, self.num_clips, self.batch_size)
+        dropped = range(self.steps * self.batch_size + column, self.num_clips, self.batch_size)
         seen = {place}
-        for candidate in itertools.chain(same_column, untaken, range(self.num_clips)):
+        for candidate in itertools.chain(same_column, dropped, range(self.num_clips)):
             if candidate not in seen:
                 seen.add(candidate)
                 yield candidate
@@ -117,7 +119,7 @@ class ClipOrder:
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: `step` optimizer steps of `epoch` are done."""
+    """A position in training: `step` optimizer steps of `epoch` are done."""
 
     epoch: int
     step: int
@@ -132,15 +134,15 @@ class Slice:
     start: int
     """First place in the epoch's order."""
     stop: int
-    """One past the last."""
+    """Place after the last one."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How an epoch divides into steps, ranks and accumulation steps.
+    """The division of an epoch into steps, ranks and accumulation steps.
 
     Raises:
-        UserError: ranks and accumulation do not divide the batch, or there are fewer clips than one batch.
+        UserError: ranks and accumulation do not divide the batch, or the clips are fewer than one batch.
     """
 
     num_clips: int
@@ -159,18 +161,18 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
+        """Number of optimizer steps per epoch."""
         return self.num_clips // self.batch_size
 
     @property
     def dropped_clips(self) -> int:
-        """Clips at the end of each epoch's order that no step takes (other ones each epoch)."""
+        """Number of clips at the end of each epoch's order that no step takes (different ones in each epoch)."""
         return self.num_clips % self.batch_size
 
     def slices(self, rank: int, start: Position, epochs: int) -> Iterator[Slice]:
-        """This rank's forward passes from `start` to the end of the last epoch, in order.
+        """Yield the slices of this rank's forward passes from `start` to the end of the last epoch, in order.
 
-        A rank's places of a step are contiguous whatever the accumulation, so ranks of a node share its lanes.
+        A rank's places in a step are contiguous for any accumulation, so the ranks of a node share its lanes.
         """
         part = self.batch_size // (self.world_size * self.accumulation)
         for epoch in range(start.epoch, epochs):
@@ -181,9 +183,9 @@ class Schedule:
 
 
 def evaluation_slices(num_clips: int, batch_size: int, rank: int, world_size: int) -> Iterator[Slice]:
-    """This rank's share of a pass over all clips in their stored order.
+    """Yield this rank's slices of a pass over all clips in their stored order.
 
-    Every rank yields the same number of slices of the same length; places at or past `num_clips` are padding.
+    Every rank yields the same number of slices of the same length; places from `num_clips` on are padding.
     """
     stride = batch_size * world_size
     for step, base in enumerate(range(0, num_clips, stride)):

@@ -1,11 +1,11 @@
-"""On a GPU: the next batch is pinned and copied while the current one is computed with. On a CPU: nothing.
+"""Prefetching to a GPU: the next batch is pinned and copied during the current computation. A CPU needs no prefetching.
 
     with on_device(training_batches(...), device) as batches:
         for batch in batches: ...
 
-A thread takes batches from the loader, pins them and starts their copies on a stream of its own; at most one batch is
-on the device ahead of its use. It is our thread and not torch's `pin_memory`: torch waits for its own without a bound
-when a worker was killed in the middle of a message.
+A thread takes batches from the loader, pins them and starts their copies on a separate stream; at most one batch is
+on the device ahead of its use. Torch's `pin_memory` thread does not serve here: torch waits for it without a bound if a
+worker was killed in the middle of a message.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.workers import Batches
 
 _JOIN_S = 10.0
-"""How long the thread may take to end."""
+"""Seconds that the thread may take to end."""
 
 Receive = Callable[[], Batch]
-"""Makes a batch that was sent usable on the caller's stream, and returns it."""
+"""Function that returns a sent batch, ready for use on the caller's stream."""
 
 
 @contextmanager
 def on_device(batches: Batches, device: torch.device) -> Iterator[Iterator[Batch]]:
-    """The batches with their tensors on `device`, the same ones in the same order; the workers end with the block.
+    """Yield the same batches in the same order with their tensors on `device`; the workers end with the block.
 
     Raises:
-        UserError: as `Batches`, also for a worker that dies while the block does something else.
+        UserError: a worker stalled, was killed, even while the block was busy elsewhere, or met a user's error.
     """
     with batches:
         if device.type != "cuda":
@@ -46,7 +46,7 @@ def on_device(batches: Batches, device: torch.device) -> Iterator[Iterator[Batch
 
 
 class Ahead(Iterator[Batch]):
-    """Takes and sends one batch further than was asked for, in a thread."""
+    """An iterator that takes and sends one batch ahead of the requested one, in a thread."""
 
     def __init__(self, batches: Iterator[Batch], send: Callable[[Batch], Receive]) -> None:
         self._batches, self._send = batches, send
@@ -57,20 +57,20 @@ class Ahead(Iterator[Batch]):
         self._thread.start()
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Return the next batch.
 
         Raises:
-            whatever the batches raise, where they raise it.
+            BaseException: the loader raised it in place of this batch.
         """
         received = self._sent.get()
         if isinstance(received, BaseException):
-            self._sent.put(received)  # asked again, it says the same
+            self._sent.put(received)  # the next call raises it again
             raise received
         self._room.release()
         return received()
 
     def stop(self) -> None:
-        """End the thread, after the batch that it may be waiting for."""
+        """End the thread once it has the batch that it is waiting for."""
         self._stopped.set()
         self._room.release()
         self._thread.join(_JOIN_S)
@@ -86,7 +86,7 @@ class Ahead(Iterator[Batch]):
 
 
 class CudaCopies:
-    """Copies batches to a GPU on a stream of their own."""
+    """The copying of batches to a GPU on a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -102,7 +102,7 @@ class CudaCopies:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(copied)
             for tensor in moved.tensors():
-                tensor.record_stream(current)  # its memory is the copying stream's: not to be reused before this one
+                tensor.record_stream(current)  # the copying stream must not reuse its memory before this stream is done
             return moved
 
         return receive

@@ -1,4 +1,4 @@
-"""One clip of a shard -> arrays of its views: the wanted members read, checked and decoded, each once."""
+"""The reader of one clip: it reads, checks and decodes the wanted members, each once, to arrays of the views."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def read_sample(
 
     Args:
         folder: The clip's shards.
-        clip: As the index declares it.
-        metadata: Its KEY.json.
-        wanted: Modalities.
+        clip: The clip as the index declares it.
+        metadata: The clip's KEY.json.
+        wanted: Modalities to read.
         inputs: Sizes of the arrays.
-        view: How to look at the clip.
-        activity: Told what is being done, and for how long.
-        uncut: Modalities of which the sample brings also the whole signal.
+        view: View of the clip.
+        activity: Record of the current stage and its time.
+        uncut: Modalities whose whole signal is also in the sample.
 
     Raises:
-        DamageError: a member is unreadable, not the bytes that were written, or does not decode.
+        DamageError: a member is unreadable, differs from the bytes that were written, or does not decode.
     """
     return read_samples(folder, clip, metadata, wanted, inputs, [view], activity, uncut=uncut)[0]
 
@@ -44,10 +44,11 @@ def read_samples(
 ) -> list[Sample]:  # fmt: skip
     """Read one sample per view; every member is read and decoded once.
 
-    What `decoded` holds is neither read nor decoded again, and what is decoded is offered to it: same samples.
+    Members in `decoded` are neither read nor decoded again, and newly decoded members are added to it. It does not
+    change the samples.
 
     Raises:
-        DamageError: as `read_sample`.
+        DamageError: a member is unreadable, differs from the bytes that were written, or does not decode.
     """
     activity, kept, uncut = activity or Activity(), decoded or DecodedClips(0), set(uncut)
     arrays: dict[str, np.ndarray] = {}
@@ -55,26 +56,26 @@ def read_samples(
     for modality in wanted:
         decoder, description = MODALITIES[modality].decoder, metadata.description(modality)
         settings, length_s = inputs.section(modality), metadata.length_s
-        everything, data = kept.get(clip, modality), b""
-        if everything is None:
+        whole, data = kept.get(clip, modality), b""
+        if whole is None:
             with activity.reading(clip, modality):
                 data = folder.read(clip, modality)
         try:
             with activity.decoding(clip, modality):
-                if everything is None and (decoder.always_whole or modality in uncut or kept.takes_more):
-                    everything = decoder.decode(data, description, settings)
-                    kept.keep(clip, modality, everything)
-                if everything is None:
+                if whole is None and (decoder.always_whole or modality in uncut or kept.takes_more):
+                    whole = decoder.decode(data, description, settings)
+                    kept.keep(clip, modality, whole)
+                if whole is None:
                     arrays[modality] = decoder.decode_views(data, description, settings, views, length_s)
                 else:
-                    arrays[modality] = decoder.cut(everything, description, settings, views, length_s)
+                    arrays[modality] = decoder.cut(whole, description, settings, views, length_s)
         except DecodeError as error:
             raise DamageError(
                 clip.shard, clip.key, member_name(clip.key, modality), f"does not decode: {error}"
             ) from None
         if modality in uncut:
-            assert everything is not None
-            signals[modality] = [UncutSignal(everything, description, view, length_s) for view in views]
+            assert whole is not None
+            signals[modality] = [UncutSignal(whole, description, view, length_s) for view in views]
     return [
         Sample(
             clip.key,

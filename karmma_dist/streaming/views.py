@@ -1,4 +1,4 @@
-"""Random choices of one clip: which frames, which crop, which colour jitter. A function of (seed, epoch, key).
+"""The views of a clip: its frames, crop and colour jitter, as a function of (seed, epoch, key).
 
 Video and flow share one `View`; audio windows are centred on the same moments.
 """
@@ -13,21 +13,19 @@ from karmma_dist.recipe import ViewsRecipe
 from karmma_dist.seeding import view_draws
 
 _LAST = float(np.nextafter(1.0, 0.0))
-"""The last of a crop's places, which are counted in [0, 1)."""
-
-
+"""Largest position of a crop; positions are fractions in [0, 1)."""
 
 
 def training_view(video: VideoInput, num_stored: int, seed: int, epoch: int, key: str) -> View:
-    """A random view: frames random within each segment (or a random dense window), random crop, flip and jitter.
+    """Draw a random view: a random frame in each segment (or a random dense window), random crop, flip and jitter.
 
     Args:
-        video: what the recipe asks for.
-        num_stored: frames the clip has in its shard; only dense sampling looks at it. A clip without any is sampled in
-            segments.
-        seed: the run's.
-        epoch: counted from 0.
-        key: the clip's.
+        video: The recipe's `inputs.video`.
+        num_stored: Number of the clip's stored frames, used by dense sampling only. A clip without frames is sampled
+            in segments.
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
+        key: Key of the clip.
     """
     draws = view_draws(6 + video.num_frames, seed, epoch, key)
     top, left, flip = draws[:3].tolist()
@@ -40,23 +38,23 @@ def training_view(video: VideoInput, num_stored: int, seed: int, epoch: int, key
 
 
 def evaluation_view(video: VideoInput, num_stored: int) -> View:
-    """The one view of evaluation: middle of each segment (or the middle window), centre crop, no jitter."""
+    """Return the single view of evaluation: middle of each segment (or the middle window), centre crop, no jitter."""
     return evaluation_views(video, num_stored, ViewsRecipe(), is_wide=True)[0]
 
 
 def evaluation_views(video: VideoInput, num_stored: int, views: ViewsRecipe, *, is_wide: bool) -> list[View]:
-    """Every view of a clip, the crops of one sampling after another, none jittered or mirrored.
+    """Return every evaluation view of a clip, sampling by sampling with all crops each, not jittered or mirrored.
 
     Sampling t of T takes each segment's frame at (t + 1/2) / T of the segment, or the dense window at that fraction of
-    the places there are. Of three crops the first lies at the start of the longer side and the last at its end.
+    all its positions. The first of three crops lies at the start of the longer side and the last at its end.
 
     Args:
-        video: what the recipe asks for.
-        num_stored: frames the clip has in its shard.
-        views: how many.
-        is_wide: the longer side is the width.
+        video: The recipe's `inputs.video`.
+        num_stored: Number of the clip's stored frames.
+        views: Numbers of temporal samplings and spatial crops.
+        is_wide: True if the longer side is the width.
     """
-    found = []
+    sampled = []
     for sampling in range(views.temporal):
         place = (sampling + 0.5) / views.temporal
         if video.sampling == "segments" or num_stored == 0:
@@ -65,12 +63,12 @@ def evaluation_views(video: VideoInput, num_stored: int, views: ViewsRecipe, *, 
             times = _dense_times(video, num_stored, place)
         for edge in (0.5,) if views.spatial == 1 else (0.0, 0.5, _LAST):
             top, left = (0.5, edge) if is_wide else (edge, 0.5)
-            found.append(View(times, top, left, False, np.ones(3, dtype=np.float32)))
-    return found
+            sampled.append(View(times, top, left, False, np.ones(3, dtype=np.float32)))
+    return sampled
 
 
 def _dense_times(video: VideoInput, num_stored: int, place: float) -> np.ndarray:
-    """Frame centres of a window with a stride; a window longer than the clip stays on its last frame."""
+    """Return the frame centres of a window with a stride; a window longer than the clip repeats its last frame."""
     span = (video.num_frames - 1) * video.stride + 1
     start = int(place * (max(num_stored - span, 0) + 1))
     frames = np.minimum(start + np.arange(video.num_frames) * video.stride, num_stored - 1)

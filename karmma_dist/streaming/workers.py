@@ -1,7 +1,7 @@
-"""Worker processes that make batches, on webdataset's `DataPipeline` and `WebLoader`, and what becomes of them.
+"""The worker processes that make batches, on webdataset's `DataPipeline` and `WebLoader`, and their failures.
 
-A worker that stalls, is killed or fails ends the iteration with an error that names the clip it held. No process is
-left behind, and nothing here waits without a bound.
+A worker that stalls, is killed or fails ends the iteration with an error that names its current clip. No process is
+left behind, and every wait is bounded.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ from karmma_dist.errors import UserError
 from karmma_dist.processes import end_with_parent
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.order import Slice
-from karmma_dist.streaming.worker_status import Activity, Board, Doing
+from karmma_dist.streaming.worker_status import Activity, StatusBoard, WorkerStatus
 
 _POLL_S = 5.0
-"""How often a waiting trainer looks whether its workers live."""
+"""Seconds between a waiting trainer's checks that its workers are alive."""
 _JOIN_S = 30.0
-"""How long killed workers may take to be gone."""
+"""Seconds that killed workers may take to end."""
 
 _abandoned: list[Any] = []
-"""Torch's iterators whose workers were killed. Were they collected, torch would shut the workers down in good order,
-through locks that a killed worker may hold for ever."""
+"""Torch's iterators whose workers were killed. They are never collected: torch would then shut the workers down
+gracefully, through locks that a killed worker may hold forever."""
 
 _HINTS = {
-    signal.SIGKILL: "mostly the machine or job ran out of memory: lower data.num_workers or training.batch_size, "
-    "or ask for more memory",
-    signal.SIGBUS: "mostly shared memory is full: make /dev/shm larger, or lower data.num_workers",
+    signal.SIGKILL: "usually the machine or job ran out of memory: lower data.num_workers or training.batch_size, "
+    "or request more memory",
+    signal.SIGBUS: "usually shared memory is full: make /dev/shm larger, or lower data.num_workers",
     signal.SIGSEGV: "the decoder crashed: check the clip with karmma-dist inspect",
 }
 
 
 class BatchMaker(Protocol):
-    """Turns a slice of places into a batch, saying what it does."""
+    """An object that turns a slice of places into a batch and records its stage."""
 
     def batch(self, part: Slice, activity: Activity) -> Batch:
-        """Read, decode and put together one slice."""
+        """Read, decode and collate one slice."""
 
 
 class Batches(Iterator[Batch]):
-    """The batches of one rank, made by worker processes (or, with `num_workers` 0, in this one).
+    """The batches of one rank, made by worker processes (or, with `num_workers` 0, in this process).
 
-    Worker w of W makes every W-th batch, so the stream is the same for any W. Use it as a context manager wherever
-    something else can fail between two batches: leaving the block ends the workers, and a worker's death that torch
-    reports in the middle of other work becomes the same one line as in `next`.
+    Worker w of W makes every W-th batch, so the stream is the same for any W. Use it as a context manager if other
+    code can fail between two batches: leaving the block ends the workers, and the death of a worker, which torch
+    reports in the middle of other work, becomes the same one-line error as in `next`.
 
     Args:
-        maker: makes the batches; it is copied into every worker.
-        slices: gives the slices, from the first on, each time it is called.
-        num_workers: processes.
-        stall_s: seconds after which a batch that does not come is an error; 0: never.
-        rank: this process's, for messages.
+        maker: Maker of the batches; it is copied to every worker.
+        slices: Function that returns an iterator over all slices.
+        num_workers: Number of processes.
+        stall_s: Seconds after which a missing batch is an error; 0 for no limit.
+        rank: Rank of this process, for messages.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Batches(Iterator[Batch]):
         rank: int = 0,
     ) -> None:
         self._num_workers, self._stall_s, self._rank = num_workers, stall_s, rank
-        self._board = Board(max(num_workers, 1))
+        self._board = StatusBoard(max(num_workers, 1))
         self._num_taken = 0
         pipeline = wds.DataPipeline(_Source(slices), wds.map(_Work(maker, self._board, rank)))
         loader = wds.WebLoader(
@@ -99,10 +99,10 @@ class Batches(Iterator[Batch]):
         return [process.pid for process in self._processes if process.pid is not None]
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Return the next batch.
 
         Raises:
-            UserError: a worker stalled or was killed, or met an error of the user's.
+            UserError: a worker stalled, was killed, or met a user's error.
         """
         if self._iterator is None:
             raise StopIteration
@@ -115,7 +115,7 @@ class Batches(Iterator[Batch]):
             self.close()
             raise
         except BaseException:
-            if threading.current_thread() is threading.main_thread():  # elsewhere it is for the block's owner to do
+            if threading.current_thread() is threading.main_thread():  # in other threads the block's owner does it
                 self.close(kill=True)
             raise
         self._num_taken += 1
@@ -134,7 +134,7 @@ class Batches(Iterator[Batch]):
             raise death from None
 
     def close(self, *, kill: bool = False) -> None:
-        """End the workers: in good order, or by SIGKILL where they may no longer listen."""
+        """End the workers gracefully, or by SIGKILL if they may no longer respond."""
         iterator, self._iterator = self._iterator, None
         if iterator is None:
             return
@@ -143,7 +143,7 @@ class Batches(Iterator[Batch]):
             self._kill()
             _forget_workers(iterator)
         else:
-            del iterator  # the last reference: torch tells its workers to end, waits for them, and ends those left
+            del iterator  # the last reference: torch tells its workers to end, waits, and terminates the rest
             if any(process.is_alive() for process in self._processes):
                 self._kill()
 
@@ -166,35 +166,35 @@ class Batches(Iterator[Batch]):
 
     def _stall(self, waited: float) -> UserError:
         worker = self._num_taken % self._num_workers
-        doing = self._board.read(worker)
-        lasts = f"{time.monotonic() - doing.since:.0f} s" if doing.pid else "ever"
-        hint = "see whether the disk or network that holds the shards answers"
-        if doing.stage == "handing over":
-            hint = "see whether /dev/shm is full"
+        status = self._board.read(worker)
+        duration = f"{time.monotonic() - status.since:.0f} s" if status.pid else "the whole time"
+        hint = "check that the disk or network with the shards responds"
+        if status.stage == "handing over":
+            hint = "check whether /dev/shm is full"
         return UserError(
-            f"rank {self._rank}: no batch for {waited:.0f} s: loader worker {worker} (pid {doing.pid or '?'}) has been "
-            f"{doing} for {lasts}: {hint}, or raise data.stall_s (now {self._stall_s:g} s, 0 waits for ever)"
+            f"rank {self._rank}: no batch for {waited:.0f} s: loader worker {worker} (pid {status.pid or '?'}) has "
+            f"been {status} for {duration}: {hint}, or raise data.stall_s (now {self._stall_s:g} s, 0 waits forever)"
         )
 
     def _death(self) -> UserError | None:
-        """The error of a worker that did not end by itself, if there is one."""
+        """Return the error of a worker that was killed or failed, or None."""
         for process in self._processes:
             process.join(0)
             if process.exitcode:
-                return self._epitaph(process.pid, process.exitcode)
+                return self._death_error(process.pid, process.exitcode)
         return None
 
-    def _epitaph(self, pid: int | None, code: int) -> UserError:
-        known: dict[int, tuple[int, Doing]] = {}
+    def _death_error(self, pid: int | None, code: int) -> UserError:
+        by_pid: dict[int, tuple[int, WorkerStatus]] = {}
         for slot in range(self._board.num_slots):
-            doing = self._board.read(slot)
-            known[doing.pid] = (slot, doing)
-        number, was = known.get(pid or -1, ("?", "starting"))
-        how, hint = f"ended with exit code {code}", "its own output says why"
+            status = self._board.read(slot)
+            by_pid[status.pid] = (slot, status)
+        number, last_status = by_pid.get(pid or -1, ("?", "starting"))
+        end, hint = f"ended with exit code {code}", "see its output for the reason"
         if code < 0:
-            how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
-            hint = _HINTS.get(signal.Signals(-code), "see who sent it")
-        return UserError(f"rank {self._rank}: loader worker {number} (pid {pid}) {how} while {was}: {hint}")
+            end = f"was killed by signal {-code} ({signal.Signals(-code).name})"
+            hint = _HINTS.get(signal.Signals(-code), "find out who sent it")
+        return UserError(f"rank {self._rank}: loader worker {number} (pid {pid}) {end} while {last_status}: {hint}")
 
     def _kill(self) -> None:
         with _unnoticed_by_torch():
@@ -206,10 +206,10 @@ class Batches(Iterator[Batch]):
 
 
 def _start_worker(worker: int) -> None:  # noqa: ARG001
-    """Leave signals to the whole job, and Ctrl-C, to the trainer, which has yet to save, and end with it.
+    """Ignore signals to the whole job, and Ctrl-C, and end together with the trainer.
 
-    Torch's own look at the trainer is not enough: a batch that is larger than a pipe and that nobody takes any more
-    would hold the worker for good.
+    The trainer handles these signals: it still has to save. Torch's own check of the trainer is not enough: a batch
+    that is larger than a pipe and that no process takes any more would block the worker forever.
     """
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -217,7 +217,7 @@ def _start_worker(worker: int) -> None:  # noqa: ARG001
 
 
 class _Source:
-    """First stage of the pipeline: every W-th slice, from the worker's number on, made as they are needed."""
+    """The first stage of the pipeline: every W-th slice, from the worker's number on, generated lazily."""
 
     def __init__(self, slices: Callable[[], Iterator[Slice]]) -> None:
         self._slices = slices
@@ -229,13 +229,13 @@ class _Source:
 
 
 class _Work:
-    """Second stage: a slice becomes a batch, or the error that it met.
+    """The second stage: a slice becomes a batch, or the exception that was raised.
 
-    An error is handed over as an item: raised in a worker it would arrive as a traceback's text. One that is nobody's
-    input but a mistake in the program keeps its type, and a note says which clip it met and where it was raised.
+    An exception is handed over as an item: raised in a worker it would arrive as a traceback's text. A bug keeps its
+    type, and a note names the clip and the place where it was raised.
     """
 
-    def __init__(self, maker: BatchMaker, board: Board, rank: int) -> None:
+    def __init__(self, maker: BatchMaker, board: StatusBoard, rank: int) -> None:
         self._maker, self._board, self._rank = maker, board, rank
         self._activity: Activity | None = None
 
@@ -248,32 +248,32 @@ class _Work:
         except UserError as error:
             return error
         except Exception as error:
-            raised = traceback.format_exc()
-            where = "" if worker is None else f", loader worker {worker.id}"
-            error.add_note(f"rank {self._rank}{where}, while {self._activity.doing}")
+            trace = traceback.format_exc()
+            process = "" if worker is None else f", loader worker {worker.id}"
+            error.add_note(f"rank {self._rank}{process}, while {self._activity.status}")
             if worker is None:
                 return error
-            error.add_note(raised)
+            error.add_note(trace)
             return _portable(error)
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or where it cannot be sent to another process whole a `RuntimeError` that says the same."""
+    """Return the error, or a `RuntimeError` with the same text if pickling would not preserve it."""
     try:
         sent = pickle.loads(pickle.dumps(error))
         if type(sent) is type(error) and str(sent) == str(error) and sent.__notes__ == error.__notes__:
             return error
-    except Exception as why:  # whatever its own __reduce__ and __init__ raise
-        error.add_note(f"(it cannot be pickled: {why})")
-    told = RuntimeError(f"{type(error).__name__}: {error}")
-    told.__notes__ = list(error.__notes__)
-    return told
+    except Exception as problem:  # its __reduce__ and __init__ may raise any exception
+        error.add_note(f"(it cannot be pickled: {problem})")
+    replacement = RuntimeError(f"{type(error).__name__}: {error}")
+    replacement.__notes__ = list(error.__notes__)
+    return replacement
 
 
 def _forget_workers(iterator: Any) -> None:
-    """Take killed workers from those that torch's handler of SIGCHLD watches, as torch does once it has ended them.
+    """Remove killed workers from those that torch's SIGCHLD handler watches, as torch does after it has ended them.
 
-    One that takes long to be gone would else be an error at whatever line the main thread has come to.
+    Otherwise one that takes long to end would raise an error at an arbitrary line of the main thread.
     """
     if getattr(iterator, "_worker_pids_set", False):
         torch._C._remove_worker_pids(id(iterator))
@@ -281,13 +281,13 @@ def _forget_workers(iterator: Any) -> None:
 
 
 def _is_of_loader(error: BaseException | None) -> bool:
-    """Whether torch's loader said this: that a worker died, or that nothing came."""
+    """Return True if torch's loader raised the error: a worker died or a batch timed out."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader")
 
 
 @contextmanager
 def _unnoticed_by_torch() -> Iterator[None]:
-    """While workers are killed on purpose: torch's handler of SIGCHLD would raise at any line of the main thread."""
+    """Disable torch's SIGCHLD handler while workers are killed: it would raise at any line of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Audio: sound at 16 kHz, mono, stored as FLAC, seen as a mel spectrogram."""
+"""Audio: 16 kHz, mono, stored as FLAC; models receive a mel spectrogram."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from karmma_dist.modalities.contract import Breakage, Description, Modality
 from karmma_dist.settings import Positive, Settings
 
 SAMPLE_RATE = 16_000
-"""Of every stored member, Hz."""
+"""Sample rate of every stored member, Hz."""
 
 HOP = 80
 """Samples from one column of a spectrogram to the next."""
@@ -29,21 +29,21 @@ class AudioInput(Settings):
 
     @property
     def window_samples(self) -> int:
-        """Samples of one window at 16 kHz."""
+        """Number of samples in one window at 16 kHz."""
         return round(self.window_s * SAMPLE_RATE)
 
     @property
     def num_steps(self) -> int:
-        """Spectrogram columns of one window, at 80 samples a hop."""
+        """Number of spectrogram columns in one window, at 80 samples a hop."""
         return self.window_samples // HOP + 1
 
 
 class AudioSpec(Settings):
-    """Sound, stored as mono 16-bit FLAC at 16 kHz, cut to the clip's own seconds."""
+    """Audio, stored as mono 16-bit FLAC at 16 kHz, cut to the clip's exact seconds."""
 
     source: Literal["auto", "movie", "hdf5", "none"] = "auto"
-    """`movie`: the movie's best audio stream. `hdf5`: the dataset's HDF5 file of sound (Epic-Kitchens only).
-    `auto`: the movie's, else the HDF5 file's. `none`: do not store sound."""
+    """`movie`: the video file's best audio stream. `hdf5`: the dataset's HDF5 file of audio (Epic-Kitchens only).
+    `auto`: the video file, else the HDF5 file. `none`: do not store audio."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class AudioDescription(Description):
 
     @property
     def length_s(self) -> float:
-        """Seconds of sound."""
+        """Seconds of audio."""
         return float(self.num_samples / self.sample_rate)
 
 

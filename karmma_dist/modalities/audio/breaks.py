@@ -10,14 +10,14 @@ from karmma_dist.modalities.contract import SignalBreaker
 from karmma_dist.seeding import generator
 
 _LOUDEST = 32_767
-"""Of int16 sound."""
+"""Largest int16 sample."""
 
 
 class AudioBreaker(SignalBreaker):
-    """Breaks the whole sound of a clip, int16 (samples,), from which windows are cut again."""
+    """A breaker of a clip's whole audio, int16 (samples,), from which windows are cut again."""
 
     def break_uncut(self, effect: str, amount: float, decoded: np.ndarray, key: str, seed: int) -> np.ndarray:
-        """Break one clip's sound."""
+        """Break one clip's audio."""
         return _EFFECTS[effect](decoded, amount, f"{seed}/{key}")
 
 
@@ -28,7 +28,7 @@ def _mute(samples: np.ndarray, share: float, text: str) -> np.ndarray:
 
 
 def _hiss(samples: np.ndarray, ratio_db: float, text: str) -> np.ndarray:
-    """White noise at a signal-to-noise ratio over the whole clip; silence has no power to compare with and stays."""
+    """Add white noise at a signal-to-noise ratio over the whole clip; silence has no power and stays silent."""
     sound = samples.astype(np.float32)
     power = float(np.mean(np.square(sound, dtype=np.float64)))
     noise = generator(f"{text}/audio").standard_normal(len(samples), dtype=np.float32)
@@ -37,7 +37,7 @@ def _hiss(samples: np.ndarray, ratio_db: float, text: str) -> np.ndarray:
 
 
 def _late(samples: np.ndarray, seconds: float, _: str) -> np.ndarray:
-    """What came before the clip is in no shard, so that silence comes first."""
+    """Delay the audio; it starts with silence, since no shard holds the audio before the clip."""
     late = np.zeros_like(samples)
     num = round(seconds * SAMPLE_RATE)
     late[num:] = samples[: max(len(samples) - num, 0)]

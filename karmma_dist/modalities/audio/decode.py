@@ -1,4 +1,4 @@
-"""FLAC -> int16 samples -> windows around the views' moments."""
+"""The audio decoder: FLAC -> int16 samples -> windows around the views' moments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from karmma_dist.modalities.contract import DecodeError, Decoder, StoredError, V
 
 
 class AudioDecoder(Decoder):
-    """Gives int16 (V, windows, samples), silence beyond the clip's ends."""
+    """A decoder to int16 (V, windows, samples), with silence beyond the clip's ends."""
 
     always_whole = True
 
@@ -30,15 +30,15 @@ class AudioDecoder(Decoder):
         self, decoded: np.ndarray, description: AudioDescription, settings: AudioInput, views: Sequence[View],
         length_s: float,
     ) -> np.ndarray:  # fmt: skip
-        """Cut windows. With as many windows as moments each is centred on its moment [paper]; else spread evenly."""
+        """Cut windows, each centred on its moment if their numbers are equal [paper], else spread evenly."""
         return np.stack([cut_windows(decoded, view.times_F * length_s, settings) for view in views])
 
     def num_bytes(self, settings: AudioInput) -> int:
-        """Bytes of all windows."""
+        """Return the size of all windows in bytes."""
         return 2 * settings.num_windows * settings.window_samples
 
     def check(self, data: bytes, description: AudioDescription) -> None:
-        """Decode all of it and count samples."""
+        """Decode everything and count the samples."""
         with _decoding(data) as (container, stream):
             num_channels = stream.codec_context.layout.nb_channels
             if (stream.codec_context.sample_rate, num_channels) != (description.sample_rate, 1):
@@ -53,7 +53,7 @@ def decode_flac(data: bytes) -> np.ndarray:
     """Decode all samples of a stored member, int16 (samples,).
 
     Raises:
-        DecodeError: it cannot be decoded, or is not mono s16 at 16 kHz.
+        DecodeError: the member cannot be decoded, or is not mono s16 at 16 kHz.
     """
     with _decoding(data) as (container, stream):
         context = stream.codec_context
@@ -64,35 +64,35 @@ def decode_flac(data: bytes) -> np.ndarray:
             )
         chunks = [frame.to_ndarray()[0] for frame in container.decode(stream)]
     if not chunks:
-        raise DecodeError("no sound in it")
+        raise DecodeError("no audio in it")
     return np.concatenate(chunks)
 
 
 def cut_windows(samples: np.ndarray, moments_s: np.ndarray, settings: AudioInput) -> np.ndarray:
-    """Cut int16 (windows, samples) out of all samples, silence beyond their ends."""
+    """Cut int16 (windows, samples) out of all samples, with silence beyond their ends."""
     num, size = settings.num_windows, settings.window_samples
     is_centred = num == len(moments_s)
     centres = moments_s * SAMPLE_RATE if is_centred else (np.arange(num) + 0.5) / num * len(samples)
     starts = np.round(centres).astype(np.int64) - size // 2
     windows = np.zeros((num, size), np.int16)
     for window, start in zip(windows, starts.tolist(), strict=True):
-        heard = samples[max(start, 0) : max(start + size, 0)]
+        existing = samples[max(start, 0) : max(start + size, 0)]
         offset = max(-start, 0)
-        window[offset : offset + len(heard)] = heard
+        window[offset : offset + len(existing)] = existing
     return windows
 
 
 @contextmanager
 def _decoding(data: bytes) -> Iterator[tuple[Any, Any]]:
-    """Open the sound in memory, strictly: container and stream."""
+    """Open a member in memory with a strict decoder and yield container and stream."""
     try:
         with av.open(io.BytesIO(data), "r") as container:
             if not container.streams.audio:
-                raise DecodeError("no sound in it")
+                raise DecodeError("no audio in it")
             stream = container.streams.audio[0]
             if stream.codec_context is None or stream.codec_context.format is None:
-                raise DecodeError("nothing says how it is encoded")
-            # Without it FFmpeg's decoders put silence where they cannot read, and say nothing.
+                raise DecodeError("its codec is unknown")
+            # By default FFmpeg's decoders silently replace damaged parts by silence.
             stream.codec_context.options = {"err_detect": "crccheck+explode"}
             yield container, stream
     except av.error.FFmpegError as error:

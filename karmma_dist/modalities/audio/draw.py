@@ -10,11 +10,11 @@ from karmma_dist.modalities.audio.decode import decode_flac
 from karmma_dist.modalities.contract import Drawing, Sheet
 
 _SPECTROGRAM_DB = 70.0
-"""From the loudest to the darkest shown."""
+"""Range of the spectrogram's colours in dB, from the loudest value down."""
 
 
 class AudioDrawing(Drawing):
-    """Waveform and spectrogram on one clock."""
+    """A drawing of waveform and spectrogram on one time axis."""
 
     title = "audio: waveform, spectrogram"
 

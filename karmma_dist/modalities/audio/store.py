@@ -1,7 +1,8 @@
-"""Stores audio: a recording's sound on one clock, gaps filled, resampled to what is stored, damage remembered.
+"""The storage of audio: a recording's audio on one clock, gaps filled, resampled to the stored rate, damage recorded.
 
-It comes from the recording's video file, or from an HDF5 file with a dataset per recording, mono, from the recording's
-start (https://github.com/ekazakos/auditory-slow-fast, EPIC-KITCHENS-100_audio.hdf5: 24 kHz, float32 in [-1, 1]).
+The audio comes from the recording's video file, or from an HDF5 file with one mono dataset per recording, which starts
+with the recording (https://github.com/ekazakos/auditory-slow-fast, EPIC-KITCHENS-100_audio.hdf5: 24 kHz, float32 in
+[-1, 1]).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def encode_flac(samples: np.ndarray) -> bytes:
-    """Samples, int16 (N,), mono at 16 kHz -> FLAC."""
+    """Encode samples, int16 (N,), mono at 16 kHz, as FLAC."""
     file = io.BytesIO()
     with av.open(file, "w", format="flac", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono", format="s16")
@@ -45,12 +46,13 @@ def encode_flac(samples: np.ndarray) -> bytes:
 
 
 _GAP_S = 0.015
-"""Sound that is out of place by more is put back: silence fills a gap, what overlaps is dropped. Less than the shortest
-usual packet (20 ms of Opus), so that lost packets do not add up; more than containers that round to milliseconds."""
+"""Seconds by which audio may be out of place; beyond that, silence fills a gap and an overlap is dropped. It is less
+than the shortest usual packet (20 ms of Opus), so that lost packets do not add up, and more than the rounding of
+containers to milliseconds."""
 
 
 class Sound:
-    """A recording's sound as mono int16 at 16 kHz, on the recording's own clock."""
+    """A recording's audio as mono int16 at 16 kHz, on the recording's clock."""
 
     def __init__(self, declared_end_s: float | None) -> None:
         self.damage = Stretches()
@@ -62,7 +64,7 @@ class Sound:
         self._resampler: av.AudioResampler | None = None
         self._layout: tuple[Any, ...] = ()
         self._expected_s = 0.0
-        """Where the next frame starts if all samples so far are in place: not the last timestamp, gaps would add up."""
+        """Expected start of the next frame, counted in samples: from the last timestamp alone, gaps would add up."""
 
     def add(self, frame: av.AudioFrame, time_s: float) -> None:
         """Append a decoded frame that starts at `time_s`."""
@@ -70,7 +72,7 @@ class Sound:
         if layout != self._layout or abs(time_s - self._expected_s) > _GAP_S:
             self._flush()
             missing = round(time_s * SAMPLE_RATE) - self._length
-            # An encoder's run-in lies before time 0, and repeated sound over what is there already.
+            # An encoder's priming samples lie before time 0, and repeated audio overlaps earlier samples.
             self._overlap = max(-missing, 0)
             if missing > 0:
                 self._append(np.zeros(missing, np.int16))
@@ -83,7 +85,7 @@ class Sound:
         self._expected_s += frame.samples / frame.sample_rate
 
     def finish(self) -> None:
-        """No more frames."""
+        """Join the samples after the last frame, and record a missing end as damage."""
         self._flush()
         self.samples = np.concatenate(self._chunks) if self._chunks else self.samples
         self._chunks = []
@@ -93,14 +95,17 @@ class Sound:
 
     @property
     def end_s(self) -> float:
-        """Where the sound ends; known when it is finished."""
+        """End of the audio in seconds, valid after `finish`."""
         return len(self.samples) / SAMPLE_RATE
 
     def cut(self, start_s: float, stop_s: float) -> np.ndarray | None:
-        """Samples int16 of [start_s, stop_s), silence past the end; None when the sound ends before the clip starts.
+        """Cut the samples of [start_s, stop_s), int16, with silence past the end.
+
+        Returns:
+            The samples; None if the audio ends before the clip starts.
 
         Raises:
-            MediaError: part of it could not be decoded.
+            MediaError: a part of the interval could not be decoded.
         """
         self.damage.check("audio", start_s, stop_s)
         first, num = round(start_s * SAMPLE_RATE), max(round((stop_s - start_s) * SAMPLE_RATE), 1)
@@ -125,7 +130,7 @@ _CHUNK_S = 10
 
 
 def recordings_with_sound(path: Path) -> set[str]:
-    """Names of the recordings that an HDF5 file has sound of.
+    """Return the names of the recordings in an HDF5 file of audio.
 
     Raises:
         UserError: h5py is not installed, or the file cannot be read.
@@ -144,10 +149,10 @@ def recordings_with_sound(path: Path) -> set[str]:
 
 
 def read_sound(path: Path, recording: str, rate: int) -> Sound:
-    """Read a recording's sound and resample it.
+    """Read a recording's audio from an HDF5 file and resample it.
 
     Raises:
-        MediaError: it cannot be read, is no mono sound, or lies in another file.
+        MediaError: the dataset cannot be read, is not mono audio, or lies in another file.
     """
     import h5py
 
@@ -155,7 +160,7 @@ def read_sound(path: Path, recording: str, rate: int) -> Sound:
         with h5py.File(path, "r") as file:
             return _read(file, recording, rate)
     except (OSError, RuntimeError, KeyError, av.error.FFmpegError) as error:
-        raise media_error(error, "audio", "open", _said(path, recording, one_line(error, 200))) from None
+        raise media_error(error, "audio", "open", _message(path, recording, one_line(error, 200))) from None
 
 
 def _read(file: Any, recording: str, rate: int) -> Sound:
@@ -163,9 +168,9 @@ def _read(file: Any, recording: str, rate: int) -> Sound:
 
     path = Path(file.filename)
     samples = file[recording] if isinstance(file.get(recording, getlink=True), h5py.HardLink) else None
-    # What lies in other files could be any file of this machine.
+    # A link to another file could point to any file of this machine.
     if not isinstance(samples, h5py.Dataset) or samples.external or samples.is_virtual:
-        raise _problem(path, recording, "is no dataset of this file")
+        raise _problem(path, recording, "is not a dataset in this file")
     if samples.ndim != 1 or not (samples.dtype.kind == "f" or samples.dtype == np.int16):
         raise _problem(path, recording, f"is {samples.dtype} {samples.shape}, not mono float or int16 samples")
     sound = Sound(None)
@@ -173,7 +178,7 @@ def _read(file: Any, recording: str, rate: int) -> Sound:
         chunk = samples[start : start + _CHUNK_S * rate]
         if chunk.dtype != np.int16:
             if not np.isfinite(chunk).all():
-                raise _problem(path, recording, f"has samples that are no numbers, from {start / rate:.0f} s on")
+                raise _problem(path, recording, f"has samples that are not finite, from {start / rate:.0f} s on")
             chunk = np.rint(np.clip(chunk, -1, 1) * 32767).astype(np.int16)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(chunk)[None], format="s16", layout="mono")
         frame.sample_rate = rate
@@ -182,19 +187,22 @@ def _read(file: Any, recording: str, rate: int) -> Sound:
     return sound
 
 
-def _problem(path: Path, recording: str, what: str) -> MediaError:
-    return MediaError("audio", "open", _said(path, recording, what))
+def _problem(path: Path, recording: str, problem: str) -> MediaError:
+    return MediaError("audio", "open", _message(path, recording, problem))
 
 
-def _said(path: Path, recording: str, what: str) -> str:
-    return f"{path.name}: {recording}: {what}"
+def _message(path: Path, recording: str, problem: str) -> str:
+    return f"{path.name}: {recording}: {problem}"
 
 
 def sound_of(video_file: VideoFile) -> Sound | None:
-    """Decode the whole best audio stream of a video file; None when there is none.
+    """Decode the best audio stream of a video file and record stretches that do not decode in `damage`.
+
+    Returns:
+        The audio; None if the file has no audio stream.
 
     Raises:
-        MediaError: it cannot be opened or converted. Stretches that do not decode go to its `damage`.
+        MediaError: the stream cannot be opened or converted.
     """
     try:
         if not video_file.has_audio:
@@ -215,18 +223,18 @@ def sound_of(video_file: VideoFile) -> Sound | None:
 
 
 class SoundSource(Source):
-    """The sound of a recording, cut to clips."""
+    """The audio of a recording, from which clips are cut."""
 
     def __init__(self, sound: Sound) -> None:
         self._sound = sound
 
     @property
     def end_s(self) -> float:
-        """Where the sound ends."""
+        """End of the audio in seconds from the start of the recording."""
         return self._sound.end_s
 
     def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored | None:
-        """Cut the clip's own seconds."""
+        """Cut exactly the clip's seconds."""
         samples = None if stop_s is None else self._sound.cut(clip.start_s, stop_s)
         if samples is None:
             return None
@@ -234,7 +242,7 @@ class SoundSource(Source):
 
 
 class AudioStorage(Storage):
-    """Packs audio."""
+    """The storage of audio."""
 
     settings = AudioSpec
     media_stream = MediaStream.SOUND
@@ -242,12 +250,12 @@ class AudioStorage(Storage):
     def open(
         self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None
     ) -> SoundSource | None:
-        """Decode the video file's sound, else read the HDF5 file's."""
-        source, own = sections["audio"].source, recording.media.get("audio")
+        """Decode the video file's audio, else read the HDF5 file's."""
+        source, hdf5_file = sections["audio"].source, recording.media.get("audio")
         if video_file is not None and source != "hdf5" and (sound := sound_of(video_file)) is not None:
             return SoundSource(sound)
-        if own is not None and source != "movie":
-            return SoundSource(read_sound(own.path, recording.name, own.rate))
+        if hdf5_file is not None and source != "movie":
+            return SoundSource(read_sound(hdf5_file.path, recording.name, hdf5_file.rate))
         return None
 
 

@@ -1,7 +1,7 @@
 """Waveform windows -> normalised mel spectrograms in dB, in batch and on the device (paper, Sec. IV).
 
-n_fft 1024, window 160, hop 80, power 2, HTK mel scale over 0 to 8 kHz, reflected ends: torchaudio's
-`MelSpectrogram` with its defaults, written out because torchaudio is no dependency. Normalised as (dB + 28.1) / 16.6.
+n_fft 1024, window 160, hop 80, power 2, HTK mel scale over 0 to 8 kHz, reflected ends: torchaudio's `MelSpectrogram`
+with its defaults, reimplemented because torchaudio is not a dependency. Normalised as (dB + 28.1) / 16.6.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from karmma_dist.modalities.contract import TensorMaker
 N_FFT, WINDOW = 1024, 160
 MEAN_DB, STD_DB, FLOOR = -28.1, 16.6, 1e-10
 _AT_ONCE = 32
-"""Windows transformed together: a spectrum is 30 times its sound, and beyond the caches a CPU takes twice as long."""
+"""Number of windows transformed together: a spectrum is 30 times as large as its audio, and beyond its caches a CPU
+takes twice as long."""
 
 
 class AudioTensors(TensorMaker):
-    """Makes (N, windows, mels, time) of int16 windows (N, windows, samples)."""
+    """A maker of spectrograms (N, windows, mels, time) from int16 windows (N, windows, samples)."""
 
     def shape(self, settings: AudioInput) -> tuple[int, ...]:
         """Return (windows, mels, time)."""
         return (settings.num_windows, settings.num_mels, settings.num_steps)
 
     def make(self, arrays_N: Tensor, settings: AudioInput, jitter_N3: Tensor | None) -> Tensor:
-        """Return the mel spectrograms; sound has no colours to jitter."""
+        """Return the mel spectrograms; `jitter_N3` is ignored."""
         return mel_spectrogram(arrays_N, settings.num_mels)
 
 
 def mel_spectrogram(windows_NWS: Tensor, num_mels: int) -> Tensor:
-    """int16 or float windows (N, W, samples) -> float32 (N, W, num_mels, samples // 80 + 1). int16 is full scale 1."""
+    """Turn windows (N, W, samples), int16 (full scale 1) or float, into float32 (N, W, num_mels, samples // 80 + 1)."""
     windows = windows_NWS.flatten(0, 1)
     mels = torch.cat([_mel_power(part, num_mels) for part in windows.split(_AT_ONCE)])  # (N*W, mels, steps)
     decibels = 10 * torch.log10(mels.clamp_min(FLOOR))
@@ -54,7 +55,7 @@ def _mel_power(windows_WS: Tensor, num_mels: int) -> Tensor:
 
 @functools.cache
 def mel_filters(num_mels: int) -> Tensor:
-    """Triangular filters (N_FFT/2+1, num_mels), evenly spaced on the HTK mel scale, not area-normalised."""
+    """Return triangular filters (N_FFT/2+1, num_mels), evenly spaced on the HTK mel scale, not area-normalised."""
     bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
     top = 2595 * torch.log10(torch.tensor(1 + SAMPLE_RATE / 2 / 700, dtype=torch.float64))
     edges = 700 * (10 ** (torch.linspace(0, float(top), num_mels + 2, dtype=torch.float64) / 2595) - 1)

@@ -9,10 +9,10 @@ from karmma_dist.modalities.contract import Breakage, Description, Modality
 from karmma_dist.settings import Positive, Settings
 
 NUM_VALUES = 6
-"""Values of a stored box: x0, y0, x1, y1 in [0, 1], category, score."""
+"""Number of values of a stored box: x0, y0, x1, y1 in [0, 1], category, score."""
 
 HAND, OBJECT = 1, 2
-"""Categories of stored boxes; 0 is none."""
+"""Categories of stored boxes; 0 means no box."""
 
 
 class DetectionsInput(Settings):
@@ -28,14 +28,14 @@ class DetectionsSpec(Settings):
     """Annotated boxes of hands and objects, one list per video frame."""
 
     source: Literal["auto", "none"] = "auto"
-    """`auto`: the dataset's boxes, where it has any. `none`: do not store boxes."""
+    """`auto`: the dataset's boxes, if it has any. `none`: do not store boxes."""
     max_boxes: Positive = 14
     """Boxes kept per frame, hands first [STLT's code: 14]."""
 
 
 @dataclass(frozen=True)
 class DetectionsDescription(Description):
-    """Number of the frames that have an entry, and of all their boxes."""
+    """Number of frames with an entry, and of all their boxes."""
 
     num_frames: int
     num_boxes: int = field(metadata={"above": -1})

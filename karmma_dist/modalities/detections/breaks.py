@@ -12,10 +12,10 @@ from karmma_dist.seeding import generator
 
 
 class DetectionsBreaker(ArraysBreaker):
-    """Breaks boxes, float32 (N, F, boxes, 6)."""
+    """A breaker of boxes, float32 (N, F, boxes, 6)."""
 
     def break_arrays(self, effect: str, amount: float, arrays_N: Tensor, keys: Sequence[str], seed: int) -> Tensor:
-        """Lose each box with probability `amount`, on its own; a lost one reads as no box at all."""
+        """Drop each box independently with probability `amount`; a dropped box becomes an empty one, all zeros."""
         kept = arrays_N.clone()
         for clip, key in zip(kept, keys, strict=True):
             draws_FO = generator(f"{seed}/{key}/detections").random(clip.shape[:2])

@@ -1,4 +1,4 @@
-"""Stored boxes -> float32 arrays of the frames that a view looks at."""
+"""The detections decoder: stored boxes -> float32 arrays of the frames that a view shows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Boxes = list[list[float]]
 
 
 class DetectionsDecoder(Decoder):
-    """Gives float32 (V, F, boxes, 6): x0 y0 x1 y1 in [0, 1], category (0 = none), score."""
+    """A decoder to float32 (V, F, boxes, 6): x0 y0 x1 y1 in [0, 1], category (0: no box), score."""
 
     def decode(self, data: bytes, description: DetectionsDescription, settings: DetectionsInput) -> np.ndarray:
-        """Read the best boxes of every frame: float32 (frames, boxes, 6)."""
+        """Read the boxes with the best scores of every frame: float32 (frames, boxes, 6)."""
         frames = read_frames(data)
         boxes = np.zeros((len(frames), settings.max_boxes, NUM_VALUES), dtype=np.float32)
         for number, frame in enumerate(frames):
@@ -33,29 +33,30 @@ class DetectionsDecoder(Decoder):
         self, decoded: np.ndarray, description: DetectionsDescription, settings: DetectionsInput,
         views: Sequence[View], length_s: float,
     ) -> np.ndarray:  # fmt: skip
-        """Take the boxes at the views' moments: they carry no rate, so moments are fractions of the frames."""
-        return np.stack([_at(decoded, settings, view) for view in views])
+        """Take the boxes at the views' moments, counted in fractions of the frames, since boxes have no frame rate."""
+        return np.stack([_view_boxes(decoded, settings, view) for view in views])
 
     def num_bytes(self, settings: DetectionsInput) -> int:
-        """Bytes of the boxes of F frames."""
+        """Return the size of F frames' boxes in bytes."""
         return 4 * NUM_VALUES * settings.num_frames * settings.max_boxes
 
     def check(self, data: bytes, description: DetectionsDescription) -> None:
-        """Count frames and boxes, and look at the boxes' places."""
+        """Count frames and boxes, and check the boxes' coordinates."""
         frames = read_frames(data)
         boxes = [box for frame in frames for box in frame]
         if (len(frames), len(boxes)) != (description.num_frames, description.num_boxes):
-            raise StoredError("length", f"{len(boxes)} boxes in {len(frames)} frames, declared otherwise")
+            declared = f"{description.num_boxes} in {description.num_frames}"
+            raise StoredError("length", f"{len(boxes)} boxes in {len(frames)} frames, declared {declared}")
         for box in boxes:
             if not all(0 <= value <= 1 for value in box[:4]):
-                raise StoredError("decode", f"not a box of four places in [0, 1], category, score: {box}")
+                raise StoredError("decode", f"not a box of four coordinates in [0, 1], category, score: {box}")
 
 
 def read_frames(data: bytes) -> list[Boxes]:
     """Read the boxes of every frame of a stored member.
 
     Raises:
-        DecodeError: it is no JSON of this form.
+        DecodeError: the member is not JSON of this form.
     """
     frames = _content(data).get("frames")
     if not isinstance(frames, list) or not frames:
@@ -67,10 +68,10 @@ def read_frames(data: bytes) -> list[Boxes]:
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-    """Read width and height of the pictures that the boxes of a stored member were drawn on.
+    """Read width and height of the pictures to which a stored member's boxes belong.
 
     Raises:
-        DecodeError: it names none.
+        DecodeError: the member does not declare a valid size.
     """
     content = _content(data)
     size = (content.get("width"), content.get("height"))
@@ -83,9 +84,9 @@ def _content(data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except ValueError as error:
-        raise DecodeError(f"no JSON: {error}") from None
+        raise DecodeError(f"not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise DecodeError("no JSON object")
+        raise DecodeError("not a JSON object")
     return content
 
 
@@ -97,8 +98,8 @@ def _is_box(box: object) -> bool:
     )
 
 
-def _at(frames: np.ndarray, settings: DetectionsInput, view: View) -> np.ndarray:
-    """Boxes of a view, float32 (F, boxes, 6)."""
+def _view_boxes(frames: np.ndarray, settings: DetectionsInput, view: View) -> np.ndarray:
+    """Return a view's boxes, float32 (F, boxes, 6)."""
     times_F = view.times_F
     if len(times_F) != settings.num_frames:
         times_F = (np.arange(settings.num_frames) + 0.5) / settings.num_frames

@@ -15,7 +15,7 @@ _HAND_COLOUR, _OBJECT_COLOUR = (255, 150, 30), (60, 190, 255)
 
 
 class DetectionsDrawing(Drawing):
-    """Boxes on pictures where the clip has any, on gray where not."""
+    """A drawing of boxes on the clip's pictures, or on gray if the clip has none."""
 
     title = "detections: hand orange, object blue"
 
@@ -39,7 +39,7 @@ class DetectionsDrawing(Drawing):
 def draw_box(canvas: np.ndarray, box: list[float]) -> None:
     """Draw a stored box (x0, y0, x1, y1 in [0, 1], category, score) into uint8 RGB (H, W, 3), with its category.
 
-    A bright line inside a dark one: visible on light and on dark pictures.
+    A bright line inside a dark one is visible on light and on dark pictures.
     """
     height, width = canvas.shape[:2]
     x0, y0, x1, y1, category, _ = box
@@ -49,11 +49,11 @@ def draw_box(canvas: np.ndarray, box: list[float]) -> None:
     cv2.rectangle(canvas, (left, top), (right, bottom), (0, 0, 0), 4)
     cv2.rectangle(canvas, (left, top), (right, bottom), colour, 2)
     (wide, high), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.4, 1)
-    # Hands' names hang from the top of their boxes, objects' stand on the bottom: they seldom cover each other.
-    at_x = min(left, width - wide - 4)
-    at_y = top + high + 4 if category == HAND else max(bottom - 4, high + 4)
-    cv2.rectangle(canvas, (at_x, at_y - high - 3), (at_x + wide + 3, at_y + 3), colour, cv2.FILLED)
-    cv2.putText(canvas, text, (at_x + 2, at_y), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    # The names of hands are at the top of their boxes, those of objects at the bottom, so that they seldom overlap.
+    text_x = min(left, width - wide - 4)
+    text_y = top + high + 4 if category == HAND else max(bottom - 4, high + 4)
+    cv2.rectangle(canvas, (text_x, text_y - high - 3), (text_x + wide + 3, text_y + 3), colour, cv2.FILLED)
+    cv2.putText(canvas, text, (text_x + 2, text_y), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 DRAWING = DetectionsDrawing()

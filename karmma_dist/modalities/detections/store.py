@@ -1,6 +1,6 @@
 """Boxes of hands and objects from JSON files of several GB, read one clip at a time.
 
-Two formats, told apart by their first character; boxes are in pixels of the clip's own size.
+Two formats are recognised by their first character; boxes are in pixels of the clip's original size.
 
 * Something-Else's annotations (https://github.com/joaanna/something_else): an object {clip: [frames]}, frames with
   `name` CLIP/NNNN.jpg and `labels` with `box2d` x1, y1, x2, y2.
@@ -39,35 +39,35 @@ _HAND = re.compile(r"(?<![a-z])hands?(?![a-z])", re.IGNORECASE)
 
 
 def index_boxes(path: Path) -> dict[str, tuple[Path, Span]]:
-    """Find every clip's entry in a file, or in all .json files of a folder, without keeping it.
+    """Find every clip's entry in a file, or in all .json files of a folder, without keeping the entry in memory.
 
     Returns:
-        clip -> its file, first byte and length.
+        File, first byte and length of each clip's entry, by clip.
 
     Raises:
-        UserError: a file is of neither format, is cut or has a clip twice, or the folder has no such file.
+        UserError: a file has neither format or is cut, a clip has two entries, or the folder has no .json file.
     """
     if path.is_dir():
         files = sorted(file for file in path.glob("*.json") if not file.name.startswith("."))
         if not files:
-            raise UserError(f"{path}: no .json file of boxes in it (packed ones must be unpacked)")
+            raise UserError(f"{path}: no .json file of boxes in it (unpack compressed files)")
     else:
         files = [path]
-    found: dict[str, tuple[Path, Span]] = {}
+    entries: dict[str, tuple[Path, Span]] = {}
     for file in files:
         for clip, span in _entries(file):
-            if clip in found:
-                others = "" if found[clip][0] == file else f"; the other is in {found[clip][0].name}"
-                raise UserError(f"{file}: boxes of clip '{clip}' are there twice{others}: keep one")
-            found[clip] = (file, span)
-    return found
+            if clip in entries:
+                other = "" if entries[clip][0] == file else f"; the other is in {entries[clip][0].name}"
+                raise UserError(f"{file}: clip '{clip}' has boxes twice{other}: keep one")
+            entries[clip] = (file, span)
+    return entries
 
 
 def read_boxes(path: Path, span: Span) -> Any:
-    """One clip's entry: a list of annotated frames, or in the compact format the object that holds it.
+    """Read one clip's entry: a list of annotated frames, or in the compact format the object that holds the list.
 
     Raises:
-        MediaError: it cannot be read, or is no longer where it was.
+        MediaError: the file cannot be read, or the entry is no longer at its place.
     """
     try:
         with open(path, "rb") as file:
@@ -80,11 +80,11 @@ def read_boxes(path: Path, span: Span) -> Any:
 def detections_json(entry: Any, width: int, height: int, num_frames: int, max_boxes: int) -> tuple[bytes, int]:
     """Turn a clip's entry into its detections member, and count its boxes.
 
-    One list per video frame, empty where nothing is annotated, hands first and then by score; boxes are x0, y0, x1, y1
-    in [0, 1], category, score.
+    The member has one list per video frame, empty if nothing is annotated, sorted with hands first and then by score;
+    boxes are x0, y0, x1, y1 in [0, 1], category, score.
 
     Raises:
-        MediaError: the entry is in neither format.
+        MediaError: the entry has neither format.
     """
     boxes: list[list[list[float]]] = [[] for _ in range(num_frames)]
     try:
@@ -94,10 +94,10 @@ def detections_json(entry: Any, width: int, height: int, num_frames: int, max_bo
         numbers = [re.search(r"(\d+)\.\w+$", frame.get("name", "")) for frame in frames]
         first = min([1, *(int(number[1]) for number in numbers if number)])
         for place, (frame, number) in enumerate(zip(frames, numbers, strict=True)):
-            at = int(number[1]) - first if number else place
-            found = [box for label in _labels(frame) if (box := _box(label, width, height)) is not None]
-            if at < num_frames:
-                boxes[at] = sorted(found, key=lambda box: (box[4], -box[5]))[:max_boxes]
+            index = int(number[1]) - first if number else place
+            frame_boxes = [box for label in _labels(frame) if (box := _box(label, width, height)) is not None]
+            if index < num_frames:
+                boxes[index] = sorted(frame_boxes, key=lambda box: (box[4], -box[5]))[:max_boxes]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MediaError("detections", "parse", f"boxes of another format: {error!r}") from None
     content = {"width": width, "height": height, "frames": boxes}
@@ -105,10 +105,10 @@ def detections_json(entry: Any, width: int, height: int, num_frames: int, max_bo
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Span]]:
-    """Yield clip and span of every entry of a file, in its order."""
+    """Yield clip and span of every entry of a file, in file order."""
     decoder = json.JSONDecoder()
     text, base, place, number, opening = "", 0, 0, 0, ""
-    # latin-1 keeps one character per byte, so that places in the text are places in the file.
+    # latin-1 has one character per byte, so that offsets in the text are offsets in the file.
     with open(path, encoding="latin-1", newline="") as file:
         while True:
             try:
@@ -127,7 +127,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Span]]:
                     return
                 if not more:
                     raise UserError(
-                        f"{path}: not a whole JSON object of clips or list of clips with 'id', byte {base}: {error}"
+                        f"{path}: not a complete JSON object of clips or list of clips with 'id', byte {base}: {error}"
                     ) from None
                 text += more
                 continue
@@ -151,7 +151,7 @@ def _id(path: Path, number: int, entry: dict[str, Any]) -> str:
 
 
 def _labels(frame: dict[str, Any]) -> list[tuple[dict[str, Any], int, float]]:
-    """A frame's corners, category and score, in either format."""
+    """Return corners, category and score of a frame's boxes, in either format."""
     if "labels" in frame:
         labels = frame["labels"]
         hands = ["hand" in (label.get("standard_category"), label.get("category")) for label in labels]
@@ -166,7 +166,7 @@ def _labels(frame: dict[str, Any]) -> list[tuple[dict[str, Any], int, float]]:
 
 
 def _box(label: tuple[dict[str, Any], int, float], width: int, height: int) -> list[float] | None:
-    """Normalised and clamped to the picture; None when nothing of it is inside."""
+    """Normalise a box and clamp it to the picture; return None if it lies outside the picture."""
     corners, category, score = label
     x0, x1, y0, y1 = (
         float(corners[name]) / size for name, size in (("x1", width), ("x2", width), ("y1", height), ("y2", height))
@@ -184,7 +184,7 @@ class BoxesSource(Source):
         self._path, self._max_boxes = path, max_boxes
 
     def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored | None:
-        """Read the clip's entry, in fractions of its pictures' size."""
+        """Read the clip's entry and scale it to fractions of the pictures' size."""
         span = clip.entries.get("detections")
         if span is None:
             return None
@@ -198,7 +198,7 @@ class BoxesSource(Source):
 
 
 class DetectionsStorage(Storage):
-    """Packs annotated boxes."""
+    """The storage of annotated boxes."""
 
     needs_pictures = True
     entry_field = "boxes"
@@ -208,9 +208,9 @@ class DetectionsStorage(Storage):
     def open(
         self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None
     ) -> BoxesSource | None:
-        """Take the recording's file of boxes, which is read clip by clip."""
-        own = recording.media.get("detections")
-        return None if own is None else BoxesSource(own.path, sections["detections"].max_boxes)
+        """Return the recording's file of boxes, which is read clip by clip."""
+        file = recording.media.get("detections")
+        return None if file is None else BoxesSource(file.path, sections["detections"].max_boxes)
 
 
 STORAGE = DetectionsStorage()

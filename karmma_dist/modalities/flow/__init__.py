@@ -30,14 +30,14 @@ class FlowSpec(Settings):
 
     source: Literal["auto", "files", "compute", "none"] = "auto"
     """`files`: the raw dataset's flow frames. `compute`: between consecutive stored frames.
-    `auto`: files where there are any, else computed. `none`: do not store flow."""
+    `auto`: files if the dataset has any, else computed. `none`: do not store flow."""
     method: Literal["dis", "tvl1"] = "dis"
-    """Of computed flow. `dis`: dense inverse search, fast. `tvl1`: what Epic-Kitchens published, 160 times
-    slower; needs the extra `tvl1`."""
+    """Method of computing flow. `dis`: dense inverse search, fast. `tvl1`: the method of Epic-Kitchens' published
+    flow, 160 times slower; needs the extra `tvl1`."""
     bound: Annotated[float, Field(gt=0)] = 8.0
-    """Pixels (at the stored size, per flow frame) that are stored as 0 and 255; no motion is 127.5."""
+    """Displacement in pixels (at the stored size, per flow frame) that is stored as 0 and 255; no motion is 127.5."""
     files_bound: Annotated[float, Field(gt=0)] = 8.0
-    """Of flow files: pixels at the files' own size that their 0 and 255 stand for."""
+    """Displacement in pixels (at the size of the files) that 0 and 255 mean in the raw dataset's flow files."""
     crf: Crf = 20
     """x264's constant rate factor."""
 
@@ -47,12 +47,12 @@ class FlowDescription(VideoDescription):
     """The stored frames of flow: width and height are those of u alone."""
 
     bound: float
-    """Pixels per frame that are stored as 0 and 255; no motion is 127.5."""
+    """Displacement in pixels per frame that is stored as 0 and 255; no motion is 127.5."""
     source: str
     """`computed` or `files`."""
 
     def problem_beside(self, others: Mapping[str, Description]) -> str:
-        """Return where flow that was computed has not as many frames as the video it was computed from."""
+        """Return a problem if computed flow and the video it was computed from differ in their number of frames."""
         video = others.get(VIDEO.name)
         if self.source == "computed" and isinstance(video, VideoDescription) and video.num_frames != self.num_frames:
             return f"{self.num_frames} frames of flow computed from {video.num_frames} of video"

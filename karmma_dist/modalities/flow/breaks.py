@@ -1,4 +1,4 @@
-"""Flow between the pictures of a broken camera."""
+"""The breaker of flow: flow between the pictures of a broken camera."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 from karmma_dist.modalities.breaking import FramesBreaker, add_noise, blur, span
 
 _STILL = 128
-"""Stored flow of no motion: 127.5, rounded as packing does."""
+"""Stored value of no motion: 127.5, rounded as in packing."""
 
 
 def _still(clip: Tensor, share: float, text: str, _: str) -> Tensor:
-    """Flow between pictures that do not change."""
+    """Stop all motion during a span, as in pictures that do not change."""
     still = clip.clone()
     still[span(len(clip), share, text)] = _STILL
     return still

@@ -13,7 +13,7 @@ from karmma_dist.modalities.picture_strips import draw_strip, draw_times, some_f
 
 
 class FlowDrawing(Drawing):
-    """Frames of flow in the colours of a wheel."""
+    """A drawing of flow frames in the colours of a wheel."""
 
     title = "flow: hue is direction as in the wheel, white is rest"
 
@@ -28,7 +28,7 @@ class FlowDrawing(Drawing):
         draw_times(axis, description.pictures, f"full colour {full:.2f} px per frame")
 
     def draw_legend(self, axis: Axes) -> None:
-        """Draw the colours of all directions: what is on the wheel's right moves right."""
+        """Draw the colour wheel: the colour at its right edge means motion to the right."""
         across, down = np.meshgrid(np.linspace(-1, 1, 61), np.linspace(-1, 1, 61))
         inside = np.where(np.hypot(across, down) <= 1, 255, 0).astype(np.uint8)
         wheel = axis.inset_axes((0.94, 1.02, 0.06, 0.24))

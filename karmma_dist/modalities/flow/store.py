@@ -1,7 +1,7 @@
-"""A clip's optical flow: computed between stored frames or taken from files, stored as one gray video, u above v.
+"""The storage of optical flow: computed between stored frames or read from files, stored as one gray video, u above v.
 
-Either way the stored unit is the specification's: `bound` pixels (of the stored size, per flow frame) become 0 and 255,
-no motion is 127.5.
+In both cases the stored unit is that of the specification: `bound` pixels (at the stored size, per flow frame) become 0
+and 255, no motion is 127.5.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
     from karmma_dist.modalities.pictures import CutPictures
 
 _MOST_COMPARED = 16
-"""Frames of a clip whose stored flow is compared with its source, at most."""
+"""Largest number of a clip's frames whose stored flow is compared with its source."""
 
 
 def check_method(flow: FlowSpec) -> None:
     """Refuse a method that is not installed.
 
     Raises:
-        UserError: TV-L1 is asked for and OpenCV has it not.
+        UserError: the method is TV-L1 and OpenCV lacks it.
     """
     if flow.method == "tvl1" and flow.source in ("auto", "compute") and not hasattr(cv2, "optflow"):
         raise UserError(
-            "flow.method tvl1: this OpenCV is without it: pip uninstall opencv-python-headless, then "
+            "flow.method tvl1: this OpenCV lacks it: pip uninstall opencv-python-headless, then "
             "pip install 'karmma-dist[tvl1]' (or choose flow.method=dis)"
         )
 
 
 def flow_between(method: str) -> Any:
-    """An object whose `calc(previous_HW, next_HW, None)` gives the flow of gray pictures as float32 (H, W, 2), pixels.
+    """Return an object whose `calc(previous_HW, next_HW, None)` gives flow of gray pictures, float32 (H, W, 2), pixels.
 
     `dis`: dense inverse search [Kroeger et al. 2016]; `tvl1`: total variation with L1 norm [Zach et al. 2007].
     """
@@ -56,26 +56,29 @@ def flow_between(method: str) -> Any:
 
 
 def flow_of_files(gray_HW2: np.ndarray, bound: float) -> np.ndarray:
-    """Published flow, uint8 (H, W, 2), whose 0 and 255 are -bound and bound -> pixels, float32 (H, W, 2)."""
+    """Turn published flow, uint8 (H, W, 2), where 0 and 255 are -bound and bound, into pixels, float32 (H, W, 2)."""
     pixels: np.ndarray = (gray_HW2.astype(np.float32) - 127.5) * np.float32(bound / 127.5)
     return pixels
 
 
 def quantise_flow(flow_HW2: np.ndarray, bound: float) -> np.ndarray:
-    """Flow in pixels, float32 (H, W, 2) -> uint8 (2H, W), u above v: round(127.5 + 127.5 * flow / bound), clipped."""
+    """Quantise flow in pixels, float32 (H, W, 2), to uint8 (2H, W), u above v: round(127.5 + 127.5 * flow / bound).
+
+    Values beyond the bound are clipped.
+    """
     stacked = np.concatenate([flow_HW2[..., 0], flow_HW2[..., 1]])
     quantised: np.ndarray = np.clip(np.rint(127.5 + 127.5 / bound * stacked), 0, 255).astype(np.uint8)
     return quantised
 
 
 def stored_flow(picture_2HW: np.ndarray, bound: float) -> np.ndarray:
-    """A stored picture, uint8 (2H, W), u above v -> flow in pixels, float32 (H, W, 2)."""
+    """Turn a stored picture, uint8 (2H, W), u above v, into flow in pixels, float32 (H, W, 2)."""
     half = picture_2HW.shape[0] // 2
     return flow_of_files(np.dstack([picture_2HW[:half], picture_2HW[half:]]), bound)
 
 
 class FlowEncoder:
-    """One clip's flow -> its member, and how far what is stored is from what came in."""
+    """An encoder of one clip's flow, which also measures the error of the stored flow."""
 
     def __init__(self, width: int, height: int, fps: Fraction, flow: FlowSpec, video: VideoSpec) -> None:
         self._encoder = VideoEncoder(width, 2 * height, fps, flow.crf, video, colorspace=None)
@@ -119,7 +122,7 @@ class FlowEncoder:
 
 
 class ComputedFlow(PictureSink):
-    """Flow between one clip's stored pictures as they come."""
+    """A sink that computes flow between one clip's stored pictures as they arrive."""
 
     def __init__(self, width: int, height: int, fps: Fraction, flow: FlowSpec, video: VideoSpec) -> None:
         self._encoder = FlowEncoder(width, height, fps, flow, video)
@@ -136,7 +139,7 @@ class ComputedFlow(PictureSink):
         self._previous = current
 
     def finish(self) -> tuple[bytes, dict[str, Any]]:
-        """Bytes and description. The last flow is repeated: as many flow frames as pictures."""
+        """Return bytes and description. The last flow is repeated, so that every picture has a flow frame."""
         self._encoder.add(self._motion)
         data, described = self._encoder.finish()
         return data, described | {"source": "computed", "method": self._method}
@@ -176,12 +179,13 @@ class FlowFiles(Source):
         return data, described | {"source": "files"}
 
     def _one_per_picture(self, clip: ClipRecord, numbers: list[int], pictures: CutPictures) -> list[int]:
-        """Return the numbers of the files of a recording that is one clip: its i-th belongs to the i-th picture.
+        """Return one file number per picture if the recording is one clip with a video file at the nominal frame rate.
 
-        The last picture may lack its own.
+        The i-th file belongs to the i-th picture; the last picture may lack its file. Otherwise the numbers are
+        returned unchanged.
 
         Raises:
-            MediaError: there are more or fewer files than that, at the frame rate of the pictures.
+            MediaError: the numbers of files and pictures differ by more than one.
         """
         file, nominal = self._video_file, self._nominal_fps
         has_video = file is not None and file.video is not None and pictures.num_source_frames
@@ -197,27 +201,27 @@ class FlowFiles(Source):
 
 
 class FlowStorage(Storage):
-    """Packs flow: from files, or computed between stored pictures."""
+    """The storage of flow: read from files, or computed between stored pictures."""
 
     settings = FlowSpec
     media_stream, media_source = MediaStream.PICTURES, "compute"
 
     def check_settings(self, settings: FlowSpec) -> None:
-        """See `check_method`."""
+        """Check that the method is installed."""
         check_method(settings)
 
     def open(
         self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None
     ) -> FlowFiles | None:
-        """Open the recording's files of flow, where it has any and they are wanted."""
-        own = recording.media.get("flow")
-        if own is None or sections["flow"].source not in ("auto", "files"):
+        """Open the recording's flow files if it has any and the settings use them."""
+        media_file = recording.media.get("flow")
+        if media_file is None or sections["flow"].source not in ("auto", "files"):
             return None
-        frames = files.enter_context(NumberedFrames(own.path, "flow"))
+        frames = files.enter_context(NumberedFrames(media_file.path, "flow"))
         return FlowFiles(frames, recording, sections, video_file)
 
     def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker | None:
-        """Compute flow where that is asked for, or where there are no files of it."""
+        """Return the maker of computed flow if the settings ask for it, or if the recording has no flow files."""
         flow, video = sections["flow"], sections[VIDEO.name]
         if flow.source == "compute" or (flow.source == "auto" and source is None):
             return lambda width, height, fps, _: ComputedFlow(width, height, fps, flow, video)

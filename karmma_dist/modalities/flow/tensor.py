@@ -13,14 +13,14 @@ _FLOW_STD = 0.226
 
 
 class FlowTensors(TensorMaker):
-    """Makes (N, 3, F, crop, crop) of (N, F, crop, crop, 2) uint8: u, v and an empty channel."""
+    """A maker of tensors (N, 3, F, crop, crop) from uint8 (N, F, crop, crop, 2): u, v and an empty channel."""
 
     def shape(self, settings: VideoInput) -> tuple[int, ...]:
         """Return (3, F, crop, crop)."""
         return (3, settings.num_frames, settings.crop, settings.crop)
 
     def make(self, arrays_N: Tensor, settings: VideoInput, jitter_N3: Tensor | None) -> Tensor:
-        """Scale as `VideoInput.flow_scale` says; flow has no colours to jitter."""
+        """Scale flow according to `VideoInput.flow_scale`; `jitter_N3` is ignored."""
         num_clips, *sizes, _ = arrays_N.shape
         channels = torch.zeros(num_clips, 3, *sizes, device=arrays_N.device)  # (N, 3, F, H, W)
         channels[:, :2] = arrays_N.permute(0, 4, 1, 2, 3)

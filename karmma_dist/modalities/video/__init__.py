@@ -15,7 +15,7 @@ Crf = Annotated[int, Field(ge=0, le=51)]
 
 
 class VideoInput(Settings):
-    """How many frames of video and flow a model sees, and which pixels of them."""
+    """The frames of video and flow that a model sees, and their resizing and cropping."""
 
     num_frames: Positive = 32
     """Frames taken from a clip [fit]."""
@@ -30,10 +30,10 @@ class VideoInput(Settings):
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """Strength of the colour jitter in training: brightness, contrast and saturation within 1 +- jitter [ours]."""
     flow_scale: Literal["centred", "imagenet"] = "centred"
-    """What flow becomes: `centred`: (u - 1/2) / 0.226, the third channel 0 [ours]; `imagenet`: the picture (u, v, 0)
-    normalised like video, the third channel included (-1.80) [Radevski], which encoders trained on video expect."""
+    """Scaling of flow: `centred`: (u - 1/2) / 0.226, the third channel 0 [ours]; `imagenet`: the picture (u, v, 0)
+    normalised like video, the third channel included (-1.80) [Radevski], as encoders trained on video expect."""
     horizontal_flip: bool = False
-    """Mirror half of the training clips. Leave off for datasets whose classes know left from right."""
+    """True if half of the training clips are mirrored. Leave off if classes of the dataset depend on left and right."""
 
     @model_validator(mode="after")
     def _crop_fits(self) -> VideoInput:
@@ -43,12 +43,12 @@ class VideoInput(Settings):
 
 
 CAMERA = "camera"
-"""The sensor behind all that is seen through the lens: it breaks its modalities at once."""
+"""Name of the sensor behind video and flow: if it breaks, both modalities break together."""
 
 SPANS = (0.2, 0.4, 0.6, 0.8, 1.0)
 BLURS = (0.01, 0.02, 0.04, 0.06, 0.10)
 GRAINS = (0.05, 0.10, 0.15, 0.25, 0.40)
-"""Amounts per severity of what breaks pictures: shares of the clip, of the picture's side, of the range."""
+"""Amounts per severity for pictures: shares of the clip (spans), the picture's side (blurs), the range (grains)."""
 
 SPAN = "{:.0%} of the clip, from a random moment on"
 SIGMA = "a Gaussian of {:.1%} of the picture's side (standard deviation)"
@@ -56,20 +56,20 @@ GRAIN = "Gaussian noise of {:.0%} of the range (standard deviation)"
 
 
 class VideoSpec(Settings):
-    """How frames are stored: H.264, constant frame rate, closed groups of pictures, no B-frames."""
+    """Storage of frames: H.264, constant frame rate, closed groups of pictures, no B-frames."""
 
     source: Literal["auto", "none"] = "auto"
-    """`auto`: the recording's movie, else its numbered frames. `none`: do not store video."""
+    """`auto`: the recording's video file, else its numbered frames. `none`: do not store video."""
     short_side: Annotated[int, Field(ge=16)] = 256
     """Short side in pixels; smaller sources keep their size."""
     max_fps: Annotated[float, Field(gt=0)] = 30.0
-    """Stored frame rate: the source's own, but at most this."""
+    """Largest stored frame rate; sources with a lower rate keep theirs."""
     region: tuple[Fraction, Fraction, Fraction, Fraction] = (0.0, 0.0, 1.0, 1.0)
     """Part of the picture that is kept, before resizing: left, top, right, bottom as fractions of the frame."""
     crf: Crf = 23
-    """x264's constant rate factor: smaller is better and bigger."""
+    """x264's constant rate factor: smaller values give better quality and larger files."""
     gop: Positive = 15
-    """Frames from one key frame to the next: short groups make sparse frames cheap to decode."""
+    """Frames from one key frame to the next: short groups make single frames cheap to decode."""
     preset: str = "veryfast"
     """x264's preset."""
 

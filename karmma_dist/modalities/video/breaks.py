@@ -1,4 +1,4 @@
-"""Broken cameras: hanging, dark, out of focus, noisy."""
+"""The breaker of video: cameras that are frozen, dark, out of focus or noisy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from karmma_dist.modalities.breaking import FramesBreaker, add_noise, blur, span
 
 
 def _frozen(clip: Tensor, share: float, text: str, _: str) -> Tensor:
-    """The frame at which it hung stays on for the rest of the span."""
+    """Repeat the first frame of a span until its end."""
     hit = span(len(clip), share, text)
     held = clip.clone()
     held[hit] = clip[hit.start]

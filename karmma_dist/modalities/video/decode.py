@@ -1,4 +1,4 @@
-"""Video frames -> uint8 RGB crops."""
+"""The video decoder: stored frames -> uint8 RGB crops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from karmma_dist.modalities.stored_frames import FramesDecoder, reformat, resize
 
 
 class VideoDecoder(FramesDecoder):
-    """Gives uint8 (V, F, crop, crop, 3), RGB."""
+    """A decoder to uint8 (V, F, crop, crop, 3), RGB."""
 
     def __init__(self) -> None:
         super().__init__(channels=3)

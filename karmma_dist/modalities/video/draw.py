@@ -13,7 +13,7 @@ from karmma_dist.modalities.video import VideoDescription
 
 
 class VideoDrawing(Drawing):
-    """Frames and their times."""
+    """A drawing of frames and their times."""
 
     title = "video"
 

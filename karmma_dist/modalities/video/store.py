@@ -1,4 +1,4 @@
-"""Stores video: the pictures of a clip, as H.264 in MP4."""
+"""The storage of video: the pictures of a clip as H.264 in MP4."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from karmma_dist.modalities.video import VideoSpec
 
 
 class VideoSink(PictureSink):
-    """Encodes the pictures of one clip."""
+    """A sink that encodes the pictures of one clip."""
 
     def __init__(self, width: int, height: int, fps: Fraction, colorspace: Colorspace, spec: VideoSpec) -> None:
         self._size, self._fps = (width, height), fps
@@ -32,13 +32,13 @@ class VideoSink(PictureSink):
 
 
 class VideoStorage(Storage):
-    """Packs video."""
+    """The storage of video."""
 
     settings = VideoSpec
     media_stream, has_clip_length = MediaStream.PICTURES, True
 
     def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker:
-        """Make members of the pictures."""
+        """Return the maker of sinks that encode the pictures."""
         spec = sections["video"]
         return lambda width, height, fps, colorspace: VideoSink(width, height, fps, colorspace, spec)
 

@@ -1,4 +1,4 @@
-"""Sound from the audio community's HDF5 file: the same clip as from the movie, and nothing else of the machine."""
+"""Tests of audio from an HDF5 file: it gives the same clips as a video file, and no other file is ever read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TONE_HZ = 1000
 
 def _bursts(bursts: list[float], seconds: float = 3.0) -> np.ndarray:
     times = np.arange(round(seconds * RATE)) / RATE
-    on = np.any([(times >= at) & (times < at + 0.1) for at in bursts], axis=0)
+    on = np.any([(times >= start_s) & (times < start_s + 0.1) for start_s in bursts], axis=0)
     return (0.5 * on * np.sin(2 * np.pi * TONE_HZ * times)).astype(np.float32)
 
 
@@ -34,23 +34,23 @@ def _write(root: Path, **recordings: np.ndarray) -> Path:
 
 def _first(root: Path, **fields: object) -> CutClip | Failure:
     spec = epic_spec(root, flow={"source": "none"}, **fields)
-    (found,) = cut_recording(make_plan(spec).recordings[0], spec)
-    return found
+    (clip,) = cut_recording(make_plan(spec).recordings[0], spec)
+    return clip
 
 
-def _onset_s(found: CutClip | Failure) -> float:
-    assert isinstance(found, CutClip), found
-    samples = np.abs(decode_sound(found.payloads["audio"]).astype(float))
+def _onset_s(clip: CutClip | Failure) -> float:
+    assert isinstance(clip, CutClip), clip
+    samples = np.abs(decode_sound(clip.payloads["audio"]).astype(float))
     return float(np.argmax(samples > 0.25 * samples.max())) / 16_000
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16])
 @pytest.mark.parametrize("start", ["00:00:00.00", "00:00:00.37", "00:00:01.23"])
-def test_the_hdf5_file_gives_the_clips_the_movies_give(tmp_path: Path, kind: type, start: str) -> None:
+def test_the_hdf5_file_gives_the_same_clips_as_video_files(tmp_path: Path, dtype: type, start: str) -> None:
     write_epic(tmp_path, [row("a", start=start, stop="00:00:02.80")])
     write_movie(movie_path(tmp_path), frames=75, bursts=[1.5])
     samples = _bursts([1.5])
-    _write(tmp_path, P01_01=(samples * 32767).astype(kind) if kind is np.int16 else samples.astype(kind))
+    _write(tmp_path, P01_01=(samples * 32767).astype(dtype) if dtype is np.int16 else samples.astype(dtype))
     by_movie, by_file = _first(tmp_path, audio={"source": "movie"}), _first(tmp_path, audio={"source": "hdf5"})
     assert isinstance(by_movie, CutClip)
     assert isinstance(by_file, CutClip)
@@ -59,7 +59,7 @@ def test_the_hdf5_file_gives_the_clips_the_movies_give(tmp_path: Path, kind: typ
     assert _onset_s(by_movie) == pytest.approx(_onset_s(by_file), abs=0.02)
 
 
-def test_the_movies_own_sound_goes_first_and_the_file_fills_in(tmp_path: Path) -> None:
+def test_audio_of_the_video_file_comes_before_the_hdf5_file(tmp_path: Path) -> None:
     write_epic(tmp_path, [row("a", stop="00:00:02.80"), row("b", "P01_02", stop="00:00:02.80")])
     write_movie(movie_path(tmp_path), frames=75, bursts=[1.0])
     write_movie(movie_path(tmp_path, "P01_02"), frames=75)
@@ -69,7 +69,7 @@ def test_the_movies_own_sound_goes_first_and_the_file_fills_in(tmp_path: Path) -
     assert onsets == pytest.approx([0.9, 1.9], abs=0.02)
 
 
-def test_a_recording_that_the_file_has_not_is_absent_and_one_with_sound_alone_is_packed(tmp_path: Path) -> None:
+def test_a_recording_is_packed_with_the_modalities_it_has(tmp_path: Path) -> None:
     write_epic(tmp_path, [row("a"), row("b", "P01_02")])
     write_movie(movie_path(tmp_path), frames=75)
     _write(tmp_path, P01_02=_bursts([0.5]))
@@ -79,7 +79,7 @@ def test_a_recording_that_the_file_has_not_is_absent_and_one_with_sound_alone_is
 
 
 @pytest.mark.parametrize("harm", ["external link", "soft link", "group", "two channels", "words", "nan", "other file"])
-def test_what_is_no_sound_of_this_file_fails_its_clips_and_nothing_else_is_read(tmp_path: Path, harm: str) -> None:
+def test_only_valid_audio_inside_the_hdf5_file_is_read(tmp_path: Path, harm: str) -> None:
     write_epic(tmp_path, [row("a")])
     with h5py.File(tmp_path / "secret.hdf5", "w") as file:
         file["P01_01"] = _bursts([0.5])
@@ -101,15 +101,15 @@ def test_what_is_no_sound_of_this_file_fails_its_clips_and_nothing_else_is_read(
                 file["P01_01"] = np.full(100, np.nan, np.float32)
             case "other file":
                 samples = 3 * RATE
-                where = [(str(tmp_path / "secret.raw"), 0, 4 * samples)]
-                file.create_dataset("P01_01", (samples,), np.float32, external=where)
-    found = _first(tmp_path)
-    assert isinstance(found, Failure)
-    assert (found.modality, found.stage) == ("audio", "open")
-    assert "P01_01" in found.error
+                external = [(str(tmp_path / "secret.raw"), 0, 4 * samples)]
+                file.create_dataset("P01_01", (samples,), np.float32, external=external)
+    clip = _first(tmp_path)
+    assert isinstance(clip, Failure)
+    assert (clip.modality, clip.stage) == ("audio", "open")
+    assert "P01_01" in clip.error
 
 
-def test_a_file_that_is_no_hdf5_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_file_that_is_not_hdf5_is_one_clear_error(tmp_path: Path) -> None:
     write_epic(tmp_path, [row("a")])
     write_movie(movie_path(tmp_path), frames=50)
     (tmp_path / "EPIC-KITCHENS-100_audio.hdf5").write_bytes(b"no such thing")
@@ -118,7 +118,7 @@ def test_a_file_that_is_no_hdf5_is_one_clear_error(tmp_path: Path) -> None:
     assert make_plan(epic_spec(tmp_path, audio={"source": "movie"})).recordings
 
 
-def test_without_h5py_the_file_is_not_taken_for_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_h5py_does_not_make_audio_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_epic(tmp_path, [row("a")])
     write_movie(movie_path(tmp_path), frames=50)
     _write(tmp_path, P01_01=_bursts([0.5]))

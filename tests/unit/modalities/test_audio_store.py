@@ -1,4 +1,4 @@
-"""Sound stays with its picture: whatever codec, container, channels, late start or lost packets it comes with."""
+"""Tests that audio stays aligned with video for any codec, container, channels, late start or lost packets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AAC_48, OPUS = Beeps(FLASHES, rate=48_000), Beeps(FLASHES, rate=48_000, codec="l
 SURROUND = Beeps(FLASHES, rate=48_000, layout="5.1")
 LOST = [(1.4, 1.9)]
 MANY_LOST = [(tenth / 10, tenth / 10 + 0.03) for tenth in (2, 4, 6, 8, 13, 15, 17, 19, 26)]
-"""Each loses one or two packets of 20 ms."""
+"""Intervals that each lose one or two packets of 20 ms."""
 
 SOUNDS = {
     "AAC with its priming in MP4": ("m.mp4", Beeps(FLASHES)),
@@ -48,18 +48,18 @@ SOUNDS = {
 
 
 def cut_flashes(movie: Path) -> list[CutClip]:
-    """Cut clips at arbitrary places, each of which shows and sounds some of the flashes."""
+    """Cut clips at arbitrary times, each with some of the flashes and beeps."""
     spec = epic_spec(movie.parent, flow={"source": "none"}, video={"max_fps": 50})
     clips = tuple(ClipRecord(f"c{start}", "train", start, start + CLIP_S, {}) for start in STARTS)
-    found = list(cut_recording(Recording("r", "p", clips, video_file=movie), spec))
-    assert all(isinstance(item, CutClip) for item in found), found
-    return [item for item in found if isinstance(item, CutClip)]
+    items = list(cut_recording(Recording("r", "p", clips, video_file=movie), spec))
+    assert all(isinstance(item, CutClip) for item in items), items
+    return [item for item in items if isinstance(item, CutClip)]
 
 
 @pytest.mark.parametrize("name", SOUNDS)
-def test_flash_and_beep_stay_together_wherever_a_clip_is_cut(tmp_path: Path, name: str) -> None:
+def test_flash_and_beep_stay_together_in_every_cut_clip(tmp_path: Path, name: str) -> None:
     file, beeps = SOUNDS[name]
-    flashes = {round(at * 50) + shown for at in FLASHES for shown in range(5)}
+    flashes = {round(flash_s * 50) + offset for flash_s in FLASHES for offset in range(5)}
     pictures = [np.full((48, 80, 3), 250 if number in flashes else 5, np.uint8) for number in range(200)]
     movie = write_movie(tmp_path / file, pictures=pictures, fps=50, beeps=beeps, b_frames=0 if "webm" in file else 2)
     for item in cut_flashes(movie):
@@ -68,7 +68,8 @@ def test_flash_and_beep_stay_together_wherever_a_clip_is_cut(tmp_path: Path, nam
         assert item.described["audio"] == {"sample_rate": 16_000, "num_samples": len(samples)}
         bright = np.array([picture.mean() > 128 for picture in decode(item.payloads["video"])])
         lit = np.flatnonzero(bright[1:] & ~bright[:-1]) + 1
-        inside = [at - item.record.start_s for at in FLASHES if 0 < at - item.record.start_s < CLIP_S - 0.15]
+        offsets = [flash_s - item.record.start_s for flash_s in FLASHES]
+        inside = [offset for offset in offsets if 0 < offset < CLIP_S - 0.15]
         seen = [place / 50 for place in lit if place / 50 < CLIP_S - 0.14]
         assert len(seen) == len(inside)
         for flash_s, beep_s in zip(seen, inside, strict=True):
@@ -88,7 +89,7 @@ def test_the_mix_of_all_channels_is_as_loud_as_each_of_them(tmp_path: Path, layo
 
 
 def pieces_of(places: list[tuple[float, int]], rate: int) -> Sound:
-    """Sound of frames at these times, as a decoder would hand them over, that rings at every full second."""
+    """Return audio of frames at these times, as a decoder would give them, with a beep at every full second."""
     sound = Sound(None)
     for time_s, num in places:
         times = time_s + np.arange(num) / rate
@@ -107,15 +108,15 @@ def pieces_of(places: list[tuple[float, int]], rate: int) -> Sound:
     st.sampled_from([16_000, 44_100, 48_000]),
     st.floats(-0.05, 0.4),
 )
-def test_no_sound_is_out_of_place_however_the_timestamps_jump(jumps: list[float], rate: int, first_s: float) -> None:
+def test_audio_stays_in_place_even_if_timestamps_jump(jumps: list[float], rate: int, first_s: float) -> None:
     places, time_s = [], first_s
     for jump in [*jumps, *[0.0] * 110]:
         time_s = max(time_s + jump, first_s)
         places.append((time_s, 1024))
         time_s += 1024 / rate
     samples = pieces_of(places, rate).samples
-    assert abs(len(samples) / 16_000 - max(at + 1024 / rate for at, _ in places)) < ALIGNED_S
-    # From here on nothing jumps: rings start on the full second.
+    assert abs(len(samples) / 16_000 - max(start_s + 1024 / rate for start_s, _ in places)) < ALIGNED_S
+    # No timestamp jumps after this one: beeps start on the full second.
     settled = places[len(jumps)][0] + 0.5
     second = int(np.ceil(settled))
     window = np.abs(samples[int((second - 0.3) * 16_000) : int((second + 0.3) * 16_000)].astype(int))

@@ -1,4 +1,4 @@
-"""Frames, flow and sound of stored members: the moments that were asked for, bit by bit, or an error."""
+"""Tests of decoding stored video, flow and audio: the requested moments, bit for bit, or an error."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from kits.packing import number_picture, read_number
 
 
 def moving_picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
-    """A texture that moves under faint noise: predicting a picture from the one before saves bits and leaves some."""
+    """Return a moving texture with faint noise, so that predicting a picture from the previous one is imperfect."""
     texture = np.random.default_rng(0).integers(0, 200, (height // 4, width // 4, 3), dtype=np.uint8)
     noise = np.random.default_rng(number).integers(0, 16, (height, width, 3), dtype=np.uint8)
     return noise + np.roll(texture.repeat(4, axis=0).repeat(4, axis=1), 3 * number, axis=1)
 
 
 def stored(pictures: list[np.ndarray], gop: int = 15, fps: Fraction | int = 30, crf: int = 30) -> bytes:
-    """Pictures as packing stores them."""
+    """Encode pictures as packing does."""
     height, width = pictures[0].shape[:2]
     spec = VideoSpec(gop=gop)
     gray, to_i420 = pictures[0].ndim == 2, ToI420()
@@ -49,7 +49,7 @@ def stored(pictures: list[np.ndarray], gop: int = 15, fps: Fraction | int = 30, 
 
 
 def foreign(num_frames: int, codec: str = "libx264", skipped: int = 0, suffix: str = "mp4", **options: str) -> bytes:
-    """Another encoder's movie; its first `skipped` packets lie before an edit list's start."""
+    """Encode a video with other settings; its first `skipped` packets lie before an edit list's start."""
     file = io.BytesIO()
     with av.open(file, "w", format={"mp4": "mp4", "mkv": "matroska"}[suffix]) as container:
         stream = container.add_stream(codec, rate=30, options={"threads": "1", "sc_threshold": "0"} | options)
@@ -70,7 +70,7 @@ def mux_shifted(container: av.container.OutputContainer, packet: av.Packet, skip
     container.mux(packet)
 
 
-def whole_pass(data: bytes) -> list[np.ndarray]:
+def full_pass(data: bytes) -> list[np.ndarray]:
     with av.open(io.BytesIO(data)) as container:
         return [frame.to_ndarray() for frame in container.decode(video=0)]
 
@@ -87,16 +87,16 @@ def starts_of(data: bytes) -> list[int] | None:
 
 
 def assert_chosen_frames_are_exact(data: bytes, chosen: list[int]) -> None:
-    everything = whole_pass(data)
-    found = [frame.to_ndarray() for frame in chosen_frames(data, np.array(chosen), len(everything))]
-    assert len(found) == len(chosen)
-    for number, frame in zip(chosen, found, strict=True):
-        assert np.array_equal(frame, everything[number]), number
+    expected = full_pass(data)
+    frames = [frame.to_ndarray() for frame in chosen_frames(data, np.array(chosen), len(expected))]
+    assert len(frames) == len(chosen)
+    for number, frame in zip(chosen, frames, strict=True):
+        assert np.array_equal(frame, expected[number]), number
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), num_frames=st.integers(1, 70), gop=st.integers(1, 40))
-def test_chosen_frames_of_a_packed_movie_are_those_of_a_whole_pass(
+def test_chosen_frames_of_packed_video_equal_a_full_pass(
     data: st.DataObject, num_frames: int, gop: int
 ) -> None:
     movie = stored([moving_picture(number) for number in range(num_frames)], gop)
@@ -126,7 +126,7 @@ def foreign_movies() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_movies_of_other_encoders_may_be_entered_only_where_that_is_sure(
+def test_other_encoders_video_has_entry_points_only_if_safe(
     foreign_movies: dict[str, bytes], name: str
 ) -> None:
     assert (starts_of(foreign_movies[name]) is not None) == FOREIGN[name][1]
@@ -134,11 +134,11 @@ def test_movies_of_other_encoders_may_be_entered_only_where_that_is_sure(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_chosen_frames_of_other_encoders_are_those_of_a_whole_pass(
+def test_chosen_frames_of_other_encoders_equal_a_full_pass(
     foreign_movies: dict[str, bytes], data: st.DataObject
 ) -> None:
     movie = foreign_movies[data.draw(st.sampled_from(list(FOREIGN)))]
-    num_frames = len(whole_pass(movie))
+    num_frames = len(full_pass(movie))
     assert_chosen_frames_are_exact(movie, sorted(data.draw(st.sets(st.integers(0, num_frames - 1), min_size=1))))
 
 
@@ -150,7 +150,7 @@ FILLS: list[Callable[[int], bytes]] = [
 
 
 def with_a_damaged_packet(movie: bytes, number: int, fill: Callable[[int], bytes] = FILLS[0]) -> bytes:
-    """The movie with the second half of a packet's picture overwritten."""
+    """Return the video with the second half of a packet overwritten."""
     packet = packets_of(movie)[number]
     content = bytearray(movie)
     middle, end = packet.pos + packet.size // 2, packet.pos + packet.size
@@ -160,7 +160,7 @@ def with_a_damaged_packet(movie: bytes, number: int, fill: Callable[[int], bytes
 
 @pytest.mark.parametrize("fill", FILLS, ids=["ones", "zeros", "noise"])
 @pytest.mark.parametrize("damaged", [0, 15, 17, 24])
-def test_a_damaged_packet_before_a_chosen_frame_of_its_group_is_an_error_never_a_picture(
+def test_a_damaged_packet_before_a_chosen_frame_is_an_error(
     damaged: int, fill: Callable[[int], bytes]
 ) -> None:
     movie = with_a_damaged_packet(stored([moving_picture(number) for number in range(45)]), damaged, fill)
@@ -172,14 +172,14 @@ def test_a_damaged_packet_before_a_chosen_frame_of_its_group_is_an_error_never_a
 def test_a_group_without_a_chosen_frame_is_not_decoded() -> None:
     whole = stored([moving_picture(number) for number in range(45)])
     movie = with_a_damaged_packet(with_a_damaged_packet(whole, 15), 40)
-    expected = whole_pass(whole)
+    expected = full_pass(whole)
     chosen = np.array([3, 14, 30, 39])
-    found = [frame.to_ndarray() for frame in chosen_frames(movie, chosen, 45)]
-    assert all(np.array_equal(frame, expected[number]) for frame, number in zip(found, chosen, strict=True))
+    frames = [frame.to_ndarray() for frame in chosen_frames(movie, chosen, 45)]
+    assert all(np.array_equal(frame, expected[number]) for frame, number in zip(frames, chosen, strict=True))
 
 
 @pytest.mark.parametrize("declared", [44, 46])
-def test_a_movie_with_another_number_of_frames_than_declared_is_an_error(declared: int) -> None:
+def test_a_video_with_an_undeclared_number_of_frames_is_an_error(declared: int) -> None:
     movie = stored([moving_picture(number) for number in range(45)])
     with pytest.raises(DecodeError, match=f"45 frames in it, declared {declared}"):
         list(chosen_frames(movie, np.array([0]), declared))
@@ -187,14 +187,14 @@ def test_a_movie_with_another_number_of_frames_than_declared_is_an_error(declare
 
 @settings(max_examples=20, deadline=None)
 @given(share=st.floats(0.02, 0.98))
-def test_a_cut_movie_is_an_error_even_if_the_chosen_frame_is_still_there(share: float) -> None:
+def test_a_cut_video_is_an_error_for_every_frame(share: float) -> None:
     pictures = [moving_picture(number) for number in range(20)]
     for movie in (stored(pictures), foreign(20, suffix="mkv", bf="0")):
         with pytest.raises((DecodeError, av.error.FFmpegError)):
             list(chosen_frames(movie[: int(share * len(movie))], np.array([0]), 20))
 
 
-def test_a_cut_member_is_damage_named_by_clip_and_member(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_member_is_damage_that_names_clip_and_member(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ShardFolder(shards)
     clip = next(clip for clip in folder.clips("train") if clip.has("video") and clip.has("audio"))
     metadata = folder.metadata(clip)
@@ -216,7 +216,7 @@ RATES = [Fraction(12), Fraction(25), Fraction(30), Fraction(30000, 1001), Fracti
     num_frames=st.integers(1, 64), stride=st.integers(1, 5), sampling=st.sampled_from(["segments", "dense"]),
     epoch=st.none() | st.integers(0, 5),
 )  # fmt: skip
-def test_video_and_flow_of_any_two_rates_show_the_same_moment(
+def test_video_and_flow_show_the_same_moment_at_any_rates(
     video_fps: Fraction, flow_fps: Fraction, num_stored: int, num_frames: int, stride: int, sampling: str,
     epoch: int | None,
 ) -> None:  # fmt: skip
@@ -240,7 +240,7 @@ def test_video_and_flow_of_any_two_rates_show_the_same_moment(
 @pytest.mark.parametrize(("flow_fps", "num_flow"), [(30, 60), (50, 100), (15, 30), (50, 71), (50, 130)])
 @pytest.mark.parametrize("sampling", ["segments", "dense"])
 def test_counters_burnt_into_video_and_flow_agree_on_the_moment(flow_fps: int, num_flow: int, sampling: str) -> None:
-    """Also where the flow ends before or after the video: its last frame stays, the others do not move."""
+    """Check it for flow that ends before the video, whose last frame is repeated, and for flow that ends after it."""
     recipe = VideoInput(num_frames=12, short_side=80, crop=80, sampling=sampling, stride=3)
     movie = stored([number_picture(number, 80, 80) for number in range(60)], crf=10)
     halves = [number_picture(number, 80, 80)[..., 0] for number in range(num_flow)]
@@ -255,7 +255,7 @@ def test_counters_burnt_into_video_and_flow_agree_on_the_moment(flow_fps: int, n
         assert [read_number(255 - frame[..., 1]) for frame in flow] == expected
 
 
-def test_a_clip_with_fewer_frames_than_asked_for_repeats_them_in_order() -> None:
+def test_a_clip_with_too_few_frames_repeats_them_in_order() -> None:
     recipe = VideoInput(num_frames=9, short_side=80, crop=80)
     movie = stored([number_picture(number, 80, 80) for number in range(3)], crf=10)
     view = evaluation_view(recipe, 3)
@@ -264,7 +264,7 @@ def test_a_clip_with_fewer_frames_than_asked_for_repeats_them_in_order() -> None
 
 
 def ramp(width: int, height: int, across: bool) -> np.ndarray:
-    """Gray that grows by 3 a pixel, to the right or downwards."""
+    """Return gray that grows by 3 per pixel, to the right or downwards."""
     row, column = np.arange(width) * 3, np.arange(height)[:, None] * 3
     return np.broadcast_to(row if across else column, (height, width)).astype(np.uint8)
 
@@ -276,7 +276,7 @@ def ramp(width: int, height: int, across: bool) -> np.ndarray:
 def test_video_and_flow_share_one_crop_and_keep_their_aspect(
     short_side: int, flip: bool, top: float, left: float
 ) -> None:
-    """Two frames tell columns and rows: a crop one pixel off, or a stretched one, gives other values."""
+    """Encode columns and rows in two frames, so that a crop one pixel off, or a stretched one, gives other values."""
     ramps = [ramp(64, 48, across) for across in (True, False)]
     movie = stored([np.repeat(gray[..., None], 3, axis=2) for gray in ramps], crf=1)
     flow_movie = stored([np.concatenate([gray, gray]) for gray in ramps], crf=1)
@@ -299,7 +299,7 @@ def test_video_and_flow_share_one_crop_and_keep_their_aspect(
     assert pictures.shape == (2, 24, 24)
 
 
-def test_mirroring_turns_the_horizontal_flow_around_and_not_the_vertical() -> None:
+def test_mirroring_reverses_horizontal_flow_only() -> None:
     u_HW, v_HW = np.full((48, 64), 200, np.uint8), np.full((48, 64), 30, np.uint8)
     movie = stored([np.concatenate([u_HW, v_HW])], crf=1)
     recipe = VideoInput(num_frames=1, short_side=48, crop=48)
@@ -319,21 +319,21 @@ def test_resizing_does_not_mix_the_two_components_of_flow(short_side: int) -> No
     assert int(flow[..., 1].min()) == 255
 
 
-def with_click(num_samples: int, at: int) -> np.ndarray:
+def with_click(num_samples: int, index: int) -> np.ndarray:
     samples = np.zeros(num_samples, np.int16)
-    samples[at] = 20_000
+    samples[index] = 20_000
     return samples
 
 
 @settings(max_examples=40, deadline=None)
 @given(num_samples=st.integers(8_000, 40_000), moment_s=st.floats(0, 2.4), data=st.data())
-def test_each_window_of_sound_is_centred_on_its_frames_moment_whatever_the_sounds_length(
+def test_each_audio_window_is_centred_on_its_frame(
     num_samples: int, moment_s: float, data: st.DataObject
 ) -> None:
     audio = AudioInput(num_windows=3, window_s=0.1)
     moments_s = np.array([0.1, 0.3, moment_s])
-    at = data.draw(st.integers(0, num_samples - 1))
-    samples = with_click(num_samples, at)
+    index = data.draw(st.integers(0, num_samples - 1))
+    samples = with_click(num_samples, index)
     windows = decode_audio(encode_flac(samples), num_samples, moments_s, audio)
     assert windows.shape == (3, 1600)
     assert windows.dtype == np.int16
@@ -343,7 +343,7 @@ def test_each_window_of_sound_is_centred_on_its_frames_moment_whatever_the_sound
         assert np.array_equal(window, padded[start : start + 1600])
 
 
-def test_fewer_windows_than_frames_are_spread_evenly_over_the_sound() -> None:
+def test_fewer_windows_than_frames_are_spread_evenly() -> None:
     samples = np.arange(20_000, dtype=np.int16)
     audio = AudioInput(num_windows=2, window_s=0.25)
     windows = decode_audio(encode_flac(samples), 20_000, np.linspace(0, 1, 8), audio)
@@ -363,12 +363,12 @@ def foreign_flac(rate: int, layout: str) -> bytes:
 
 
 @pytest.mark.parametrize(("rate", "layout"), [(44_100, "mono"), (16_000, "stereo")])
-def test_sound_in_another_form_than_stored_sound_is_an_error_and_not_misread(rate: int, layout: str) -> None:
+def test_audio_in_another_format_than_stored_is_an_error(rate: int, layout: str) -> None:
     with pytest.raises(DecodeError, match="not mono s16 at 16000 Hz"):
         decode_audio(foreign_flac(rate, layout), 4000, np.array([0.1]), AudioInput(num_windows=1))
 
 
-def test_sound_that_is_cut_damaged_or_of_another_length_is_an_error() -> None:
+def test_audio_that_is_cut_damaged_or_too_long_is_an_error() -> None:
     samples = (np.random.default_rng(0).standard_normal(32_000) * 3000).astype(np.int16)
     whole = encode_flac(samples)
     flipped = bytearray(whole)

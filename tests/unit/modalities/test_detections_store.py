@@ -1,4 +1,4 @@
-"""Files of annotated boxes: every entry found without reading the whole, placed, clamped, refused by name."""
+"""Tests of files of annotated boxes: entries are indexed in chunks, placed, clamped, and refused by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ entries = st.dictionaries(st.text("0123456789", min_size=1, max_size=6), st.list
 
 @given(entries, st.sampled_from([None, 1]), st.integers(1, 64))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_every_indexed_entry_is_the_one_of_the_whole_file(
+def test_every_indexed_entry_equals_that_of_the_parsed_file(
     tmp_path: Path, content: dict, indent: int | None, chunk: int
 ) -> None:
     path = tmp_path / "boxes.json"
@@ -53,25 +53,25 @@ def test_every_indexed_entry_is_the_one_of_the_whole_file(
     ["", "3", '"boxes"', "[1]", "{1: []}", '{"1": [1, 2], "2": [', '{"1": [1]', '{"1": [1]} x', '{"1": [1]]',
      '{"1": [] {"2": []}', '[{"id": 1, "frames": []}', '[{"id": 1, "frames": []}}', '[{"id": 1, "frames": []}] []'],
 )  # fmt: skip
-def test_a_boxes_file_that_is_no_whole_object_or_list_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_incomplete_file_of_boxes_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "boxes.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"boxes\.json: not a whole JSON object"):
+    with pytest.raises(UserError, match=r"boxes\.json: not a complete JSON object"):
         index_boxes(path)
 
 
 @pytest.mark.parametrize(
     ("files", "named"),
     [
-        ({"a.json": '{"7": [], "7": []}'}, r"a\.json: boxes of clip '7' are there twice"),
-        ({"a.json": '[{"id": 7, "frames": []}, {"id": "7", "frames": []}]'}, r"a\.json: .*'7' are there twice"),
+        ({"a.json": '{"7": [], "7": []}'}, r"a\.json: clip '7' has boxes twice"),
+        ({"a.json": '[{"id": 7, "frames": []}, {"id": "7", "frames": []}]'}, r"a\.json: .*'7' has boxes twice"),
         ({"a.json": '{"7": []}', "b.json": '[{"id": "7", "frames": []}]'}, r"b\.json: .*'7'.*the other is in a\.json"),
         ({"a.json": '[{"id": "7", "frames": []}, {"frames": []}]'}, r"a\.json, entry 2: expected an object with 'id'"),
-        ({"a.json": '{"7": []}', "b.json": '{"8": ['}, r"b\.json: not a whole JSON object"),
+        ({"a.json": '{"7": []}', "b.json": '{"8": ['}, r"b\.json: not a complete JSON object"),
         ({"a.json.gz": ""}, r"no \.json file of boxes"),
     ],
 )
-def test_a_folder_of_boxes_is_one_set_of_clips_or_refused_by_name(
+def test_a_folder_with_bad_or_duplicate_boxes_is_refused_by_name(
     tmp_path: Path, files: dict[str, str], named: str
 ) -> None:
     for name, text in files.items():
@@ -88,17 +88,17 @@ score = st.floats(0, 1)
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(corner, corner, corner, corner, st.booleans(), score), max_size=30), st.integers(1, 14))
-def test_the_best_boxes_are_kept_hands_first_and_inside_the_picture(boxes: list, most: int) -> None:
+def test_the_best_boxes_are_kept_hands_first_and_clamped(boxes: list, max_boxes: int) -> None:
     entry = {"id": "1", "frames": [{"frame_objects": []}, {"frame_objects": [_object(*box) for box in boxes]}]}
-    data, number = detections_json(entry, 427, 240, 3, most)
+    data, number = detections_json(entry, 427, 240, 3, max_boxes)
     frames = json.loads(data)["frames"]
     assert [len(frame) for frame in frames] == [0, number, 0]
-    assert number <= most
+    assert number <= max_boxes
     ranks = [(box[4], -box[5]) for box in frames[1]]
     assert ranks == sorted(ranks)
-    whole = json.loads(detections_json(entry, 427, 240, 3, 30)[0])["frames"][1]
-    assert frames[1] == whole[:most]
-    for x0, y0, x1, y1, category, _ in whole:
+    all_boxes = json.loads(detections_json(entry, 427, 240, 3, 30)[0])["frames"][1]
+    assert frames[1] == all_boxes[:max_boxes]
+    for x0, y0, x1, y1, category, _ in all_boxes:
         assert 0 <= x0 < x1 <= 1
         assert 0 <= y0 < y1 <= 1
         assert category in (1, 2)
@@ -106,12 +106,12 @@ def test_the_best_boxes_are_kept_hands_first_and_inside_the_picture(boxes: list,
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(corner, corner, corner, corner, st.booleans()), max_size=30), st.integers(1, 14))
-def test_both_formats_give_the_same_detections(boxes: list, most: int) -> None:
+def test_both_formats_give_the_same_detections(boxes: list, max_boxes: int) -> None:
     labels = [_label(*box[:4], "hand" if box[4] else "cup") for box in boxes]
     objects = [_object(*box, 1.0) for box in boxes]
-    data, number = detections_json([{"name": "1/0002.jpg", "labels": labels}], 427, 240, 3, most)
+    data, number = detections_json([{"name": "1/0002.jpg", "labels": labels}], 427, 240, 3, max_boxes)
     compact = {"id": "1", "frames": [{"frame_objects": []}, {"frame_objects": objects}]}
-    assert (data, number) == detections_json(compact, 427, 240, 3, most)
+    assert (data, number) == detections_json(compact, 427, 240, 3, max_boxes)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_hand_is_a_whole_word(category: str, stored: int) -> None:
     assert json.loads(detections_json(entry, 20, 20, 1, 14)[0])["frames"][0][0][4] == stored
 
 
-def test_frames_are_placed_by_their_name_whether_numbers_start_at_0_or_1() -> None:
+def test_frames_are_placed_by_numbers_from_0_or_1() -> None:
     for first in (0, 1):
         frames = [{"name": f"1/{first + n:04d}.jpg", "labels": [_label(0, 0, 9, 9)] * n} for n in (1, 2, 7)]
         named_first = [{"name": f"1/{first:04d}.jpg", "labels": []}]

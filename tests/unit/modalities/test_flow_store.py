@@ -1,4 +1,4 @@
-"""Optical flow as it is stored: its unit, and the error it admits to."""
+"""Tests of stored optical flow: its unit and its declared error."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from karmma_dist.modalities.video import VideoSpec
 from kits.packing import decode
 
 
-def _field(number: int, size: tuple[int, int] = (48, 64), reach: float = 4.0) -> np.ndarray:
+def _field(number: int, size: tuple[int, int] = (48, 64), amplitude: float = 4.0) -> np.ndarray:
     y, x = np.mgrid[: size[0], : size[1]] / size[1]
     angle = number / 7
-    return np.dstack([reach * np.cos(4 * x + angle), reach * np.sin(4 * y - angle)]).astype(np.float32)
+    return np.dstack([amplitude * np.cos(4 * x + angle), amplitude * np.sin(4 * y - angle)]).astype(np.float32)
 
 
 @given(bound=st.floats(0.5, 64))
-def test_published_values_at_the_same_bound_are_stored_as_they_are(bound: float) -> None:
+def test_published_values_at_the_same_bound_are_stored_unchanged(bound: float) -> None:
     gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
     stored = quantise_flow(flow_of_files(np.dstack([gray, gray[::-1]]), bound), bound)
     np.testing.assert_array_equal(stored, np.concatenate([gray, gray[::-1]]))
@@ -39,7 +39,7 @@ def test_stored_flow_is_within_half_a_step_up_to_the_bound(u: float, bound: floa
 
 @settings(max_examples=8, deadline=None)
 @given(frames=st.integers(1, 70), bound=st.sampled_from([2.0, 8.0]), crf=st.sampled_from([12, 30]))
-def test_the_stated_error_is_that_of_the_decoded_member(frames: int, bound: float, crf: int) -> None:
+def test_the_declared_error_is_that_of_the_decoded_member(frames: int, bound: float, crf: int) -> None:
     fields = [_field(number) for number in range(frames)]
     encoder = FlowEncoder(64, 48, Fraction(25), FlowSpec(bound=bound, crf=crf), VideoSpec())
     for flow in fields:
@@ -48,7 +48,7 @@ def test_the_stated_error_is_that_of_the_decoded_member(frames: int, bound: floa
     stored = [stored_flow(picture, bound) for picture in decode(data, "gray")]
     assert len(stored) == frames == described["num_frames"]
     error = np.mean([np.abs(a - b).mean() for a, b in zip(stored, fields, strict=True)])
-    # Up to 16 frames are compared; the field turns evenly, so that they stand for the rest.
+    # Only up to 16 frames are compared; the field turns evenly, so that they represent all frames.
     assert described["error_px"] == pytest.approx(error, rel=0.2)
     clipped = np.mean([np.abs(flow) > bound for flow in fields])
     assert described["clipped"] == pytest.approx(clipped, abs=0.05)

@@ -1,4 +1,4 @@
-"""Numbered frames in every layout: the values of each frame at its place, or a clip that fails by name."""
+"""Tests of numbered frames: every layout gives each frame's values, and a damaged one fails its clip by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYOUTS = [
 
 
 def _write_flow(folder: Path, layout: tuple[str, ...], numbers: range) -> Path:
-    """Flow whose u is 20 + 5 * place and whose v is 255 - u, place counted from the first number."""
+    """Write flow with u = 20 + 5 * place and v = 255 - u, where place counts from the first number."""
     for place, number in enumerate(numbers):
         u_HW = np.full((48, 80), 20 + 5 * place, np.uint8)
         v_HW = 255 - u_HW
@@ -68,24 +68,24 @@ def _cut_with_flow(raw: Path, flow_fps: int = 12) -> CutClip | Failure:
     )  # fmt: skip
     media = {"flow": MediaFile(flow)}
     recording = Recording("12", "", (record,), video_file=movie, media=media, nominal_fps=flow_fps)
-    (found,) = cut_recording(recording, spec)
-    return found
+    (clip,) = cut_recording(recording, spec)
+    return clip
 
 
 @pytest.mark.parametrize("prefix", [None, "", "./", "12/", "./12/"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
-def test_every_layout_of_flow_gives_frame_by_frame_its_values(
+def test_every_layout_of_flow_gives_the_values_of_each_frame(
     tmp_path: Path, layout: tuple[str, ...], prefix: str | None
 ) -> None:
     folder = _write_flow(tmp_path / "flow" / "12", layout, range(1, 20))
-    (folder / "img_00001.jpg").write_bytes(b"a picture beside the flow")
+    (folder / "img_00001.jpg").write_bytes(b"a picture next to the flow")
     if prefix is not None:
         _tar(folder, prefix)
-    found = _cut_with_flow(tmp_path)
-    assert isinstance(found, CutClip), found
-    assert found.described["flow"]["bound"] == 20
-    assert found.described["flow"]["source"] == "files"
-    stored = np.stack([picture.astype(float) for picture in decode(found.payloads["flow"], "gray")])
+    clip = _cut_with_flow(tmp_path)
+    assert isinstance(clip, CutClip), clip
+    assert clip.described["flow"]["bound"] == 20
+    assert clip.described["flow"]["source"] == "files"
+    stored = np.stack([picture.astype(float) for picture in decode(clip.payloads["flow"], "gray")])
     expected = 20 + 5 * np.minimum(np.arange(20), 18)
     assert np.abs(stored[:, 4:44].mean((1, 2)) - expected).max() < 2
     assert np.abs(stored[:, 52:92].mean((1, 2)) - (255 - expected)).max() < 2
@@ -93,21 +93,21 @@ def test_every_layout_of_flow_gives_frame_by_frame_its_values(
 
 @pytest.mark.parametrize("first", [0, 1, 5])
 @pytest.mark.parametrize("num", [19, 20, 21])
-def test_flow_lines_up_wherever_its_numbers_start(tmp_path: Path, first: int, num: int) -> None:
+def test_flow_is_aligned_whatever_its_first_number(tmp_path: Path, first: int, num: int) -> None:
     _write_flow(tmp_path / "flow" / "12", LAYOUTS[5], range(first, first + num))
-    found = _cut_with_flow(tmp_path)
-    assert isinstance(found, CutClip), found
-    assert found.described["flow"]["num_frames"] == found.described["video"]["num_frames"] == 20
-    stored = [picture[:40].mean() for picture in decode(found.payloads["flow"], "gray")]
+    clip = _cut_with_flow(tmp_path)
+    assert isinstance(clip, CutClip), clip
+    assert clip.described["flow"]["num_frames"] == clip.described["video"]["num_frames"] == 20
+    stored = [picture[:40].mean() for picture in decode(clip.payloads["flow"], "gray")]
     assert np.abs(np.array(stored) - (20 + 5 * np.minimum(np.arange(20), num - 1))).max() < 2
 
 
 @pytest.mark.parametrize("num", [1, 18, 22, 40])
 def test_flow_of_another_length_than_the_video_fails_the_clip(tmp_path: Path, num: int) -> None:
     _write_flow(tmp_path / "flow" / "12", LAYOUTS[5], range(1, num + 1))
-    found = _cut_with_flow(tmp_path)
-    assert isinstance(found, Failure)
-    assert f"{num} frames of flow for 20 of video" in found.error
+    clip = _cut_with_flow(tmp_path)
+    assert isinstance(clip, Failure)
+    assert f"{num} frames of flow for 20 of video" in clip.error
     at_another_rate = _cut_with_flow(tmp_path, flow_fps=24)
     assert isinstance(at_another_rate, CutClip)
     assert at_another_rate.described["flow"]["num_frames"] == num
@@ -120,15 +120,15 @@ def test_flow_of_another_length_than_the_video_fails_the_clip(tmp_path: Path, nu
         ("no v for a frame", r"12.*: flow_y_00007\.jpg is missing"),
         ("no v at all", r"12.*: flow_y_00001\.jpg is missing"),
         ("neither for a frame", r"12.*: flow_x_00007\.jpg is missing"),
-        ("two layouts", r"two layouts in one, .*(flow_x_#\.jpg|u/frame_#\.jpg)"),
-        ("packed and pairs", r"two layouts in one, .*flow_#\.jpg"),
+        ("two layouts", r"two layouts, .*(flow_x_#\.jpg|u/frame_#\.jpg)"),
+        ("packed and pairs", r"two layouts, .*flow_#\.jpg"),
         ("a number twice", r"flow_x_00003\.jpg and flow_x_3\.jpg have the same number"),
         ("gray packed", r"flow_00001\.jpg is gray"),
         ("nothing", r"no u/frame_0000000001\.jpg, .* in it"),
-        ("cut", r"flow_y_00007\.jpg is no whole JPEG"),
+        ("cut", r"flow_y_00007\.jpg is not a complete JPEG"),
     ],
 )
-def test_harmed_flow_fails_its_clip_by_name(tmp_path: Path, harm: str, named: str, tarred: bool) -> None:
+def test_damaged_flow_fails_its_clip_and_names_the_file(tmp_path: Path, harm: str, named: str, tarred: bool) -> None:
     folder = tmp_path / "flow" / "12"
     _write_flow(folder, LAYOUTS[5], range(1, 20))
     match harm:
@@ -158,14 +158,14 @@ def test_harmed_flow_fails_its_clip_by_name(tmp_path: Path, harm: str, named: st
             path.write_bytes(path.read_bytes()[:-100])
     if tarred:
         _tar(folder, "./")
-    found = _cut_with_flow(tmp_path)
-    assert isinstance(found, Failure)
-    assert found.modality == "flow"
-    assert re.search(named, found.error), found.error
+    clip = _cut_with_flow(tmp_path)
+    assert isinstance(clip, Failure)
+    assert clip.modality == "flow"
+    assert re.search(named, clip.error), clip.error
 
 
 @pytest.mark.parametrize("name", ["frame_{:010d}.jpg", "img_{:05d}.jpg", "image_{:d}.jpeg", "{:06d}.jpg"])
-def test_pictures_are_found_under_their_usual_names_and_beside_flow(tmp_path: Path, name: str) -> None:
+def test_pictures_are_found_by_their_usual_names_and_next_to_flow(tmp_path: Path, name: str) -> None:
     _write_flow(tmp_path / "x", LAYOUTS[5], range(1, 4))
     for number in (3, 4):
         picture = number_picture(number)

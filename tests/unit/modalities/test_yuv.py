@@ -1,4 +1,4 @@
-"""Stored pictures: planes stay together when they are cut and turned, colours and brightness survive."""
+"""Tests of stored pictures: cropping and turning treat all planes alike, colours and brightness are kept."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_gray_is_the_brightness_of_the_source(value: int) -> None:
 
 
 def _write_smooth_movie(path: Path, colorspace: int, color_range: int) -> list[np.ndarray]:
-    """Write half a second of soft colours with the given tags; return the RGB pictures that a player shows."""
+    """Write half a second of smooth colours with the given tags and return the RGB pictures that a player shows."""
     small = np.random.default_rng(0).integers(40, 215, (6, 8, 3), dtype=np.uint8)
     picture = cv2.resize(small, (160, 128), interpolation=cv2.INTER_CUBIC)
     with av.open(str(path), "w") as container:
@@ -76,15 +76,15 @@ def _write_smooth_movie(path: Path, colorspace: int, color_range: int) -> list[n
 @pytest.mark.parametrize("colorspace", [Colorspace.ITU601, Colorspace.ITU709])
 @pytest.mark.parametrize("color_range", [ColorRange.MPEG, ColorRange.JPEG])
 @pytest.mark.parametrize("short_side", [128, 64])
-def test_stored_colours_are_the_movies_whatever_its_matrix_and_range(
+def test_stored_colours_match_the_source_for_any_matrix_and_range(
     tmp_path: Path, colorspace: Colorspace, color_range: ColorRange, short_side: int
 ) -> None:
     path = tmp_path / "m.mp4"
     shown = _write_smooth_movie(path, int(colorspace), int(color_range))
     spec = epic_spec(tmp_path, flow={"source": "none"}, video={"short_side": short_side, "crf": 4})
-    (found,) = cut_recording(Recording("r", "p", (ClipRecord("a", "train", 0.0, None, {}),), video_file=path), spec)
-    assert isinstance(found, CutClip)
-    stored = np.stack(decode(found.payloads["video"])).astype(float)
+    (clip,) = cut_recording(Recording("r", "p", (ClipRecord("a", "train", 0.0, None, {}),), video_file=path), spec)
+    assert isinstance(clip, CutClip)
+    stored = np.stack(decode(clip.payloads["video"])).astype(float)
     height, width = stored.shape[1:3]
     expected = np.stack([cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA) for picture in shown])
     assert np.abs((stored - expected).mean((0, 1, 2))).max() < 1.5

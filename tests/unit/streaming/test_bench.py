@@ -1,4 +1,4 @@
-"""`karmma-dist bench loader` measures the loader that trains, says with whose inputs, and fails in one line."""
+"""Tests of `karmma-dist bench loader`: it measures the training loader, names its inputs, and fails in one line."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_it_measures_the_datasets_own_recipe(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = bench(capsys, str(shards), "--workers", "2", "--batches", "4", "--headspace")
-    assert found["inputs"] == "recipe demo/distill"
-    assert found["num_clips"] == 4 * found["batch_size"]
-    assert found["drop_prob"] == 0.5
-    assert set(found["decode_ms"]) == {"video", "flow", "audio"}
-    assert min(found["decode_ms"].values()) > 0
-    assert found["clips_per_s"] * found["seconds"] == pytest.approx(found["num_clips"])
-    assert 0 <= found["wait_share"] <= 1
-    assert 0 <= found["queue_depth"] <= 4
-    assert found["damaged_clips"] == 0
-    assert found["headspace_clips_per_s"] > 0
+def test_the_datasets_recipe_is_measured(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = bench(capsys, str(shards), "--workers", "2", "--batches", "4", "--headspace")
+    assert result["inputs"] == "recipe demo/distill"
+    assert result["num_clips"] == 4 * result["batch_size"]
+    assert result["drop_prob"] == 0.5
+    assert set(result["decode_ms"]) == {"video", "flow", "audio"}
+    assert min(result["decode_ms"].values()) > 0
+    assert result["clips_per_s"] * result["seconds"] == pytest.approx(result["num_clips"])
+    assert 0 <= result["wait_share"] <= 1
+    assert 0 <= result["queue_depth"] <= 4
+    assert result["damaged_clips"] == 0
+    assert result["headspace_clips_per_s"] > 0
     sizes = [sum(m.size for m in clip.members.values() if m) for clip in ShardFolder(shards).clips("train")]
-    assert 0 < found["read_kb_per_clip"] < max(sizes) / 1e3
+    assert 0 < result["read_kb_per_clip"] < max(sizes) / 1e3
 
 
-def test_it_counts_damaged_clips_and_goes_on(
+def test_damaged_clips_are_counted_and_replaced(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "s"
@@ -42,27 +42,28 @@ def test_it_counts_damaged_clips_and_goes_on(
     os.truncate(copy / "train-000001.tar", 0)
     lost = sum(clip.shard == "train-000001.tar" for clip in ShardFolder(copy).clips("train"))
     options = ["--workers", "0", "--batches", "3", "--drop-prob", "0", "--recipe", "demo/audio"]
-    found = bench(capsys, str(copy), *options)
-    assert found["modalities"] == ["audio"]
-    assert 0 < found["damaged_clips"] <= lost
-    assert found["headspace_clips_per_s"] is None
+    result = bench(capsys, str(copy), *options)
+    assert result["modalities"] == ["audio"]
+    assert 0 < result["damaged_clips"] <= lost
+    assert result["headspace_clips_per_s"] is None
 
 
-def test_without_a_recipe_that_fits_it_says_that_it_takes_the_defaults(
+def test_default_inputs_are_used_and_named_without_a_fitting_recipe(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "s"
     shutil.copytree(shards, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "dataset": "attic"}))
-    found = bench(capsys, str(copy), "--workers", "0", "--batches", "1")
-    assert found["inputs"].startswith("default inputs (attic/distill: no such file")
+    result = bench(capsys, str(copy), "--workers", "0", "--batches", "1")
+    assert result["inputs"].startswith("default inputs (attic/distill: no such file")
 
 
 def test_the_table_names_what_was_measured(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "loader", str(shards), "--workers", "0", "--batches", "1", "--headspace"]) == 0
     shown = capsys.readouterr().out
-    for text in ("clips/s", "decoding video", "ms a clip", "MB/s", "damaged clips", "recipe demo/distill", "no model"):
+    texts = ("clips/s", "decoding video", "ms per clip", "MB/s", "damaged clips", "recipe demo/distill", "no model")
+    for text in texts:
         assert text in shown
 
 

@@ -1,4 +1,4 @@
-"""Damage is never mistaken for absence: a clip comes whole and as it was packed, or it does not come and is named."""
+"""Tests that damage is never taken for absence: a clip is delivered exactly as packed, or it is left out and named."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ INPUTS = InputRecipe.model_validate(
     }
 )
 BLOCK = 512
-"""Of a tar, bytes."""
+"""Size of a tar's blocks in bytes."""
 
 Content = dict[str, dict[str, bytes]]
-"""Key -> modality -> bytes of its array."""
+"""Bytes of the array, by key and modality."""
 
 
 def content(batch: Batch) -> Content:
-    """What a batch delivers, padding left out."""
-    found: Content = {key: {} for key in batch.keys if key}
+    """Return the arrays of a batch, without padding."""
+    delivered: Content = {key: {} for key in batch.keys if key}
     for column, name in enumerate(("video", "flow", "audio")):
-        rows = [row for row, there in enumerate(batch.present_BM[:, column].tolist()) if there]
+        rows = [row for row, present in enumerate(batch.present_BM[:, column].tolist()) if present]
         for place, row in enumerate(rows):
-            found[batch.keys[row]][name] = batch.inputs[name][place].numpy().tobytes()
-    return found
+            delivered[batch.keys[row]][name] = batch.inputs[name][place].numpy().tobytes()
+    return delivered
 
 
 class Readers:
-    """A training and an evaluation reader of one folder, a shard of each to damage, and what they held when whole."""
+    """Training and evaluation clips of one folder, a shard of each to damage, and their content before the damage."""
 
     def __init__(self, root: Path) -> None:
         data = DataRecipe(shards=str(root), max_damaged_fraction=1.0)
@@ -74,10 +74,10 @@ class Readers:
         }
 
     def check(self, is_readable: Callable[[int, int], bool]) -> None:
-        """Read what the damaged shards held; a member is delivered if and only if its bytes are there.
+        """Check that each clip of the damaged shards is delivered if and only if all its bytes are intact.
 
         Args:
-            is_readable: whether the bytes [start, stop) of the shard are the ones that were written.
+            is_readable: Function that returns True if the bytes [start, stop) of the shard are those that were written.
         """
         names = {split: {clip.key for clip in clips} for split, clips in self.clips.items()}
         lost = {
@@ -110,7 +110,7 @@ class Readers:
 
 @pytest.fixture
 def readers(tiny: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Readers:
-    """Readers of a copy, each different member decoded once."""
+    """Return readers of a copy of the shards; each different member is decoded only once."""
     root = tmp_path_factory.mktemp("damaged") / "s"
     shutil.copytree(tiny, root)
     decode = cache(lambda arguments: reader_decode(*pickle.loads(arguments)))
@@ -123,14 +123,14 @@ reader_decode: Callable[..., np.ndarray] = FramesDecoder.decode_views
 
 @pytest.fixture(scope="module")
 def tiny(kitchen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kitchen in small pictures, two clips a shard."""
+    """Pack the kitchen in small pictures, two clips per shard."""
     out = tmp_path_factory.mktemp("tiny") / "s"
     small = ["clips_per_shard=2", "video.short_side=16", "video.max_fps=2", "flow.bound=2"]
     pack(load_spec("demo", raw=kitchen, out=out, overrides=small))
     return out
 
 
-def test_shards_cut_at_any_block_deliver_whole_clips_only(readers: Readers) -> None:
+def test_shards_cut_at_any_block_deliver_complete_clips_only(readers: Readers) -> None:
     size = max(map(len, readers.bytes.values()))
     for cut in range(size - size % BLOCK, -1, -BLOCK):
         for tar in readers.tars.values():
@@ -141,7 +141,7 @@ def test_shards_cut_at_any_block_deliver_whole_clips_only(readers: Readers) -> N
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=8), st.integers(1, 255))
 @example([0], 1)
-def test_flipped_bytes_anywhere_deliver_whole_clips_only(readers: Readers, places: list[int], mask: int) -> None:
+def test_flipped_bytes_anywhere_deliver_complete_clips_only(readers: Readers, places: list[int], mask: int) -> None:
     size = min(map(len, readers.bytes.values()))
     flipped = {place % size for place in places}
     for split, tar in readers.tars.items():
@@ -152,7 +152,7 @@ def test_flipped_bytes_anywhere_deliver_whole_clips_only(readers: Readers, place
     readers.check(lambda start, stop: not any(start <= place < stop for place in flipped))
 
 
-def test_a_clip_whose_every_replacement_is_damaged_ends_in_one_line(readers: Readers) -> None:
+def test_a_clip_without_an_undamaged_replacement_is_one_line(readers: Readers) -> None:
     for tar in readers.root.glob("train-*.tar"):
         os.truncate(tar, 0)
     with pytest.raises(UserError, match=r"30 clips in a row are damaged, the last: train-.*: clip ") as caught:
@@ -167,24 +167,24 @@ def copied(tiny: Path, tmp_path: Path) -> Path:
 
 
 def rewrite_index(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change an index as another version of the folder might have it."""
+    """Change an index to that of another version of the folder."""
     path = root / "train-000000.index.json"
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
 
 
-def drop_a_modality(index: dict[str, Any]) -> None:
+def remove_a_modality(index: dict[str, Any]) -> None:
     for clip in index["clips"]:
         del clip["members"]["audio"]
 
 
-def call_a_modality_absent(index: dict[str, Any]) -> None:
+def declare_a_modality_absent(index: dict[str, Any]) -> None:
     index["clips"][0]["members"]["audio"] = None
 
 
-@pytest.mark.parametrize("change", [drop_a_modality, call_a_modality_absent, lambda index: index["clips"].pop()])
-def test_an_index_that_says_other_than_the_manifest_expects_is_refused(
+@pytest.mark.parametrize("change", [remove_a_modality, declare_a_modality_absent, lambda index: index["clips"].pop()])
+def test_an_index_that_contradicts_the_manifest_is_refused(
     tiny: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
     root = copied(tiny, tmp_path)
@@ -232,8 +232,8 @@ def refused(root: Path, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_damaged_is_what_was_packed(readers: Readers) -> None:
-    """The reference itself: every clip of both splits, with the modalities its shard declares."""
+def test_undamaged_clips_are_delivered_as_packed(readers: Readers) -> None:
+    """Check the reference: every clip of both splits, with the modalities that its shard declares."""
     declared = {clip.key: {m for m in ("video", "flow", "audio") if clip.has(m)}
                 for split in ("train", "validation") for clip in ShardFolder(readers.root).clips(split)}  # fmt: skip
     assert {key: set(arrays) for key, arrays in readers.whole.items()} == declared

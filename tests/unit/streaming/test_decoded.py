@@ -1,4 +1,4 @@
-"""Clips kept decoded: same batches bit for bit, a limit that holds, and nothing read twice."""
+"""Tests of the cache of decoded clips: the same batches bit for bit, within its limit, and no clip read twice."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def batches(shards: Path, keep_decoded: int, num_workers: int = 0, **video: obje
     "video", [{}, {"horizontal_flip": True}, {"sampling": "dense"}, {"short_side": 90, "crop": 80}]
 )
 @pytest.mark.parametrize("limit", [300_000, 10**9])
-def test_batches_from_memory_are_those_of_a_fresh_decode(shards: Path, limit: int, video: dict[str, object]) -> None:
+def test_batches_from_memory_equal_those_of_a_fresh_decode(shards: Path, limit: int, video: dict[str, object]) -> None:
     for kept, fresh in zip(batches(shards, limit, **video), batches(shards, 0, **video), strict=True):
         assert kept.keys == fresh.keys
         assert kept.inputs.keys() == fresh.inputs.keys()
@@ -52,7 +52,7 @@ def test_workers_that_keep_clips_make_the_same_batches(shards: Path) -> None:
         assert all(torch.equal(kept.inputs[modality], tensor) for modality, tensor in fresh.inputs.items())
 
 
-def test_after_its_first_epoch_nothing_is_read_or_decoded_again(
+def test_no_clip_is_read_again_after_the_first_epoch(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = DataRecipe(shards=str(shards), keep_decoded=10**9)  # type: ignore[arg-type]
@@ -65,12 +65,12 @@ def test_after_its_first_epoch_nothing_is_read_or_decoded_again(
         raise AssertionError("a clip is read again")
 
     monkeypatch.setattr(ShardFolder, "read", refuse)
-    again = [clips.batch(part) for part in schedule.slices(0, Position(0, 0), 1)]
-    for one, other in zip(first, again, strict=True):
-        assert all(torch.equal(one.inputs[modality], tensor) for modality, tensor in other.inputs.items())
+    second = [clips.batch(part) for part in schedule.slices(0, Position(0, 0), 1)]
+    for before, after in zip(first, second, strict=True):
+        assert all(torch.equal(before.inputs[modality], tensor) for modality, tensor in after.inputs.items())
 
 
-def test_the_limit_holds_and_what_is_in_stays() -> None:
+def test_the_limit_holds_and_kept_clips_stay() -> None:
     kept = DecodedClips(100)
     clips = [Clip(f"k{number}", "s.tar", {}, {}) for number in range(3)]
     kept.keep(clips[0], "video", np.zeros(60, np.uint8))
@@ -82,13 +82,13 @@ def test_the_limit_holds_and_what_is_in_stays() -> None:
     assert kept.get(clips[1], "video") is None
 
 
-def test_boxes_sampled_from_all_frames_are_the_best_of_the_chosen_ones() -> None:
+def test_boxes_cut_from_all_frames_are_the_best() -> None:
     settings = DetectionsInput(num_frames=2, max_boxes=1)
     view = View(np.array([0.0, 0.9]), 0.5, 0.5, True, np.ones(3, np.float32))
     boxes = [[[0.1, 0, 0.2, 1, 1, 0.5], [0.3, 0, 0.5, 1, 2, 0.9]], [], [[0.6, 0, 0.7, 1, 1, 1.0]]]
     decoder, description = MODALITIES["detections"].decoder, DetectionsDescription(3, 3)
-    every = decoder.decode(json.dumps({"frames": boxes}).encode(), description, settings)
-    sampled = decoder.cut(every, description, settings, [view], 1.0)[0]
+    decoded = decoder.decode(json.dumps({"frames": boxes}).encode(), description, settings)
+    sampled = decoder.cut(decoded, description, settings, [view], 1.0)[0]
     np.testing.assert_allclose(sampled[0, 0], [0.5, 0, 0.7, 1, 2, 0.9], atol=1e-6)
     np.testing.assert_allclose(sampled[1, 0], [0.3, 0, 0.4, 1, 1, 1.0], atol=1e-6)
-    np.testing.assert_allclose(every[0, 0], [0.3, 0, 0.5, 1, 2, 0.9], atol=1e-6)  # what is kept stays as it was
+    np.testing.assert_allclose(decoded[0, 0], [0.3, 0, 0.5, 1, 2, 0.9], atol=1e-6)  # cutting does not modify it

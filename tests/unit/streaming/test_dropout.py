@@ -1,4 +1,4 @@
-"""Modality dropout: both draws have one distribution, with and without absent modalities; stratified waits less."""
+"""Tests of modality dropout: both draws have one distribution, also with absent modalities; stratified waits less."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def recipe(probability: float, draw: str) -> ModalityDropout:
     return ModalityDropout.model_validate({"probability": probability, "draw": draw})
 
 
-def most_chi_square(freedom: int) -> float:
-    """A bound that a chi-square variable exceeds once in e^10 draws (Laurent and Massart 2000, Lemma 1)."""
+def chi_square_bound(freedom: int) -> float:
+    """Return a bound that a chi-square variable exceeds once in e^10 draws (Laurent and Massart 2000, Lemma 1)."""
     return freedom + 2 * np.sqrt(10 * freedom) + 20
 
 
 def distribution(probability: float, present: tuple[bool, ...]) -> dict[tuple[bool, ...], float]:
-    """What a clip brings when each modality it has is dropped on its own, and one of them is kept where all fell."""
-    there = sum(present)
+    """Return the probability of each subset under independent drops, where one modality is kept if all are dropped."""
+    num_present = sum(present)
     chances = {}
     for kept in product([False, True], repeat=len(present)):
         if any(kept) and all(p or not k for k, p in zip(kept, present, strict=True)):
-            alone = probability**there / there if sum(kept) == 1 else 0.0
-            chances[kept] = (1 - probability) ** sum(kept) * probability ** (there - sum(kept)) + alone
+            alone = probability**num_present / num_present if sum(kept) == 1 else 0.0
+            chances[kept] = (1 - probability) ** sum(kept) * probability ** (num_present - sum(kept)) + alone
     return chances
 
 
-def brought(dropout: ModalityDropout, present_NM: np.ndarray, seed: int) -> list[tuple[bool, ...]]:
-    """What the loader makes of the draw, place by place."""
+def kept_by_loader(dropout: ModalityDropout, present_NM: np.ndarray, seed: int) -> list[tuple[bool, ...]]:
+    """Return the modalities that the loader keeps after the draw, place by place."""
     keep_NM = keep_patterns(*present_NM.shape, dropout, seed, epoch=0)
     words = fallback_words(len(present_NM), seed, 0).tolist()
     return [tuple(keep_present(*row).tolist()) for row in zip(keep_NM, present_NM, words, strict=True)]
@@ -57,40 +57,36 @@ def chi_square(seen: Counter[tuple[bool, ...]], chances: dict[tuple[bool, ...], 
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])
-def test_every_subset_comes_with_the_probability_of_independent_drops(
+def test_every_subset_has_the_probability_of_independent_drops(
     modalities: int, probability: float, draw: str
 ) -> None:
     present = (True,) * modalities
     chances = distribution(probability, present)
     assert sum(chances.values()) == pytest.approx(1)
-    kept = brought(recipe(probability, draw), np.tile(present, (PLACES, 1)), seed=modalities)
-    assert chi_square(Counter(kept), chances) <= most_chi_square(len(chances) - 1)
+    kept = kept_by_loader(recipe(probability, draw), np.tile(present, (PLACES, 1)), seed=modalities)
+    assert chi_square(Counter(kept), chances) <= chi_square_bound(len(chances) - 1)
 
 
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
-def test_clips_that_lack_modalities_keep_of_the_rest_what_independent_drops_would(
-    probability: float, draw: str
-) -> None:
-    """Also where what is there follows the place, as clips of one shard do in a lane."""
+def test_clips_without_some_modalities_keep_the_same_distribution(probability: float, draw: str) -> None:
+    """Check it also if presence depends on the place, as for clips of one shard in a lane."""
     random = np.random.default_rng(7)
     for present_NM in (random.random((PLACES, 3)) < 0.6, np.arange(PLACES)[:, None] // [1, 2, 4] % 2 == 1):
-        kept = brought(recipe(probability, draw), present_NM, seed=3)
+        kept = kept_by_loader(recipe(probability, draw), present_NM, seed=3)
         for present in product([False, True], repeat=3):
             seen = Counter(k for k, row in zip(kept, present_NM.tolist(), strict=True) if tuple(row) == present)
             if any(present):
                 chances = distribution(probability, present)
-                assert chi_square(seen, chances) <= most_chi_square(len(chances) - 1), present
+                assert chi_square(seen, chances) <= chi_square_bound(len(chances) - 1), present
             else:
                 assert set(seen) == {present}
 
 
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
-def test_each_modality_is_dropped_with_its_probability_whatever_the_place_in_a_run(
-    probability: float, draw: str
-) -> None:
-    """Also one place of every run of 2^M alone: the shuffle favours none."""
+def test_each_modality_is_dropped_with_its_probability_everywhere(probability: float, draw: str) -> None:
+    """Check it also for each place of the runs of 2^M places: the shuffle favours none."""
     kept_NM = keep_patterns(8 * PLACES, 3, recipe(probability, draw), seed=1, epoch=4)
     for rows in (kept_NM, *(kept_NM[place::8] for place in range(8))):
         tolerance = 5 * np.sqrt(probability * (1 - probability) / len(rows))
@@ -100,23 +96,23 @@ def test_each_modality_is_dropped_with_its_probability_whatever_the_place_in_a_r
 
 
 @given(st.integers(1, 3), st.integers(0, 1000))
-def test_stratified_dropout_at_one_half_holds_each_pattern_once_in_every_run(modalities: int, seed: int) -> None:
+def test_stratified_dropout_at_one_half_has_every_pattern_per_run(modalities: int, seed: int) -> None:
     patterns = keep_patterns(2**modalities * 5, modalities, recipe(0.5, "stratified"), seed, epoch=1)
     for run in patterns.reshape(5, 2**modalities, modalities):
         assert len({tuple(pattern) for pattern in run}) == 2**modalities
 
 
 @given(st.integers(1, 4), st.sampled_from([0.1, 0.5, 0.9]), st.sampled_from(DRAWS), st.integers(0, 99))
-def test_a_clip_with_anything_brings_something_that_it_has(
+def test_a_clip_keeps_a_modality_that_it_has(
     modalities: int, probability: float, draw: str, seed: int
 ) -> None:
     present_NM = np.random.default_rng(seed).random((60, modalities)) < 0.5
-    for kept, present in zip(brought(recipe(probability, draw), present_NM, seed), present_NM, strict=True):
+    for kept, present in zip(kept_by_loader(recipe(probability, draw), present_NM, seed), present_NM, strict=True):
         assert any(kept) == present.any()
         assert not (np.array(kept) & ~present).any()
 
 
-def test_an_empty_pattern_keeps_one_modality_that_is_there_each_equally_often() -> None:
+def test_an_empty_pattern_keeps_each_present_modality_equally_often() -> None:
     present = np.array([True, False, True])
     chosen = [keep_present(np.zeros(3, dtype=bool), present, word) for word in range(1000)]
     assert all(kept.sum() == 1 and not kept[1] for kept in chosen)
@@ -124,7 +120,7 @@ def test_an_empty_pattern_keeps_one_modality_that_is_there_each_equally_often() 
 
 
 @given(st.integers(0, 2**16), st.integers(1, 5), st.integers(0, 2**32))
-def test_a_clip_keeps_one_modality_of_the_student_and_all_others_as_drawn(
+def test_a_clip_keeps_a_student_modality_and_others_as_drawn(
     bits: int, num: int, word: int
 ) -> None:
     keep, present, needed = (np.array([bits >> (part * num + m) & 1 == 1 for m in range(num)]) for part in range(3))
@@ -135,8 +131,8 @@ def test_a_clip_keeps_one_modality_of_the_student_and_all_others_as_drawn(
         assert np.array_equal(kept, keep & present)
     else:
         assert kept.sum() - (keep & present).sum() == (present & needed).any()
-    every = np.ones(num, dtype=bool)
-    assert np.array_equal(keep_present(keep, present, word, every), keep_present(keep, present, word))
+    all_needed = np.ones(num, dtype=bool)
+    assert np.array_equal(keep_present(keep, present, word, all_needed), keep_present(keep, present, word))
 
 
 def test_without_dropout_everything_is_kept() -> None:
@@ -147,10 +143,10 @@ def test_without_dropout_everything_is_kept() -> None:
     ("ranks", "clips", "independent", "stratified"),
     [(8, 8, 1.23, 1.01), (64, 6, 1.45, 1.31), (64, 8, 1.38, 1.01), (64, 16, 1.27, 1.01), (256, 8, 1.46, 1.01)],
 )
-def test_ranks_wait_less_for_the_slowest_when_drops_are_stratified(
+def test_ranks_wait_less_for_the_slowest_with_stratified_drops(
     ranks: int, clips: int, independent: float, stratified: float
 ) -> None:
     slowest_over_mean = runpy.run_path(str(BENCHMARK))["slowest_over_mean"]
-    found = [slowest_over_mean(ranks, clips, draw, num_steps=60) for draw in DRAWS]
-    assert found == pytest.approx([independent, stratified], abs=0.05)
-    assert found[1] < found[0] - 0.1
+    ratios = [slowest_over_mean(ranks, clips, draw, num_steps=60) for draw in DRAWS]
+    assert ratios == pytest.approx([independent, stratified], abs=0.05)
+    assert ratios[1] < ratios[0] - 0.1

@@ -1,4 +1,4 @@
-"""Batches from real shards: the same for any number of ranks and workers, and damage never looks like absence."""
+"""Tests of batches from real shards: the same for any number of ranks and workers; damage is never absence."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def training(
     epochs: int = 2,
     order: dict[str, int] | None = None,
 ) -> list[list[Batch]]:
-    """Batches of every rank."""
+    """Return the batches of every rank."""
     data = data_recipe(shards, workers, drop, order=order)
     clips = TrainingClips(open_shards(data), data, INPUTS, seed=3, batch_size=8)
     schedule = Schedule(len(clips.clips), batch_size=8, world_size=world)
@@ -70,58 +70,56 @@ def training(
 
 
 def by_clip(batches: list[Batch]) -> dict[tuple[int, int, str], tuple[list[bool], list[bytes]]]:
-    """(epoch, step, key) -> presence and the bytes of everything the clip brings."""
-    found = {}
+    """Return presence and the bytes of all arrays of each clip, by (epoch, step, key)."""
+    clips = {}
     for batch in batches:
         taken = dict.fromkeys(["video", "flow", "audio"], 0)
         for row, key in enumerate(batch.keys):
             arrays = []
-            for name, there in zip(taken, batch.present_BM[row].tolist(), strict=True):
-                if there:
+            for name, is_present in zip(taken, batch.present_BM[row].tolist(), strict=True):
+                if is_present:
                     arrays.append(batch.inputs[name][taken[name]].numpy().tobytes())
                     taken[name] += 1
-            found[batch.epoch, batch.step, key] = (batch.present_BM[row].tolist(), arrays)
-    return found
+            clips[batch.epoch, batch.step, key] = (batch.present_BM[row].tolist(), arrays)
+    return clips
 
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (1, 2)])
-def test_clips_masks_and_pixels_do_not_depend_on_ranks_or_workers(shards: Path, world: int, workers: int) -> None:
-    alone = by_clip(training(shards, drop=0.5)[0])
-    many = by_clip([batch for rank in training(shards, world, workers, drop=0.5) for batch in rank])
-    assert len(alone) == 2 * 3 * 8
-    assert many == alone
+def test_clips_and_pixels_do_not_depend_on_ranks_or_workers(shards: Path, world: int, workers: int) -> None:
+    one_rank = by_clip(training(shards, drop=0.5)[0])
+    all_ranks = by_clip([batch for rank in training(shards, world, workers, drop=0.5) for batch in rank])
+    assert len(one_rank) == 2 * 3 * 8
+    assert all_ranks == one_rank
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("order", [{}, LANES], ids=["permutation", "lanes"])
-def test_a_rank_gets_the_same_batches_in_the_same_sequence_from_0_1_and_3_workers(
-    shards: Path, order: dict[str, int]
-) -> None:
-    alone, *others = (
+def test_a_rank_gets_the_same_batches_for_any_workers(shards: Path, order: dict[str, int]) -> None:
+    without_workers, *others = (
         [(batch.epoch, batch.step, batch.keys, by_clip([batch])) for batch in ranks[1]]
         for ranks in (training(shards, 2, workers, 0.5, order=order) for workers in (0, 1, 3))
     )
-    assert [at[:2] for at in alone] == [(epoch, step) for epoch in range(2) for step in range(3)]
-    assert others == [alone, alone]
+    assert [batch[:2] for batch in without_workers] == [(epoch, step) for epoch in range(2) for step in range(3)]
+    assert others == [without_workers, without_workers]
 
 
-def test_in_lanes_every_part_of_a_batch_comes_from_a_shard_of_its_own(shards: Path) -> None:
+def test_each_lane_of_a_batch_comes_from_different_shards(shards: Path) -> None:
     shard_of = {clip.key: clip.shard for clip in ShardFolder(shards).clips("train")}
     assert len(set(shard_of.values())) == 4
     steps = [[shard_of[key] for key in batch.keys] for batch in training(shards, order=LANES, epochs=1)[0]]
     for lane in range(4):
-        of_lane = {shard for step in steps for shard in step[2 * lane : 2 * lane + 2]}
-        assert len(of_lane) <= 2
+        lane_shards = {shard for step in steps for shard in step[2 * lane : 2 * lane + 2]}
+        assert len(lane_shards) <= 2
     assert sum(len({s for step in steps for s in step[2 * lane : 2 * lane + 2]}) for lane in range(4)) <= 4 + 3
 
 
-def test_dropped_modalities_are_left_out_and_everything_kept_is_there(shards: Path) -> None:
+def test_dropped_modalities_are_missing_and_kept_ones_are_present(shards: Path) -> None:
     declared = {clip.key: clip for clip in ShardFolder(shards).clips("train")}
     names = ["video", "flow", "audio"]
     for batch in training(shards, drop=0.5)[0]:
         assert batch.present_BM.any(dim=1).all()
         for key, present in zip(batch.keys, batch.present_BM.tolist(), strict=True):
-            assert all(declared[key].has(name) for name, there in zip(names, present, strict=True) if there)
+            assert all(declared[key].has(name) for name, is_present in zip(names, present, strict=True) if is_present)
         for column, name in enumerate(names):
             rows = int(batch.present_BM[:, column].sum())
             assert (len(batch.inputs[name]) if rows else 0) == rows
@@ -138,7 +136,7 @@ def test_prepared_inputs_have_the_shapes_and_scale_models_expect(shards: Path) -
 
 
 @pytest.mark.parametrize(("world", "batch_size"), [(1, 4), (2, 4), (3, 3), (3, 4), (4, 1), (2, 16)])
-def test_evaluation_sees_every_clip_once_with_all_it_has_and_pads_the_end(
+def test_evaluation_reads_every_clip_once_and_pads_the_end(
     shards: Path, world: int, batch_size: int
 ) -> None:
     data = data_recipe(shards)
@@ -155,7 +153,7 @@ def test_evaluation_sees_every_clip_once_with_all_it_has_and_pads_the_end(
 
 
 def read_all(folder: ShardFolder, clips: list[Clip]) -> dict[str, set[str]]:
-    """Key -> modalities delivered, for the clips that are delivered at all."""
+    """Return the delivered modalities by key, for the clips that are delivered."""
     delivered = {}
     for clip in clips:
         try:
@@ -164,8 +162,8 @@ def read_all(folder: ShardFolder, clips: list[Clip]) -> dict[str, set[str]]:
             wanted = [m for m in folder.modalities if clip.has(m)]
             delivered[clip.key] = set(read_sample(folder, clip, metadata, wanted, INPUTS, view).arrays)
         except DamageError as error:
-            named_right = error.key == clip.key and error.member.startswith(clip.key)
-            assert named_right, error  # noqa: PT017  (most clips must not raise at all)
+            names_clip = error.key == clip.key and error.member.startswith(clip.key)
+            assert names_clip, error  # noqa: PT017  (most clips must not raise at all)
     return delivered
 
 
@@ -193,7 +191,7 @@ def test_a_damaged_shard_never_changes_a_clips_modalities(
 
 
 @pytest.mark.parametrize("order", [{}, LANES], ids=["permutation", "lanes"])
-def test_a_damaged_clip_is_replaced_and_reported_and_the_batch_keeps_its_size(
+def test_a_damaged_clip_is_replaced_and_reported(
     shards: Path, tmp_path: Path, order: dict[str, int]
 ) -> None:
     copy = tmp_path / "s"
@@ -214,7 +212,7 @@ def test_a_damaged_clip_is_replaced_and_reported_and_the_batch_keeps_its_size(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_shards_without_one_whole_clip_are_one_line_also_from_a_worker(
+def test_shards_without_an_undamaged_clip_are_one_line(
     shards: Path, tmp_path: Path, workers: int
 ) -> None:
     copy = tmp_path / "s"
@@ -226,8 +224,7 @@ def test_shards_without_one_whole_clip_are_one_line_also_from_a_worker(
     assert "\n" not in str(caught.value)
 
 
-def test_flow_video_and_sound_are_read_at_the_same_moments(shards: Path) -> None:
-    """Frames decoded alone equal those decoded with others: the numbers asked for are the ones delivered."""
+def test_a_frame_read_alone_equals_one_read_with_others(shards: Path) -> None:
     folder = ShardFolder(shards)
     clip = next(c for c in folder.clips("train") if c.has("video"))
     metadata = folder.metadata(clip)
@@ -241,7 +238,7 @@ def test_flow_video_and_sound_are_read_at_the_same_moments(shards: Path) -> None
         assert (single[0] == together[place]).all()
 
 
-def test_flow_scaled_like_video_is_the_picture_u_v_0_under_imagenet_statistics(shards: Path) -> None:
+def test_flow_scaled_like_video_is_normalised_by_imagenet_statistics(shards: Path) -> None:
     raw = training(shards)[0][0]
     inputs = INPUTS.model_copy(update={"video": INPUTS.video.model_copy(update={"flow_scale": "imagenet"})})
     flow = prepare(raw, inputs, "cpu").inputs["flow"]
@@ -264,14 +261,14 @@ def test_shards_that_are_missing_or_lack_a_modality_are_one_line(shards: Path, t
 
 
 @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
-def test_what_a_fraction_holds_out_a_larger_one_holds_out_too(number: int, a: float, b: float) -> None:
+def test_a_larger_fraction_holds_out_the_same_recordings_too(number: int, a: float, b: float) -> None:
     small, large = sorted((a, b))
     assert is_held_out(f"P{number}", large) or not is_held_out(f"P{number}", small)
     assert not is_held_out(f"P{number}", 0.0)
     assert is_held_out(f"P{number}", 1.0)
 
 
-def test_about_the_fraction_asked_for_is_held_out() -> None:
+def test_about_the_given_fraction_is_held_out() -> None:
     share = np.mean([is_held_out(f"P{number:05d}", 0.1) for number in range(20_000)])
     assert abs(share - 0.1) < 6 * np.sqrt(0.09 / 20_000)
 
@@ -306,8 +303,8 @@ def test_a_fraction_that_leaves_no_clip_is_refused(shards: Path, fraction: float
         )
 
 
-def test_every_training_clip_brings_a_modality_that_the_student_takes(shards: Path) -> None:
-    """However much dropout takes, and the teacher's modalities still come and go."""
+def test_every_training_clip_has_a_modality_of_the_student(shards: Path) -> None:
+    """Check it at a high drop probability, which still drops and keeps the teacher's other modalities."""
     data = data_recipe(shards, drop=0.9)
     clips = TrainingClips(open_shards(data), data, INPUTS, seed=3, batch_size=8, needed=["audio"])
     assert all(clip.has("audio") for clip in clips.clips)
@@ -316,6 +313,6 @@ def test_every_training_clip_brings_a_modality_that_the_student_takes(shards: Pa
     present_BM = torch.cat([batch.present_BM for batch in batches])
     assert present_BM[:, 2].all()
     assert 0 < int(present_BM[:, 0].sum()) < len(present_BM)
-    inputs, own_B1 = batches[0].only(["audio"], data.modalities)
+    inputs, present_B1 = batches[0].only(["audio"], data.modalities)
     assert list(inputs) == ["audio"]
-    assert len(inputs["audio"]) == len(own_B1) == int(own_B1.sum())
+    assert len(inputs["audio"]) == len(present_B1) == int(present_B1.sum())

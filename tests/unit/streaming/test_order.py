@@ -1,4 +1,4 @@
-"""One order for everyone: the same global batches for any number of ranks, workers and accumulation steps."""
+"""Tests of the order: the same global batches for any number of ranks, workers and accumulation steps."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, ep
 
 WORLDS = [1, 2, 3, 4, 6, 8, 12, 24]
 Batches = dict[tuple[int, int], list[int]]
-"""(epoch, step) -> clip at every place of the global batch."""
+"""Clip at every place of the global batch, by (epoch, step)."""
 
 
 def shard_names(sizes: list[int]) -> list[str]:
-    """Each clip's shard."""
+    """Return each clip's shard, for shards of these sizes."""
     return [f"train-{shard:06d}.tar" for shard, size in enumerate(sizes) for _ in range(size)]
 
 
 @st.composite
 def orders(draw: st.DrawFn) -> ClipOrder:
-    """Any order over shards of any sizes."""
+    """Draw any order over shards of any sizes."""
     sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=20))
     lanes = draw(st.integers(0, 4))
     batch_size = max(1, lanes) * draw(st.integers(1, 6))
@@ -36,7 +36,7 @@ def orders(draw: st.DrawFn) -> ClipOrder:
 
 
 def stream(schedule: Schedule, rank: int, start: Position, epochs: int, workers: int = 0) -> list[Slice]:
-    """A rank's slices as they arrive: worker w makes every W-th, and the loader takes from the workers in turn."""
+    """Return a rank's slices as they arrive: worker w makes every W-th, and the loader takes from each in turn."""
     slices = list(schedule.slices(rank, start, epochs))
     made = [iter(slices[worker :: max(1, workers)]) for worker in range(max(1, workers))]
     return [next(made[number % len(made)]) for number in range(len(slices))]
@@ -45,20 +45,20 @@ def stream(schedule: Schedule, rank: int, start: Position, epochs: int, workers:
 def global_batches(
     order: ClipOrder, world: int, accumulation: int = 1, workers: int = 0, epochs: int = 2
 ) -> Batches:
-    """What all ranks together train on; every place of a batch exactly once."""
+    """Return the batches of all ranks together and check that every place comes exactly once."""
     schedule = Schedule(order.num_clips, order.batch_size, world, accumulation)
     ranks = [stream(schedule, rank, Position(0, 0), epochs, workers) for rank in range(world)]
     assert {len(slices) for slices in ranks} == {epochs * schedule.steps_per_epoch * accumulation}
     clips = [order.clips(epoch) for epoch in range(epochs)]
-    found: dict[tuple[int, int], dict[int, int]] = {}
+    batches: dict[tuple[int, int], dict[int, int]] = {}
     for part in itertools.chain.from_iterable(ranks):
-        batch = found.setdefault((part.epoch, part.step), {})
+        batch = batches.setdefault((part.epoch, part.step), {})
         for place in range(part.start, part.stop):
             assert place not in batch
             batch[place] = int(clips[part.epoch][place])
-    for (_, step), batch in found.items():
+    for (_, step), batch in batches.items():
         assert sorted(batch) == list(range(step * order.batch_size, (step + 1) * order.batch_size))
-    return {at: [batch[place] for place in sorted(batch)] for at, batch in sorted(found.items())}
+    return {position: [batch[place] for place in sorted(batch)] for position, batch in sorted(batches.items())}
 
 
 @given(orders(), st.integers(0, 50))
@@ -76,32 +76,32 @@ def test_an_epoch_holds_every_clip_once(order: ClipOrder, epoch: int) -> None:
         (67217, 2**61, 99, "9d19150f50146a44"),
     ],
 )
-def test_the_default_order_is_the_one_it_always_was(num_clips: int, seed: int, epoch: int, digest: str) -> None:
+def test_the_default_order_never_changes(num_clips: int, seed: int, epoch: int, digest: str) -> None:
     order = ClipOrder(shard_names([num_clips]), batch_size=1, seed=seed)
     for clips in (epoch_order(num_clips, seed, epoch), order.clips(epoch)):
         assert hashlib.sha256(clips.astype("<i8").tobytes()).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize(("lanes", "window"), [(0, 0), (1, 1), (4, 2), (4, 99)])
-def test_epochs_and_seeds_give_other_orders(lanes: int, window: int) -> None:
+def test_epochs_and_seeds_give_different_orders(lanes: int, window: int) -> None:
     names = shard_names([10] * 10)
-    found = [
+    clip_orders = [
         tuple(ClipOrder(names, 8, seed, lanes, window).clips(epoch)) for seed in range(3) for epoch in range(3)
     ]
-    assert len(set(found)) == len(found)
+    assert len(set(clip_orders)) == len(clip_orders)
 
 
 @pytest.mark.parametrize(("lanes", "window"), [(0, 0), (1, 3), (4, 1), (12, 2)])
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", WORLDS)
-def test_global_batches_are_the_same_for_any_number_of_ranks_and_workers(
+def test_global_batches_are_equal_for_any_ranks_and_workers(
     world: int, workers: int, lanes: int, window: int
 ) -> None:
     order = ClipOrder(shard_names([13, 40, 1, 27, 40, 40, 5]), 24, seed=2, lanes=lanes, window=window)
-    alone = global_batches(order, world=1)
-    assert global_batches(order, world, workers=workers) == alone
+    one_rank = global_batches(order, world=1)
+    assert global_batches(order, world, workers=workers) == one_rank
     for epoch in range(2):
-        taken = [clip for (e, _), batch in alone.items() if e == epoch for clip in batch]
+        taken = [clip for (e, _), batch in one_rank.items() if e == epoch for clip in batch]
         assert len(taken) == len(set(taken)) == order.num_clips - order.num_clips % 24
 
 
@@ -115,26 +115,26 @@ def test_global_batches_are_the_same_for_any_accumulation(
 
 
 @given(order_seed=st.integers(0, 99), lanes=st.sampled_from([0, 1, 8]), data=st.data())
-def test_8_ranks_then_3_then_8_train_on_what_8_would_have(order_seed: int, lanes: int, data: st.DataObject) -> None:
-    """Interrupted twice at arbitrary steps: no clip lost, none repeated, all in the same batches."""
+def test_changing_world_sizes_keeps_the_global_batches(order_seed: int, lanes: int, data: st.DataObject) -> None:
+    """Interrupt twice at arbitrary steps (8, 3, 8 ranks): no clip is lost or repeated, all are in the same batches."""
     order = ClipOrder(shard_names([17] * 11), 24, order_seed, lanes, window=2 if lanes else 0)
     per_epoch, epochs = order.steps, 3
     stops = sorted(data.draw(st.lists(st.integers(0, per_epoch * epochs), min_size=2, max_size=2), label="stops"))
-    found: dict[tuple[int, int], list[int]] = {}
+    batches: dict[tuple[int, int], list[int]] = {}
     for world, first, stop in zip((8, 3, 8), (0, *stops), (*stops, per_epoch * epochs), strict=True):
         schedule = Schedule(order.num_clips, 24, world)
         for rank in range(world):
-            begun = schedule.slices(rank, Position(*divmod(first, per_epoch)), epochs)
-            for part in itertools.islice(begun, stop - first):
+            slices = schedule.slices(rank, Position(*divmod(first, per_epoch)), epochs)
+            for part in itertools.islice(slices, stop - first):
                 clips = order.clips(part.epoch)[part.start : part.stop]
-                found.setdefault((part.epoch, part.step), []).extend(int(clip) for clip in clips)
-    assert found == global_batches(order, world=8, epochs=epochs)
+                batches.setdefault((part.epoch, part.step), []).extend(int(clip) for clip in clips)
+    assert batches == global_batches(order, world=8, epochs=epochs)
 
 
 def shards_by_node(
     names: list[str], order: ClipOrder, epoch: int, nodes: int, ranks_per_node: int, accumulation: int
 ) -> Iterator[set[str]]:
-    """Shards that each node's ranks read in an epoch, their clips' replacements in the same lane included."""
+    """Yield the shards that each node's ranks read in an epoch, including replacements in the same lane."""
     schedule = Schedule(order.num_clips, order.batch_size, nodes * ranks_per_node, accumulation)
     clips = order.clips(epoch)
     for node in range(nodes):
@@ -152,7 +152,7 @@ def shards_by_node(
 
 @pytest.mark.parametrize(("ranks_per_node", "accumulation"), [(1, 1), (2, 1), (1, 2), (4, 2), (2, 4), (8, 1)])
 @pytest.mark.parametrize(("nodes", "lanes"), [(1, 1), (2, 2), (2, 4), (3, 3), (3, 6), (4, 4)])
-def test_a_node_reads_only_its_own_shards_and_shares_at_most_one_with_each_neighbour(
+def test_neighbouring_nodes_share_at_most_one_shard(
     nodes: int, lanes: int, ranks_per_node: int, accumulation: int
 ) -> None:
     names = shard_names([20, 33, 7, 50, 12, 20, 20, 41, 20, 3, 20, 20, 60, 20, 20, 20])
@@ -163,7 +163,7 @@ def test_a_node_reads_only_its_own_shards_and_shares_at_most_one_with_each_neigh
             assert len(touched[one] & touched[other]) <= (1 if other == one + 1 else 0)
 
 
-def test_nodes_read_other_shards_in_the_next_epoch() -> None:
+def test_nodes_read_different_shards_in_the_next_epoch() -> None:
     names = shard_names([24] * 40)
     order = ClipOrder(names, 24, seed=1, lanes=4, window=1)
     per_epoch = [list(shards_by_node(names, order, epoch, 4, 1, 1)) for epoch in range(20)]
@@ -173,8 +173,8 @@ def test_nodes_read_other_shards_in_the_next_epoch() -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**40))
-def test_a_lane_holds_at_most_two_windows_of_shards_at_once(window: int, lanes: int, seed: int) -> None:
-    """A cache of that many never fetches a shard twice in a lane, and a step of a lane reads no more."""
+def test_a_lane_needs_at_most_two_windows_of_shards(window: int, lanes: int, seed: int) -> None:
+    """Check that a cache of that size never fetches a shard twice in a lane and holds all shards of a step."""
     names = shard_names([32] * 30)
     order = ClipOrder(names, lanes * 8, seed, lanes, window)
     shards = np.array(names)[order.clips(0)[: order.steps * lanes * 8]].reshape(order.steps, lanes, 8)
@@ -185,8 +185,8 @@ def test_a_lane_holds_at_most_two_windows_of_shards_at_once(window: int, lanes: 
             assert len(now | (before & after)) <= 2 * window
 
 
-def test_one_lane_and_a_window_of_all_shards_mix_as_one_permutation_does() -> None:
-    """Chance that two given clips of one shard share a batch: (B - 1) / (n - 1), within 5 standard errors."""
+def test_one_lane_with_a_full_window_mixes_like_a_permutation() -> None:
+    """Check the chance that two clips of one shard share a batch: (B - 1) / (n - 1), within 5 standard errors."""
     order = ClipOrder(shard_names([10] * 6), 6, seed=4, lanes=1, window=6)
     together = 0
     for epoch in range(4000):
@@ -197,7 +197,7 @@ def test_one_lane_and_a_window_of_all_shards_mix_as_one_permutation_does() -> No
 
 
 @pytest.mark.parametrize(("lanes", "window"), [(0, 0), (3, 1)])
-def test_every_clip_is_left_out_equally_often_also_of_shards_of_other_sizes(lanes: int, window: int) -> None:
+def test_every_clip_is_dropped_equally_often_for_any_shard_size(lanes: int, window: int) -> None:
     order = ClipOrder(shard_names([3, 40, 10, 6]), 12, seed=4, lanes=lanes, window=window)
     assert order.num_clips % 12 == 11
     left_out = Counter(int(clip) for epoch in range(2000) for clip in order.clips(epoch)[-11:])
@@ -207,7 +207,7 @@ def test_every_clip_is_left_out_equally_often_also_of_shards_of_other_sizes(lane
 
 
 @given(orders(), st.data())
-def test_a_damaged_clips_replacements_end_only_when_every_clip_was_tried(order: ClipOrder, data: st.DataObject) -> None:
+def test_candidates_of_a_place_cover_every_clip_once(order: ClipOrder, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, order.num_clips - 1), label="place")
     candidates = list(order.candidates(place))
     assert candidates[0] == place
@@ -215,7 +215,7 @@ def test_a_damaged_clips_replacements_end_only_when_every_clip_was_tried(order: 
 
 
 @given(orders(), st.data())
-def test_no_two_places_of_a_batch_have_a_replacement_in_common_while_their_columns_last(
+def test_places_of_a_batch_share_no_replacement_within_columns(
     order: ClipOrder, data: st.DataObject
 ) -> None:
     if order.steps:
@@ -225,7 +225,7 @@ def test_no_two_places_of_a_batch_have_a_replacement_in_common_while_their_colum
         assert len(set(tried)) == len(tried)
 
 
-def test_replacements_in_lanes_are_near_and_soon_leave_a_lost_shard() -> None:
+def test_replacements_in_lanes_are_near_but_leave_lost_shards() -> None:
     names = shard_names([500] * 20)
     order = ClipOrder(names, 4, seed=0, lanes=4, window=1)
     clips = order.clips(0)
@@ -237,7 +237,7 @@ def test_replacements_in_lanes_are_near_and_soon_leave_a_lost_shard() -> None:
         assert elsewhere <= 11
 
 
-def test_lanes_that_do_not_divide_the_batch_are_refused_with_the_nearest_that_do() -> None:
+def test_lanes_that_do_not_divide_the_batch_are_refused() -> None:
     names = shard_names([100])
     with pytest.raises(UserError, match=r"lanes 5 .*batch_size 96 \(96 = 19 x 5 \+ 1\); the nearest .* is 4$"):
         ClipOrder(names, 96, seed=0, lanes=5, window=1)
@@ -253,7 +253,7 @@ def test_resuming_is_a_seek(epoch: int, step: int) -> None:
     assert resumed == everything[epoch * 5 + step :]
 
 
-def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest_that_works() -> None:
+def test_an_indivisible_or_too_large_batch_is_refused() -> None:
     with pytest.raises(UserError, match=r"batch_size 32 .* 3 ranks x 2 accumulation .*= 5 x 6 \+ 2\).* 30 or 36 .*=30"):
         Schedule(num_clips=100, batch_size=32, world_size=3, accumulation=2)
     with pytest.raises(UserError, match="7 training clips are fewer than one batch"):
@@ -261,7 +261,7 @@ def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest_that_works
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5))
-def test_evaluation_gives_every_clip_to_one_rank_and_equal_steps_to_all(clips: int, batch: int, world: int) -> None:
+def test_evaluation_gives_each_clip_once_and_equal_steps(clips: int, batch: int, world: int) -> None:
     ranks = [list(evaluation_slices(clips, batch, rank, world)) for rank in range(world)]
     places = [place for slices in ranks for part in slices for place in range(part.start, part.stop)]
     assert sorted(place for place in places if place < clips) == list(range(clips))

@@ -1,4 +1,4 @@
-"""Frames, crops and spectrograms: functions of (seed, epoch, key)."""
+"""Tests of views and spectrograms: frames and crops are functions of (seed, epoch, key)."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ def test_a_dense_window_keeps_its_stride_and_stays_inside_the_clip(stored: int, 
         assert (np.diff(frames) == stride).all()
 
 
-def test_a_view_depends_on_seed_epoch_and_key_and_nothing_else() -> None:
+def test_a_view_depends_on_seed_epoch_and_key_only() -> None:
     video = VideoInput()
     same = [training_view(video, 90, 1, 2, "P01_01_3") for _ in range(2)]
     assert (same[0].times_F == same[1].times_F).all()
     assert same[0].left == same[1].left
     changed = ((2, 2, "P01_01_3"), (1, 3, "P01_01_3"), (1, 2, "P01_01_4"))
-    others = [training_view(video, 90, *which) for which in changed]
+    others = [training_view(video, 90, *arguments) for arguments in changed]
     assert len({other.left for other in others} | {same[0].left}) == 4
 
 
 def largest_gap(values: np.ndarray) -> float:
-    """Kolmogorov's distance of `values` to the uniform distribution over [0, 1)."""
+    """Return the Kolmogorov distance of `values` to the uniform distribution over [0, 1)."""
     steps = np.arange(len(values) + 1) / len(values)
     ordered = np.sort(values)
     return float(max((ordered - steps[:-1]).max(), (steps[1:] - ordered).max()))
 
 
-def test_in_training_every_moment_of_a_segment_has_the_same_chance_and_segments_do_not_move_together() -> None:
+def test_training_moments_are_uniform_and_independent_in_each_segment() -> None:
     video = VideoInput(num_frames=4)
     inside_KF = np.stack([training_view(video, 90, 0, 0, f"key_{k}").times_F * 4 % 1 for k in range(2000)])
     assert max(largest_gap(column) for column in inside_KF.T) < 0.04
     assert np.abs(np.corrcoef(inside_KF.T) - np.eye(4)).max() < 0.08
 
 
-def test_crops_and_dense_windows_have_the_same_chance_everywhere_and_jitter_stays_in_its_range() -> None:
+def test_crops_dense_windows_and_jitter_are_uniform() -> None:
     video = VideoInput(num_frames=4, stride=2, sampling="dense", jitter=0.3)
     views = [training_view(video, 17, 5, epoch, "key") for epoch in range(2200)]
     assert max(largest_gap(np.array([getattr(view, edge) for view in views])) for edge in ("top", "left")) < 0.04
@@ -72,19 +72,19 @@ def test_crops_and_dense_windows_have_the_same_chance_everywhere_and_jitter_stay
 
 
 @given(st.integers(1, 40), st.integers(1, 300))
-def test_evaluation_takes_the_middle_of_each_segment_and_of_the_picture(num_frames: int, stored: int) -> None:
+def test_evaluation_takes_the_middle_of_segments_and_picture(num_frames: int, stored: int) -> None:
     view = evaluation_view(VideoInput(num_frames=num_frames, horizontal_flip=True), stored)
     np.testing.assert_allclose(view.times_F, (np.arange(num_frames) + 0.5) / num_frames)
     assert (view.top, view.left, view.flip) == (0.5, 0.5, False)
     assert (view.jitter_3 == 1).all()
 
 
-def test_dense_evaluation_looks_at_the_middle_of_the_clip() -> None:
+def test_dense_evaluation_takes_the_middle_of_the_clip() -> None:
     view = evaluation_view(VideoInput(num_frames=5, stride=3, sampling="dense"), 33)
     assert (view.times_F * 33).astype(int).tolist() == [10, 13, 16, 19, 22]
 
 
-def test_a_clip_without_pictures_is_heard_all_over_also_in_dense_sampling() -> None:
+def test_a_clip_without_pictures_is_sampled_in_segments() -> None:
     video = VideoInput(num_frames=8, sampling="dense")
     for view in (training_view(video, 0, 0, 0, "k"), evaluation_view(video, 0)):
         assert (np.floor(view.times_F * 8) == np.arange(8)).all()
@@ -95,19 +95,19 @@ def test_another_process_has_the_same_view() -> None:
         "from karmma_dist.modalities.video import VideoInput; from karmma_dist.streaming.views import training_view;"
         "print(repr(training_view(VideoInput(num_frames=3, horizontal_flip=True), 50, 7, 3, 'P01_01_3')))"
     )
-    here = repr(training_view(VideoInput(num_frames=3, horizontal_flip=True), 50, 7, 3, "P01_01_3"))
+    expected = repr(training_view(VideoInput(num_frames=3, horizontal_flip=True), 50, 7, 3, "P01_01_3"))
     environment = os.environ | {"PYTHONHASHSEED": "17"}
-    there = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert there.stdout.strip() == here
+    other = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == expected
 
 
-def test_only_recipes_that_ask_for_it_flip() -> None:
+def test_only_recipes_with_horizontal_flip_mirror_clips() -> None:
     flips = [training_view(VideoInput(horizontal_flip=True), 9, 0, epoch, "k").flip for epoch in range(200)]
     assert 60 < sum(flips) < 140
     assert not any(training_view(VideoInput(), 9, 0, epoch, "k").flip for epoch in range(50))
 
 
-def test_a_tone_lights_up_the_mel_band_of_its_frequency() -> None:
+def test_a_tone_is_brightest_in_its_mel_band() -> None:
     num_mels = 64
     filters = mel_filters(num_mels)
     for frequency in (500, 1500, 4000):
@@ -117,7 +117,7 @@ def test_a_tone_lights_up_the_mel_band_of_its_frequency() -> None:
         assert abs(centre - frequency) < 0.12 * frequency
 
 
-def test_the_spectrogram_has_the_papers_shape_and_is_scaled_alike_for_int16_and_float() -> None:
+def test_the_spectrogram_has_the_papers_shape_for_any_dtype() -> None:
     audio = AudioInput()
     windows = (torch.randn(2, 3, audio.window_samples) * 3000).to(torch.int16)
     mels = mel_spectrogram(windows, audio.num_mels)
@@ -127,7 +127,7 @@ def test_the_spectrogram_has_the_papers_shape_and_is_scaled_alike_for_int16_and_
 
 @given(st.integers(1, 4), st.integers(1, 70))
 @settings(max_examples=10, deadline=None)
-def test_a_windows_spectrogram_does_not_depend_on_the_windows_beside_it(num_clips: int, num_windows: int) -> None:
+def test_a_windows_spectrogram_does_not_depend_on_other_windows(num_clips: int, num_windows: int) -> None:
     random = torch.Generator().manual_seed(0)
     windows = (torch.randn(num_clips, num_windows, 1600, generator=random) * 3000).to(torch.int16)
     together = mel_spectrogram(windows, 20)

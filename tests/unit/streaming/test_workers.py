@@ -1,4 +1,4 @@
-"""Workers that stall, die or fail: one error that names the clip, within a bounded time, and no process left."""
+"""Tests of workers that stall, die or fail: one error that names the clip, in bounded time, and no process left."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INPUTS = InputRecipe.model_validate(
     }
 )
 HELD = r"(video|flow|audio) of clip \w+ \(train-\d+\.tar\)"
-"""What an error says the worker held."""
+"""Pattern of the current clip in an error."""
 
 
 def make(shards: Path, workers: int, stall_s: float = 0.0, epochs: int = 1, drop: float = 0.0) -> Batches:
@@ -47,7 +47,7 @@ def make(shards: Path, workers: int, stall_s: float = 0.0, epochs: int = 1, drop
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process, a zombie not counted."""
+    """Return True if the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -55,7 +55,7 @@ def is_running(pid: int) -> bool:
 
 
 class Blocked:
-    """A decoder that never comes back (or not for a minute), and says in which process it was entered."""
+    """A decoder that does not return for a minute, and records the process that called it."""
 
     def __init__(self) -> None:
         self._entered, self._never = multiprocessing.Event(), multiprocessing.Event()
@@ -85,7 +85,7 @@ def refuse(error: Exception) -> Callable[..., None]:
     return decode
 
 
-def test_a_worker_killed_while_it_decodes_is_one_line_naming_the_clip_it_held(shards: Path, blocked: Blocked) -> None:
+def test_a_worker_killed_while_decoding_is_one_line_with_clip(shards: Path, blocked: Blocked) -> None:
     batches = make(shards, workers=2)
     killer = threading.Thread(target=lambda: os.kill(blocked.pid(), signal.SIGKILL))
     killer.start()
@@ -96,23 +96,23 @@ def test_a_worker_killed_while_it_decodes_is_one_line_naming_the_clip_it_held(sh
     assert len(batches.worker_pids) == 2
 
 
-def test_a_worker_killed_while_the_trainer_computes_is_the_same_line(shards: Path, blocked: Blocked) -> None:
+def test_a_worker_killed_during_training_is_the_same_line(shards: Path, blocked: Blocked) -> None:
     batches = make(shards, workers=1)
     with pytest.raises(UserError, match=rf"SIGKILL\) while decoding {HELD}.*memory") as caught, batches:  # noqa: PT012
         os.kill(blocked.pid(), signal.SIGKILL)
-        threading.Event().wait(60)  # stands for a step of training: torch interrupts it
+        threading.Event().wait(60)  # in place of a training step: torch interrupts it
     assert "\n" not in str(caught.value)
     assert not any(is_running(pid) for pid in batches.worker_pids)
 
 
-def test_a_worker_that_ends_by_itself_is_one_line(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_exits_is_one_line(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FramesDecoder, "decode_views", lambda *_: os._exit(3))
     with pytest.raises(UserError, match=rf"loader worker 0 \(pid \d+\) ended with exit code 3 while decoding {HELD}"):
         next(make(shards, workers=1))
 
 
 @pytest.mark.usefixtures("blocked")
-def test_a_worker_that_stalls_ends_the_run_saying_where_and_for_how_long(shards: Path) -> None:
+def test_a_stalled_worker_is_one_line_with_clip_and_time(shards: Path) -> None:
     batches = make(shards, workers=2, stall_s=0.5)
     expected = rf"rank 0: no batch for \d+ s: loader worker 0 \(pid \d+\) has been decoding {HELD} for \d+ s: .*stall_s"
     with pytest.raises(UserError, match=expected) as caught:
@@ -122,7 +122,7 @@ def test_a_worker_that_stalls_ends_the_run_saying_where_and_for_how_long(shards:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_mistake_in_the_program_keeps_its_type_and_names_the_clip(
+def test_a_bug_keeps_its_type_and_names_the_clip(
     shards: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(FramesDecoder, "decode_views", refuse(AttributeError("no such thing")))
@@ -143,7 +143,7 @@ class UnpicklableError(Exception):
         super().__init__(f"{first} {second}")
 
 
-def test_an_error_that_cannot_leave_its_process_is_told_by_another(
+def test_an_unpicklable_error_is_replaced_by_a_runtime_error(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FramesDecoder, "decode_views", refuse(UnpicklableError("a", "b")))
@@ -161,10 +161,10 @@ def test_leaving_early_ends_the_workers(shards: Path) -> None:
     assert list(batches) == []
 
 
-def test_killed_workers_that_take_long_to_be_gone_disturb_nobody(
+def test_killed_workers_that_end_late_raise_nothing(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch's handler of SIGCHLD would raise in the join below."""
+    """Check that torch's SIGCHLD handler, which would raise in the join below, no longer watches them."""
     monkeypatch.setattr(workers_module, "_JOIN_S", 0.0)
     batches = make(shards, workers=2, epochs=100)
     next(batches)
@@ -180,20 +180,20 @@ def test_a_stream_of_a_billion_epochs_starts_at_once(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_batch_says_what_it_cost(shards: Path, workers: int) -> None:
+def test_every_batch_carries_its_cost(shards: Path, workers: int) -> None:
     sizes = {}
     for clip in open_shards(DataRecipe(shards=str(shards))).clips("train"):
         sizes[clip.key] = {name: member.size for name, member in clip.members.items() if member is not None}
     names = ["video", "flow", "audio"]
     for batch in make(shards, workers, drop=0.5):
         stats = batch.stats
-        brought = [
-            ["json", *(name for name, there in zip(names, row, strict=True) if there)]
+        members_read = [
+            ["json", *(name for name, is_present in zip(names, row, strict=True) if is_present)]
             for row in batch.present_BM.tolist()
         ]
-        assert stats.members_read == sum(map(len, brought))
+        assert stats.members_read == sum(map(len, members_read))
         assert stats.bytes_read == sum(
-            sizes[key][name] for key, members in zip(batch.keys, brought, strict=True) for name in members
+            sizes[key][name] for key, members in zip(batch.keys, members_read, strict=True) for name in members
         )
         assert stats.clips_decoded == {name: len(tensor) for name, tensor in batch.inputs.items()}
         assert set(stats.decode_s) == set(batch.inputs)
@@ -201,10 +201,10 @@ def test_every_batch_says_what_it_cost(shards: Path, workers: int) -> None:
         assert 0 <= stats.queue_depth <= 2 * workers
 
 
-def equal(ours: Batch, theirs: Batch) -> bool:
-    flags = [(ours.present_BM, theirs.present_BM), (ours.valid_B, theirs.valid_B)]
-    pairs = [*flags, *zip(ours.tensors(), theirs.tensors(), strict=True)]
-    return ours.keys == theirs.keys and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+def equal(first: Batch, second: Batch) -> bool:
+    flags = [(first.present_BM, second.present_BM), (first.valid_B, second.valid_B)]
+    pairs = [*flags, *zip(first.tensors(), second.tensors(), strict=True)]
+    return first.keys == second.keys and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
 
 def test_on_a_cpu_batches_pass_unchanged(shards: Path) -> None:
@@ -215,7 +215,7 @@ def test_on_a_cpu_batches_pass_unchanged(shards: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_copied_ahead_to_a_gpu_are_the_loaders(shards: Path) -> None:
+def test_batches_prefetched_to_a_gpu_equal_the_loaders(shards: Path) -> None:
     plain = list(make(shards, workers=1, drop=0.5, epochs=4))
     device = torch.device("cuda")
     with on_device(make(shards, workers=1, drop=0.5, epochs=4), device) as batches:
@@ -224,7 +224,7 @@ def test_batches_copied_ahead_to_a_gpu_are_the_loaders(shards: Path) -> None:
             assert equal(batch, expected)
 
 
-def test_one_batch_at_most_is_sent_ahead_and_all_come_in_order(shards: Path) -> None:
+def test_at_most_one_batch_is_sent_ahead_in_order(shards: Path) -> None:
     plain = list(make(shards, workers=0, epochs=3))
     ahead_by = []
     sent, taken = 0, 0
@@ -256,8 +256,8 @@ def test_an_error_of_the_loader_comes_through_the_thread(shards: Path, blocked: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_job_leaves_the_workers_at_their_work(shards: Path, number: signal.Signals) -> None:
-    """The trainer decides when to stop; until then it needs its batches, and it can always end the workers."""
+def test_workers_ignore_a_signal_to_the_whole_job(shards: Path, number: signal.Signals) -> None:
+    """Check that the trainer still gets its batches and can end the workers."""
     with make(shards, workers=1, epochs=3) as batches:
         keys = [next(batches).keys]
         pids = batches.worker_pids
@@ -276,8 +276,8 @@ from karmma_dist.streaming.workers import Batches
 
 class Large:
     def batch(self, part, activity):
-        there = torch.ones(1, dtype=torch.bool)
-        return Batch(["x" * 10_000_000], there[None], {}, {}, there, None)
+        present = torch.ones(1, dtype=torch.bool)
+        return Batch(["x" * 10_000_000], present[None], {}, {}, present, None)
 
 batches = Batches(Large(), lambda: (Slice(0, step, step, step + 1) for step in range(9)), 2)
 next(batches)
@@ -285,7 +285,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_workers_of_a_killed_trainer_end_although_nobody_takes_their_batches() -> None:
-    """They hold the pipe of its output: it closes when the last of them is gone."""
+def test_workers_of_a_killed_trainer_end() -> None:
+    """Check that the output pipe, which every worker holds open, closes in time."""
     done = subprocess.run([sys.executable, "-c", ABANDONED], capture_output=True, timeout=HANGS_S)
     assert done.returncode == -signal.SIGKILL
