@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import write_json, write_whole
+from karmma_dist.io.files import write_whole
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities import MODALITIES, letters
 from karmma_dist.modalities.recording import ClipRecord, Recording, is_of_the_machine
 from karmma_dist.packing.readers import find_reader
@@ -35,7 +36,8 @@ from karmma_dist.packing.tars.staging import Unit, forget, load_staged, stage, u
 from karmma_dist.processes import submit_all, worker_pool
 from karmma_dist.progress import Report, silent
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import MANIFEST, DamageError, facts_of, whole_manifest
+from karmma_dist.shards.format import MANIFEST, DamageError
+from karmma_dist.shards.manifest import DatasetHeader, Manifest, RecordedPlan
 
 
 def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
@@ -56,34 +58,33 @@ def _identity(clip: ClipRecord, entry_fields: Mapping[str, str]) -> dict[str, An
     return described | {field: entries.get(name) for name, field in entry_fields.items()}
 
 
-def plan_identity(plan: Plan, limit: int | None) -> dict[str, Any]:
-    """What was planned: the limit, the clips per split, and a digest of all annotations."""
+def recorded_plan(plan: Plan, limit: int | None) -> RecordedPlan:
+    """Return the plan as the manifest records it."""
     fields = {name: m.storage.entry_field for name, m in MODALITIES.items() if m.storage.entry_field}
     clips = [[r.name, r.participant, _identity(clip, fields)] for r in plan.recordings for clip in r.clips]
     text = json.dumps([plan.classes, sorted(clips, key=lambda entry: entry[2]["key"])], sort_keys=True)
-    return {
-        "limit": limit,
-        "clips": {split: len(plan.keys(split)) for split in plan.splits},
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
+    num_clips = {split: len(plan.keys(split)) for split in plan.splits}
+    return RecordedPlan(limit, num_clips, hashlib.sha256(text.encode()).hexdigest())
 
 
-def difference_between(manifest: dict[str, Any], spec: PackingSpec, plan: dict[str, Any]) -> str:
-    """Return in words what differs between packed shards and what is to be packed; empty: nothing.
+def difference_between(packed: DatasetHeader, spec: PackingSpec, plan: RecordedPlan) -> str:
+    """Describe the first difference between packed shards and the shards to be packed; empty if they are the same.
 
     Args:
-        manifest: of the packed shards.
-        spec: of what is to be packed: the first setting that differs is named.
-        plan: likewise, as `plan_identity` gives it.
+        packed: Header of the packed shards.
+        spec: Specification to pack by.
+        plan: Plan to pack.
+
+    Raises:
+        ValueError: the recorded settings have a value in place of a section.
     """
-    if differing := spec.differences(manifest["settings"]):
+    if differing := spec.differences(packed.settings):
         name, (former, now) = next(iter(differing.items()))
         return f"{name} ({former}, now {now})"
-    if manifest["plan"] != plan:
-        former, now = manifest["plan"], plan
-        if former["limit"] != now["limit"]:
-            return f"limit ({former['limit']}, now {now['limit']})"
-        num_former, num_now = (sum(plan["clips"].values()) for plan in (former, now))
+    if packed.plan != plan:
+        if packed.plan.limit != plan.limit:
+            return f"limit ({packed.plan.limit}, now {plan.limit})"
+        num_former, num_now = (sum(each.clips.values()) for each in (packed.plan, plan))
         return f"annotations or set of media files ({num_former} clips, now {num_now})"
     return ""
 
@@ -210,7 +211,9 @@ class _Run:
         self.spec, self.plan, self.progress = spec, plan, progress
         self.out = Path(spec.out)
         self.staging = self.out / STAGING
-        self.identity = {"settings": spec.recorded(), "plan": plan_identity(plan, limit)}
+        self.header = DatasetHeader(
+            spec.dataset, tuple(spec.modalities), plan.classes, spec.recorded(), recorded_plan(plan, limit), made_with()
+        )
 
     def run(
         self, workers: int, part: tuple[int, int] | None, retry_failed: bool, may_assemble: Callable[[], bool]
@@ -247,7 +250,7 @@ class _Run:
         self._assemble(sources, left_out)
         return self._summary("packed", left_out)
 
-    def _former_manifest(self) -> dict[str, Any] | None:
+    def _former_manifest(self) -> Manifest | None:
         """The manifest of shards that are there, also when a run that mended them was killed.
 
         Raises:
@@ -262,11 +265,12 @@ class _Run:
                 raise UserError(f"{self.out}: holds {stray.name} but no {MANIFEST}: choose another --out or remove it")
             return None
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text())
-            facts_of(manifest)
-            difference = difference_between(manifest, self.spec, self.identity["plan"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}: not a manifest of packed shards: choose another --out") from None
+            manifest = Manifest.parse(path.read_bytes(), str(path))
+            difference = difference_between(manifest.header, self.spec, self.header.plan)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{path}: not a manifest of packed shards: {error}: choose another --out") from None
         if difference:
             raise UserError(f"{self.out}: holds shards packed with another {difference}: choose another --out")
         return manifest
@@ -295,27 +299,20 @@ class _Run:
         """Write the shards, then failures, then the manifest: the folder counts when its last file does."""
         if (self.out / MANIFEST).is_file():
             os.replace(self.out / MANIFEST, self.staging / MANIFEST)
-        facts = {
-            "dataset": self.spec.dataset,
-            "modalities": self.spec.modalities,
-            "heads": self.plan.classes,
-            **self.identity,
-            "made_with": made_with(),
-        }
         try:
-            splits, counts = assemble(self.out, self.plan, sources, self.spec, facts, self.progress)
+            manifest = assemble(self.out, self.plan, sources, self.spec, self.header, self.progress)
         except DamageError as error:
             raise UserError(f"{error}: the disk lost what was cut: remove {self.staging} and pack again") from None
         _write_failures(self.out / FAILURES, failures)
-        write_json(self.out / MANIFEST, whole_manifest(facts, splits, counts))
+        write_whole(self.out / MANIFEST, manifest.to_bytes())
         shutil.rmtree(self.staging)
 
     def _summary(self, status: str, failures: list[Failure]) -> PackSummary:
         folder = ShardFolder(self.out)
         summary = PackSummary(self.out, status, failures=failures, notes=list(self.plan.notes))
-        for split, entry in folder.manifest["splits"].items():
-            summary.clips[split], summary.shards[split] = entry["clips"], len(entry["shards"])
-            summary.num_bytes += sum(shard["bytes"] for shard in entry["shards"])
+        for split, entry in folder.manifest.splits.items():
+            summary.clips[split], summary.shards[split] = entry.num_clips, len(entry.shards)
+            summary.num_bytes += entry.num_bytes
             present = Counter(letters(m for m in folder.modalities if clip.has(m)) for clip in folder.clips(split))
             summary.subsets[split] = dict(sorted(present.items()))
         return summary
@@ -335,22 +332,19 @@ def read_failures(path: Path) -> list[Failure]:
         UserError: it is not such a file.
     """
     try:
-        return _failures_in(path)
-    except (OSError, ValueError, TypeError) as error:
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        return [Failure.from_fields(JsonObject.parse(line)) for line in lines]
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a list of failures ({error}): remove it and pack again") from None
 
 
-def lost_clips(manifest: dict[str, Any], failures: list[Failure]) -> dict[str, int]:
+def lost_clips(manifest: Manifest, failures: list[Failure]) -> dict[str, int]:
     """Per split, planned clips that are neither in a shard of the manifest nor among the failures."""
     failed = Counter(failure.split for failure in failures)
     return {
-        split: planned - manifest["splits"][split]["clips"] - failed[split]
-        for split, planned in manifest["plan"]["clips"].items()
+        split: planned - manifest.splits[split].num_clips - failed[split]
+        for split, planned in manifest.header.plan.clips.items()
     }
-
-
-def _failures_in(path: Path) -> list[Failure]:
-    return [Failure(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _write_failures(path: Path, failures: list[Failure]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.recording import ClipRecord, Recording
 
 
@@ -41,6 +42,15 @@ class Failure:
     stage: str
     """What was being done: open, decode, cut, parse."""
     error: str
+
+    @classmethod
+    def from_fields(cls, fields: JsonObject) -> Failure:
+        """Read a failure from parsed JSON.
+
+        Raises:
+            ValueError: a field is missing or is not a string.
+        """
+        return cls(*(fields.text(name) for name in ("key", "split", "modality", "stage", "error")))
 
 
 @dataclass(slots=True)

@@ -150,7 +150,7 @@ def _with_defaults(section: Settings, default: Settings | None, recorded: Mappin
         recorded: from a manifest.
 
     Raises:
-        TypeError: a value is recorded where there is a section.
+        ValueError: a value is recorded in place of a section.
     """
     default = type(section).model_construct() if default is None else default
     filled = dict(recorded)
@@ -159,7 +159,7 @@ def _with_defaults(section: Settings, default: Settings | None, recorded: Mappin
         if isinstance(now, Settings):
             inner = recorded.get(name, {})
             if not isinstance(inner, Mapping):
-                raise TypeError(f"{name}: {inner!r} is no section")
+                raise ValueError(f"settings.{name} is {inner!r}, not a section")
             filled[name] = _with_defaults(now, usual if isinstance(usual, Settings) else None, inner)
         elif name not in recorded and usual is not None:
             filled[name] = default.model_dump(mode="json", include={name})[name]

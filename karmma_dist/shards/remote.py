@@ -15,7 +15,6 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from karmma_dist.errors import UserError
@@ -23,7 +22,8 @@ from karmma_dist.io.cache import Cache, Content, FetchError, cache_root
 from karmma_dist.io.download import fetch, fetch_json, is_url, masked
 from karmma_dist.recipe import DataRecipe
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import MANIFEST, Clip, DamageError, index_path, parse_manifest
+from karmma_dist.shards.format import MANIFEST, Clip, DamageError, index_path
+from karmma_dist.shards.manifest import Manifest, ShardEntry, SplitEntry, usable_manifest
 
 _INDEXES_AT_ONCE = 8
 _logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class RemoteShards(ShardFolder):
         self._url, self._cache = url, cache
         self.root, self.where = cache.root, masked(url).rstrip("/")
         text = self._fetch_manifest()
-        self.manifest = parse_manifest(text, f"{self.where}/{MANIFEST}")
+        self.manifest = usable_manifest(text, f"{self.where}/{MANIFEST}")
         self.sha256 = hashlib.sha256(text).hexdigest()
         self._tars = _contents(self.manifest)
         self._lost: dict[str, str] = {}
@@ -71,25 +71,25 @@ class RemoteShards(ShardFolder):
         Raises:
             UserError: no such split, or an index that cannot be had.
         """
-        shards = self.manifest["splits"].get(split, {"shards": []})["shards"]
+        entry = self.manifest.splits.get(split, SplitEntry(0, ()))
         with ThreadPoolExecutor(_INDEXES_AT_ONCE) as pool:
-            list(pool.map(self.read_index, shards))
-        total = sum(shard["bytes"] for shard in shards)
-        if total > self._cache.limit_bytes:
+            list(pool.map(self.read_index, entry.shards))
+        if entry.num_bytes > self._cache.limit_bytes:
             _say_once(
-                f"{self.where}: the {len(shards)} shards of {split} have {total} bytes, data.cache_bytes is "
-                f"{self._cache.limit_bytes}: each epoch downloads again what was removed; raise it if the disk allows"
+                f"{self.where}: the {len(entry.shards)} shards of {split} have {entry.num_bytes} bytes, "
+                f"data.cache_bytes is {self._cache.limit_bytes}: each epoch downloads again what was removed; raise it "
+                "if the disk allows"
             )
         return super().clips(split)
 
-    def read_index(self, shard: dict[str, Any]) -> bytes:
+    def read_index(self, shard: ShardEntry) -> bytes:
         """The checked index of a shard, given the shard's entry in the manifest.
 
         Raises:
             UserError: it cannot be had.
         """
-        name = index_path(Path(shard["name"])).name
-        content = Content(shard["index_sha256"], None)
+        name = index_path(Path(shard.name)).name
+        content = Content(shard.index_sha256, None)
         self._cache.remove_if_damaged(content)
         try:
             descriptor = self._open(name, content)
@@ -133,7 +133,7 @@ class RemoteShards(ShardFolder):
     def _open(self, name: str, content: Content) -> int:
         return self._cache.open(content, partial(fetch, _join(self._url, name), content))
 
-    def _check_tar(self, shard: dict[str, Any]) -> None:
+    def _check_tar(self, shard: ShardEntry) -> None:
         """Nothing to see from afar: a tar is checked when it is downloaded."""
 
     def _fetch_manifest(self) -> bytes:
@@ -145,13 +145,9 @@ class RemoteShards(ShardFolder):
             raise UserError(f"{masked(url)}: {error.what}: {advice}") from None
 
 
-def _contents(manifest: dict[str, Any]) -> dict[str, Content]:
-    """What each tar must hold."""
-    return {
-        shard["name"]: Content(shard["sha256"], shard["bytes"])
-        for split in manifest["splits"].values()
-        for shard in split["shards"]
-    }
+def _contents(manifest: Manifest) -> dict[str, Content]:
+    """Return the content that each tar must have."""
+    return {shard.name: Content(shard.sha256, shard.num_bytes) for shard in manifest.shards}
 
 
 def _join(url: str, name: str) -> str:

@@ -30,16 +30,16 @@ def describe(folder: ShardFolder) -> dict[str, Any]:
         UserError: an index cannot be read.
         DamageError: a clip's metadata cannot be read.
     """
-    manifest = folder.manifest
+    header = folder.manifest.header
     failures = folder.root / FAILURES
     return {
         "folder": str(folder.root),
-        "dataset": manifest["dataset"],
+        "dataset": header.dataset,
         "modalities": folder.modalities,
         "classes": folder.classes,
         "splits": {split: _describe_split(folder, split) for split in folder.splits},
-        "failures": len(failures.read_text().splitlines()) if failures.is_file() else 0,
-        "settings": manifest["settings"],
+        "failures": len(failures.read_bytes().splitlines()) if failures.is_file() else 0,
+        "settings": header.settings,
     }
 
 
@@ -108,7 +108,7 @@ def label_names(folder: ShardFolder, clip: Clip) -> dict[str, str | None]:
 
 
 def _describe_split(folder: ShardFolder, split: str) -> dict[str, Any]:
-    shards = folder.manifest["splits"][split]["shards"]
+    entry = folder.manifest.splits[split]
     clips = folder.clips(split)
     seconds = 0.0
     for clip in clips:
@@ -121,13 +121,13 @@ def _describe_split(folder: ShardFolder, split: str) -> dict[str, Any]:
     subsets = Counter(letters(m for m in folder.modalities if clip.has(m)) for clip in clips)
     return {
         "clips": len(clips),
-        "shards": len(shards),
-        "bytes": sum(shard["bytes"] for shard in shards),
+        "shards": len(entry.shards),
+        "bytes": entry.num_bytes,
         "seconds": round(seconds, 2),
         "subsets": dict(sorted(subsets.items(), key=lambda item: (-item[1], item[0]))),
         "modality_clips": {m: sum(clip.has(m) for clip in clips) for m in folder.modalities},
         "modality_bytes": {m: sizes[m] for m in folder.modalities},
-        "label_counts": folder.manifest["label_counts"][split],
+        "label_counts": folder.manifest.label_counts[split],
     }
 
 

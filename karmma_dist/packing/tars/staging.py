@@ -20,13 +20,14 @@ import av
 import cv2
 
 from karmma_dist.io.files import write_json
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.recording import Recording, is_of_the_machine
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.records import Failure, Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.writer import Sample, clip_sample, write_tar
 from karmma_dist.shards.format import Clip
-from karmma_dist.shards.index import build_index, indexed_clips
+from karmma_dist.shards.index import ShardIndex, build_index
 
 _UNIT_CLIPS = 32
 """Recordings are put together until they have this many clips: single-clip recordings would make countless files."""
@@ -54,7 +55,7 @@ class Staged:
     """A unit's result."""
 
     tar: Path
-    clips: list[Clip]
+    clips: tuple[Clip, ...]
     failures: list[Failure]
 
 
@@ -77,15 +78,15 @@ def load_staged(folder: Path, unit: Unit) -> Staged | None:
     """A unit's result, or None when it is not there, of other settings or raw files, or its tar is not whole."""
     tar = folder / f"{unit.name}.tar"
     try:
-        result = json.loads(_result_path(folder, unit).read_text())
-        whole = result["digest"] == unit.digest and tar.stat().st_size == result["index"]["bytes"]
-    except (OSError, ValueError, KeyError) as error:
+        result = JsonObject.parse(_result_path(folder, unit).read_bytes())
+        index = ShardIndex.from_fields(result.nested("index"), tar.name)
+        failures = [Failure.from_fields(failure) for failure in result.objects("failures")]
+        is_whole = result.text("digest") == unit.digest and tar.stat().st_size == index.num_bytes
+    except (OSError, ValueError) as error:
         if is_of_the_machine(error):
             raise
         return None
-    if not whole:
-        return None
-    return Staged(tar, indexed_clips(result["index"]), [Failure(**failure) for failure in result["failures"]])
+    return Staged(tar, index.clips, failures) if is_whole else None
 
 
 def stage(folder: Path, unit: Unit, spec: PackingSpec) -> int:
@@ -113,9 +114,9 @@ def _stage(folder: Path, unit: Unit, spec: PackingSpec) -> int:
                     yield cut.record.key, clip_sample(cut, recording, spec.modalities)
 
     num = write_tar(tar, samples())
-    index = build_index(tar, spec.modalities)
+    index = build_index(tar, tuple(spec.modalities))
     failed = [asdict(failure) for failure in sorted(failures, key=lambda failure: failure.key)]
-    write_json(_result_path(folder, unit), {"digest": unit.digest, "index": index, "failures": failed})
+    write_json(_result_path(folder, unit), {"digest": unit.digest, "index": index.to_dict(), "failures": failed})
     return num + len(failures)
 
 

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from karmma_dist.io.files import sha256_of
 from karmma_dist.packing.verify.clip import Shown, check_clip
 from karmma_dist.packing.verify.problems import Finding
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip, Member, index_path, label_problem, member_name
-from karmma_dist.shards.index import copied_facts, read_index
+from karmma_dist.shards.index import read_index
+from karmma_dist.shards.manifest import DatasetHeader, ShardEntry
 
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_NAME = 100
 _TAIL_BYTES = 2 * _BLOCK
 
 
-def check_headers(tar: Path, clips: list[Clip]) -> Iterator[Finding]:
+def check_headers(tar: Path, clips: Sequence[Clip]) -> Iterator[Finding]:
     """Yield every difference between the clips of an index and the headers of their tar."""
     members = sorted(
         ((member, clip.key, name) for clip in clips for name, member in clip.members.items() if member is not None),
@@ -106,8 +106,8 @@ class ShardReport:
     """Of all clips in the index."""
     labels: list[dict[str, int | None]] | None = None
     """Of all clips; None when the index or any of them is damaged."""
-    other_fact: str = ""
-    """Name of a fact in which the index's copy is not the manifest's."""
+    other_field: str = ""
+    """Name of a header field in which the index's copy differs from the manifest."""
     shown: list[Shown] = field(default_factory=list)
     """How long the pictures of each clip last; only of a full check."""
 
@@ -115,8 +115,8 @@ class ShardReport:
 def check_shard(
     root: Path,
     split: str,
-    entry: dict[str, Any],
-    facts: dict[str, Any],
+    entry: ShardEntry,
+    header: DatasetHeader,
     full: bool,
     progress: Callable[[int], None] | None = None,
 ) -> ShardReport:
@@ -126,23 +126,23 @@ def check_shard(
         root: the shards folder.
         split: the split that the manifest says it is of.
         entry: the manifest's entry.
-        facts: the manifest's facts.
+        header: the manifest's header.
         full: read and decode the payloads too.
         progress: told how many clips have been read in full.
     """
-    tar = root / entry["name"]
+    tar = root / entry.name
     report = ShardReport(tar.name, tar.is_file())
-    clips = _index(tar, entry, facts, report)
+    clips = _index(tar, entry, header, report)
     if not report.there:
-        _add(report, "missing", f"no such file: {entry['clips']} clips")
-    elif tar.stat().st_size != entry["bytes"]:
-        _add(report, "size", f"{tar.stat().st_size} bytes, the manifest says {entry['bytes']}")
+        _add(report, "missing", f"no such file: {entry.num_clips} clips")
+    elif tar.stat().st_size != entry.num_bytes:
+        _add(report, "size", f"{tar.stat().st_size} bytes, the manifest says {entry.num_bytes}")
     if report.there and full:
         _sha256(tar, entry, report)
     if clips is None:
         return report
     report.keys = [clip.key for clip in clips]
-    problems = [_declarations(clip, facts, report) for clip in clips]
+    problems = [_declarations(clip, header, report) for clip in clips]
     report.labels = None if any(problems) else [clip.labels for clip in clips]
     if report.there:
         found = list(check_headers(tar, clips))
@@ -161,11 +161,11 @@ def _add(report: ShardReport, kind: str, what: str, key: str | None = None, shar
     report.findings.append(Finding(shard or report.shard, key, None, kind, what))
 
 
-def _index(tar: Path, entry: dict[str, Any], facts: dict[str, Any], report: ShardReport) -> list[Clip] | None:
+def _index(tar: Path, entry: ShardEntry, header: DatasetHeader, report: ShardReport) -> tuple[Clip, ...] | None:
     path = index_path(tar)
     try:
-        index, clips = read_index(tar)
-        if sha256_of(path) != entry["index_sha256"]:
+        index = read_index(tar)
+        if sha256_of(path) != entry.index_sha256:
             raise ValueError("its sha256 is not the manifest's")
     except FileNotFoundError:
         _add(report, "index", "lost: no such file", shard=path.name)
@@ -173,30 +173,29 @@ def _index(tar: Path, entry: dict[str, Any], facts: dict[str, Any], report: Shar
     except (OSError, ValueError) as error:
         _add(report, "index", f"cannot be used: {error}", shard=path.name)
         return None
-    if (len(clips), index["bytes"]) != (entry["clips"], entry["bytes"]):
-        said = f"the manifest says {entry['clips']} in {entry['bytes']}"
-        _add(report, "manifest", f"{len(clips)} clips in {index['bytes']} bytes, {said}", shard=path.name)
-    copy = copied_facts(index)
-    if copy is not None and copy != facts:
-        report.other_fact = next(name for name, value in copy.items() if value != facts[name])
-    return clips
+    if (len(index.clips), index.num_bytes) != (entry.num_clips, entry.num_bytes):
+        said = f"the manifest says {entry.num_clips} in {entry.num_bytes}"
+        _add(report, "manifest", f"{len(index.clips)} clips in {index.num_bytes} bytes, {said}", shard=path.name)
+    if index.header is not None:
+        report.other_field = index.header.first_difference(header)
+    return index.clips
 
 
-def _sha256(tar: Path, entry: dict[str, Any], report: ShardReport) -> None:
+def _sha256(tar: Path, entry: ShardEntry, report: ShardReport) -> None:
     try:
-        if sha256_of(tar) != entry["sha256"]:
+        if sha256_of(tar) != entry.sha256:
             _add(report, "sha256", "not the bytes that were packed")
     except OSError as error:
         _add(report, "unreadable", f"cannot be read: {error.strerror}")
 
 
-def _declarations(clip: Clip, facts: dict[str, Any], report: ShardReport) -> str:
+def _declarations(clip: Clip, header: DatasetHeader, report: ShardReport) -> str:
     """Check what the index says of a clip. Returns what is wrong with its labels, or an empty string."""
-    declared = {"json", *facts["modalities"]}
+    declared = {"json", *header.modalities}
     if set(clip.members) != declared or clip.members.get("json") is None:
-        what = f"declares {', '.join(clip.members)}, not json and each of {', '.join(facts['modalities'])}"
+        what = f"declares {', '.join(clip.members)}, not json and each of {', '.join(header.modalities)}"
         _add(report, "presence", what, clip.key)
-    problem = label_problem(facts["heads"], clip.labels)
+    problem = label_problem(header.heads, clip.labels)
     if problem:
         _add(report, "labels", problem, clip.key)
     return problem

@@ -13,7 +13,6 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.packing.pack import FAILURES, STAGING, lost_clips, read_failures
@@ -22,8 +21,9 @@ from karmma_dist.packing.verify.problems import Finding, Verification
 from karmma_dist.packing.verify.shard import ShardReport, check_shard
 from karmma_dist.processes import submit_all, worker_pool
 from karmma_dist.progress import Report, silent
-from karmma_dist.shards.format import MANIFEST, count_labels, facts_of, index_path, read_manifest
+from karmma_dist.shards.format import MANIFEST, count_labels, index_path
 from karmma_dist.shards.index import read_index
+from karmma_dist.shards.manifest import Manifest, read_manifest
 
 _REPAIR = "a lost or wrong index or manifest is written again by: karmma-dist verify {} --repair"
 _REPACK = "a damaged tar cannot be mended: remove it and pack again into the same folder, only its clips are cut again"
@@ -78,9 +78,8 @@ def _without_manifest(root: Path, result: Verification, error: Exception) -> Non
 class _Check:
     """One look at a folder whose manifest can be read."""
 
-    def __init__(self, root: Path, manifest: dict[str, Any], result: Verification, progress: Report) -> None:
+    def __init__(self, root: Path, manifest: Manifest, result: Verification, progress: Report) -> None:
         self.root, self.manifest, self.result, self.progress = root, manifest, result, progress
-        self.facts = facts_of(manifest)
         self.keys: dict[str, str] = {}
         """Shard of every clip whose tar is there."""
         self.lost: dict[str, str] = {}
@@ -91,23 +90,24 @@ class _Check:
         reports = self._check_shards(workers)
         shown: list[Shown] = []
         copies_differ = False
-        for split, entry in self.manifest["splits"].items():
-            shards = entry["shards"]
-            self.result.splits[split] = (len(shards), entry["clips"], sum(shard["bytes"] for shard in shards))
+        for split, entry in self.manifest.splits.items():
+            shards = entry.shards
+            self.result.splits[split] = (len(shards), entry.num_clips, entry.num_bytes)
             of_split = [reports.pop(0) for _ in shards]
             for report in of_split:
                 self._take(report)
                 shown += report.shown
-                if report.other_fact and not copies_differ:
+                if report.other_field and not copies_differ:
                     copies_differ = True
                     path = index_path(self.root / report.shard)
-                    self._add(MANIFEST, "manifest", f"'{report.other_fact}' is not what the copy in {path.name} says")
-            if entry["clips"] != sum(shard["clips"] for shard in shards):
+                    self._add(MANIFEST, "manifest", f"'{report.other_field}' is not what the copy in {path.name} says")
+            if entry.num_clips != sum(shard.num_clips for shard in shards):
                 self._add(MANIFEST, "manifest", f"split {split} has another number of clips than its shards")
             labels = [report.labels for report in of_split if report.labels is not None]
             if len(labels) == len(shards):
-                counts = count_labels(self.facts["heads"], (one for some in labels for one in some))
-                if counts != self.manifest["label_counts"][split]:
+                heads = self.manifest.header.heads
+                counts = count_labels(heads, (of_clip for of_shard in labels for of_clip in of_shard))
+                if counts != self.manifest.label_counts[split]:
                     self._add(MANIFEST, "manifest", f"label counts of split {split} are not those of its clips")
         self._others()
         self._lost_clips()
@@ -115,9 +115,9 @@ class _Check:
 
     def _check_shards(self, workers: int) -> list[ShardReport]:
         """The report of every shard, in the manifest's order."""
-        full, entries = self.result.full, self.manifest["splits"].items()
-        tasks = [(self.root, split, shard, self.facts, full) for split, entry in entries for shard in entry["shards"]]
-        sizes = [shard["clips"] if full else 1 for _, _, shard, _, _ in tasks]
+        full, header, splits = self.result.full, self.manifest.header, self.manifest.splits
+        tasks = [(self.root, split, shard, header, full) for split, entry in splits.items() for shard in entry.shards]
+        sizes = [shard.num_clips if full else 1 for _, _, shard, _, _ in tasks]
         total, done = sum(sizes), 0
         self.progress("verify", 0, total)
         reports: dict[int, ShardReport] = {}
@@ -156,7 +156,7 @@ class _Check:
 
     def _others(self) -> None:
         """Files that nothing in the manifest speaks of."""
-        listed = {shard["name"] for entry in self.manifest["splits"].values() for shard in entry["shards"]}
+        listed = {shard.name for shard in self.manifest.shards}
         for tar in sorted(self.root.glob("*.tar")):
             if tar.name not in listed and not tar.name.startswith("."):
                 self._add(tar.name, "unlisted", "the manifest does not list this tar")
@@ -166,7 +166,7 @@ class _Check:
                 continue
             self._add(path.name, "unlisted", "the manifest does not list the tar of this index")
             try:
-                self.lost |= {clip.key: tar.name for clip in read_index(tar)[1]}
+                self.lost |= {clip.key: tar.name for clip in read_index(tar).clips}
             except (OSError, ValueError):
                 continue  # its own finding is there already
         left = sorted(path.name for path in self.root.glob(".*.partial"))
@@ -184,9 +184,6 @@ class _Check:
             lost = lost_clips(self.manifest, failures)
         except UserError as error:
             self._add(FAILURES, "unreadable", str(error))
-            return
-        except KeyError as error:
-            self._add(MANIFEST, "manifest", f"split {error} is planned but has no shards")
             return
         for split, num in lost.items():
             if num:

@@ -247,7 +247,7 @@ def test_a_damaged_tar_gets_no_index_and_no_place_in_a_new_manifest(copy: Path, 
         manifest = (copy / "manifest.json").read_bytes()
         (copy / "manifest.json").unlink()
         repair(copy)
-        assert [shard["name"] for shard in ShardFolder(copy).manifest["splits"]["train"]["shards"]] == [SHARDS[1]]
+        assert [shard.name for shard in ShardFolder(copy).manifest.splits["train"].shards] == [SHARDS[1]]
         assert tar.read_bytes() == damaged
         tar.write_bytes(content)
         (copy / "manifest.json").write_bytes(manifest)
@@ -276,9 +276,9 @@ def rewritten(copy: Path, change: Callable[[str, dict[str, bytes], dict[str, Any
         samples.append((clip.key, members))
     former = json.loads(index_path(tar).read_text())
     write_tar(tar, samples)
-    index = former | build_index(tar, folder.modalities)
+    index = former | build_index(tar, folder.manifest.header.modalities).to_dict()
     write_json(index_path(tar), index)
-    manifest = folder.manifest
+    manifest = folder.manifest.to_dict()
     entry = next(shard for shard in manifest["splits"]["train"]["shards"] if shard["name"] == tar.name)
     entry |= {"bytes": index["bytes"], "sha256": sha256_of(tar), "index_sha256": sha256_of(index_path(tar))}
     write_json(copy / "manifest.json", manifest)

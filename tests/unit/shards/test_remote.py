@@ -283,7 +283,7 @@ def test_a_cache_smaller_than_the_shards_still_reads_everything_and_keeps_its_li
     server: Server, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     local = ShardFolder(shards)
-    sizes = [shard["bytes"] for shard in local.manifest["splits"]["train"]["shards"]]
+    sizes = [shard.num_bytes for shard in local.manifest.splits["train"].shards]
     limit = 2 * max(sizes)
     assert sum(sizes) > limit
     folder = opened(server, tmp_path, limit)
@@ -299,7 +299,7 @@ def test_a_cache_smaller_than_the_shards_still_reads_everything_and_keeps_its_li
 def test_a_cache_too_small_for_one_shard_is_said_with_the_arithmetic(
     server: Server, shards: Path, tmp_path: Path
 ) -> None:
-    largest = max(s["bytes"] for split in ShardFolder(shards).manifest["splits"].values() for s in split["shards"])
+    largest = max(shard.num_bytes for shard in ShardFolder(shards).manifest.shards)
     with pytest.raises(UserError, match=f"has {largest} bytes, data.cache_bytes is {largest - 7}: 7 too few"):
         opened(server, tmp_path, largest - 7)
     opened(server, tmp_path, largest)
@@ -309,16 +309,16 @@ def test_damage_done_in_the_cache_is_mended_and_never_seen(server: Server, shard
     local = ShardFolder(shards)
     expected = digest(local)
     assert digest(opened(server, tmp_path)) == expected
-    entries = list(local.manifest["splits"]["train"]["shards"])
-    flip, cut_short = tmp_path / entries[0]["sha256"], tmp_path / entries[1]["sha256"]
+    entries = local.manifest.splits["train"].shards
+    flip, cut_short = tmp_path / entries[0].sha256, tmp_path / entries[1].sha256
     content = bytearray(flip.read_bytes())
     content[len(content) // 2] ^= 1
     flip.write_bytes(content)
     os.truncate(cut_short, 700)
-    index = tmp_path / entries[2]["index_sha256"]
+    index = tmp_path / entries[2].index_sha256
     index.write_bytes(index.read_bytes()[:-10])
     assert digest(opened(server, tmp_path)) == expected
-    assert [server.asked[entry["name"]] for entry in entries[:2]] == [2, 2]
+    assert [server.asked[entry.name] for entry in entries[:2]] == [2, 2]
 
 
 def test_a_clip_damaged_before_packing_is_damage_and_not_downloaded_for_ever(
