@@ -119,6 +119,8 @@ def _clip(where: str, entry: Any, split: str, ids: dict[str, dict[str, int]], la
                 raise UserError(f"{where}: template '{name}' is not in the class file{nearest(name, list(known))}")
             labels[head] = known[name]
     narration = entry.get("label") or entry.get("template") or ""
+    if not isinstance(narration, str):
+        raise UserError(f"{where}: 'label' is {narration!r}, not a text")
     return ClipRecord(key, split, 0.0, None, labels, narration, start_frame=0)
 
 
@@ -127,10 +129,13 @@ def _read_classes(raw: Path, name: str, head: str) -> list[str]:
     path = raw_file(raw, name, f"something_something.heads.{head}")
     if path is None:
         raise UserError(f"{inside(raw, name, head)}: no such class file (head '{head}')")
-    try:
-        numbers = {int(number): template for template, number in _read_json(path, dict).items()}
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: expected template -> id, whole numbers") from None
+    numbers: dict[int, str] = {}
+    for template, number in _read_json(path, dict).items():
+        # The official file has its ids as strings.
+        text = str(number) if type(number) is int else number
+        if not isinstance(text, str) or not text.isdecimal():
+            raise UserError(f"{path}: id of '{template}' is {number!r}: expected template -> id, whole numbers")
+        numbers[int(text)] = template
     if sorted(numbers) != list(range(len(numbers))) or not numbers:
         raise UserError(f"{path}: ids are not 0 to {len(numbers) - 1} without a hole")
     return [numbers[number] for number in range(len(numbers))]
