@@ -54,7 +54,7 @@ def harms(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[Harm]:
     """Yield every change of one value: its deletion, and values of all other types."""
     if path:
         yield Harm(path, _DELETE)
-    yield from (Harm(path, value) for value in _OTHER_TYPES[type(tree)])
+    yield from (Harm(path, value) for value in _OTHER_TYPES[type(tree)] if value != tree)  # True is 1 to Python
     children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for name, value in children:
         yield from harms(value, (*path, name))
