@@ -2,8 +2,8 @@
 
     summary = pack(load_spec("epic_kitchens"), workers=8)
 
-Which clip goes to which shard is a permutation of the *planned* clips by the seed: the bytes depend neither on the
-number of workers nor on the order in which they finish, and a clip that fails leaves a place that it can take later.
+The seed permutes the *planned* clips over the shards: the bytes depend neither on the number of workers nor on the
+order in which they finish, and a clip that fails leaves a place that it can take later.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ from karmma_dist.shards.manifest import DatasetHeader, Manifest, RecordedPlan
 
 
 def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
-    """What the raw folder's annotations ask for, of recordings that have media, at most `limit` clips per split.
+    """Return the annotated clips of all recordings that have media, at most `limit` clips per split.
 
     Raises:
-        UserError: no raw folder, no annotations, a bad row, no media at all, or a library that the settings need.
+        UserError: the raw folder or the annotations are missing, a row is bad, no media file exists, or a library is
+            missing that the settings need.
     """
     for name, section in spec.sections().items():
         MODALITIES[name].storage.check_settings(section)
@@ -52,7 +53,7 @@ def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
 
 
 def _identity(clip: ClipRecord, entry_fields: Mapping[str, str]) -> dict[str, Any]:
-    """Return all of a clip, its entries under the names that their modalities have for them."""
+    """Return all fields of a clip, with its entries under the names that their modalities give them."""
     described = asdict(clip)
     entries = described.pop("entries")
     return described | {field: entries.get(name) for name, field in entry_fields.items()}
@@ -90,16 +91,16 @@ def difference_between(packed: DatasetHeader, spec: PackingSpec, plan: RecordedP
 
 
 def _with_media(plan: Plan, spec: PackingSpec) -> Plan:
-    """Leave out recordings of which no media file is there, and say how many."""
-    there = [r for r in plan.recordings if _has_media(r)]
-    if not there:
-        raise UserError(f"{spec.raw}: no media file of any of the {len(plan.recordings)} annotated recordings is there")
+    """Leave out recordings without any media file, and note how many."""
+    present = [r for r in plan.recordings if _has_media(r)]
+    if not present:
+        raise UserError(f"{spec.raw}: no media file of any of the {len(plan.recordings)} annotated recordings exists")
     absent = [r for r in plan.recordings if not _has_media(r)]
     if not absent:
         return plan
     num_clips = sum(len(recording.clips) for recording in absent)
     note = f"{len(absent)} recordings ({num_clips} clips) left out: no media file; the first is {absent[0].name}"
-    return replace(plan, recordings=tuple(there), notes=(*plan.notes, note))
+    return replace(plan, recordings=tuple(present), notes=(*plan.notes, note))
 
 
 def _has_media(recording: Recording) -> bool:
@@ -127,26 +128,26 @@ FAILURES = "failures.jsonl"
 """One line per clip left out: key, split, modality, stage, error."""
 
 STAGING = ".staging"
-"""Folder of what is cut but not yet in a shard; it is gone when packing is finished."""
+"""Folder of clips that are cut but not yet in a shard; it is removed when packing is finished."""
 
 
 @dataclass(slots=True)
 class PackSummary:
-    """What a packing run did, or found done."""
+    """The result of a packing run."""
 
     out: Path
     status: str
-    """`packed`, `already packed`, or `staged` (other parts are still to be cut)."""
+    """`packed`, `already packed`, or `staged` (other parts are not cut yet)."""
     clips: dict[str, int] = field(default_factory=dict)
-    """Clips in the shards per split."""
+    """Number of clips per split."""
     shards: dict[str, int] = field(default_factory=dict)
-    """Shards per split."""
+    """Number of shards per split."""
     subsets: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per split, clips per set of modalities present ("V+F+A")."""
+    """Number of clips per split and set of present modalities ("V+F+A")."""
     num_bytes: int = 0
-    """Of all shards."""
+    """Size of all shards."""
     failures: list[Failure] = field(default_factory=list)
-    """Clips left out because existing media of theirs cannot be read; also in failures.jsonl."""
+    """Clips left out because some of their media cannot be read; also in failures.jsonl."""
     notes: list[str] = field(default_factory=list)
     """Splits skipped, recordings without media."""
     seconds: float = 0.0
@@ -163,21 +164,21 @@ def pack(
 ) -> PackSummary:
     """Pack a raw dataset into the folder `spec.out`.
 
-    Can be killed at any moment and called again: recordings already cut are not cut again. Where shards of the same
-    specification are whole, nothing is done.
+    A packing run can be killed at any moment and started again: recordings already cut are not cut again. If the
+    shards of the same specification are complete, nothing is done.
 
     Args:
-        spec: what becomes what.
-        workers: processes that cut; 1 works in this one.
-        limit: only the first clips of each split.
+        spec: The packing specification.
+        workers: Processes that cut; 1: cut in this process.
+        limit: Maximum number of clips per split; None: all of them.
         part: (i, n), i from 1: cut only every n-th unit of recordings, in the same folder as the other parts; the
             last part to finish assembles.
-        retry_failed: cut the recordings of failed clips once more and put the mended ones in their places.
-        progress: told how far it is.
+        retry_failed: Cut the recordings of failed clips once more, and put the mended clips in their places.
+        progress: Called with the stage and the number of clips done.
 
     Raises:
-        UserError: bad annotations or paths, another specification's shards in the folder, another packer at work, a
-            full or failing disk.
+        UserError: annotations or paths are bad, the folder holds shards of another specification, another packer
+            works in it, or the disk is full or fails.
     """
     started = time.monotonic()
     if workers < 1:
@@ -205,7 +206,7 @@ def pack(
 
 
 class _Run:
-    """One call of `pack` on a folder it has locked."""
+    """One call of `pack` on a locked folder."""
 
     def __init__(self, spec: PackingSpec, plan: Plan, limit: int | None, progress: Report) -> None:
         self.spec, self.plan, self.progress = spec, plan, progress
@@ -218,7 +219,7 @@ class _Run:
     def run(
         self, workers: int, part: tuple[int, int] | None, retry_failed: bool, may_assemble: Callable[[], bool]
     ) -> PackSummary:
-        """Cut what is missing, then assemble unless other parts have still to cut theirs."""
+        """Cut missing clips, then assemble unless other parts are not cut yet."""
         former = self._former_manifest()
         known = read_failures(self.out / FAILURES) if former else []
         finished = (
@@ -251,10 +252,10 @@ class _Run:
         return self._summary("packed", left_out)
 
     def _former_manifest(self) -> Manifest | None:
-        """The manifest of shards that are there, also when a run that mended them was killed.
+        """Return the manifest of earlier shards, also if a run that mended them was killed; None without any.
 
         Raises:
-            UserError: it is of another specification, or there are shards without any manifest.
+            UserError: the manifest is of another specification, or shards exist without a manifest.
         """
         for path in (self.out / MANIFEST, self.staging / MANIFEST):
             if path.is_file():
@@ -296,7 +297,7 @@ class _Run:
             ) from None
 
     def _assemble(self, sources: dict[str, Source], failures: list[Failure]) -> None:
-        """Write the shards, then failures, then the manifest: the folder counts when its last file does."""
+        """Write the shards, then the failures, then the manifest, whose presence makes the folder complete."""
         if (self.out / MANIFEST).is_file():
             os.replace(self.out / MANIFEST, self.staging / MANIFEST)
         try:
@@ -319,17 +320,17 @@ class _Run:
 
 
 def _share(todo: list[Unit], part: tuple[int, int] | None) -> list[Unit]:
-    """The units of one part, by their own number so that every part divides alike."""
+    """Return the units of one part, chosen by their number so that every part divides alike."""
     if part is None:
         return todo
     return [unit for unit in todo if unit.number % part[1] == part[0] - 1]
 
 
 def read_failures(path: Path) -> list[Failure]:
-    """The failures written by a packing run; none when the file is not there.
+    """Read the failures that a packing run wrote; a missing file means none.
 
     Raises:
-        UserError: it is not such a file.
+        UserError: the file is not a list of failures.
     """
     try:
         lines = path.read_bytes().splitlines() if path.is_file() else []
@@ -339,7 +340,7 @@ def read_failures(path: Path) -> list[Failure]:
 
 
 def lost_clips(manifest: Manifest, failures: list[Failure]) -> dict[str, int]:
-    """Per split, planned clips that are neither in a shard of the manifest nor among the failures."""
+    """Count per split the planned clips that are neither in a shard of the manifest nor among the failures."""
     failed = Counter(failure.split for failure in failures)
     return {
         split: planned - manifest.splits[split].num_clips - failed[split]

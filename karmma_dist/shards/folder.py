@@ -1,4 +1,4 @@
-"""A folder of packed shards, opened for reading."""
+"""A folder of packed shards, opened for reading: its clips, and the checked bytes of their members."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from karmma_dist.shards.manifest import Manifest, ShardEntry, usable_manifest
 class ShardFolder:
     """A folder of packed shards, opened for reading. Cheap to pickle: it holds no open file.
 
-    Shards that lie elsewhere override where a tar and an index come from: `open_tar` and `read_index`.
+    A subclass for shards that are stored elsewhere overrides `open_tar` and `read_index`.
 
     Attributes:
         root: The folder.
-        where: What messages call it.
+        where: Name of the folder in messages.
+        manifest: The parsed manifest.
 
     Raises:
         UserError: the folder is missing, empty, half packed, or of another schema.
@@ -46,11 +47,11 @@ class ShardFolder:
         content = path.read_bytes()
         self.manifest: Manifest = usable_manifest(content, str(path))
         self.sha256 = hashlib.sha256(content).hexdigest()
-        """Of the manifest's bytes, which name every shard's sha256: equal only for the same clips in the same order."""
+        """Hash of the manifest, which names those of all shards: equal only for the same clips in the same order."""
 
     @property
     def modalities(self) -> list[str]:
-        """Modalities every clip declares, present or null."""
+        """Modalities that every clip declares, present or null."""
         return list(self.manifest.header.modalities)
 
     @property
@@ -64,10 +65,11 @@ class ShardFolder:
         return list(self.manifest.splits)
 
     def clips(self, split: str) -> list[Clip]:
-        """All clips of a split, in shard order.
+        """Return all clips of a split, in shard order.
 
         Raises:
-            UserError: no such split, or an index that is missing or does not belong to its tar.
+            UserError: the split does not exist, the manifest contradicts itself, or an index is missing, damaged or of
+                another tar.
         """
         entry = self.manifest.splits.get(split)
         if entry is None:
@@ -101,19 +103,22 @@ class ShardFolder:
         return index.clips
 
     def _index_problem(self, index: ShardIndex, shard: ShardEntry) -> str:
-        """Return in what an index contradicts the manifest although the manifest names its hash, or an empty string."""
+        """Return how an index with the right hash contradicts the manifest, or an empty string."""
         if len(index.clips) != shard.num_clips:
-            return f"{len(index.clips)} clips, the manifest says {shard.num_clips}"
+            return f"holds {len(index.clips)} clips, the manifest says {shard.num_clips}"
         for name in ("modalities", "heads"):
             if index.header is not None and getattr(index.header, name) != getattr(self.manifest.header, name):
                 return f"its copy of '{name}' is not what the manifest says"
         return ""
 
     def read_index(self, shard: ShardEntry) -> bytes:
-        """The index of a shard, given the shard's entry in the manifest.
+        """Return the content of a shard's index.
+
+        Args:
+            shard: The shard's entry in the manifest.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the index cannot be read.
         """
         return index_path(self.root / shard.name).read_bytes()
 
@@ -121,24 +126,24 @@ class ShardFolder:
         """Return a descriptor of a shard, open for reading; the caller closes it.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: the shard cannot be opened.
         """
         return os.open(self.root / name, os.O_RDONLY)
 
     def _check_tar(self, shard: ShardEntry) -> None:
-        """Refuse a tar that was never the manifest's. One that is too short is damage, found clip by clip."""
+        """Refuse a tar that the manifest cannot mean. A tar that is too short is damage, found clip by clip."""
         tar = self.root / shard.name
         if not tar.is_file():
             raise UserError(f"{tar}: no such shard, but the manifest names it: copy it here or pack again")
         size = tar.stat().st_size
         if size > shard.num_bytes:
             raise UserError(
-                f"{tar}: {size} bytes, {shard.num_bytes} by the manifest and the index, so they are of another tar: "
+                f"{tar}: {size} bytes, {shard.num_bytes} by the manifest and the index, so these are of another tar: "
                 "copy the folder again or pack again"
             )
 
     def read(self, clip: Clip, modality: str) -> bytes:
-        """Return one member's bytes, checked against its crc32. `modality` may be "json".
+        """Return one member's bytes, checked against its crc32; `modality` may be "json".
 
         Raises:
             DamageError: the tar is missing or cut, or the bytes are not the ones that were written.
@@ -168,7 +173,8 @@ class ShardFolder:
         """Return the clip's KEY.json, compared with the index and the manifest.
 
         Raises:
-            DamageError: it cannot be read as written, or they do not agree: what one of them lost is no absence.
+            DamageError: the metadata cannot be read as written, or the three contradict each other: a modality that
+                only one of them lacks is damaged, not absent.
         """
         name = member_name(clip.key, "json")
         try:

@@ -28,7 +28,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 
 TAR_NAME = re.compile(r"([A-Za-z0-9_-]+)-\d{6}\.tar")
-"""Of a shard; its group is the split."""
+"""File name of a shard; its group is the split."""
 
 CLIP_KEY = re.compile(r"[A-Za-z0-9_-]+")
 """Names that a clip can have in a tar: a dot would split them."""
@@ -66,10 +66,10 @@ class Clip:
     labels: dict[str, int | None]
     """Class per head; None where the split is unlabelled."""
     members: dict[str, Member | None]
-    """Per modality of the dataset, and under "json" for the metadata; None: the dataset has none for this clip."""
+    """Member per modality of the dataset, and the metadata under "json"; None: the dataset has none for this clip."""
 
     def has(self, modality: str) -> bool:
-        """Whether the dataset has this modality for this clip."""
+        """Return True if the dataset has this modality for this clip."""
         return self.members.get(modality) is not None
 
 
@@ -82,7 +82,7 @@ class StoredMember:
     crc32: int
     """zlib.crc32 of its bytes."""
     description: Description
-    """The rest of its entry."""
+    """The other fields of the entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +96,18 @@ class ClipMetadata:
     start_s: float
     """Seconds from the start of the recording."""
     stop_s: float | None
-    """None: nothing in the clip tells where it ends."""
+    """Seconds from the start of the recording; None if the length of the clip is unknown."""
     narration: str
     labels: dict[str, int | None]
     """Class per head; None where the split is unlabelled."""
     members: dict[str, StoredMember | None]
-    """Per modality of the dataset; None: the dataset has none for this clip."""
+    """Member per modality of the dataset; None: the dataset has none for this clip."""
 
     def description(self, modality: str) -> Description:
         """Return the description of a modality that the clip has.
 
         Raises:
-            KeyError: it has none.
+            KeyError: the clip does not have the modality.
         """
         member = self.members[modality]
         if member is None:
@@ -116,15 +116,16 @@ class ClipMetadata:
 
     @property
     def pictures(self) -> Pictures | None:
-        """The pictures that the clip's frames are counted by: those of the first modality that is seen."""
+        """Pictures by which the clip's frames are counted, those of its first visual modality; None without any."""
         shown = (self.description(name).pictures for name in MODALITIES if self.members.get(name) is not None)
         return next((pictures for pictures in shown if pictures is not None), None)
 
     @property
     def length_s(self) -> float:
-        """Seconds that a view's moments are fractions of: the first modality's that tells, else 0.
+        """Length of the clip, in seconds: that of the first modality with a known length, else 0.
 
-        One length for all modalities: they may be stored at different rates, and one may end before another.
+        The times of a view are fractions of it. All modalities share one length: they may be stored at different rates,
+        and one may end before another.
         """
         lengths = (self.description(name).length_s for name in MODALITIES if self.members.get(name) is not None)
         return next((length_s for length_s in lengths if length_s is not None), 0.0)
@@ -178,24 +179,24 @@ def _description(name: str, entries: JsonObject) -> Description:
 
 
 def metadata_problems(metadata: ClipMetadata, clip: Clip) -> Iterator[str]:
-    """Yield where a clip's KEY.json and its entry in the index do not agree."""
+    """Yield every difference between a clip's KEY.json and its entry in the index."""
     if metadata.key != clip.key:
-        yield f"key is {metadata.key!r}, elsewhere {clip.key!r}"
+        yield f"key is {metadata.key!r}, in the index {clip.key!r}"
     if metadata.labels != clip.labels:
-        yield f"labels is {metadata.labels!r}, elsewhere {clip.labels!r}"
+        yield f"labels are {metadata.labels!r}, in the index {clip.labels!r}"
     for name in sorted({*metadata.members, *clip.members} - {"json"}):
         declared, member = metadata.members.get(name), clip.members.get(name)
-        here = "absent" if declared is None else f"with {declared.size} bytes and crc32 {declared.crc32}"
-        there = "absent" if member is None else f"with {member.size} bytes and crc32 {member.crc32}"
-        if here != there:
-            yield f"{name} is declared {here}, in the index {there}"
+        in_metadata = "absent" if declared is None else f"with {declared.size} bytes and crc32 {declared.crc32}"
+        in_index = "absent" if member is None else f"with {member.size} bytes and crc32 {member.crc32}"
+        if in_metadata != in_index:
+            yield f"{name} is declared {in_metadata}, in the index {in_index}"
 
 
 def check_key(key: str) -> str:
     """Return `key` if it can name a clip in a tar: letters, digits, `_` and `-` only (a dot would split it).
 
     Raises:
-        UserError: any other character.
+        UserError: the key has another character.
     """
     if not CLIP_KEY.fullmatch(key):
         raise UserError(f"clip key '{key}': only letters, digits, '_' and '-' are allowed")
@@ -203,22 +204,22 @@ def check_key(key: str) -> str:
 
 
 def member_name(key: str, modality: str) -> str:
-    """File name inside the tar: `member_name("P01_01_0", "video") == "P01_01_0.video.mp4"`."""
+    """Return the file name inside the tar: `member_name("P01_01_0", "video") == "P01_01_0.video.mp4"`."""
     return f"{key}.json" if modality == "json" else f"{key}.{MODALITIES[modality].member}"
 
 
 def shard_name(split: str, number: int) -> str:
-    """`shard_name("train", 3) == "train-000003.tar"`."""
+    """Return the file name of a tar: `shard_name("train", 3) == "train-000003.tar"`."""
     return f"{split}-{number:06d}.tar"
 
 
 def index_path(tar: Path) -> Path:
-    """The index beside a tar."""
+    """Return the path of the index of a tar."""
     return tar.with_suffix(".index.json")
 
 
 def count_labels(classes: dict[str, list[str]], labels: Iterable[dict[str, int | None]]) -> dict[str, list[int]]:
-    """Clips per class of every head, from each clip's labels."""
+    """Count the clips per class of every head, from each clip's labels."""
     counts = {head: [0] * len(names) for head, names in classes.items()}
     for clip_labels in labels:
         for head, label in clip_labels.items():
@@ -228,10 +229,11 @@ def count_labels(classes: dict[str, list[str]], labels: Iterable[dict[str, int |
 
 
 def label_problem(classes: dict[str, list[str]], labels: dict[str, int | None]) -> str:
-    """What is wrong with a clip's labels, or an empty string."""
+    """Return the problem with a clip's labels, or an empty string."""
     if set(labels) != set(classes):
-        return f"heads are {', '.join(sorted(labels)) or 'none'}, the manifest's {', '.join(sorted(classes)) or 'none'}"
+        heads, expected = (", ".join(sorted(names)) or "none" for names in (labels, classes))
+        return f"the labels are of the heads {heads}, the manifest has {expected}"
     for head, label in labels.items():
         if label is not None and not 0 <= label < len(classes[head]):
-            return f"{head} {label} is none of its {len(classes[head])} classes"
+            return f"{head} is {label}, outside its {len(classes[head])} classes"
     return ""

@@ -44,7 +44,7 @@ class ShardIndex:
 
         Args:
             content: The file's bytes.
-            shard: File name of the tar beside the index.
+            shard: File name of the tar.
 
         Raises:
             ValueError: the content is not an index; the message names the field.
@@ -120,7 +120,7 @@ def _clips(entries: list[Any], path: str, shard: str) -> Iterator[Clip]:
 
 
 def read_index(tar: Path) -> ShardIndex:
-    """Read the index beside a tar.
+    """Read the index of a tar.
 
     Raises:
         OSError: the file cannot be read.

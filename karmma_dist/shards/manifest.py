@@ -27,10 +27,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class RecordedPlan:
-    """What was asked for when the dataset was packed."""
+    """The plan by which the dataset was packed."""
 
     limit: int | None
-    """Most clips per split; None: all of them."""
+    """Maximum number of clips per split; None: all."""
     clips: dict[str, int]
     """Planned clips per split."""
     sha256: str

@@ -1,4 +1,4 @@
-"""Any dataset as one CSV per split -> recordings with their clips.
+"""Reads any dataset with one CSV per split: recordings with their clips.
 
     key,media,start,stop,action
     kitchen1_0,videos/kitchen1.mp4,0.5,2.25,open
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 _COLUMNS = ("key", "media", "start", "stop")
 _LONGEST_NAME = 100
 _MOST_CLASSES = 100_000
-"""Ids beyond this are no class ids: without a class file they would ask for as many classes."""
+"""Largest class id without a class file: a larger one is a mistake, and would make as many classes."""
 
 
 class PlainPaths(Settings):
-    """Where any other dataset keeps things, relative to the raw folder."""
+    """Sub-paths of any other dataset, relative to the raw folder."""
 
     splits: dict[str, str] = {"train": "train.csv", "validation": "validation.csv", "test": "test.csv"}
     """CSV per split (or the same name with .gz) with columns key, media, start, stop and one per head; a split whose
-    CSV is absent is skipped and said so."""
+    CSV is absent is skipped with a note."""
     unlabelled_splits: list[str] = ["test"]
     """Splits whose CSV has no columns of heads."""
     heads: Annotated[dict[str, str], Field(min_length=1)] = {"action": ""}
@@ -57,26 +57,26 @@ class PlainPaths(Settings):
 
 @dataclass(slots=True)
 class _Media:
-    """One media file while the tables are read."""
+    """A media file and its clips, while the tables are read."""
 
     name: str
     participant: str
     where: str
-    """File and row that named it first."""
+    """File and row that first name the media file."""
     clips: list[ClipRecord] = field(default_factory=list)
 
 
 def read_plain(spec: PackingSpec) -> Plan:
-    """Read the table of every split and look which media files exist.
+    """Read the table of every split and check which media files exist.
 
     Raises:
-        UserError: no raw folder, no tables, or a bad row, with file and row.
+        UserError: the raw folder or the tables are missing, or a row is bad; the message names file and row.
     """
     paths = spec.plain
     assert paths is not None
     tables = split_tables(spec.raw, paths.splits, "plain")
     raw, notes = tables.raw, list(tables.notes)
-    labelled = {split: table for split, table in tables.there.items() if split not in paths.unlabelled_splits}
+    labelled = {split: table for split, table in tables.files.items() if split not in paths.unlabelled_splits}
     first = next(iter(labelled.values()), None)
     classes = {
         head: read_classes(raw, name, head, "plain") if name else _collected_classes(first, head)
@@ -84,7 +84,7 @@ def read_plain(spec: PackingSpec) -> Plan:
     }
     media: dict[Path, _Media] = {}
     keys = UniqueKeys("key")
-    for split, table in tables.there.items():
+    for split, table in tables.files.items():
         columns = (*_COLUMNS, *(classes if split in labelled else ()))
         for where, row in rows(table, columns):
             clip = _clip(where, row, split, classes, split in labelled)
@@ -100,11 +100,11 @@ def read_plain(spec: PackingSpec) -> Plan:
         for path, entry in media.items()
         if entry.clips
     )
-    return Plan(recordings, classes, tuple(tables.there), tuple(notes))
+    return Plan(recordings, classes, tuple(tables.files), tuple(notes))
 
 
 def _media(where: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]) -> _Media:
-    """The entry of a row's media file; all rows of one file must agree on what is said of it."""
+    """Return the entry of a row's media file; all rows of one file must give it the same recording and participant."""
     if not row["media"].strip():
         raise UserError(f"{where}: media is empty: give a path inside the raw folder")
     path = inside(raw, row["media"], where)
@@ -121,12 +121,12 @@ def _media(where: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]
     automatic = re.sub(r"[^A-Za-z0-9_-]+", "-", str(relative.with_suffix("")))[-_LONGEST_NAME:]
     entry = _Media(name or automatic, row.get("participant") or "", where)
     former = known.setdefault(path, entry)
-    for column, old, new in (
+    for column, first_text, text in (
         ("recording", former.name, entry.name),
         ("participant", former.participant, entry.participant),
     ):
-        if old != new:
-            raise UserError(f"{where}: {column} '{new}' of {row['media']} is '{old}' in {former.where}")
+        if first_text != text:
+            raise UserError(f"{where}: {column} '{text}' of {row['media']} is '{first_text}' in {former.where}")
     return former
 
 
@@ -154,28 +154,28 @@ def _clip(where: str, row: dict[str, str], split: str, classes: dict[str, list[s
 
 
 def _label(where: str, head: str, text: str, names: list[str]) -> int:
-    """A class by its name or, where no class has that name, by its id."""
+    """Return a class by its name or, if no class has that name, by its id."""
     if text in names:
         return names.index(text)
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    raise UserError(f"{where}: {head} '{text}' is none of its {len(names)} classes{nearest(text, names)}")
+    raise UserError(f"{where}: {head} '{text}' is not among its {len(names)} classes{nearest(text, names)}")
 
 
 def _collected_classes(table: Path | None, head: str) -> list[str]:
-    """Class names of a head without class file: what the first labelled split has, sorted; 0, 1, 2, ... for ids."""
+    """Return the class names of a head without class file: those of a labelled split, sorted; 0, 1, 2, ... for ids."""
     if table is None:
         return []
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     for where, row in rows(table, (head,)):
         if not row[head].strip():
             raise UserError(f"{where}: {head} is empty")
-        found.setdefault(row[head].strip(), where)
-    if not all(name.isdecimal() for name in found):
-        return sorted(found)
-    largest = max(found, key=int, default="-1")
+        places.setdefault(row[head].strip(), where)
+    if not all(name.isdecimal() for name in places):
+        return sorted(places)
+    largest = max(places, key=int, default="-1")
     if int(largest) > _MOST_CLASSES:
-        raise UserError(f"{found[largest]}: {head} '{largest}' is too large for a class id: give a class file")
+        raise UserError(f"{places[largest]}: {head} '{largest}' is too large for a class id: give a class file")
     return [str(number) for number in range(int(largest) + 1)]
 
 
@@ -195,7 +195,7 @@ def _check(spec: PackingSpec) -> None:
     """Refuse sources that only other datasets have.
 
     Raises:
-        ValueError: one is asked for.
+        ValueError: the specification asks for such a source.
     """
     if spec.audio.source == "hdf5":
         raise ValueError("audio.source 'hdf5': only reader 'epic_kitchens' has such a file")

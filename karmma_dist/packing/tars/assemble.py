@@ -1,4 +1,4 @@
-"""Cut clips -> shards, in an order that depends on the plan and the seed alone."""
+"""Assembles cut clips into shards, in an order that depends on the plan and the seed alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from karmma_dist.shards.manifest import DatasetHeader, LabelCounts, Manifest, Sh
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a cut clip lies: in a unit's tar, or in a shard that is already there."""
+    """A cut clip and the tar that holds it: a unit's tar, or an existing shard."""
 
     tar: Path
     clip: Clip
@@ -60,10 +60,10 @@ def assemble(
         written: list[Source] = []
         for number, planned in enumerate(shard_keys(plan.keys(split), split, spec.seed, spec.clips_per_shard)):
             tar = out / shard_name(split, number)
-            there = [sources[key] for key in planned if key in sources]
-            if there:
-                entries.append(_write(tar, there, header))
-            written += there
+            cut = [sources[key] for key in planned if key in sources]
+            if cut:
+                entries.append(_write(tar, cut, header))
+            written += cut
             done += len(planned)
             progress("write", done, total)
         counts[split] = count_labels(plan.classes, (source.clip.labels for source in written))
@@ -74,7 +74,7 @@ def assemble(
 
 
 def packed_clips(out: Path, manifest: Manifest) -> dict[str, Source]:
-    """Every clip of the shards that can be read to their end; a damaged shard's clips are not among them."""
+    """Index the shards again and return every clip of the undamaged ones."""
     sources: dict[str, Source] = {}
     for entry in manifest.shards:
         tar = out / entry.name
@@ -90,7 +90,7 @@ def packed_clips(out: Path, manifest: Manifest) -> dict[str, Source]:
 
 
 def shards_are_whole(out: Path, manifest: Manifest) -> bool:
-    """Whether every tar and index is there with the manifest's size. What is in them is `verify`'s to check."""
+    """Return True if every tar and index exists with the manifest's size. `verify` checks their content."""
     try:
         for entry in manifest.shards:
             tar = out / entry.name
@@ -102,23 +102,23 @@ def shards_are_whole(out: Path, manifest: Manifest) -> bool:
 
 
 def made_with() -> dict[str, str]:
-    """Versions that the bytes depend on."""
+    """Return the versions that the bytes depend on."""
     return {"karmma_dist": __version__, "av": av.__version__, "opencv": cv2.__version__}
 
 
-def _write(tar: Path, there: list[Source], header: DatasetHeader) -> ShardEntry:
-    if all(source.tar == tar for source in there):
+def _write(tar: Path, sources: list[Source], header: DatasetHeader) -> ShardEntry:
+    if all(source.tar == tar for source in sources):
         index = read_index(tar)
-        if [clip.key for clip in index.clips] == [source.clip.key for source in there]:
+        if [clip.key for clip in index.clips] == [source.clip.key for source in sources]:
             if index.header != header:
                 index = index.with_header(header)
                 write_index(tar, index)
             return shard_entry(tar, index)
-    return write_shard(tar, _samples(there), header)
+    return write_shard(tar, _samples(sources), header)
 
 
-def _samples(there: list[Source]) -> Iterator[tuple[str, Sample]]:
-    for source in there:
+def _samples(sources: list[Source]) -> Iterator[tuple[str, Sample]]:
+    for source in sources:
         names = [name for name, member in source.clip.members.items() if member is not None]
         yield source.clip.key, {name: _read(source, name) for name in names}
 

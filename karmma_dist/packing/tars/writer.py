@@ -1,4 +1,4 @@
-"""Writes one tar of clips so that it is whole or not there, and always the same bytes for the same clips."""
+"""Writes a tar of clips and its index, whole or not at all, and with the same bytes for the same clips."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Sample = Mapping[str, bytes]
 
 
 def clip_sample(cut: CutClip, recording: Recording, modalities: list[str]) -> dict[str, bytes]:
-    """A cut clip's members. KEY.json declares every modality: bytes, crc32 and description, or null."""
+    """Return a cut clip's members. KEY.json declares every modality: bytes, crc32 and description, or null."""
     record = cut.record
     declared: dict[str, Any] = {}
     for modality in modalities:
@@ -41,11 +41,11 @@ def clip_sample(cut: CutClip, recording: Recording, modalities: list[str]) -> di
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Sample]]) -> int:
-    """Write (key, members) pairs as a WebDataset tar under a temporary name, fsync, rename. Returns the clip count."""
+    """Write (key, members) pairs as a WebDataset tar: temporary name, fsync, rename; return the number of clips."""
     temporary = path.with_name(f".{path.name}.partial")
     num = 0
     with open(temporary, "wb") as file:
-        # Python's own writer: webdataset's gives the same bytes, but loads PyTorch, 350 MB in each packing process.
+        # The writer of webdataset gives the same bytes, but loads PyTorch: 350 MB in each packing process.
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
             for key, members in samples:
                 for name, data in sorted((member_name(key, modality), data) for modality, data in members.items()):
@@ -76,13 +76,11 @@ def write_index(tar: Path, index: ShardIndex) -> None:
 
 def shard_entry(path: Path, index: ShardIndex) -> ShardEntry:
     """Return the manifest entry of a shard whose tar and index are written."""
-    return ShardEntry(
-        path.name, len(index.clips), index.num_bytes, sha256_of(path), sha256_of(index_path(path))
-    )
+    return ShardEntry(path.name, len(index.clips), index.num_bytes, sha256_of(path), sha256_of(index_path(path)))
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
-    """A member's header. Fixed owner, time and mode: nothing of the machine or the moment gets into the bytes."""
+    """Return a member's header. Owner, time and mode are fixed: the bytes depend on neither machine nor time."""
     header = tarfile.TarInfo(name)
     header.size, header.mode, header.mtime = size, 0o444, 0
     header.uname = header.gname = "karmma"

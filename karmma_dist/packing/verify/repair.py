@@ -1,7 +1,7 @@
-"""Writes a lost or wrong index or manifest again from what is whole. No tar is ever changed.
+"""Writes a lost or wrong index or manifest again from undamaged files. No tar is ever changed.
 
-A tar is the root of trust: its index follows from its bytes, and what the tars cannot tell (class names, settings) is
-both in the manifest and in every index.
+A tar is the root of trust: its index follows from its bytes. The header, which the tars do not hold (class names,
+settings), is both in the manifest and in every index.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ from karmma_dist.shards.manifest import (
 
 @dataclass(slots=True)
 class Repair:
-    """What was done."""
+    """The result of a repair."""
 
     written: list[str] = field(default_factory=list)
     """Files written again."""
     findings: list[Finding] = field(default_factory=list)
-    """What stands in the way of more."""
+    """Problems that prevent a complete repair."""
 
 
 def repair(root: Path, *, progress: Report | None = None) -> Repair:
     """Write lost and wrong indexes again, and the manifest.
 
-    With a manifest, an index is written from a tar whose sha256 is the manifest's. Without one, the manifest is written
-    from the tars that are whole by their own headers and checksums, and the copy of its facts in any index; the clips
-    of the other tars are then missing from it, and packing again adds them.
+    With a manifest, an index is written from a tar whose sha256 is the manifest's. Without a manifest, it is written
+    from the tars that their own headers and checksums prove whole, and from the copy of its header in any index; the
+    clips of the other tars are then missing from it, and packing again adds them.
 
     Raises:
-        UserError: the folder is missing, not finished, or in the hands of a packer; it cannot be written to.
+        UserError: the folder is missing, not finished, locked by a packer, or cannot be written to.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such shards folder (pack one with: karmma-dist shard)")
@@ -79,7 +79,7 @@ def repair(root: Path, *, progress: Report | None = None) -> Repair:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{root}: disk full: free some space and repair again, no tar was touched") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{error.filename or root}: {error.strerror}: it cannot be repaired here") from None
+            raise UserError(f"{error.filename or root}: {error.strerror}: the folder cannot be repaired") from None
         if error.errno == errno.EIO or is_of_the_machine(error):
             raise UserError(f"{error.filename or root}: {error.strerror}: mend that and repair again") from None
         raise
@@ -87,7 +87,7 @@ def repair(root: Path, *, progress: Report | None = None) -> Repair:
 
 
 def _mend(root: Path, manifest: Manifest, done: Repair, progress: Report) -> None:
-    """Write wrong indexes again, then the manifest if it is not what the indexes say."""
+    """Write wrong indexes again, then the manifest if it contradicts the indexes."""
     trusted = {
         shard.name: index
         for shard in manifest.shards
@@ -177,7 +177,7 @@ def _header_of_indexes(root: Path, done: Repair) -> DatasetHeader | None:
         try:
             copies.append(read_index(path.with_name(path.name.removesuffix(".index.json") + ".tar")).header)
         except (OSError, ValueError):
-            continue  # an index that cannot be read has nothing to give; it is written again from its tar
+            continue  # an unreadable index has no copy; it is written again from its tar
     distinct = _distinct(copies)
     if len(distinct) == 1:
         return distinct[0]

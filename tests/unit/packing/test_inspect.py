@@ -1,4 +1,4 @@
-"""Inspecting shards: numbers that add up, a clip by its key, a picture of clips."""
+"""Inspecting shards: numbers that add up, a clip by its key, a contact sheet."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_boxes_stand_out_on_light_and_on_dark_pictures() -> None:
             assert (drawn[120, 213] == shade).all()
 
 
-def test_a_clip_of_unknown_length_with_a_dollar_in_its_narration_is_drawn(tmp_path: Path) -> None:
+def test_a_clip_with_a_dollar_in_its_narration_is_drawn(tmp_path: Path) -> None:
     labels = tmp_path / "labels"
     labels.mkdir()
     (labels / "labels.json").write_text('{"Paying something": "0"}')

@@ -105,9 +105,7 @@ def test_a_changed_field_is_refused_or_changes_nothing_read(
 @pytest.mark.parametrize("name", [MANIFEST, INDEX])
 @properties
 @given(data=st.data())
-def test_a_changed_field_is_found_by_verify_and_repaired_or_named(
-    shards: Path, copy: Path, name: str, data: st.DataObject
-) -> None:
+def test_verify_finds_a_changed_field(shards: Path, copy: Path, name: str, data: st.DataObject) -> None:
     original = json.loads((shards / name).read_bytes())
     harm = drawn_harm(data, original)
     with harmed(copy, name, harm) as values:
