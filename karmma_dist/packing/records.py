@@ -66,30 +66,30 @@ class CutClip:
     """End of the clip, in seconds; measured in the media where the annotations give none."""
 
 
-def inside(raw: Path, relative: str, where: str) -> Path:
+def inside(raw: Path, relative: str, place: str) -> Path:
     """Return `raw / relative`, which must not leave `raw`.
 
     Raises:
-        UserError: the path leaves it; `where` names the file and row, or the key, that gives the path.
+        UserError: the path leaves it; `place` names the file and row, or the key, that gives the path.
     """
     path = Path(os.path.normpath(raw / relative))
     if not path.is_relative_to(os.path.normpath(raw)):
-        raise UserError(f"{where}: path '{relative}' leaves the raw folder {raw}")
+        raise UserError(f"{place}: path '{relative}' leaves the raw folder {raw}")
     return path
 
 
-def raw_file(raw: Path, relative: str, where: str) -> Path | None:
+def raw_file(raw: Path, relative: str, place: str) -> Path | None:
     """Return the file `relative` inside `raw`, or the one with `.gz` appended; None if neither exists."""
-    path = inside(raw, relative, where)
+    path = inside(raw, relative, place)
     for candidate in (path, path.with_name(f"{path.name}.gz")):
         if candidate.is_file():
             return candidate
     return None
 
 
-def frames_of(raw: Path, relative: str, where: str) -> Path | None:
+def frames_of(raw: Path, relative: str, place: str) -> Path | None:
     """Return the tar (`relative` + .tar) or folder of numbered frames inside `raw`; None if neither exists."""
-    folder = inside(raw, relative, where)
+    folder = inside(raw, relative, place)
     tar = folder.with_name(f"{folder.name}.tar")
     if tar.is_file():
         return tar

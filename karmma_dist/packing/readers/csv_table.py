@@ -61,7 +61,7 @@ class _Media:
 
     name: str
     participant: str
-    where: str
+    place: str
     """File and row that first name the media file."""
     clips: list[ClipRecord] = field(default_factory=list)
 
@@ -86,10 +86,10 @@ def read_plain(spec: PackingSpec) -> Plan:
     keys = UniqueKeys("key")
     for split, table in tables.files.items():
         columns = (*_COLUMNS, *(classes if split in labelled else ()))
-        for where, row in rows(table, columns):
-            clip = _clip(where, row, split, classes, split in labelled)
-            keys.add(clip.key, where)
-            entry = _media(where, row, raw, media)
+        for place, row in rows(table, columns):
+            clip = _clip(place, row, split, classes, split in labelled)
+            keys.add(clip.key, place)
+            entry = _media(place, row, raw, media)
             if not spec.participants or entry.participant in spec.participants:
                 entry.clips.append(clip)
     if unknown := set(spec.participants) - {entry.participant for entry in media.values()}:
@@ -103,30 +103,30 @@ def read_plain(spec: PackingSpec) -> Plan:
     return Plan(recordings, classes, tuple(tables.files), tuple(notes))
 
 
-def _media(where: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]) -> _Media:
+def _media(place: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]) -> _Media:
     """Return the entry of a row's media file; all rows of one file must give it the same recording and participant."""
     if not row["media"].strip():
-        raise UserError(f"{where}: media is empty: give a path inside the raw folder")
-    path = inside(raw, row["media"], where)
-    if path == inside(raw, ".", where):
-        raise UserError(f"{where}: media '{row['media']}' is the raw folder itself, not a file in it")
+        raise UserError(f"{place}: media is empty: give a path inside the raw folder")
+    path = inside(raw, row["media"], place)
+    if path == inside(raw, ".", place):
+        raise UserError(f"{place}: media '{row['media']}' is the raw folder itself, not a file in it")
     name = row.get("recording") or ""
     if name:
-        check_name(where, "recording", name)
+        check_name(place, "recording", name)
         if len(name) > _LONGEST_NAME:
-            raise UserError(f"{where}: recording '{name}' has more than {_LONGEST_NAME} characters")
+            raise UserError(f"{place}: recording '{name}' has more than {_LONGEST_NAME} characters")
     if row.get("participant"):
-        check_name(where, "participant", row["participant"])
-    relative = path.relative_to(inside(raw, ".", where))
+        check_name(place, "participant", row["participant"])
+    relative = path.relative_to(inside(raw, ".", place))
     automatic = re.sub(r"[^A-Za-z0-9_-]+", "-", str(relative.with_suffix("")))[-_LONGEST_NAME:]
-    entry = _Media(name or automatic, row.get("participant") or "", where)
+    entry = _Media(name or automatic, row.get("participant") or "", place)
     former = known.setdefault(path, entry)
     for column, first_text, text in (
         ("recording", former.name, entry.name),
         ("participant", former.participant, entry.participant),
     ):
         if first_text != text:
-            raise UserError(f"{where}: {column} '{text}' of {row['media']} is '{first_text}' in {former.where}")
+            raise UserError(f"{place}: {column} '{text}' of {row['media']} is '{first_text}' in {former.place}")
     return former
 
 
@@ -136,30 +136,30 @@ def _check_names(media: dict[Path, _Media]) -> None:
         former = named.setdefault(entry.name, entry)
         if former is not entry:
             raise UserError(
-                f"{entry.where}: recording '{entry.name}' is another media file in {former.where}: "
+                f"{entry.place}: recording '{entry.name}' is another media file in {former.place}: "
                 "tell them apart in the column 'recording'"
             )
 
 
-def _clip(where: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: bool) -> ClipRecord:
-    check_name(where, "key", row["key"])
-    start_s, stop_s = _seconds(where, "start", row["start"]), _seconds(where, "stop", row["stop"])
+def _clip(place: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: bool) -> ClipRecord:
+    check_name(place, "key", row["key"])
+    start_s, stop_s = _seconds(place, "start", row["start"]), _seconds(place, "stop", row["stop"])
     start_s = 0.0 if start_s is None else start_s
     if stop_s is not None and stop_s <= start_s:
-        raise UserError(f"{where}: stop {row['stop']} is not after {row['start'] or 0}")
+        raise UserError(f"{place}: stop {row['stop']} is not after {row['start'] or 0}")
     labels: dict[str, int | None] = dict.fromkeys(classes)
     if labelled:
-        labels = {head: _label(where, head, row[head].strip(), names) for head, names in classes.items()}
+        labels = {head: _label(place, head, row[head].strip(), names) for head, names in classes.items()}
     return ClipRecord(row["key"], split, start_s, stop_s, labels, row.get("narration") or "")
 
 
-def _label(where: str, head: str, text: str, names: list[str]) -> int:
+def _label(place: str, head: str, text: str, names: list[str]) -> int:
     """Return a class by its name or, if no class has that name, by its id."""
     if text in names:
         return names.index(text)
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    raise UserError(f"{where}: {head} '{text}' is not among its {len(names)} classes{nearest(text, names)}")
+    raise UserError(f"{place}: {head} '{text}' is not among its {len(names)} classes{nearest(text, names)}")
 
 
 def _collected_classes(table: Path | None, head: str) -> list[str]:
@@ -167,10 +167,10 @@ def _collected_classes(table: Path | None, head: str) -> list[str]:
     if table is None:
         return []
     places: dict[str, str] = {}
-    for where, row in rows(table, (head,)):
+    for place, row in rows(table, (head,)):
         if not row[head].strip():
-            raise UserError(f"{where}: {head} is empty")
-        places.setdefault(row[head].strip(), where)
+            raise UserError(f"{place}: {head} is empty")
+        places.setdefault(row[head].strip(), place)
     if not all(name.isdecimal() for name in places):
         return sorted(places)
     largest = max(places, key=int, default="-1")
@@ -179,7 +179,7 @@ def _collected_classes(table: Path | None, head: str) -> list[str]:
     return [str(number) for number in range(int(largest) + 1)]
 
 
-def _seconds(where: str, column: str, text: str) -> float | None:
+def _seconds(place: str, column: str, text: str) -> float | None:
     if not text.strip():
         return None
     try:
@@ -187,7 +187,7 @@ def _seconds(where: str, column: str, text: str) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise UserError(f"{where}: {column} '{text}' is not a number of seconds")
+        raise UserError(f"{place}: {column} '{text}' is not a number of seconds")
     return seconds
 
 

@@ -131,9 +131,9 @@ def _annotated(tables: SplitTables, paths: EpicKitchensPaths, classes: dict[str,
     keys = UniqueKeys("narration_id")
     for split, table in tables.files.items():
         labelled = {} if split in paths.unlabelled_splits else classes
-        for where, row in rows(table, (*_COLUMNS, *(f"{head}_class" for head in labelled))):
-            entry = _clip(where, row, split, classes, labelled)
-            keys.add(entry[2].key, where)
+        for place, row in rows(table, (*_COLUMNS, *(f"{head}_class" for head in labelled))):
+            entry = _clip(place, row, split, classes, labelled)
+            keys.add(entry[2].key, place)
             annotated.append(entry)
     return annotated
 
@@ -225,22 +225,22 @@ def _recording(
 
 
 def _clip(
-    where: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: dict[str, list[str]]
+    place: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: dict[str, list[str]]
 ) -> _Annotated:
     """Read participant, recording and clip from one row."""
     for column in ("narration_id", "participant_id", "video_id"):
-        check_name(where, column, row[column])
-    start_s, stop_s = (_seconds(where, column, row[column]) for column in ("start_timestamp", "stop_timestamp"))
+        check_name(place, column, row[column])
+    start_s, stop_s = (_seconds(place, column, row[column]) for column in ("start_timestamp", "stop_timestamp"))
     if stop_s <= start_s:
-        raise UserError(f"{where}: stop_timestamp {row['stop_timestamp']} is not after {row['start_timestamp']}")
-    start_frame, stop_frame = (integer(where, column, row[column]) for column in ("start_frame", "stop_frame"))
+        raise UserError(f"{place}: stop_timestamp {row['stop_timestamp']} is not after {row['start_timestamp']}")
+    start_frame, stop_frame = (integer(place, column, row[column]) for column in ("start_frame", "stop_frame"))
     if stop_frame < start_frame:
-        raise UserError(f"{where}: stop_frame {stop_frame} is before start_frame {start_frame}")
+        raise UserError(f"{place}: stop_frame {stop_frame} is before start_frame {start_frame}")
     labels: dict[str, int | None] = dict.fromkeys(classes)
     for head, names in labelled.items():
-        label = integer(where, f"{head}_class", row[f"{head}_class"])
+        label = integer(place, f"{head}_class", row[f"{head}_class"])
         if not 0 <= label < len(names):
-            raise UserError(f"{where}: {head}_class {label} is not in the class file: it has 0 to {len(names) - 1}")
+            raise UserError(f"{place}: {head}_class {label} is not in the class file: it has 0 to {len(names) - 1}")
         labels[head] = label
     clip = ClipRecord(
         row["narration_id"],
@@ -255,10 +255,10 @@ def _clip(
     return row["participant_id"], row["video_id"], clip
 
 
-def _seconds(where: str, column: str, text: str) -> float:
+def _seconds(place: str, column: str, text: str) -> float:
     match = _TIMESTAMP.fullmatch(text.strip())
     if match is None:
-        raise UserError(f"{where}: {column} '{text}' is not HH:MM:SS.ss")
+        raise UserError(f"{place}: {column} '{text}' is not HH:MM:SS.ss")
     return round(int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]), 6)
 
 

@@ -66,9 +66,9 @@ def read_something_something(spec: PackingSpec) -> Plan:
     keys = UniqueKeys("id")
     for split, table in tables.files.items():
         for number, entry in enumerate(_read_json(table, list), start=1):
-            where = f"{table}, entry {number}"
-            clip = _clip(where, entry, split, ids, split not in paths.unlabelled_splits)
-            keys.add(clip.key, where)
+            place = f"{table}, entry {number}"
+            clip = _clip(place, entry, split, ids, split not in paths.unlabelled_splits)
+            keys.add(clip.key, place)
             recordings[clip.key] = _recording(raw, paths, clip, boxes.get(clip.key))
     if boxes and not any("detections" in recording.media for recording in recordings.values()):
         notes.append(f"no detections: none of the {len(boxes)} clips in {paths.boxes} is in a split")
@@ -103,23 +103,23 @@ def _recording(
     )  # fmt: skip
 
 
-def _clip(where: str, entry: Any, split: str, ids: dict[str, dict[str, int]], labelled: bool) -> ClipRecord:
+def _clip(place: str, entry: Any, split: str, ids: dict[str, dict[str, int]], labelled: bool) -> ClipRecord:
     if not isinstance(entry, dict) or "id" not in entry:
-        raise UserError(f"{where}: expected an object with 'id'")
+        raise UserError(f"{place}: expected an object with 'id'")
     key = str(entry["id"])
-    check_name(where, "id", key)
+    check_name(place, "id", key)
     labels: dict[str, int | None] = dict.fromkeys(ids)
     if labelled:
         if not isinstance(entry.get("template"), str):
-            raise UserError(f"{where}: 'template' is missing")
+            raise UserError(f"{place}: 'template' is missing")
         name = entry["template"].replace("[", "").replace("]", "")
         for head, known in ids.items():
             if name not in known:
-                raise UserError(f"{where}: template '{name}' is not in the class file{nearest(name, list(known))}")
+                raise UserError(f"{place}: template '{name}' is not in the class file{nearest(name, list(known))}")
             labels[head] = known[name]
     narration = entry.get("label") or entry.get("template") or ""
     if not isinstance(narration, str):
-        raise UserError(f"{where}: 'label' is {narration!r}, not a text")
+        raise UserError(f"{place}: 'label' is {narration!r}, not a text")
     return ClipRecord(key, split, 0.0, None, labels, narration, start_frame=0)
 
 

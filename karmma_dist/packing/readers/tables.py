@@ -44,7 +44,7 @@ def split_tables(raw: str, splits: dict[str, str], section: str) -> SplitTables:
     return SplitTables(root, files, notes)
 
 
-def check_name(where: str, column: str, text: str) -> None:
+def check_name(place: str, column: str, text: str) -> None:
     """Check that a key, recording or participant has letters, digits, '_' and '-' only.
 
     Raises:
@@ -53,7 +53,7 @@ def check_name(where: str, column: str, text: str) -> None:
     try:
         check_key(text)
     except UserError:
-        raise UserError(f"{where}: {column} '{text}': only letters, digits, '_' and '-' are allowed") from None
+        raise UserError(f"{place}: {column} '{text}': only letters, digits, '_' and '-' are allowed") from None
 
 
 class UniqueKeys:
@@ -63,15 +63,15 @@ class UniqueKeys:
         self._column = column
         self._places: dict[str, str] = {}
 
-    def add(self, key: str, where: str) -> None:
+    def add(self, key: str, place: str) -> None:
         """Add a key.
 
         Raises:
             UserError: the key was added before.
         """
         if key in self._places:
-            raise UserError(f"{where}: {self._column} '{key}' is already that of {self._places[key]}")
-        self._places[key] = where
+            raise UserError(f"{place}: {self._column} '{key}' is already that of {self._places[key]}")
+        self._places[key] = place
 
 
 def rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -88,10 +88,10 @@ def rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str,
             if missing:
                 raise UserError(f"{table}: column '{missing[0]}' is missing")
             for row in reader:
-                where = f"{table}, row {reader.line_num}"
+                place = f"{table}, row {reader.line_num}"
                 if any(row[column] is None for column in columns):
-                    raise UserError(f"{where}: has fewer fields than the header")
-                yield where, row
+                    raise UserError(f"{place}: has fewer fields than the header")
+                yield place, row
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table}: cannot be read as CSV: {error}") from None
 
@@ -112,17 +112,17 @@ def read_classes(raw: Path, name: str, head: str, section: str) -> list[str]:
     if table is None:
         raise UserError(f"{inside(raw, name, head)}: no such class file (head '{head}')")
     names: dict[int, str] = {}
-    for where, row in rows(table, ("id", "key")):
-        number = integer(where, "id", row["id"])
+    for place, row in rows(table, ("id", "key")):
+        number = integer(place, "id", row["id"])
         if number in names:
-            raise UserError(f"{where}: id {number} occurs twice")
+            raise UserError(f"{place}: id {number} occurs twice")
         names[number] = row["key"]
     if sorted(names) != list(range(len(names))) or not names:
         raise UserError(f"{table}: ids are not 0 to {len(names) - 1} without a gap")
     return [names[number] for number in range(len(names))]
 
 
-def integer(where: str, column: str, text: str) -> int:
+def integer(place: str, column: str, text: str) -> int:
     """Parse a whole number.
 
     Raises:
@@ -131,4 +131,4 @@ def integer(where: str, column: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"{where}: {column} '{text}' is not a whole number") from None
+        raise UserError(f"{place}: {column} '{text}' is not a whole number") from None
