@@ -1,4 +1,4 @@
-"""Ways to harm parsed JSON: any field at any depth is deleted or gets a value of another type."""
+"""Changes of parsed JSON: any field at any depth is deleted or gets a value of another type."""
 
 from __future__ import annotations
 

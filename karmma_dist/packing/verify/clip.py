@@ -94,5 +94,5 @@ def early_ends(shown: list[Shown]) -> Iterator[Finding]:
     for each in shown:
         slack = each.frame_s + TOLERANCE_S
         if each.end_s < each.stop_s - slack and each.end_s < reach[each.recording, each.modality] - slack:
-            problem = f"ends {each.stop_s - each.end_s:.3f} s before the clip, but its recording goes on"
+            problem = f"ends {each.stop_s - each.end_s:.3f} s before the clip, but its recording continues"
             yield Finding(each.shard, each.key, each.modality, "length", problem)

@@ -408,7 +408,7 @@ def test_findings_are_the_same_for_any_number_of_workers(copy: Path) -> None:
     for full, expected in ((False, {"duplicate", "manifest", "presence"}), (True, {"sha256", "crc32", "length"})):
         alone = verify(copy, full=full)
         assert expected <= {finding.kind for finding in alone.findings}
-        assert full == any("its recording goes on" in finding.what for finding in alone.findings)
+        assert full == any("its recording continues" in finding.what for finding in alone.findings)
         for workers in (2, 5):
             told: list[tuple[int, int]] = []
             shared = verify(

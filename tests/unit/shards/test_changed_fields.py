@@ -1,4 +1,4 @@
-"""A folder with one changed field is refused by name, or read as before; no command ends in a traceback."""
+"""A folder with one changed field is refused by name or read as before; no command ends in a traceback."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ properties = settings(deadline=None, max_examples=60, suppress_health_check=[Hea
 
 @pytest.fixture(scope="module")
 def copy(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy to harm; every test leaves it as it was."""
+    """Copy the shards; every test restores the copy that it damages."""
     out = tmp_path_factory.mktemp("copy") / "shards"
     shutil.copytree(shards, out)
     return out
@@ -43,7 +43,7 @@ def copy(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def harmed(folder: Path, name: str, harm: Harm) -> Iterator[dict[str, Any]]:
-    """Change one field of a file, and the hash by which the manifest names it; afterwards all is as before."""
+    """Change one field of a file, and its hash in the manifest; restore both after the block."""
     before = {path: path.read_bytes() for path in folder.glob("*.json")}
     values = harm.apply(json.loads((folder / name).read_bytes()))
     (folder / name).write_bytes(json_bytes(values))
@@ -62,7 +62,7 @@ def harmed(folder: Path, name: str, harm: Harm) -> Iterator[dict[str, Any]]:
 
 
 def everything(folder: ShardFolder) -> list[Any]:
-    """All that reading tells of a folder."""
+    """Return everything that a reader of the folder gets."""
     read: list[Any] = [folder.modalities, folder.classes, folder.splits]
     for clip in (clip for split in folder.splits for clip in folder.clips(split)):
         present = {name: member for name, member in clip.members.items() if member is not None}
@@ -89,10 +89,10 @@ def test_a_changed_field_is_refused_or_changes_nothing_read(
 ) -> None:
     harm = drawn_harm(data, json.loads((shards / name).read_bytes()))
     with harmed(copy, name, harm):
-        for look in (describe, lambda folder: contact_sheet(folder, tmp_path / "sheet.png", clips=1)):
+        for inspect in (describe, lambda folder: contact_sheet(folder, tmp_path / "sheet.png", clips=1)):
             if data.draw(st.integers(0, 9)) == 0:  # slow
                 try:
-                    look(ShardFolder(copy))
+                    inspect(ShardFolder(copy))
                 except (UserError, DamageError):
                     continue
         read = everything_or_error(copy)
@@ -134,7 +134,7 @@ def test_other_settings_in_a_manifest_differ_by_name(shards: Path, kitchen: Path
 
 
 class Changed(ShardFolder):
-    """A folder in which the metadata of every clip reads as something else."""
+    """A folder whose metadata is replaced when it is read."""
 
     content = b""
 

@@ -1,4 +1,4 @@
-"""Manifest and index: what is parsed is written again byte for byte, and a wrong field is refused by its name."""
+"""Manifest and index: writing gives the bytes that were parsed, and a wrong field is refused by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ later = st.dictionaries(st.sampled_from(["later", "newest"]), json_values, max_s
 
 @st.composite
 def headers(draw: st.DrawFn, splits: list[str]) -> dict[str, Any]:
-    """The fields of a header, in their order in an index."""
+    """Draw the fields of a header, in the order of an index."""
     return {
         "dataset": draw(names),
         "modalities": draw(st.lists(st.sampled_from(list(MODALITIES)), unique=True)),
@@ -52,7 +52,7 @@ def headers(draw: st.DrawFn, splits: list[str]) -> dict[str, Any]:
 
 @st.composite
 def manifests(draw: st.DrawFn, extra: st.SearchStrategy[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON values of a manifest, in the order of the file."""
+    """Draw the JSON values of a manifest, in the order of the file."""
     splits = draw(st.lists(st.sampled_from(["train", "validation", "test"]), unique=True))
     header = draw(headers(splits))
     entries = {}
@@ -86,7 +86,7 @@ def manifests(draw: st.DrawFn, extra: st.SearchStrategy[dict[str, Any]]) -> dict
 
 @st.composite
 def indexes(draw: st.DrawFn) -> dict[str, Any]:
-    """The JSON values of an index, in the order of the file."""
+    """Draw the JSON values of an index, in the order of the file."""
     places = st.none() | st.lists(wholes, min_size=3, max_size=3)
     members = st.dictionaries(st.sampled_from(list(MODALITIES)), places)
     clips = [
@@ -188,7 +188,7 @@ def is_named(path: tuple[str | int, ...], message: str) -> bool:
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"null", b"\xff", b"[" * 100_000])
-def test_what_is_not_a_json_object_is_refused(content: bytes) -> None:
+def test_content_that_is_no_json_object_is_refused(content: bytes) -> None:
     for parse in (Manifest.parse, lambda content: ShardIndex.parse(content, "a.tar"), parse_metadata):
         with pytest.raises(ValueError):
             parse(content)
