@@ -10,13 +10,112 @@ import json
 import math
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+
+_MOST = 2**63
+"""Whole numbers from here on are no size, place or class, and may be too large for a float."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def shown(value: Any) -> str:
     """Return a value as error messages show it: its repr, shortened."""
     return reprlib.repr(value)
+
+
+def strict_decoder() -> json.JSONDecoder:
+    """Return a decoder for files that other people wrote.
+
+    It raises ValueError for a name that occurs twice in an object, a number that is not finite or has more than 300
+    digits, and a text that is no Unicode (half of a surrogate pair).
+    """
+    return json.JSONDecoder(
+        object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_int, parse_float=_float
+    )
+
+
+def parse_strictly(text: str) -> Any:
+    """Parse JSON with `strict_decoder`.
+
+    Raises:
+        ValueError: the text is not JSON, or the decoder refuses it.
+    """
+    try:
+        value = strict_decoder().decode(text)
+        _check_texts([value])
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def parse_list(text: str) -> Iterator[Any]:
+    """Yield the values of a JSON list one by one, each parsed with `strict_decoder`.
+
+    Raises:
+        ValueError: the text is not a list, or the decoder refuses the next value, which no other follows.
+    """
+    decoder = strict_decoder()
+    place = _after_space(text, 0)
+    if text[place : place + 1] != "[":
+        raise ValueError("expected a JSON list")
+    place = _after_space(text, place + 1)
+    closed = text[place : place + 1] == "]"
+    while not closed:
+        try:
+            value, place = decoder.raw_decode(text, place)
+            _check_texts([value])
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        yield value
+        place = _after_space(text, place)
+        if text[place : place + 1] not in ("]", ","):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+        closed = text[place] == "]"
+        place = place if closed else _after_space(text, place + 1)
+    if _after_space(text, place + 1) != len(text):
+        raise json.JSONDecodeError("Extra data", text, place + 1)
+
+
+def _after_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    return place if match is None else match.end()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"{shown(twice)} occurs twice in an object")
+    _check_texts([*fields, *fields.values()])
+    return fields
+
+
+def _check_texts(values: list[Any]) -> None:
+    for value in values:
+        if isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
+            raise ValueError(f"{shown(value)} is not a Unicode text: it has half of a surrogate pair")
+        if isinstance(value, list):
+            _check_texts(value)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _int(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return value
 
 
 class JsonObject:
@@ -74,9 +173,9 @@ class JsonObject:
         return value
 
     def whole(self, name: str) -> int:
-        """Return a whole number that is not negative."""
+        """Return a whole number that is not negative, below 2^63."""
         value = self.value(name)
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value < _MOST:
             raise self.problem(name)
         return value
 
@@ -87,7 +186,7 @@ class JsonObject:
     def number(self, name: str) -> int | float:
         """Return a finite number."""
         value = self.value(name)
-        if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
+        if (type(value) is int and abs(value) < _MOST) or (isinstance(value, float) and math.isfinite(value)):
             return value
         raise self.problem(name)
 
@@ -118,7 +217,7 @@ class JsonObject:
         """Return a list of whole numbers that are not negative."""
         values = self.items(name)
         for place, value in enumerate(values):
-            if type(value) is not int or value < 0:
+            if type(value) is not int or not 0 <= value < _MOST:
                 raise ValueError(f"{self.path_of(name)}[{place}] is {shown(value)}")
         return list(values)
 

@@ -57,6 +57,18 @@ class Recording:
     """Files of single modalities, by modality."""
     nominal_fps: int = 60
     """Frame rate of numbered frames and of the clips' frame numbers."""
+    problems: Mapping[Path, str] = field(default_factory=dict)
+    """Paths of these media that cannot be used although they exist or may exist, with the reason."""
+
+    def usable(self, path: Path, modality: str) -> Path:
+        """Return a path of this recording's media.
+
+        Raises:
+            MediaError: the path cannot be used although it exists or may exist.
+        """
+        if path in self.problems:
+            raise MediaError(modality, "open", self.problems[path])
+        return path
 
 
 class MediaError(Exception):

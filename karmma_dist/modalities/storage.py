@@ -66,6 +66,11 @@ class Source(ABC):
         """End of the file in seconds from the start of the recording; None if the file does not tell."""
         return None
 
+    @property
+    def reach_s(self) -> float | None:
+        """Seconds from the start of the recording after which the file has nothing; None if the file does not tell."""
+        return self.end_s
+
     @abstractmethod
     def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored | None:
         """Cut a clip's member; return None if the file holds nothing for the clip.

@@ -11,14 +11,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from karmma_dist.packing.records import Failure, Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.assemble import Source, assemble, made_with, packed_clips, shards_are_whole
 from karmma_dist.packing.tars.lock import folder_lock
-from karmma_dist.packing.tars.staging import Unit, forget, load_staged, stage, units
+from karmma_dist.packing.tars.staging import Unit, cut_last, forget, load_staged, stage, units
 from karmma_dist.processes import submit_all, worker_pool
 from karmma_dist.progress import Report, silent
 from karmma_dist.shards.folder import ShardFolder
@@ -94,7 +97,9 @@ def _with_media(plan: Plan, spec: PackingSpec) -> Plan:
     """Leave out recordings without any media file, and note how many."""
     present = [r for r in plan.recordings if _has_media(r)]
     if not present:
-        raise UserError(f"{spec.raw}: no media file of any of the {len(plan.recordings)} annotated recordings exists")
+        sought = f": the first looked for is {plan.sought}" if plan.sought is not None else ""
+        num = len(plan.recordings)
+        raise UserError(f"{spec.raw}: no media file of any of the {num} annotated recordings exists{sought}")
     absent = [r for r in plan.recordings if not _has_media(r)]
     if not absent:
         return plan
@@ -285,16 +290,30 @@ class _Run:
                 done += stage(self.staging, unit, self.spec)
                 self.progress("cut", done, total)
             return
+        others, started = set(multiprocessing.active_children()), set[BaseProcess]()
         try:
             with worker_pool(min(workers, len(todo))) as pool:
                 tasks = [(self.staging, unit, self.spec) for unit in todo]
-                for future in as_completed(submit_all(pool, stage, tasks)):
+                futures = submit_all(pool, stage, tasks)
+                started = set(multiprocessing.active_children()) - others
+                for future in as_completed(futures):
                     done += future.result()
                     self.progress("cut", done, total)
         except BrokenProcessPool:
             raise UserError(
-                f"{self.out}: a worker was killed (out of memory?): pack again with fewer workers, what is cut is kept"
+                f"{self.out}: a worker was killed (out of memory?){self._killed_at(todo, started)}: pack again with "
+                "fewer workers, what is cut is kept"
             ) from None
+
+    def _killed_at(self, todo: list[Unit], workers: set[BaseProcess]) -> str:
+        """Return `` while it cut RECORDING`` for the workers that were killed; empty if none had started one.
+
+        When one is killed, `concurrent.futures` ends the others with SIGTERM.
+        """
+        names = cut_last(self.staging, todo)
+        killed = [worker.pid for worker in workers if worker.exitcode not in (None, 0, 1, -signal.SIGTERM)]
+        at = sorted({name for process, name in names.items() if process in killed} or set(names.values()))
+        return f" while it cut {' or '.join(at)}" if at else ""
 
     def _assemble(self, sources: dict[str, Source], failures: list[Failure]) -> None:
         """Write the shards, then the failures, then the manifest, whose presence makes the folder complete."""

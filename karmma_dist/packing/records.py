@@ -5,7 +5,11 @@ Nothing is decoded for it: a plan depends on the annotation files and on which m
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +30,16 @@ class Plan:
     """Splits whose annotations exist."""
     notes: tuple[str, ...] = ()
     """Sentences for the user: splits skipped, settings without effect."""
+    sought: Path | None = None
+    """First path at which a medium was looked for; None if none was."""
 
     def keys(self, split: str) -> list[str]:
         """Return the keys of a split's planned clips, sorted."""
         return sorted(clip.key for recording in self.recordings for clip in recording.clips if clip.split == split)
+
+
+UNEXPECTED = "unexpected"
+"""Stage of a failure that is perhaps no damage of the media but a bug, or too little memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +50,7 @@ class Failure:
     split: str
     modality: str
     stage: str
-    """Step that failed: open, decode, cut or parse."""
+    """Step that failed: open, decode, cut or parse; UNEXPECTED for an error that no decoder or parser raised."""
     error: str
 
     @classmethod
@@ -78,19 +88,174 @@ def inside(raw: Path, relative: str, place: str) -> Path:
     return path
 
 
+def file_type(path: Path) -> str | None:
+    """Return "file", "folder", or None if nothing has this name: absence is ENOENT of the path itself, nothing else.
+
+    Raises:
+        OSError: something has this name but is neither, or whether it exists cannot be told (a link to something that
+            does not exist, here or in a folder above, a link loop, a bad sector, no permission); `strerror` says what.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        _check_links(path)
+        return None
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    raise OSError(errno.EINVAL, f"is {kind}, neither a file nor a folder", str(path))
+
+
+def _check_links(path: Path) -> None:
+    """Check that a path which does not exist is not, and is not below, a link to something that does not exist.
+
+    Raises:
+        OSError: it is.
+    """
+    for part in (path, *path.parents):
+        try:
+            is_link = stat.S_ISLNK(os.lstat(part).st_mode)
+        except FileNotFoundError:
+            continue
+        try:
+            os.stat(part)
+        except FileNotFoundError:
+            if is_link:
+                target = f"is a link to {os.readlink(part)}, which does not exist"
+                raise OSError(errno.ENOENT, target, str(part)) from None
+        return
+
+
 def raw_file(raw: Path, relative: str, place: str) -> Path | None:
-    """Return the file `relative` inside `raw`, or the one with `.gz` appended; None if neither exists."""
+    """Return the file `relative` inside `raw`, or the one with `.gz` appended; None if neither exists.
+
+    Raises:
+        UserError: one exists but is not a file, or it cannot be told whether one exists.
+    """
     path = inside(raw, relative, place)
     for candidate in (path, path.with_name(f"{path.name}.gz")):
-        if candidate.is_file():
+        if shared_file(candidate) is not None:
             return candidate
     return None
 
 
-def frames_of(raw: Path, relative: str, place: str) -> Path | None:
-    """Return the tar (`relative` + .tar) or folder of numbered frames inside `raw`; None if neither exists."""
-    folder = inside(raw, relative, place)
-    tar = folder.with_name(f"{folder.name}.tar")
-    if tar.is_file():
-        return tar
-    return folder if folder.is_dir() else None
+def shared_file(path: Path, or_folder: bool = False) -> str | None:
+    """Return the type of a file that all recordings need; None if nothing has its name.
+
+    Raises:
+        UserError: something has this name but is no file (with `or_folder`: nor folder), or whether it exists cannot
+            be told.
+    """
+    try:
+        kind = file_type(path)
+    except OSError as error:
+        raise UserError(_problem(path, error)) from None
+    if kind == "folder" and not or_folder:
+        raise UserError(f"{path}: is a folder, not a file")
+    return kind
+
+
+def _problem(path: Path, error: OSError) -> str:
+    name = error.filename if isinstance(error.filename, str) else str(path)
+    return f"{name}: {error.strerror or error}"
+
+
+class MediaFinder:
+    """A search for media in the raw folder, which tells absence from everything else.
+
+    A name is also found in the other Unicode form (composed or decomposed), and a file if the case of its suffix
+    differs, unless several files match.
+
+    Attributes:
+        sought: First path that was looked for.
+    """
+
+    def __init__(self, raw: Path) -> None:
+        self.sought: Path | None = None
+        self._raw = Path(os.path.normpath(raw))
+        self._problems: dict[Path, str] = {}
+        self._listings: dict[Path, dict[tuple[str, str], list[Path]]] = {}
+        self._renamed: list[tuple[str, str]] = []
+
+    def file(self, relative: str, place: str) -> Path | None:
+        """Return the file `relative` inside the raw folder, also if it cannot be used (see `problems`); None if absent.
+
+        Raises:
+            UserError: the path leaves the raw folder; `place` names what gives the path.
+        """
+        path = inside(self._raw, relative, place)
+        self.sought = self.sought or path
+        return self._find(path, "file")
+
+    def frames(self, relative: str, place: str) -> Path | None:
+        """Return the tar (`relative` + .tar) or folder of numbered frames; None if both are absent.
+
+        Raises:
+            UserError: the path leaves the raw folder; `place` names what gives the path.
+        """
+        folder = inside(self._raw, relative, place)
+        self.sought = self.sought or folder
+        return self._find(folder.with_name(f"{folder.name}.tar"), "file") or self._find(folder, "folder")
+
+    def problems(self, paths: Iterable[Path | None]) -> dict[Path, str]:
+        """Return for those of the paths that exist but cannot be used the reason."""
+        return {path: self._problems[path] for path in paths if path in self._problems}
+
+    def notes(self) -> list[str]:
+        """Return a sentence for the user if media were found under other names."""
+        if not self._renamed:
+            return []
+        wanted, name = self._renamed[0]
+        return [f"{len(self._renamed)} media found under another spelling; the first is {name} for {wanted}"]
+
+    def _find(self, path: Path, wanted: str) -> Path | None:
+        candidates = self._spellings(path)
+        if wanted == "file" and not any(os.path.lexists(candidate) for candidate in candidates):
+            found = [self._listing(each.parent).get(_spelled(each.name), []) for each in candidates]
+            matching = list(dict.fromkeys(match for matches in found for match in matches))
+            if len(matching) > 1:
+                names = " and ".join(match.name for match in matching)
+                self._problems[path] = f"{path}: does not exist, but {names} do: rename one or give its name"
+                return path
+            candidates += matching
+        for candidate in candidates:
+            try:
+                kind = file_type(candidate)
+            except OSError as error:
+                self._problems[candidate] = _problem(candidate, error)
+                return candidate
+            if kind is not None:
+                if kind != wanted:
+                    self._problems[candidate] = f"{candidate}: is a {kind}, not a {wanted}"
+                elif candidate != path:
+                    self._renamed.append((path.name, candidate.name))
+                return candidate
+        return None
+
+    def _spellings(self, path: Path) -> list[Path]:
+        """Return a path, then the same name in the other Unicode forms."""
+        relative = str(path.relative_to(self._raw))
+        if relative.isascii():
+            return [path]
+        forms = [self._raw / unicodedata.normalize(form, relative) for form in ("NFC", "NFD")]
+        return list(dict.fromkeys([path, *forms]))
+
+    def _listing(self, folder: Path) -> dict[tuple[str, str], list[Path]]:
+        """Return the files of a folder by their names without regard to Unicode form and case of the suffix."""
+        if folder not in self._listings:
+            names: dict[tuple[str, str], list[Path]] = {}
+            try:
+                for name in sorted(os.listdir(folder)):
+                    names.setdefault(_spelled(name), []).append(folder / name)
+            except OSError:
+                names = {}
+            self._listings[folder] = names
+        return self._listings[folder]
+
+
+def _spelled(name: str) -> tuple[str, str]:
+    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
+    return stem, suffix.lower()

@@ -127,6 +127,10 @@ class Sound:
 
 
 _CHUNK_S = 10
+_LONGEST_S = 24 * 3600
+"""Seconds of the longest recording that is believed: one that declares more would only take memory."""
+_MOST_CHUNK_BYTES = 1 << 28
+"""Bytes of a dataset's chunk, which is unpacked as a whole."""
 
 
 def recordings_with_sound(path: Path) -> set[str]:
@@ -176,6 +180,8 @@ def _read(file: Any, recording: str, rate: int) -> Sound:
         raise _problem(path, recording, "is not a dataset in this file")
     if samples.ndim != 1 or not (samples.dtype.kind == "f" or samples.dtype == np.int16):
         raise _problem(path, recording, f"is {samples.dtype} {samples.shape}, not mono float or int16 samples")
+    if (problem := _missing_samples(samples, rate)) is not None:
+        raise _problem(path, recording, problem)
     sound = Sound(None)
     for start in range(0, samples.size, _CHUNK_S * rate):
         chunk = samples[start : start + _CHUNK_S * rate]
@@ -188,6 +194,19 @@ def _read(file: Any, recording: str, rate: int) -> Sound:
         sound.add(frame, start / rate)
     sound.finish()
     return sound
+
+
+def _missing_samples(samples: Any, rate: int) -> str | None:
+    """Return the problem of a dataset that declares more samples than it stores; HDF5 would read them as zeros."""
+    if samples.size > _LONGEST_S * rate:
+        return f"declares {samples.size:,} samples, {samples.size / rate / 3600:,.0f} hours"
+    if samples.chunks is None:
+        stored, declared = samples.id.get_storage_size(), samples.size * samples.dtype.itemsize
+        return f"declares {declared:,} bytes and stores {stored:,}" if stored < declared else None
+    if samples.chunks[0] * samples.dtype.itemsize > _MOST_CHUNK_BYTES:
+        return f"has chunks of {samples.chunks[0]:,} samples"
+    stored, declared = samples.id.get_num_chunks(), -(-samples.size // samples.chunks[0])
+    return f"declares {declared:,} chunks and stores {stored:,}" if stored < declared else None
 
 
 def _problem(path: Path, recording: str, problem: str) -> MediaError:

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.json_fields import JsonObject
+from karmma_dist.io.json_fields import JsonObject, parse_strictly
 from karmma_dist.modalities.detections import HAND, OBJECT, DetectionsSpec
 from karmma_dist.modalities.recording import ClipRecord, MediaError, Recording, media_error
 from karmma_dist.modalities.storage import Sections, Source, Storage, Stored
@@ -32,6 +34,8 @@ Span = tuple[int, int]
 """First byte and length of a clip's entry."""
 
 _CHUNK_BYTES = 1 << 24
+_MOST_ENTRY_BYTES = 1 << 28
+"""Bytes of one clip's entry: a file that is damaged near its start is not read to its end."""
 _OPENING = re.compile(r"\s*([{\[])")
 _KEY = re.compile(r'\s*([{,])\s*"([^"\\]*)"\s*:\s*')
 _ELEMENT = re.compile(r"\s*([\[,])\s*(?=\{)")
@@ -50,12 +54,16 @@ def index_boxes(path: Path) -> dict[str, tuple[Path, Span]]:
     Raises:
         UserError: a file has neither format or is cut, a clip has two entries, or the folder has no .json file.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.glob("*.json") if not file.name.startswith("."))
+    try:
+        names = os.listdir(path)
+    except NotADirectoryError:
+        files = [path]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    else:
+        files = sorted(path / name for name in names if name.endswith(".json") and not name.startswith("."))
         if not files:
             raise UserError(f"{path}: no .json file of boxes in it (unpack compressed files)")
-    else:
-        files = [path]
     entries: dict[str, tuple[Path, Span]] = {}
     for file in files:
         for clip, span in _entries(file):
@@ -75,7 +83,7 @@ def read_boxes(path: Path, span: Span) -> Any:
     try:
         with open(path, "rb") as file:
             file.seek(span[0])
-            return json.loads(file.read(span[1]))
+            return parse_strictly(file.read(span[1]).decode())
     except (OSError, ValueError) as error:
         raise media_error(error, "detections", "open", f"{path.name}: {error}") from None
 
@@ -110,19 +118,25 @@ def _entries(path: Path) -> Iterator[tuple[str, Span]]:
     decoder = json.JSONDecoder()
     text, base, place, number, opening = "", 0, 0, 0, ""
     # latin-1 has one character per byte, so that offsets in the text are offsets in the file.
-    with open(path, encoding="latin-1", newline="") as file:
+    with _opened(path) as file:
         while True:
             try:
                 opening = opening or _opening(text)
                 match = (_KEY if opening == "{" else _ELEMENT).match(text, place)
                 if match is None or match[1] != (opening if number == 0 else ","):
                     raise ValueError("expected the next clip")
-                value, stop = decoder.raw_decode(text, match.end())
+                value, stop = _decoded(decoder, text, match.end(), f"{path}, entry {number + 1}")
                 if stop == len(text):
                     raise ValueError("the entry may go on")
+            except UserError:
+                raise
             except ValueError as error:
                 text, base, place = text[place:], base + place, 0
-                more = file.read(_CHUNK_BYTES)
+                if len(text) > _MOST_ENTRY_BYTES:
+                    raise UserError(
+                        f"{path}, entry {number + 1}: not a clip's boxes in {_MOST_ENTRY_BYTES:,} bytes: {error}"
+                    ) from None
+                more = _read_more(file, path)
                 end = _END.fullmatch(text)
                 if not more and end and end[1] == (opening if number == 0 else "") and opening + end[2] in ("{}", "[]"):
                     return
@@ -136,6 +150,39 @@ def _entries(path: Path) -> Iterator[tuple[str, Span]]:
             clip = match[2] if opening == "{" else _id(path, number, value)
             yield clip, (base + match.end(), stop - match.end())
             place = stop
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would never open
+            raise UserError(f"{path}: is not a file")
+        return open(path, encoding="latin-1", newline="")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_more(file: TextIO, path: Path) -> str:
+    try:
+        return file.read(_CHUNK_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _decoded(decoder: json.JSONDecoder, text: str, place: int, entry: str) -> tuple[Any, int]:
+    """Parse an entry and return it with its end.
+
+    Raises:
+        ValueError: the entry is not JSON, or not complete yet.
+        UserError: it can never become what is expected, however it goes on.
+    """
+    try:
+        return decoder.raw_decode(text, place)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{entry}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{entry}: nested too deeply") from None
 
 
 def _opening(text: str) -> str:

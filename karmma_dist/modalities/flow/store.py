@@ -155,6 +155,11 @@ class FlowFiles(Source):
         self._nominal_fps, self._per_flow = recording.nominal_fps, recording.media["flow"].rate
         self._video_file = video_file
 
+    @property
+    def reach_s(self) -> float:
+        """End of the last file in seconds from the start of the recording."""
+        return self._frames.last * self._per_flow / self._nominal_fps
+
     def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored:
         """Store the files that show the clip, in the specification's unit."""
         per_flow, frames = self._per_flow, self._frames
@@ -217,7 +222,7 @@ class FlowStorage(Storage):
         media_file = recording.media.get("flow")
         if media_file is None or sections["flow"].source not in ("auto", "files"):
             return None
-        frames = files.enter_context(NumberedFrames(media_file.path, "flow"))
+        frames = files.enter_context(NumberedFrames(recording.usable(media_file.path, "flow"), "flow"))
         return FlowFiles(frames, recording, sections, video_file)
 
     def sink_maker(self, source: Source | None, sections: Sections) -> SinkMaker | None:

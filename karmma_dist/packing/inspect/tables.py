@@ -8,6 +8,7 @@ from typing import Any
 
 from karmma_dist.modalities import letters
 from karmma_dist.packing.pack import FAILURES, PackSummary
+from karmma_dist.packing.records import UNEXPECTED
 from karmma_dist.packing.verify.problems import Verification
 from karmma_dist.packing.verify.verify import damaged_files
 from karmma_dist.terminal import print_table
@@ -37,6 +38,10 @@ def print_summary(summary: PackSummary) -> None:
             f"{len(summary.failures)} clips failed and were left out ({_counts(stages)}); each is named in "
             f"{summary.out / FAILURES}"
         )
+        unexpected = [failure for failure in summary.failures if failure.stage == UNEXPECTED]
+        if unexpected:
+            first = unexpected[0]
+            print(f"{len(unexpected)} of them by no known damage, perhaps a bug; the first, {first.key}: {first.error}")
 
 
 def print_description(description: dict[str, Any]) -> None:

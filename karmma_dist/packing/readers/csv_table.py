@@ -19,10 +19,19 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, field_validator
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.io.json_fields import shown
 from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.readers.reader import Reader
-from karmma_dist.packing.readers.tables import UniqueKeys, check_name, read_classes, rows, split_tables
-from karmma_dist.packing.records import Plan, inside
+from karmma_dist.packing.readers.tables import (
+    LONGEST_KEY,
+    UNLABELLED,
+    UniqueKeys,
+    check_name,
+    read_classes,
+    rows,
+    split_tables,
+)
+from karmma_dist.packing.records import MediaFinder, Plan, inside
 from karmma_dist.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,6 +40,10 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("key", "media", "start", "stop")
 _LONGEST_NAME = 100
+_ID = re.compile(r"0|[1-9][0-9]{0,17}")
+_NUMBER = re.compile(r"[+-]?\d[\d_]*([.,]\d*)?")
+"""Texts that are numbers to people, of which only those of `_ID` are ids."""
+_SECONDS = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MOST_CLASSES = 100_000
 """Largest class id without a class file: a larger one is a mistake, and would make as many classes."""
 
@@ -95,12 +108,25 @@ def read_plain(spec: PackingSpec) -> Plan:
     if unknown := set(spec.participants) - {entry.participant for entry in media.values()}:
         notes.append(f"participants without any clip: {', '.join(sorted(unknown))}")
     _check_names(media)
-    recordings = tuple(
-        Recording(entry.name, entry.participant, tuple(entry.clips), video_file=path if path.is_file() else None)
-        for path, entry in media.items()
-        if entry.clips
-    )
-    return Plan(recordings, classes, tuple(tables.files), tuple(notes))
+    finder = MediaFinder(raw)
+    recordings = _recordings(media, finder)
+    return Plan(recordings, classes, tuple(tables.files), (*notes, *finder.notes()), finder.sought)
+
+
+def _recordings(media: dict[Path, _Media], finder: MediaFinder) -> tuple[Recording, ...]:
+    recordings = []
+    places: dict[Path, str] = {}
+    for path, entry in media.items():
+        if not entry.clips:
+            continue
+        file = finder.file(str(path), entry.place)
+        if file is not None and places.setdefault(file, entry.place) != entry.place:
+            raise UserError(f"{entry.place}: {path} and that of {places[file]} are both {file.name}: write them alike")
+        problems = finder.problems([file])
+        recordings.append(
+            Recording(entry.name, entry.participant, tuple(entry.clips), video_file=file, problems=problems)
+        )
+    return tuple(recordings)
 
 
 def _media(place: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]) -> _Media:
@@ -113,8 +139,6 @@ def _media(place: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]
     name = row.get("recording") or ""
     if name:
         check_name(place, "recording", name)
-        if len(name) > _LONGEST_NAME:
-            raise UserError(f"{place}: recording '{name}' has more than {_LONGEST_NAME} characters")
     if row.get("participant"):
         check_name(place, "participant", row["participant"])
     relative = path.relative_to(inside(raw, ".", place))
@@ -142,7 +166,7 @@ def _check_names(media: dict[Path, _Media]) -> None:
 
 
 def _clip(place: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: bool) -> ClipRecord:
-    check_name(place, "key", row["key"])
+    check_name(place, "key", row["key"], LONGEST_KEY)
     start_s, stop_s = _seconds(place, "start", row["start"]), _seconds(place, "stop", row["stop"])
     start_s = 0.0 if start_s is None else start_s
     if stop_s is not None and stop_s <= start_s:
@@ -154,12 +178,22 @@ def _clip(place: str, row: dict[str, str], split: str, classes: dict[str, list[s
 
 
 def _label(place: str, head: str, text: str, names: list[str]) -> int:
-    """Return a class by its name or, if no class has that name, by its id."""
+    """Return a class by its name or, if no name is a number, by its id."""
     if text in names:
         return names.index(text)
-    if text.isdecimal() and int(text) < len(names):
+    if _ID.fullmatch(text) and int(text) < len(names) and not any(_NUMBER.fullmatch(name) for name in names):
         return int(text)
+    _check_class(place, head, text)
     raise UserError(f"{place}: {head} '{text}' is not among its {len(names)} classes{nearest(text, names)}")
+
+
+def _check_class(place: str, head: str, text: str) -> None:
+    """Refuse a class that is empty or nearly an id."""
+    if not text:
+        raise UserError(f"{place}: {head} is empty: {UNLABELLED}")
+    if _NUMBER.fullmatch(text) and not _ID.fullmatch(text):
+        hint = UNLABELLED if text.startswith("-") else "write ids as 0, 1, 2, ..."
+        raise UserError(f"{place}: {head} '{text}' is no class id: {hint}")
 
 
 def _collected_classes(table: Path | None, head: str) -> list[str]:
@@ -168,12 +202,19 @@ def _collected_classes(table: Path | None, head: str) -> list[str]:
         return []
     places: dict[str, str] = {}
     for place, row in rows(table, (head,)):
-        if not row[head].strip():
-            raise UserError(f"{place}: {head} is empty")
-        places.setdefault(row[head].strip(), place)
-    if not all(name.isdecimal() for name in places):
+        text = row[head].strip()
+        _check_class(place, head, text)
+        places.setdefault(text, place)
+    ids = [name for name in places if _ID.fullmatch(name)]
+    if not ids:
         return sorted(places)
-    largest = max(places, key=int, default="-1")
+    if len(ids) != len(places):
+        name = next(name for name in places if name not in set(ids))
+        raise UserError(
+            f"{places[name]}: {head} '{name}' is a name, and '{ids[0]}' in {places[ids[0]]} an id: "
+            "use one of both, or give a class file"
+        )
+    largest = max(places, key=int)
     if int(largest) > _MOST_CLASSES:
         raise UserError(f"{places[largest]}: {head} '{largest}' is too large for a class id: give a class file")
     return [str(number) for number in range(int(largest) + 1)]
@@ -182,12 +223,9 @@ def _collected_classes(table: Path | None, head: str) -> list[str]:
 def _seconds(place: str, column: str, text: str) -> float | None:
     if not text.strip():
         return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
+    seconds = float(text) if _SECONDS.fullmatch(text.strip()) else math.nan
     if not 0 <= seconds < math.inf:
-        raise UserError(f"{place}: {column} '{text}' is not a number of seconds")
+        raise UserError(f"{place}: {column} {shown(text)} is not a number of seconds")
     return seconds
 
 

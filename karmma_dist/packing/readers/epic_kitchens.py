@@ -19,15 +19,17 @@ from karmma_dist.modalities.audio.store import recordings_with_sound
 from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.packing.readers.reader import Reader
 from karmma_dist.packing.readers.tables import (
+    LONGEST_KEY,
     SplitTables,
     UniqueKeys,
     check_name,
+    class_id,
     integer,
     read_classes,
     rows,
     split_tables,
 )
-from karmma_dist.packing.records import Plan, frames_of, inside
+from karmma_dist.packing.records import MediaFinder, Plan, inside, shared_file
 from karmma_dist.seeding import hold_out_word
 from karmma_dist.settings import Positive, Settings
 
@@ -48,7 +50,7 @@ _COLUMNS = (
     "stop_frame",
 )
 Fraction = Annotated[float, Field(ge=0, le=1)]
-_TIMESTAMP = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d(?:\.\d+)?)")
+_TIMESTAMP = re.compile(r"(\d{1,6}):([0-5]?\d):([0-5]?\d(?:\.\d+)?)", re.ASCII)
 
 
 class EpicKitchensPaths(Settings):
@@ -120,9 +122,10 @@ def read_epic_kitchens(spec: PackingSpec) -> Plan:
     if unknown := set(spec.participants) - {participant for participant, _ in clips}:
         notes.append(f"participants without any clip: {', '.join(sorted(unknown))}")
     with_audio = _audio_files(tables.raw, spec, notes)
-    recordings = tuple(_recording(tables.raw, paths, *ids, tuple(some), with_audio) for ids, some in clips.items())
+    finder = MediaFinder(tables.raw)
+    recordings = tuple(_recording(finder, paths, *ids, tuple(some), with_audio) for ids, some in clips.items())
     held_out = tuple(paths.hold_out) if "train" in tables.files else ()
-    return Plan(recordings, classes, (*tables.files, *held_out), tuple(notes))
+    return Plan(recordings, classes, (*tables.files, *held_out), (*notes, *finder.notes()), finder.sought)
 
 
 def _annotated(tables: SplitTables, paths: EpicKitchensPaths, classes: dict[str, list[str]]) -> list[_Annotated]:
@@ -186,7 +189,7 @@ def _audio_files(raw: Path, spec: PackingSpec, notes: list[str]) -> dict[str, Pa
     if spec.audio.source not in ("auto", "hdf5"):
         return {}
     path = inside(raw, spec.epic_kitchens.audio_hdf5, "epic_kitchens.audio_hdf5")
-    if path.is_file():
+    if shared_file(path) is not None:
         return dict.fromkeys(recordings_with_sound(path), path)
     if spec.audio.source == "hdf5":
         notes.append(f"no audio: no {spec.epic_kitchens.audio_hdf5}")
@@ -199,14 +202,15 @@ def nominal_fps(recording: str) -> int:
 
 
 def _recording(
-    raw: Path, paths: EpicKitchensPaths, participant: str, name: str, clips: tuple[ClipRecord, ...],
+    finder: MediaFinder, paths: EpicKitchensPaths, participant: str, name: str, clips: tuple[ClipRecord, ...],
     with_audio: dict[str, Path],
 ) -> Recording:  # fmt: skip
     def expanded(pattern: str) -> str:
         return pattern.replace("{participant}", participant).replace("{recording}", name)
 
-    video_file = inside(raw, expanded(paths.movies), "epic_kitchens.movies")
-    flow = frames_of(raw, expanded(paths.flow_frames), "epic_kitchens.flow_frames")
+    video_file = finder.file(expanded(paths.movies), "epic_kitchens.movies")
+    frames = finder.frames(expanded(paths.rgb_frames), "epic_kitchens.rgb_frames")
+    flow = finder.frames(expanded(paths.flow_frames), "epic_kitchens.flow_frames")
     fps = nominal_fps(name)
     media = {}
     if flow is not None:
@@ -217,10 +221,11 @@ def _recording(
         name,
         participant,
         clips,
-        video_file=video_file if video_file.is_file() else None,
-        frames=frames_of(raw, expanded(paths.rgb_frames), "epic_kitchens.rgb_frames"),
+        video_file=video_file,
+        frames=frames,
         media=media,
         nominal_fps=fps,
+        problems=finder.problems([video_file, frames, flow]),
     )
 
 
@@ -228,7 +233,8 @@ def _clip(
     place: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: dict[str, list[str]]
 ) -> _Annotated:
     """Read participant, recording and clip from one row."""
-    for column in ("narration_id", "participant_id", "video_id"):
+    check_name(place, "narration_id", row["narration_id"], LONGEST_KEY)
+    for column in ("participant_id", "video_id"):
         check_name(place, column, row[column])
     start_s, stop_s = (_seconds(place, column, row[column]) for column in ("start_timestamp", "stop_timestamp"))
     if stop_s <= start_s:
@@ -238,10 +244,7 @@ def _clip(
         raise UserError(f"{place}: stop_frame {stop_frame} is before start_frame {start_frame}")
     labels: dict[str, int | None] = dict.fromkeys(classes)
     for head, names in labelled.items():
-        label = integer(place, f"{head}_class", row[f"{head}_class"])
-        if not 0 <= label < len(names):
-            raise UserError(f"{place}: {head}_class {label} is not in the class file: it has 0 to {len(names) - 1}")
-        labels[head] = label
+        labels[head] = class_id(place, f"{head}_class", row[f"{head}_class"], len(names))
     clip = ClipRecord(
         row["narration_id"],
         split,

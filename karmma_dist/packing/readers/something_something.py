@@ -6,22 +6,26 @@ brackets is a key of the class file. Format: https://developer.qualcomm.com/soft
 
 from __future__ import annotations
 
-import gzip
-import json
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.io.json_fields import parse_list, parse_strictly, shown
 from karmma_dist.modalities.detections.store import Span, index_boxes
 from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.packing.readers.reader import Reader
-from karmma_dist.packing.readers.tables import UniqueKeys, check_name, split_tables
-from karmma_dist.packing.records import Plan, frames_of, inside, raw_file
+from karmma_dist.packing.readers.tables import LONGEST_KEY, UniqueKeys, check_name, read_text, split_tables
+from karmma_dist.packing.records import MediaFinder, Plan, inside, raw_file, shared_file
 from karmma_dist.settings import Positive, Settings
 
 if TYPE_CHECKING:
     from karmma_dist.packing.spec import PackingSpec
+
+
+_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class SomethingSomethingPaths(Settings):
@@ -63,51 +67,54 @@ def read_something_something(spec: PackingSpec) -> Plan:
     ids = {head: {name: number for number, name in enumerate(names)} for head, names in classes.items()}
     boxes = _find_boxes(raw, paths, notes) if spec.detections.source != "none" else {}
     recordings: dict[str, Recording] = {}
+    finder = MediaFinder(raw)
     keys = UniqueKeys("id")
     for split, table in tables.files.items():
-        for number, entry in enumerate(_read_json(table, list), start=1):
-            place = f"{table}, entry {number}"
+        for place, entry in _entries(table):
             clip = _clip(place, entry, split, ids, split not in paths.unlabelled_splits)
             keys.add(clip.key, place)
-            recordings[clip.key] = _recording(raw, paths, clip, boxes.get(clip.key))
+            recordings[clip.key] = _recording(finder, paths, clip, boxes.get(clip.key))
     if boxes and not any("detections" in recording.media for recording in recordings.values()):
         notes.append(f"no detections: none of the {len(boxes)} clips in {paths.boxes} is in a split")
-    return Plan(tuple(recordings.values()), classes, tuple(tables.files), tuple(notes))
+    notes += finder.notes()
+    return Plan(tuple(recordings.values()), classes, tuple(tables.files), tuple(notes), finder.sought)
 
 
 def _find_boxes(raw: Path, paths: SomethingSomethingPaths, notes: list[str]) -> dict[str, tuple[Path, Span]]:
     path = inside(raw, paths.boxes, "something_something.boxes")
-    if path.exists():
+    if shared_file(path, or_folder=True) is not None:
         return index_boxes(path)
     packed = path.with_name(f"{path.name}.gz")
-    if packed.exists():
+    if shared_file(packed) is not None:
         raise UserError(f"{packed}: boxes are read clip by clip, which gzip does not allow: unpack it (gunzip)")
     notes.append(f"no detections: no {paths.boxes}")
     return {}
 
 
 def _recording(
-    raw: Path, paths: SomethingSomethingPaths, clip: ClipRecord, boxes: tuple[Path, Span] | None
+    finder: MediaFinder, paths: SomethingSomethingPaths, clip: ClipRecord, boxes: tuple[Path, Span] | None
 ) -> Recording:
-    video_file = inside(raw, paths.movies.replace("{recording}", clip.key), "something_something.movies")
-    pattern = paths.flow_frames.replace("{recording}", clip.key)
-    flow = frames_of(raw, pattern, "something_something.flow_frames")
+    video_file = finder.file(paths.movies.replace("{recording}", clip.key), "something_something.movies")
+    flow = finder.frames(paths.flow_frames.replace("{recording}", clip.key), "something_something.flow_frames")
     media = {} if flow is None else {"flow": MediaFile(flow)}
     if boxes is not None:
         media["detections"], clip = MediaFile(boxes[0]), replace(clip, entries={"detections": boxes[1]})
     return Recording(
         clip.key, "", (clip,),
-        video_file=video_file if video_file.is_file() else None,
+        video_file=video_file,
         media=media,
         nominal_fps=paths.frames_per_second,
+        problems=finder.problems([video_file, flow]),
     )  # fmt: skip
 
 
 def _clip(place: str, entry: Any, split: str, ids: dict[str, dict[str, int]], labelled: bool) -> ClipRecord:
     if not isinstance(entry, dict) or "id" not in entry:
         raise UserError(f"{place}: expected an object with 'id'")
+    if type(entry["id"]) not in (str, int):
+        raise UserError(f"{place}: 'id' is {shown(entry['id'])}, neither a text nor a whole number")
     key = str(entry["id"])
-    check_name(place, "id", key)
+    check_name(place, "id", key, LONGEST_KEY)
     labels: dict[str, int | None] = dict.fromkeys(ids)
     if labelled:
         if not isinstance(entry.get("template"), str):
@@ -119,7 +126,7 @@ def _clip(place: str, entry: Any, split: str, ids: dict[str, dict[str, int]], la
             labels[head] = known[name]
     narration = entry.get("label") or entry.get("template") or ""
     if not isinstance(narration, str):
-        raise UserError(f"{place}: 'label' is {narration!r}, not a text")
+        raise UserError(f"{place}: 'label' is {shown(narration)}, not a text")
     return ClipRecord(key, split, 0.0, None, labels, narration, start_frame=0)
 
 
@@ -128,27 +135,38 @@ def _read_classes(raw: Path, name: str, head: str) -> list[str]:
     path = raw_file(raw, name, f"something_something.heads.{head}")
     if path is None:
         raise UserError(f"{inside(raw, name, head)}: no such class file (head '{head}')")
+    try:
+        content = parse_strictly(read_text(path))
+    except ValueError as error:
+        raise UserError(str(error) if isinstance(error, UserError) else f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
     numbers: dict[int, str] = {}
-    for template, number in _read_json(path, dict).items():
+    for template, number in content.items():
         # The official file has its ids as strings.
         text = str(number) if type(number) is int else number
-        if not isinstance(text, str) or not text.isdecimal():
-            raise UserError(f"{path}: id of '{template}' is {number!r}: expected template -> id, whole numbers")
+        if not isinstance(text, str) or not _ID.fullmatch(text):
+            raise UserError(f"{path}: id of '{template}' is {shown(number)}: expected template -> id, whole numbers")
+        if int(text) in numbers:
+            raise UserError(f"{path}: '{numbers[int(text)]}' and '{template}' have the same id {text}")
         numbers[int(text)] = template
     if sorted(numbers) != list(range(len(numbers))) or not numbers:
         raise UserError(f"{path}: ids are not 0 to {len(numbers) - 1} without a gap")
     return [numbers[number] for number in range(len(numbers))]
 
 
-def _read_json(path: Path, expected: type) -> Any:
+def _entries(table: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (`FILE, entry N`, entry) of a JSON list."""
+    number = 0
     try:
-        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        value = json.loads(text)
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, expected):
-        raise UserError(f"{path}: expected a JSON {'list' if expected is list else 'object'}")
-    return value
+        for number, entry in enumerate(parse_list(read_text(table)), start=1):
+            yield f"{table}, entry {number}", entry
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{table}, entry {number + 1}: not JSON: {error}") from None
+    if not number:
+        raise UserError(f"{table}: has no entry (a file that does not exist is skipped)")
 
 
 SOMETHING_SOMETHING = Reader(

@@ -3,6 +3,7 @@
 OUT/.staging/
   UNIT.tar            the unit's clips
   UNIT.result.json    digest of settings and raw files, index of the tar, failures; written last
+  UNIT.start          worker process and the recording that it is cutting, or was when it was killed
   manifest.json       the former manifest while shards are being mended
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ import cv2
 from karmma_dist.io.files import write_json
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.recording import Recording, is_of_the_machine
-from karmma_dist.packing.clip_cutter import cut_recording
+from karmma_dist.packing.clip_cutter import cut_recording, unexpected_failure
 from karmma_dist.packing.records import Failure, Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.writer import Sample, clip_sample, write_tar
@@ -107,11 +110,17 @@ def _stage(folder: Path, unit: Unit, spec: PackingSpec) -> int:
 
     def samples() -> Iterator[tuple[str, Sample]]:
         for recording in unit.recordings:
+            _note_start(folder, unit, recording)
             for cut in cut_recording(recording, spec):
                 if isinstance(cut, Failure):
                     failures.append(cut)
-                else:
-                    yield cut.record.key, clip_sample(cut, recording, spec.modalities)
+                    continue
+                try:
+                    sample = clip_sample(cut, recording, spec.modalities)
+                except Exception as error:
+                    failures.append(unexpected_failure(cut.record, error, recording, spec))
+                    continue
+                yield cut.record.key, sample
 
     num = write_tar(tar, samples())
     index = build_index(tar, tuple(spec.modalities))
@@ -120,9 +129,36 @@ def _stage(folder: Path, unit: Unit, spec: PackingSpec) -> int:
     return num + len(failures)
 
 
+def _note_start(folder: Path, unit: Unit, recording: Recording) -> None:
+    """Leave the name of the recording that this worker process starts to cut, for `cut_last`."""
+    if multiprocessing.parent_process() is not None:
+        _start_path(folder, unit).write_text(f"{os.getpid()} {recording.name}", encoding="utf-8")
+
+
+def cut_last(folder: Path, todo: Sequence[Unit]) -> dict[int, str]:
+    """Return the name of the last recording that each worker process started to cut, by process number.
+
+    Notes of units that were finished do not count.
+    """
+    names: dict[int, str] = {}
+    for unit in todo:
+        try:
+            process, name = _start_path(folder, unit).read_text(encoding="utf-8").split(" ", 1)
+            finished = load_staged(folder, unit) is not None
+        except (OSError, ValueError):  # not started, or not written to the end
+            continue
+        if not finished and process.isdecimal():
+            names[int(process)] = name
+    return names
+
+
 def forget(folder: Path, unit: Unit) -> None:
     """Remove a unit's result, so that it is cut again."""
     _result_path(folder, unit).unlink(missing_ok=True)
+
+
+def _start_path(folder: Path, unit: Unit) -> Path:
+    return folder / f"{unit.name}.start"
 
 
 def _result_path(folder: Path, unit: Unit) -> Path:
@@ -134,12 +170,18 @@ def _digest(recordings: Sequence[Recording], settings: dict[str, Any]) -> str:
     for recording in recordings:
         paths = {"video_file": recording.video_file, "frames": recording.frames}
         paths |= {f"media.{name}": file.path for name, file in recording.media.items()}
-        stamps = {
-            name: None if path is None else [path.stat().st_size, path.stat().st_mtime_ns]
-            for name, path in paths.items()
-        }
+        stamps = {name: None if path is None else _stamp(path) for name, path in paths.items()}
         rates = {name: file.rate for name, file in recording.media.items()}
         clips = [dataclasses.asdict(clip) for clip in recording.clips]
         described.append([recording.name, recording.nominal_fps, rates, stamps, clips])
     text = json.dumps([settings, described], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stamp(path: Path) -> list[int] | str:
+    """Return size and time of a file or folder, or why it has none; cutting then says what is wrong with it."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return str(error.errno)
+    return [status.st_size, status.st_mtime_ns]

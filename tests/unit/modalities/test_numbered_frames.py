@@ -14,7 +14,7 @@ import pytest
 from karmma_dist.modalities.numbered_frames import NumberedFrames
 from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.packing.clip_cutter import cut_recording
-from karmma_dist.packing.records import CutClip, Failure, frames_of
+from karmma_dist.packing.records import CutClip, Failure, MediaFinder
 from karmma_dist.packing.spec import PackingSpec
 from kits.packing import decode, number_picture, read_number, write_movie
 
@@ -61,7 +61,7 @@ def _cut_with_flow(raw: Path, flow_fps: int = 12) -> CutClip | Failure:
     if not movie.exists():
         write_movie(movie, frames=20, fps=12)
     record = ClipRecord("12", "train", 0.0, None, {"action": 0}, start_frame=0)
-    flow = frames_of(raw, "flow/12", "flow")
+    flow = MediaFinder(raw).frames("flow/12", "flow")
     spec = PackingSpec.model_validate(
         {"reader": "something_something", "dataset": "ss", "raw": str(raw), "out": str(raw / "out"),
          "flow": {"source": "files", "files_bound": 20, "bound": 20}}

@@ -185,6 +185,9 @@ def test_pruning_leaves_out_clips_of_classes_without_training(tmp_path: Path) ->
 
 def test_pruning_needs_the_training_annotations(tmp_path: Path) -> None:
     write_epic(tmp_path, [], [row("P01_01_0")])
+    with pytest.raises(UserError, match=r"EPIC_100_train\.csv: has a header and no row"):
+        read_epic_kitchens(epic_spec(tmp_path, epic_kitchens={"pruned_splits": ["validation"]}))
+    (tmp_path / "annotations" / "EPIC_100_train.csv").unlink()
     with pytest.raises(UserError, match="pruned_splits"):
         read_epic_kitchens(epic_spec(tmp_path, epic_kitchens={"pruned_splits": ["validation"]}))
 
