@@ -168,8 +168,9 @@ class _Cutter:
             MediaError: a file exists but cannot be read, or the clip has no modality at all.
         """
         if (late := self.late_clip(clip)) is not None:
+            near_s = max(clip.start_s, self._end_s() or 0.0) + MOST_LATE_S
             for source in self._sources.values():  # damage, if that is why they end, says more
-                source.cut(clip, clip.start_s, pictures)
+                source.cut(replace(clip, stop_s=near_s), near_s, pictures)
             raise late
         stored = dict(pictures.stored)
         stop_s = clip.stop_s if clip.stop_s is not None else pictures.stop_s

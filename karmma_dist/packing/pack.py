@@ -31,7 +31,7 @@ from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities import MODALITIES, letters
 from karmma_dist.modalities.recording import ClipRecord, Recording, is_of_the_machine
 from karmma_dist.packing.readers import find_reader
-from karmma_dist.packing.records import Failure, Plan
+from karmma_dist.packing.records import Failure, Plan, file_type
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.assemble import Source, assemble, made_with, packed_clips, shards_are_whole
 from karmma_dist.packing.tars.lock import folder_lock
@@ -229,7 +229,7 @@ class _Run:
         known = read_failures(self.out / FAILURES) if former else []
         finished = (
             former is not None
-            and (self.out / MANIFEST).is_file()
+            and file_type(self.out / MANIFEST) == "file"
             and shards_are_whole(self.out, former)
             and not any(lost_clips(former, known).values())
         )
@@ -263,7 +263,7 @@ class _Run:
             UserError: the manifest is of another specification, or shards exist without a manifest.
         """
         for path in (self.out / MANIFEST, self.staging / MANIFEST):
-            if path.is_file():
+            if file_type(path) == "file":
                 break
         else:
             stray = next(self.out.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar"), None)
@@ -317,7 +317,7 @@ class _Run:
 
     def _assemble(self, sources: dict[str, Source], failures: list[Failure]) -> None:
         """Write the shards, then the failures, then the manifest, whose presence makes the folder complete."""
-        if (self.out / MANIFEST).is_file():
+        if file_type(self.out / MANIFEST) == "file":
             os.replace(self.out / MANIFEST, self.staging / MANIFEST)
         try:
             manifest = assemble(self.out, self.plan, sources, self.spec, self.header, self.progress)
@@ -352,7 +352,7 @@ def read_failures(path: Path) -> list[Failure]:
         UserError: the file is not a list of failures.
     """
     try:
-        lines = path.read_bytes().splitlines() if path.is_file() else []
+        lines = path.read_bytes().splitlines() if file_type(path) == "file" else []
         return [Failure.from_fields(JsonObject.parse(line)) for line in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a list of failures ({error}): remove it and pack again") from None

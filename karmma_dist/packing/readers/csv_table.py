@@ -23,7 +23,6 @@ from karmma_dist.io.json_fields import shown
 from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.readers.reader import Reader
 from karmma_dist.packing.readers.tables import (
-    LONGEST_KEY,
     UNLABELLED,
     UniqueKeys,
     check_name,
@@ -138,7 +137,7 @@ def _media(place: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]
         raise UserError(f"{place}: media '{row['media']}' is the raw folder itself, not a file in it")
     name = row.get("recording") or ""
     if name:
-        check_name(place, "recording", name)
+        check_name(place, "recording", name, _LONGEST_NAME)
     if row.get("participant"):
         check_name(place, "participant", row["participant"])
     relative = path.relative_to(inside(raw, ".", place))
@@ -166,7 +165,7 @@ def _check_names(media: dict[Path, _Media]) -> None:
 
 
 def _clip(place: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: bool) -> ClipRecord:
-    check_name(place, "key", row["key"], LONGEST_KEY)
+    check_name(place, "key", row["key"])
     start_s, stop_s = _seconds(place, "start", row["start"]), _seconds(place, "stop", row["stop"])
     start_s = 0.0 if start_s is None else start_s
     if stop_s is not None and stop_s <= start_s:

@@ -19,7 +19,6 @@ from karmma_dist.modalities.audio.store import recordings_with_sound
 from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.packing.readers.reader import Reader
 from karmma_dist.packing.readers.tables import (
-    LONGEST_KEY,
     SplitTables,
     UniqueKeys,
     check_name,
@@ -233,8 +232,7 @@ def _clip(
     place: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: dict[str, list[str]]
 ) -> _Annotated:
     """Read participant, recording and clip from one row."""
-    check_name(place, "narration_id", row["narration_id"], LONGEST_KEY)
-    for column in ("participant_id", "video_id"):
+    for column in ("narration_id", "participant_id", "video_id"):
         check_name(place, column, row[column])
     start_s, stop_s = (_seconds(place, column, row[column]) for column in ("start_timestamp", "stop_timestamp"))
     if stop_s <= start_s:

@@ -17,7 +17,7 @@ from karmma_dist.io.json_fields import parse_list, parse_strictly, shown
 from karmma_dist.modalities.detections.store import Span, index_boxes
 from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.packing.readers.reader import Reader
-from karmma_dist.packing.readers.tables import LONGEST_KEY, UniqueKeys, check_name, read_text, split_tables
+from karmma_dist.packing.readers.tables import UniqueKeys, check_name, read_text, split_tables
 from karmma_dist.packing.records import MediaFinder, Plan, inside, raw_file, shared_file
 from karmma_dist.settings import Positive, Settings
 
@@ -114,7 +114,7 @@ def _clip(place: str, entry: Any, split: str, ids: dict[str, dict[str, int]], la
     if type(entry["id"]) not in (str, int):
         raise UserError(f"{place}: 'id' is {shown(entry['id'])}, neither a text nor a whole number")
     key = str(entry["id"])
-    check_name(place, "id", key, LONGEST_KEY)
+    check_name(place, "id", key)
     labels: dict[str, int | None] = dict.fromkeys(ids)
     if labelled:
         if not isinstance(entry.get("template"), str):

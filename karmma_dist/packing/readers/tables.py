@@ -20,9 +20,8 @@ from karmma_dist.io.json_fields import shown
 from karmma_dist.packing.records import file_type, inside, raw_file
 from karmma_dist.shards.format import check_key
 
-LONGEST_KEY = 90
-"""Characters of a clip's key: a plain tar has 100 bytes for a name, of which a suffix needs some."""
-_LONGEST_NAME = 100
+_LONGEST_NAME = 200
+"""Characters of a name: with what the tar and the files of packing add, it must fit the 255 bytes of a file name."""
 _MOST_BYTES = 1 << 30
 """Bytes of an annotation file, unpacked."""
 _GZIP = b"\x1f\x8b"

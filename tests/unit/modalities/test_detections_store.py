@@ -26,7 +26,8 @@ def _object(x0: float, y0: float, x1: float, y1: float, hand: bool, score: float
     return corners | {"category": "hand" if hand else "object", "score": score}
 
 
-plain = st.none() | st.integers() | st.text('a{}[]",:\\é', max_size=5) | st.floats(allow_nan=False, allow_infinity=False)
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+plain = st.none() | numbers | st.text('a{}[]",:\\é', max_size=5)
 values = st.recursive(plain, lambda v: st.lists(v, max_size=4), max_leaves=8)
 entries = st.dictionaries(st.text("0123456789", min_size=1, max_size=6), st.lists(values, max_size=3), max_size=8)
 

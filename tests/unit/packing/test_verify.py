@@ -364,7 +364,7 @@ def test_names_longer_than_a_tar_header_holds_are_whole(raw: Path, tmp_path: Pat
     key = "k" * 120
     root = tmp_path / "raw"
     shutil.copytree(raw, root)
-    write_epic(root, [row(key), row("P01_01_1", "P01_01")], [])
+    write_epic(root, [row(key), row("P01_01_1", "P01_01")])
     pack(spec(root, tmp_path / "out"))
     assert {clip.key for clip in ShardFolder(tmp_path / "out").clips("train")} == {key, "P01_01_1"}
     assert verify(tmp_path / "out", full=True).whole
