@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from karmma_dist.io.json_fields import JsonObject
+from karmma_dist.io.json_fields import JsonObject, parse_list, parse_strictly
 
 FIELDS = JsonObject.parse(
     b'{"a": {"text": "x", "whole": 3, "number": 1.5, "null": null, "texts": ["x"], "wholes": [0, 7], "objects": [{}]}}'
@@ -47,3 +50,37 @@ def test_fields_of_the_right_type_are_returned() -> None:
 def test_other_fields_are_refused_with_their_path(read: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         read()
+
+
+@pytest.mark.parametrize("digits", [str(2**63), "9" * 400])
+@pytest.mark.parametrize("method", ["whole", "number", "wholes"])
+def test_a_number_that_no_float_or_offset_can_hold_is_refused(digits: str, method: str) -> None:
+    content = f'{{"a": [{digits}]}}' if method == "wholes" else f'{{"a": {digits}}}'
+    with pytest.raises(ValueError, match=r"a.* is 9"):
+        getattr(JsonObject.parse(content), method)("a")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda values: st.lists(values) | st.dictionaries(st.text(), values),
+    max_leaves=10,
+)
+
+
+@given(st.lists(json_values), st.sampled_from([None, 2]))
+def test_a_list_is_read_value_by_value_as_a_whole(values: list[object], indent: int | None) -> None:
+    text = json.dumps(values, indent=indent)
+    assert list(parse_list(text)) == parse_strictly(text) == values
+
+
+@given(st.text("[]{},:\"1aeN-. \n\\u", max_size=30))
+def test_a_text_is_a_list_value_by_value_if_it_is_one_as_a_whole(text: str) -> None:
+    try:
+        expected = parse_strictly(text)
+    except ValueError:
+        expected = None
+    try:
+        values = list(parse_list(text))
+    except ValueError:
+        values = None
+    assert values == (expected if isinstance(expected, list) else None)

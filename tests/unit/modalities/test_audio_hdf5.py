@@ -125,3 +125,37 @@ def test_a_missing_h5py_does_not_make_audio_absent(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match="needs h5py"):
         make_plan(epic_spec(tmp_path))
+
+
+@pytest.mark.parametrize("harm", ["sparse", "empty", "hole", "a day", "huge chunk"])
+def test_samples_that_are_declared_and_not_stored_fail_the_clip(tmp_path: Path, harm: str) -> None:
+    write_epic(tmp_path, [row("a"), row("b", "P01_02")])
+    with h5py.File(tmp_path / "EPIC-KITCHENS-100_audio.hdf5", "w") as file:
+        file["P01_02"] = _bursts([0.5])
+        match harm:
+            case "sparse":
+                file.create_dataset("P01_01", (2**40,), np.float32, chunks=(RATE,))
+            case "empty":
+                file.create_dataset("P01_01", (3 * RATE,), np.float32)
+            case "hole":
+                data = file.create_dataset("P01_01", (3 * RATE,), np.float32, chunks=(RATE,))
+                data[:RATE], data[2 * RATE :] = 0.1, 0.1
+            case "a day":
+                file.create_dataset("P01_01", (RATE * 3600 * 25,), np.int16, chunks=(RATE,))
+            case "huge chunk":
+                file.create_dataset("P01_01", (2**28,), np.float32, chunks=(2**28,), compression="gzip")
+    spec = epic_spec(tmp_path, flow={"source": "none"})
+    cut = {r.name: next(iter(cut_recording(r, spec))) for r in make_plan(spec).recordings}
+    failure = cut["P01_01"]
+    assert isinstance(failure, Failure)
+    assert (failure.modality, failure.stage) == ("audio", "open")
+    assert "P01_01: declares" in failure.error or "has chunks of" in failure.error
+    assert isinstance(cut["P01_02"], CutClip)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (RATE,)}, {"chunks": (1000,), "compression": "gzip"}])
+def test_samples_that_are_all_stored_are_read(tmp_path: Path, options: dict) -> None:
+    write_epic(tmp_path, [row("a")])
+    with h5py.File(tmp_path / "EPIC-KITCHENS-100_audio.hdf5", "w") as file:
+        file.create_dataset("P01_01", data=np.append(_bursts([0.5]), np.float32(0)), **options)
+    assert _onset_s(_first(tmp_path)) == pytest.approx(0.4, abs=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,68 @@ def test_frames_are_placed_by_numbers_from_0_or_1() -> None:
 def test_boxes_of_another_format_fail_the_clip(frames: Any) -> None:
     with pytest.raises(MediaError, match="another format"):
         detections_json(frames, 427, 240, 3, 14)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ('[{"labels": [{"box2d": null}]}]', r"frames\[0\]\.labels\[0\]\.box2d is None"),
+        ('[{"labels": []}, {"labels": [{"box2d": {"x1": null}}]}]', r"frames\[1\]\.labels\[0\]\.box2d\.x1 is None"),
+        ('[{"labels": [{"box2d": {"x1": ' + "9" * 300 + "}}]}]", r"frames\[0\]\.labels\[0\]\.box2d\.x1 is 9+"),
+        ('[{"labels": [{"box2d": {"x1": ' + "9" * 400 + "}}]}]", "a number of 400 digits"),
+        ('[{"labels": [{"box2d": {"x1": 1e999}}]}]', "1e999 is too large"),
+        ('[{"labels": [{"box2d": {"x1": NaN}}]}]', "NaN is not a JSON number"),
+        ('[{"labels": [], "labels": []}]', "'labels' occurs twice"),
+        (r'[{"labels": [], "name": "\ud800"}]', "surrogate"),
+        ('[{"labels": [], "name": "' + "9" * 5000 + '.jpg"}]', "another format"),
+    ],
+)
+def test_a_faulty_entry_fails_its_clip_by_frame_and_field(tmp_path: Path, value: str, named: str) -> None:
+    path = tmp_path / "boxes.json"
+    path.write_text('{"7": [], "8": ' + value + "}")
+    entries = index_boxes(path)
+    assert detections_json(read_boxes(*entries["7"]), 20, 20, 1, 14)[1] == 0
+    with pytest.raises(MediaError, match=named) as caught:
+        detections_json(read_boxes(*entries["8"]), 20, 20, 1, 14)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("opening", ['{"7": [], "8": ', '[{"id": "7", "frames": []}, {"id": "8", "frames": '])
+@pytest.mark.parametrize(
+    ("value", "named"), [("[" * 100_000, "nested too deeply"), ("[" + "9" * 5000 + "]}", "limit .*4300")]
+)
+def test_an_entry_that_python_cannot_hold_is_refused_by_number(
+    tmp_path: Path, opening: str, value: str, named: str
+) -> None:
+    path = tmp_path / "boxes.json"
+    path.write_text(opening + value)
+    with pytest.raises(UserError, match=rf"boxes\.json, entry 2: .*{named}"):
+        index_boxes(path)
+
+
+def test_a_file_that_is_damaged_near_its_start_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "boxes.json"
+    path.write_text('{"7": [}' + " " * 10_000 + "}")
+    monkeypatch.setattr(boxes_module, "_CHUNK_BYTES", 64)
+    monkeypatch.setattr(boxes_module, "_MOST_ENTRY_BYTES", 256)
+    with pytest.raises(UserError, match=r"boxes\.json, entry 1: not a clip's boxes in 256 bytes"):
+        index_boxes(path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "dangling", "folder", "loop"])
+def test_a_file_of_boxes_that_is_no_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.json").write_text('{"7": []}')
+    path = tmp_path / "b.json"
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "dangling":
+            path.symlink_to("/nowhere")
+        case "folder":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path)
+    with pytest.raises(UserError, match=r"b\.json: (cannot be read|is not a file)"):
+        index_boxes(tmp_path)
