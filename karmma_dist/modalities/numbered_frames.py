@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 
 from karmma_dist.modalities.encode import num_frames_between
-from karmma_dist.modalities.recording import ClipRecord, MediaError, media_error
+from karmma_dist.modalities.recording import CUT_TOLERANCE_S, ClipRecord, MediaError, media_error
 
 _NUMBER = r"(\d+)\.jpe?g$"
 _PICTURE = re.compile(rf"(?:frame_|img_|image_)?{_NUMBER}", re.IGNORECASE)
@@ -75,13 +75,18 @@ class NumberedFrames:
         if self._tar is not None:
             self._tar.close()
 
-    def clamped(self, start: int, stop: int | None) -> range:
+    def clamped(self, start: int, stop: int | None, num_lacking: int = 0) -> range:
         """Return the file numbers from start up to (not including) stop, limited to those from the first to the last.
 
         A clip whose stop is its start has one frame.
 
+        Args:
+            start: First number; 0: the first there is.
+            stop: Number after the last; None: all that follow.
+            num_lacking: Numbers that may lack at either end; more lack in a folder or tar that was extracted in part.
+
         Raises:
-            MediaError: the clip has none of the frames.
+            MediaError: the clip has none of the frames, or lacks too many.
         """
         stop = self.last + 1 if stop is None else max(stop, start + 1)
         numbers = range(max(start, self.first), min(stop, self.last + 1))
@@ -89,6 +94,12 @@ class NumberedFrames:
             raise MediaError(
                 self.modality, "cut",
                 f"{self.path.name} has frames {self.first} to {self.last}, the clip is {start} to {stop - 1}",
+            )  # fmt: skip
+        if stop - numbers.stop > num_lacking or (start > 0 and numbers.start - start > num_lacking):
+            raise MediaError(
+                self.modality, "cut",
+                f"{self.path.name} ends too early or starts too late: it has frames {self.first} to {self.last}, "
+                f"the clip is {start} to {stop - 1}",
             )  # fmt: skip
         return numbers
 
@@ -111,7 +122,7 @@ class NumberedFrames:
         name = f"{self.path.name}: {self._names[component, number]}"
         data = self._bytes(member)
         # OpenCV silently fills a truncated JPEG with gray: look for the end-of-image marker.
-        if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-64:]:
+        if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data.rstrip(b"\0")[-64:]:
             raise MediaError(self.modality, "decode", f"{name} is not a complete JPEG")
         packed = self.modality == "flow" and not component
         flag = cv2.IMREAD_UNCHANGED if packed else cv2.IMREAD_GRAYSCALE if component else cv2.IMREAD_COLOR
@@ -133,6 +144,10 @@ class NumberedFrames:
             assert self._tar is not None
             file = self._tar.extractfile(member)
             return file.read() if file else b""
+        except KeyError:
+            assert isinstance(member, tarfile.TarInfo)
+            problem = f"{self.path.name}: {member.name} links to {member.linkname}, which is not in the tar"
+            raise MediaError(self.modality, "decode", problem) from None
         except (OSError, tarfile.TarError) as error:
             raise media_error(error, self.modality, "decode", f"{self.path.name}: {error}") from None
 
@@ -150,7 +165,7 @@ class NumberedFrames:
         try:
             self._tar = tarfile.open(self.path, "r:")  # noqa: SIM115 - stays open for random access
             for info in self._tar:
-                if info.isfile():
+                if info.isfile() or info.islnk() or info.issym():
                     self._add(info.name, info)
             with open(self.path, "rb") as file:
                 file.seek(self._tar.offset)
@@ -216,7 +231,7 @@ def numbers_shown(
     Raises:
         MediaError: the clip has none of the frames.
     """
-    existing = frames.clamped(start, stop)
+    existing = frames.clamped(start, stop, round(CUT_TOLERANCE_S * nominal))
     stop_s = clip.start_s + len(existing) / float(nominal) if clip.stop_s is None else clip.stop_s
     wanted = [
         existing.start + int(place * nominal / fps) for place in range(num_frames_between(clip.start_s, stop_s, fps))

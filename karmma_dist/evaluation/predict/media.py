@@ -118,8 +118,8 @@ def _check_media(path: Path, modalities: Sequence[str], start_s: float, stop_s: 
     level = av.logging.get_level()
     av.logging.set_level(av.logging.PANIC)
     try:
-        with VideoFile(path) as movie, av.open(str(path)) as container:
-            found = {MediaStream.PICTURES: movie.video is not None, MediaStream.SOUND: bool(container.streams.audio)}
+        with VideoFile(path) as movie:
+            found = {MediaStream.PICTURES: movie.video is not None, MediaStream.SOUND: movie.has_audio}
             streams = [stream for stream, is_there in found.items() if is_there]
             if not streams:
                 raise UserError(f"{path}: neither video nor sound in it")
@@ -127,7 +127,7 @@ def _check_media(path: Path, modalities: Sequence[str], start_s: float, stop_s: 
             if not set(usable) & set(modalities):
                 has = " and ".join(stream.value for stream in streams)
                 raise UserError(f"{path}: it has {has}, but the model is to be given {', '.join(modalities)}")
-            duration_s = None if container.duration is None else container.duration / av.time_base
+            duration_s = movie.duration_s
     except MediaError as error:
         raise UserError(f"{path}: not a video file, or one that is damaged ({error.error})") from None
     finally:

@@ -90,7 +90,7 @@ def test_the_mix_of_all_channels_is_as_loud_as_each_of_them(tmp_path: Path, layo
 
 def pieces_of(places: list[tuple[float, int]], rate: int) -> Sound:
     """Return audio of frames at these times, as a decoder would give them, with a beep at every full second."""
-    sound = Sound(None)
+    sound = Sound()
     for time_s, num in places:
         times = time_s + np.arange(num) / rate
         loud = (times % 1.0 < 0.05) & (times > 0.5)
