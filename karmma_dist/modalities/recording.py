@@ -113,6 +113,10 @@ class Stretches:
         if self.open is None:
             self.open = (time_s, problem)
 
+    def end_all(self, time_s: float, problem: str) -> None:
+        """Make everything from `time_s` on, and an open stretch before it, one stretch with this problem."""
+        self.open = (time_s if self.open is None else self.open[0], problem)
+
     def stop(self, time_s: float) -> None:
         """End the open stretch at `time_s`."""
         if self.open is not None and time_s > self.open[0]:

@@ -63,10 +63,15 @@ _MOST_MIXED_CHANNELS = 8
 
 
 class Sound:
-    """A recording's audio as mono int16 at 16 kHz, on the recording's clock."""
+    """A recording's audio as mono int16 at 16 kHz, on the recording's clock.
 
-    def __init__(self) -> None:
+    Args:
+        longest_gap_s: Longest gap in seconds that is filled with silence; a longer one is damage.
+    """
+
+    def __init__(self, longest_gap_s: float = CUT_TOLERANCE_S) -> None:
         self.damage = Stretches()
+        self._longest_gap_s = longest_gap_s
         self.samples = np.zeros(0, np.int16)
         self._start_s = 0.0
         self._chunks: list[np.ndarray] = []
@@ -109,10 +114,11 @@ class Sound:
         if not self._layout:
             self._start_s = time_s
         late_s = time_s - self._expected_s
-        if abs(late_s) <= CUT_TOLERANCE_S + 2 * frame_s:  # packets are lost whole
+        longest_s = self._longest_gap_s if self._longest_gap_s <= _GAP_S else self._longest_gap_s + 2 * frame_s
+        if -CUT_TOLERANCE_S <= late_s <= longest_s:  # packets are lost whole
             return True
         if self._layout and late_s < 0:
-            self.damage.start(self._expected_s, f"the clock jumps back to {time_s:.2f} s")
+            self.damage.end_all(self._expected_s, f"the clock jumps back to {time_s:.2f} s")
         elif late_s > _LONGEST_GAP_S:
             self.damage.start(self._expected_s, f"the clock jumps to {time_s:.0f} s")
         elif self._layout:
@@ -259,7 +265,7 @@ def sound_of(video_file: VideoFile) -> Sound | None:
     try:
         if not video_file.has_audio:
             return None
-        sound, end_s = Sound(), 0.0
+        sound, end_s = Sound(_GAP_S if video_file.numbers_samples else CUT_TOLERANCE_S), 0.0
         for frame, time_s, problem in video_file.audio_frames(sound.damage):
             time_s = end_s if time_s is None else time_s
             if frame is None:
