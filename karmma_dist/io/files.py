@@ -45,7 +45,12 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write compact JSON, whole or not at all."""
-    write_whole(path, (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode())
+    write_whole(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return compact JSON in UTF-8: one line with its line break."""
+    return (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
 
 
 def sha256_of(path: Path) -> str:

@@ -1,1 +1,1 @@
-"""Raw datasets -> shards. Start at `pack.py`; `spec.py` says what can be chosen."""
+"""Packing of raw datasets into shards. Start at `pack.py`; `spec.py` holds the settings."""

@@ -1,4 +1,4 @@
-"""Cuts one recording into its clips, each complete or failed, in one pass over its pictures."""
+"""Cuts one recording into its clips, each complete or failed, in one pass over its frames."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from karmma_dist.packing.spec import PackingSpec
 
 
 def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip | Failure]:
-    """Yield each clip of a recording as soon as it is complete, or the reason why it cannot be.
+    """Yield each clip of a recording as soon as it is complete, or the reason why it fails.
 
-    A clip fails when any of its existing media does; what does not exist is absent from its payloads.
+    A clip fails if any of its existing media fails; media that do not exist are absent from its payloads.
 
     Raises:
-        OSError: the machine fails, and no medium: see `modalities.recording.is_of_the_machine`.
+        OSError: the machine fails, not a media file: see `modalities.recording.is_of_the_machine`.
     """
     left = {clip.key: clip for clip in recording.clips}
     try:
@@ -35,7 +35,7 @@ def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip |
     except MediaError as error:
         yield from (_failure(clip, error) for clip in left.values())
     except (av.error.FFmpegError, cv2.error) as error:
-        # Media that break their decoder in an unforeseen way cost their own recording, not the run.
+        # Media that break their decoder in an unforeseen way fail their own recording, not the run.
         unforeseen = media_error(error, spec.modalities[0], "cut", one_line(error, 200))
         yield from (_failure(clip, unforeseen) for clip in left.values())
 
@@ -82,14 +82,14 @@ class _Cutter:
                 self._shown = files.enter_context(NumberedFrames(recording.frames))
 
     def pictures(self) -> Iterator[Outcome]:
-        """Yield every clip with what is made of its pictures, in the order in which the clips end."""
+        """Yield every clip with the members made of its frames, in the order in which the clips end."""
         return pass_over_pictures(self._recording, self._spec.video, self._makers, self._shown)
 
     def complete(self, clip: ClipRecord, pictures: CutPictures) -> CutClip:
-        """Add what is cut from files of single modalities to what was made of a clip's pictures.
+        """Add the members that are cut from files of single modalities to those made of a clip's frames.
 
         Raises:
-            MediaError: any of them exists and cannot be read, or the clip has no modality at all.
+            MediaError: a file exists but cannot be read, or the clip has no modality at all.
         """
         stored = dict(pictures.stored)
         stop_s = clip.stop_s if clip.stop_s is not None else pictures.stop_s

@@ -2,8 +2,8 @@
 
     summary = pack(load_spec("epic_kitchens"), workers=8)
 
-Which clip goes to which shard is a permutation of the *planned* clips by the seed: the bytes depend neither on the
-number of workers nor on the order in which they finish, and a clip that fails leaves a place that it can take later.
+The seed permutes the *planned* clips over the shards: the bytes depend neither on the number of workers nor on the
+order in which they finish, and a clip that fails leaves a place that it can take later.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import write_json, write_whole
+from karmma_dist.io.files import write_whole
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities import MODALITIES, letters
 from karmma_dist.modalities.recording import ClipRecord, Recording, is_of_the_machine
 from karmma_dist.packing.readers import find_reader
@@ -35,14 +36,16 @@ from karmma_dist.packing.tars.staging import Unit, forget, load_staged, stage, u
 from karmma_dist.processes import submit_all, worker_pool
 from karmma_dist.progress import Report, silent
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import MANIFEST, DamageError, facts_of, whole_manifest
+from karmma_dist.shards.format import MANIFEST, DamageError
+from karmma_dist.shards.manifest import DatasetHeader, Manifest, RecordedPlan
 
 
 def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
-    """What the raw folder's annotations ask for, of recordings that have media, at most `limit` clips per split.
+    """Return the annotated clips of all recordings that have media, at most `limit` clips per split.
 
     Raises:
-        UserError: no raw folder, no annotations, a bad row, no media at all, or a library that the settings need.
+        UserError: the raw folder or the annotations are missing, a row is bad, no media file exists, or a library is
+            missing that the settings need.
     """
     for name, section in spec.sections().items():
         MODALITIES[name].storage.check_settings(section)
@@ -50,55 +53,54 @@ def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
 
 
 def _identity(clip: ClipRecord, entry_fields: Mapping[str, str]) -> dict[str, Any]:
-    """Return all of a clip, its entries under the names that their modalities have for them."""
+    """Return all fields of a clip, with its entries under the names that their modalities give them."""
     described = asdict(clip)
     entries = described.pop("entries")
     return described | {field: entries.get(name) for name, field in entry_fields.items()}
 
 
-def plan_identity(plan: Plan, limit: int | None) -> dict[str, Any]:
-    """What was planned: the limit, the clips per split, and a digest of all annotations."""
+def recorded_plan(plan: Plan, limit: int | None) -> RecordedPlan:
+    """Return the plan as the manifest records it."""
     fields = {name: m.storage.entry_field for name, m in MODALITIES.items() if m.storage.entry_field}
     clips = [[r.name, r.participant, _identity(clip, fields)] for r in plan.recordings for clip in r.clips]
     text = json.dumps([plan.classes, sorted(clips, key=lambda entry: entry[2]["key"])], sort_keys=True)
-    return {
-        "limit": limit,
-        "clips": {split: len(plan.keys(split)) for split in plan.splits},
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
+    num_clips = {split: len(plan.keys(split)) for split in plan.splits}
+    return RecordedPlan(limit, num_clips, hashlib.sha256(text.encode()).hexdigest())
 
 
-def difference_between(manifest: dict[str, Any], spec: PackingSpec, plan: dict[str, Any]) -> str:
-    """Return in words what differs between packed shards and what is to be packed; empty: nothing.
+def difference_between(packed: DatasetHeader, spec: PackingSpec, plan: RecordedPlan) -> str:
+    """Describe the first difference between packed shards and the shards to be packed; empty if they are the same.
 
     Args:
-        manifest: of the packed shards.
-        spec: of what is to be packed: the first setting that differs is named.
-        plan: likewise, as `plan_identity` gives it.
+        packed: Header of the packed shards.
+        spec: Specification to pack by.
+        plan: Plan to pack.
+
+    Raises:
+        ValueError: the recorded settings have a value in place of a section.
     """
-    if differing := spec.differences(manifest["settings"]):
+    if differing := spec.differences(packed.settings):
         name, (former, now) = next(iter(differing.items()))
         return f"{name} ({former}, now {now})"
-    if manifest["plan"] != plan:
-        former, now = manifest["plan"], plan
-        if former["limit"] != now["limit"]:
-            return f"limit ({former['limit']}, now {now['limit']})"
-        num_former, num_now = (sum(plan["clips"].values()) for plan in (former, now))
+    if packed.plan != plan:
+        if packed.plan.limit != plan.limit:
+            return f"limit ({packed.plan.limit}, now {plan.limit})"
+        num_former, num_now = (sum(each.clips.values()) for each in (packed.plan, plan))
         return f"annotations or set of media files ({num_former} clips, now {num_now})"
     return ""
 
 
 def _with_media(plan: Plan, spec: PackingSpec) -> Plan:
-    """Leave out recordings of which no media file is there, and say how many."""
-    there = [r for r in plan.recordings if _has_media(r)]
-    if not there:
-        raise UserError(f"{spec.raw}: no media file of any of the {len(plan.recordings)} annotated recordings is there")
+    """Leave out recordings without any media file, and note how many."""
+    present = [r for r in plan.recordings if _has_media(r)]
+    if not present:
+        raise UserError(f"{spec.raw}: no media file of any of the {len(plan.recordings)} annotated recordings exists")
     absent = [r for r in plan.recordings if not _has_media(r)]
     if not absent:
         return plan
     num_clips = sum(len(recording.clips) for recording in absent)
     note = f"{len(absent)} recordings ({num_clips} clips) left out: no media file; the first is {absent[0].name}"
-    return replace(plan, recordings=tuple(there), notes=(*plan.notes, note))
+    return replace(plan, recordings=tuple(present), notes=(*plan.notes, note))
 
 
 def _has_media(recording: Recording) -> bool:
@@ -126,26 +128,26 @@ FAILURES = "failures.jsonl"
 """One line per clip left out: key, split, modality, stage, error."""
 
 STAGING = ".staging"
-"""Folder of what is cut but not yet in a shard; it is gone when packing is finished."""
+"""Folder of clips that are cut but not yet in a shard; it is removed when packing is finished."""
 
 
 @dataclass(slots=True)
 class PackSummary:
-    """What a packing run did, or found done."""
+    """The result of a packing run."""
 
     out: Path
     status: str
-    """`packed`, `already packed`, or `staged` (other parts are still to be cut)."""
+    """`packed`, `already packed`, or `staged` (other parts are not cut yet)."""
     clips: dict[str, int] = field(default_factory=dict)
-    """Clips in the shards per split."""
+    """Number of clips per split."""
     shards: dict[str, int] = field(default_factory=dict)
-    """Shards per split."""
+    """Number of shards per split."""
     subsets: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per split, clips per set of modalities present ("V+F+A")."""
+    """Number of clips per split and set of present modalities ("V+F+A")."""
     num_bytes: int = 0
-    """Of all shards."""
+    """Size of all shards."""
     failures: list[Failure] = field(default_factory=list)
-    """Clips left out because existing media of theirs cannot be read; also in failures.jsonl."""
+    """Clips left out because some of their media cannot be read; also in failures.jsonl."""
     notes: list[str] = field(default_factory=list)
     """Splits skipped, recordings without media."""
     seconds: float = 0.0
@@ -162,21 +164,21 @@ def pack(
 ) -> PackSummary:
     """Pack a raw dataset into the folder `spec.out`.
 
-    Can be killed at any moment and called again: recordings already cut are not cut again. Where shards of the same
-    specification are whole, nothing is done.
+    A packing run can be killed at any moment and started again: recordings already cut are not cut again. If the
+    shards of the same specification are complete, nothing is done.
 
     Args:
-        spec: what becomes what.
-        workers: processes that cut; 1 works in this one.
-        limit: only the first clips of each split.
+        spec: The packing specification.
+        workers: Processes that cut; 1: cut in this process.
+        limit: Maximum number of clips per split; None: all of them.
         part: (i, n), i from 1: cut only every n-th unit of recordings, in the same folder as the other parts; the
             last part to finish assembles.
-        retry_failed: cut the recordings of failed clips once more and put the mended ones in their places.
-        progress: told how far it is.
+        retry_failed: Cut the recordings of failed clips once more, and put the mended clips in their places.
+        progress: Called with the stage and the number of clips done.
 
     Raises:
-        UserError: bad annotations or paths, another specification's shards in the folder, another packer at work, a
-            full or failing disk.
+        UserError: annotations or paths are bad, the folder holds shards of another specification, another packer
+            works in it, or the disk is full or fails.
     """
     started = time.monotonic()
     if workers < 1:
@@ -204,18 +206,20 @@ def pack(
 
 
 class _Run:
-    """One call of `pack` on a folder it has locked."""
+    """One call of `pack` on a locked folder."""
 
     def __init__(self, spec: PackingSpec, plan: Plan, limit: int | None, progress: Report) -> None:
         self.spec, self.plan, self.progress = spec, plan, progress
         self.out = Path(spec.out)
         self.staging = self.out / STAGING
-        self.identity = {"settings": spec.recorded(), "plan": plan_identity(plan, limit)}
+        self.header = DatasetHeader(
+            spec.dataset, tuple(spec.modalities), plan.classes, spec.recorded(), recorded_plan(plan, limit), made_with()
+        )
 
     def run(
         self, workers: int, part: tuple[int, int] | None, retry_failed: bool, may_assemble: Callable[[], bool]
     ) -> PackSummary:
-        """Cut what is missing, then assemble unless other parts have still to cut theirs."""
+        """Cut missing clips, then assemble unless other parts are not cut yet."""
         former = self._former_manifest()
         known = read_failures(self.out / FAILURES) if former else []
         finished = (
@@ -247,11 +251,11 @@ class _Run:
         self._assemble(sources, left_out)
         return self._summary("packed", left_out)
 
-    def _former_manifest(self) -> dict[str, Any] | None:
-        """The manifest of shards that are there, also when a run that mended them was killed.
+    def _former_manifest(self) -> Manifest | None:
+        """Return the manifest of earlier shards, also if a run that mended them was killed; None without any.
 
         Raises:
-            UserError: it is of another specification, or there are shards without any manifest.
+            UserError: the manifest is of another specification, or shards exist without a manifest.
         """
         for path in (self.out / MANIFEST, self.staging / MANIFEST):
             if path.is_file():
@@ -262,11 +266,12 @@ class _Run:
                 raise UserError(f"{self.out}: holds {stray.name} but no {MANIFEST}: choose another --out or remove it")
             return None
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text())
-            facts_of(manifest)
-            difference = difference_between(manifest, self.spec, self.identity["plan"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}: not a manifest of packed shards: choose another --out") from None
+            manifest = Manifest.parse(path.read_bytes(), str(path))
+            difference = difference_between(manifest.header, self.spec, self.header.plan)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{path}: not a manifest of packed shards: {error}: choose another --out") from None
         if difference:
             raise UserError(f"{self.out}: holds shards packed with another {difference}: choose another --out")
         return manifest
@@ -292,65 +297,55 @@ class _Run:
             ) from None
 
     def _assemble(self, sources: dict[str, Source], failures: list[Failure]) -> None:
-        """Write the shards, then failures, then the manifest: the folder counts when its last file does."""
+        """Write the shards, then the failures, then the manifest, whose presence makes the folder complete."""
         if (self.out / MANIFEST).is_file():
             os.replace(self.out / MANIFEST, self.staging / MANIFEST)
-        facts = {
-            "dataset": self.spec.dataset,
-            "modalities": self.spec.modalities,
-            "heads": self.plan.classes,
-            **self.identity,
-            "made_with": made_with(),
-        }
         try:
-            splits, counts = assemble(self.out, self.plan, sources, self.spec, facts, self.progress)
+            manifest = assemble(self.out, self.plan, sources, self.spec, self.header, self.progress)
         except DamageError as error:
             raise UserError(f"{error}: the disk lost what was cut: remove {self.staging} and pack again") from None
         _write_failures(self.out / FAILURES, failures)
-        write_json(self.out / MANIFEST, whole_manifest(facts, splits, counts))
+        write_whole(self.out / MANIFEST, manifest.to_bytes())
         shutil.rmtree(self.staging)
 
     def _summary(self, status: str, failures: list[Failure]) -> PackSummary:
         folder = ShardFolder(self.out)
         summary = PackSummary(self.out, status, failures=failures, notes=list(self.plan.notes))
-        for split, entry in folder.manifest["splits"].items():
-            summary.clips[split], summary.shards[split] = entry["clips"], len(entry["shards"])
-            summary.num_bytes += sum(shard["bytes"] for shard in entry["shards"])
+        for split, entry in folder.manifest.splits.items():
+            summary.clips[split], summary.shards[split] = entry.num_clips, len(entry.shards)
+            summary.num_bytes += entry.num_bytes
             present = Counter(letters(m for m in folder.modalities if clip.has(m)) for clip in folder.clips(split))
             summary.subsets[split] = dict(sorted(present.items()))
         return summary
 
 
 def _share(todo: list[Unit], part: tuple[int, int] | None) -> list[Unit]:
-    """The units of one part, by their own number so that every part divides alike."""
+    """Return the units of one part, chosen by their number so that every part divides alike."""
     if part is None:
         return todo
     return [unit for unit in todo if unit.number % part[1] == part[0] - 1]
 
 
 def read_failures(path: Path) -> list[Failure]:
-    """The failures written by a packing run; none when the file is not there.
+    """Read the failures that a packing run wrote; a missing file means none.
 
     Raises:
-        UserError: it is not such a file.
+        UserError: the file is not a list of failures.
     """
     try:
-        return _failures_in(path)
-    except (OSError, ValueError, TypeError) as error:
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        return [Failure.from_fields(JsonObject.parse(line)) for line in lines]
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a list of failures ({error}): remove it and pack again") from None
 
 
-def lost_clips(manifest: dict[str, Any], failures: list[Failure]) -> dict[str, int]:
-    """Per split, planned clips that are neither in a shard of the manifest nor among the failures."""
+def lost_clips(manifest: Manifest, failures: list[Failure]) -> dict[str, int]:
+    """Count per split the planned clips that are neither in a shard of the manifest nor among the failures."""
     failed = Counter(failure.split for failure in failures)
     return {
-        split: planned - manifest["splits"][split]["clips"] - failed[split]
-        for split, planned in manifest["plan"]["clips"].items()
+        split: planned - manifest.splits[split].num_clips - failed[split]
+        for split, planned in manifest.header.plan.clips.items()
     }
-
-
-def _failures_in(path: Path) -> list[Failure]:
-    return [Failure(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _write_failures(path: Path, failures: list[Failure]) -> None:

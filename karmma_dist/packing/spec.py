@@ -1,8 +1,8 @@
-"""The packing specification: which raw files become shards, and how they are stored.
+"""The packing specification: the raw files that become shards, and how they are stored.
 
     spec = load_spec("epic_kitchens", raw="/data/epic", out="/scratch/shards/epic")
 
-A specification is a file of `shards/`; the shards' manifest records all of it but the fields marked NOT_IN_BYTES.
+A specification is a file of `shards/`; the manifest of the shards records all fields that are not marked NOT_IN_BYTES.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ from karmma_dist.settings import (
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 NOT_IN_BYTES = mark("not_in_bytes")
-"""Mark of the fields that do not decide the bytes of shards: a manifest neither records nor compares them."""
+"""Mark of the fields that do not decide the bytes of shards: the manifest does not record them."""
 
 
 class PackingSpec(Settings):
-    """How a raw dataset becomes shards. Modalities of other packages have sections of their own, by their names."""
+    """Settings that turn a raw dataset into shards. Modalities of other packages have sections under their names."""
 
     model_config = ConfigDict(extra="allow")
 
     reader: str
-    """Layout of the raw folder: a name in the table of readers, and of the section with its sub-paths."""
+    """Layout of the raw folder: the name of a reader, and of the section with its sub-paths."""
     dataset: str
     """Name recorded in the manifest."""
     raw: Annotated[str, NOT_IN_BYTES]
     """Raw folder; ${VARIABLES} are expanded."""
     out: Annotated[str, NOT_IN_BYTES]
-    """Folder the shards are written to; ${VARIABLES} are expanded."""
+    """Folder to write the shards to; ${VARIABLES} are expanded."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the permutation that spreads clips over shards."""
+    """Seed of the permutation that spreads clips over shards."""
     clips_per_shard: Positive = 512
-    """Most clips in one shard."""
+    """Maximum number of clips in one shard."""
     participants: list[str] = []
-    """Keep only the recordings of these participants; empty: all of them."""
+    """Participants whose recordings are packed; empty: all."""
     video: VideoSpec = VideoSpec()
     """Frames."""
     flow: FlowSpec = FlowSpec()
     """Optical flow."""
     audio: AudioSpec = AudioSpec()
-    """Sound; Something-Something has none."""
+    """Audio; Something-Something has none."""
     detections: DetectionsSpec = DetectionsSpec()
     """Boxes; only Something-Something has them in its annotations."""
     epic_kitchens: EpicKitchensPaths | None = None
@@ -87,9 +87,9 @@ class PackingSpec(Settings):
 
     @model_validator(mode="after")
     def _other_sections(self) -> PackingSpec:
-        own = type(self).model_fields
-        others = {name: modality.storage.settings for name, modality in MODALITIES.items() if name not in own}
-        others |= {name: reader.paths for name, reader in readers().items() if name not in own}
+        fields = type(self).model_fields
+        others = {name: modality.storage.settings for name, modality in MODALITIES.items() if name not in fields}
+        others |= {name: reader.paths for name, reader in readers().items() if name not in fields}
         check_other_sections(self, others)
         return self
 
@@ -112,56 +112,58 @@ class PackingSpec(Settings):
 
     @property
     def modalities(self) -> list[str]:
-        """Modalities every clip declares, present or null."""
-        offered, own = find_reader(self.reader).modalities, type(self).model_fields
+        """Modalities that every clip declares, present or null."""
+        offered, fields = find_reader(self.reader).modalities, type(self).model_fields
         return [
             name
             for name, section in self.sections().items()
-            if (name in offered or name not in own) and section.source != "none"
+            if (name in offered or name not in fields) and section.source != "none"
         ]
 
     def sections(self) -> dict[str, Any]:
-        """Return the section of every modality, by name, in the order of the table; those of others where given."""
+        """Return the section of every modality by name, in table order; other packages' only where given."""
         return {name: getattr(self, name) for name in MODALITIES if hasattr(self, name)}
 
     def recorded(self) -> dict[str, Any]:
-        """Return the settings as the manifest records them: all that decide bytes, no machine's paths."""
+        """Return the settings as the manifest records them: all that decide bytes, without paths of this machine."""
         return {name: value for name, value in unmarked(self, NOT_IN_BYTES).items() if value is not None}
 
     def differences(self, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return the settings that differ from a manifest's, by dotted name: the recorded value and this one.
+        """Return the settings that differ from those of a manifest: dotted name -> recorded value and present value.
 
-        A setting that is not recorded, because there was none of that name then, counts as its default. One that is
-        recorded and not known here differs, with None as the value here.
+        A setting that is not recorded, because it did not exist then, counts as its default. A recorded setting that
+        is unknown now differs; its present value is None.
+
+        Raises:
+            ValueError: a value is recorded in place of a section.
         """
-        former, now = flat(_with_defaults(self, None, recorded)), flat(self.recorded())
-        names = [*now, *(name for name in former if name not in now)]
-        return {
-            name: (former.get(name), now.get(name)) for name in names if former.get(name) != now.get(name)
-        }
+        former, present = flat(_with_defaults(self, None, recorded)), flat(self.recorded())
+        names = [*present, *(name for name in former if name not in present)]
+        return {name: (former.get(name), present.get(name)) for name in names if former.get(name) != present.get(name)}
 
 
 def _with_defaults(section: Settings, default: Settings | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recorded settings of a section with the defaults of those that are not recorded.
+    """Return the recorded settings of a section, completed with the defaults of the others.
 
     Args:
-        section: as it is now; says which sections there are.
-        default: as it is where nothing is set; None: as its class says.
-        recorded: from a manifest.
+        section: The present section, which tells the names of its settings.
+        default: The section with nothing set; None: the defaults of its class.
+        recorded: The section in a manifest.
 
     Raises:
-        TypeError: a value is recorded where there is a section.
+        ValueError: a value is recorded in place of a section.
     """
     default = type(section).model_construct() if default is None else default
     filled = dict(recorded)
     for name in unmarked(section, NOT_IN_BYTES):
-        now, usual = getattr(section, name), getattr(default, name, None)
-        if isinstance(now, Settings):
+        value, default_value = getattr(section, name), getattr(default, name, None)
+        if isinstance(value, Settings):
             inner = recorded.get(name, {})
             if not isinstance(inner, Mapping):
-                raise TypeError(f"{name}: {inner!r} is no section")
-            filled[name] = _with_defaults(now, usual if isinstance(usual, Settings) else None, inner)
-        elif name not in recorded and usual is not None:
+                raise ValueError(f"settings.{name} is {inner!r}, not a section")
+            inner_default = default_value if isinstance(default_value, Settings) else None
+            filled[name] = _with_defaults(value, inner_default, inner)
+        elif name not in recorded and default_value is not None:
             filled[name] = default.model_dump(mode="json", include={name})[name]
     return filled
 
@@ -169,10 +171,10 @@ def _with_defaults(section: Settings, default: Settings | None, recorded: Mappin
 def load_spec(
     name: str, *, raw: str | Path | None = None, out: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> PackingSpec:
-    """Read the specification `name` (a path, or a name inside `shards/`), with another raw or out folder if given.
+    """Read the specification `name`, a path or a name inside `shards/`, with another raw or out folder if given.
 
     Raises:
-        UserError: no such file, an unknown or wrong key, an environment variable that is not set.
+        UserError: the file does not exist, a key is unknown or wrong, or an environment variable is not set.
     """
     folders = [f"{key}={json.dumps(str(path))}" for key, path in (("raw", raw), ("out", out)) if path is not None]
     return load_settings(find_file(name, "shards"), PackingSpec, [*overrides, *folders])

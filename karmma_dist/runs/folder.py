@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.io.files import write_json
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.recipe import Recipe
 from karmma_dist.runs.process import whereabouts
 
@@ -23,10 +24,10 @@ _TAIL_BYTES = 16_384
 
 
 def step_of(line: str) -> int:
-    """The step of a metrics line; a line cut by a crash counts as later than any."""
+    """Return the step of a metrics line; a line cut by a crash counts as later than any."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+        return JsonObject.parse(line).whole("step")
+    except ValueError:
         return 2**62
 
 

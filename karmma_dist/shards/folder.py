@@ -1,13 +1,11 @@
-"""A folder of packed shards, opened for reading."""
+"""A folder of packed shards, opened for reading: its clips, and the checked bytes of their members."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.shards.format import (
@@ -19,20 +17,21 @@ from karmma_dist.shards.format import (
     label_problem,
     member_name,
     metadata_problems,
-    parse_manifest,
     parse_metadata,
 )
-from karmma_dist.shards.index import indexed_clips
+from karmma_dist.shards.index import ShardIndex
+from karmma_dist.shards.manifest import Manifest, ShardEntry, usable_manifest
 
 
 class ShardFolder:
     """A folder of packed shards, opened for reading. Cheap to pickle: it holds no open file.
 
-    Shards that lie elsewhere override where a tar and an index come from: `open_tar` and `read_index`.
+    A subclass for shards that are stored elsewhere overrides `open_tar` and `read_index`.
 
     Attributes:
         root: The folder.
-        where: What messages call it.
+        where: Name of the folder in messages.
+        manifest: The parsed manifest.
 
     Raises:
         UserError: the folder is missing, empty, half packed, or of another schema.
@@ -46,81 +45,105 @@ class ShardFolder:
         if not path.is_file():
             raise UserError(f"{self.root}: no {MANIFEST}, so no packed shards (pack some with: karmma-dist shard)")
         content = path.read_bytes()
-        self.manifest: dict[str, Any] = parse_manifest(content, str(path))
+        self.manifest: Manifest = usable_manifest(content, str(path))
         self.sha256 = hashlib.sha256(content).hexdigest()
-        """Of the manifest's bytes, which name every shard's sha256: equal only for the same clips in the same order."""
+        """Hash of the manifest, which names those of all shards: equal only for the same clips in the same order."""
 
     @property
     def modalities(self) -> list[str]:
-        """Modalities every clip declares, present or null."""
-        return list(self.manifest["modalities"])
+        """Modalities that every clip declares, present or null."""
+        return list(self.manifest.header.modalities)
 
     @property
     def classes(self) -> dict[str, list[str]]:
         """Class names per head, in the order of their ids."""
-        return {head: list(names) for head, names in self.manifest["heads"].items()}
+        return {head: list(names) for head, names in self.manifest.header.heads.items()}
 
     @property
     def splits(self) -> list[str]:
         """Names of the splits."""
-        return list(self.manifest["splits"])
+        return list(self.manifest.splits)
 
     def clips(self, split: str) -> list[Clip]:
-        """All clips of a split, in shard order.
+        """Return all clips of a split, in shard order.
 
         Raises:
-            UserError: no such split, or an index that is missing or does not belong to its tar.
+            UserError: the split does not exist, the manifest contradicts itself, or an index is missing, damaged or of
+                another tar.
         """
-        if split not in self.manifest["splits"]:
+        entry = self.manifest.splits.get(split)
+        if entry is None:
             raise UserError(f"{self.where}: no split '{split}'; there are {', '.join(self.splits) or 'none'}")
-        return [clip for shard in self.manifest["splits"][split]["shards"] for clip in self._shard_clips(shard)]
+        num_clips = sum(shard.num_clips for shard in entry.shards)
+        if num_clips != entry.num_clips:
+            raise UserError(
+                f"{self.where}/{MANIFEST}: splits.{split}.clips is {entry.num_clips}, its shards have {num_clips}: "
+                f"write it again with karmma-dist verify --repair {self.where}"
+            )
+        return [clip for shard in entry.shards for clip in self._shard_clips(shard)]
 
-    def _shard_clips(self, shard: dict[str, Any]) -> list[Clip]:
-        path = f"{self.where}/{index_path(Path(shard['name']))}"
+    def _shard_clips(self, shard: ShardEntry) -> tuple[Clip, ...]:
+        path = f"{self.where}/{index_path(Path(shard.name))}"
+        advice = f"write it again with karmma-dist verify --repair {self.where}"
         self._check_tar(shard)
         try:
             content = self.read_index(shard)
         except OSError as error:
+            raise UserError(f"{path}: index cannot be read ({error}): {advice}") from None
+        if hashlib.sha256(content).hexdigest() != shard.index_sha256:
             raise UserError(
-                f"{path}: index cannot be read ({error}): write it again with karmma-dist verify --repair {self.where}"
-            ) from None
-        if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
-            raise UserError(
-                f"{path}: not the index that the manifest names, but one of another packing, older or cut: "
-                f"write it again with karmma-dist verify --repair {self.where}"
+                f"{path}: not the index that the manifest names, but one of another packing, older or cut: {advice}"
             )
-        return indexed_clips(json.loads(content), shard["name"])
+        try:
+            index = ShardIndex.parse(content, shard.name)
+        except ValueError as error:
+            raise UserError(f"{path}: not an index: {error}: {advice}") from None
+        if problem := self._index_problem(index, shard):
+            raise UserError(f"{path}: {problem}: {advice}")
+        return index.clips
 
-    def read_index(self, shard: dict[str, Any]) -> bytes:
-        """The index of a shard, given the shard's entry in the manifest.
+    def _index_problem(self, index: ShardIndex, shard: ShardEntry) -> str:
+        """Return how an index with the right hash contradicts the manifest, or an empty string."""
+        if len(index.clips) != shard.num_clips:
+            return f"holds {len(index.clips)} clips, the manifest says {shard.num_clips}"
+        for name in ("modalities", "heads"):
+            if index.header is not None and getattr(index.header, name) != getattr(self.manifest.header, name):
+                return f"its copy of '{name}' is not what the manifest says"
+        return ""
+
+    def read_index(self, shard: ShardEntry) -> bytes:
+        """Return the content of a shard's index.
+
+        Args:
+            shard: The shard's entry in the manifest.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the index cannot be read.
         """
-        return index_path(self.root / shard["name"]).read_bytes()
+        return index_path(self.root / shard.name).read_bytes()
 
     def open_tar(self, name: str) -> int:
         """Return a descriptor of a shard, open for reading; the caller closes it.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: the shard cannot be opened.
         """
         return os.open(self.root / name, os.O_RDONLY)
 
-    def _check_tar(self, shard: dict[str, Any]) -> None:
-        """Refuse a tar that was never the manifest's. One that is too short is damage, found clip by clip."""
-        tar = self.root / shard["name"]
+    def _check_tar(self, shard: ShardEntry) -> None:
+        """Refuse a tar that the manifest cannot mean. A tar that is too short is damage, found clip by clip."""
+        tar = self.root / shard.name
         if not tar.is_file():
             raise UserError(f"{tar}: no such shard, but the manifest names it: copy it here or pack again")
         size = tar.stat().st_size
-        if size > shard["bytes"]:
+        if size > shard.num_bytes:
             raise UserError(
-                f"{tar}: {size} bytes, {shard['bytes']} by the manifest and the index, so they are of another tar: "
+                f"{tar}: {size} bytes, {shard.num_bytes} by the manifest and the index, so these are of another tar: "
                 "copy the folder again or pack again"
             )
 
     def read(self, clip: Clip, modality: str) -> bytes:
-        """Return one member's bytes, checked against its crc32. `modality` may be "json".
+        """Return one member's bytes, checked against its crc32; `modality` may be "json".
 
         Raises:
             DamageError: the tar is missing or cut, or the bytes are not the ones that were written.
@@ -150,7 +173,8 @@ class ShardFolder:
         """Return the clip's KEY.json, compared with the index and the manifest.
 
         Raises:
-            DamageError: it cannot be read as written, or they do not agree: what one of them lost is no absence.
+            DamageError: the metadata cannot be read as written, or the three contradict each other: a modality that
+                only one of them lacks is damaged, not absent.
         """
         name = member_name(clip.key, "json")
         try:
@@ -158,8 +182,8 @@ class ShardFolder:
         except ValueError as error:
             raise DamageError(clip.shard, clip.key, name, f"not a clip's metadata: {error}") from None
         problem = next(metadata_problems(metadata, clip), "")
-        problem = problem or label_problem(self.manifest["heads"], metadata.labels)
-        if not problem and not set(self.manifest["modalities"]) <= set(metadata.members):
+        problem = problem or label_problem(self.manifest.header.heads, metadata.labels)
+        if not problem and not set(self.manifest.header.modalities) <= set(metadata.members):
             problem = f"declares {', '.join(metadata.members) or 'nothing'}, the manifest {', '.join(self.modalities)}"
         if problem:
             raise DamageError(clip.shard, clip.key, name, problem)

@@ -12,14 +12,14 @@ WebDataset reader takes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities import MODALITIES, Description, Pictures
 
 SCHEMA = 1
@@ -28,11 +28,10 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 
 TAR_NAME = re.compile(r"([A-Za-z0-9_-]+)-\d{6}\.tar")
-"""Of a shard; its group is the split."""
+"""File name of a shard; its group is the split."""
 
-_KEY = re.compile(r"[A-Za-z0-9_-]+")
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+CLIP_KEY = re.compile(r"[A-Za-z0-9_-]+")
+"""Names that a clip can have in a tar: a dot would split them."""
 
 
 class DamageError(Exception):
@@ -46,9 +45,8 @@ class DamageError(Exception):
         return type(self), (self.shard, self.key, self.member, self.what)
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Where one file of a clip lies in its tar."""
+class Member(NamedTuple):
+    """The place of one file of a clip in its tar. A tuple, since a folder has hundreds of thousands of them."""
 
     offset: int
     """First byte of the payload."""
@@ -68,10 +66,10 @@ class Clip:
     labels: dict[str, int | None]
     """Class per head; None where the split is unlabelled."""
     members: dict[str, Member | None]
-    """Per modality of the dataset, and under "json" for the metadata; None: the dataset has none for this clip."""
+    """Member per modality of the dataset, and the metadata under "json"; None: the dataset has none for this clip."""
 
     def has(self, modality: str) -> bool:
-        """Whether the dataset has this modality for this clip."""
+        """Return True if the dataset has this modality for this clip."""
         return self.members.get(modality) is not None
 
 
@@ -84,7 +82,7 @@ class StoredMember:
     crc32: int
     """zlib.crc32 of its bytes."""
     description: Description
-    """The rest of its entry."""
+    """The other fields of the entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +96,18 @@ class ClipMetadata:
     start_s: float
     """Seconds from the start of the recording."""
     stop_s: float | None
-    """None: nothing in the clip tells where it ends."""
+    """Seconds from the start of the recording; None if the length of the clip is unknown."""
     narration: str
     labels: dict[str, int | None]
     """Class per head; None where the split is unlabelled."""
     members: dict[str, StoredMember | None]
-    """Per modality of the dataset; None: the dataset has none for this clip."""
+    """Member per modality of the dataset; None: the dataset has none for this clip."""
 
     def description(self, modality: str) -> Description:
         """Return the description of a modality that the clip has.
 
         Raises:
-            KeyError: it has none.
+            KeyError: the clip does not have the modality.
         """
         member = self.members[modality]
         if member is None:
@@ -118,199 +116,110 @@ class ClipMetadata:
 
     @property
     def pictures(self) -> Pictures | None:
-        """The pictures that the clip's frames are counted by: those of the first modality that is seen."""
+        """Pictures by which the clip's frames are counted, those of its first visual modality; None without any."""
         shown = (self.description(name).pictures for name in MODALITIES if self.members.get(name) is not None)
         return next((pictures for pictures in shown if pictures is not None), None)
 
     @property
     def length_s(self) -> float:
-        """Seconds that a view's moments are fractions of: the first modality's that tells, else 0.
+        """Length of the clip, in seconds: that of the first modality with a known length, else 0.
 
-        One length for all modalities: they may be stored at different rates, and one may end before another.
+        The times of a view are fractions of it. All modalities share one length: they may be stored at different rates,
+        and one may end before another.
         """
         lengths = (self.description(name).length_s for name in MODALITIES if self.members.get(name) is not None)
         return next((length_s for length_s in lengths if length_s is not None), 0.0)
 
 
-def parse_metadata(text: bytes) -> ClipMetadata:
-    """Read a clip's KEY.json.
+def parse_metadata(content: bytes) -> ClipMetadata:
+    """Parse a clip's KEY.json.
 
     Raises:
-        ValueError: it is none, or a field is missing or of another type.
+        ValueError: the content is not a clip's metadata; the message names the field.
     """
-    fields = _object(json.loads(text), "not an object")
-    for name in ("start_s", "stop_s"):
-        time_s = fields.get(name)
-        is_missing = time_s is None and name == "start_s"
-        if is_missing or isinstance(time_s, bool) or not isinstance(time_s, int | float | None):
-            raise ValueError(f"{name} is {time_s!r}")
-    for name in ("key", "split", "recording", "participant", "narration"):
-        if not isinstance(fields.get(name), str):
-            raise ValueError(f"{name} is {fields.get(name)!r}")
+    fields = JsonObject.parse(content)
+    labels, declared = parse_declarations(fields)
+    entries = fields.nested("modalities")
     members = {
-        name: None if entry is None else _stored_member(name, _object(entry, f"modalities.{name}: not an object"))
-        for name, entry in _object(fields.get("modalities"), "modalities: not an object").items()
+        name: None if size_and_crc32 is None else StoredMember(*size_and_crc32, _description(name, entries))
+        for name, size_and_crc32 in declared.items()
     }
-    labels = _object(fields.get("labels"), "labels: not an object")
+    stop_s = None if fields.is_null("stop_s") else fields.number("stop_s")
     return ClipMetadata(
-        fields["key"], fields["split"], fields["recording"], fields["participant"], fields["start_s"], fields["stop_s"],
-        fields["narration"],
-        {head: optional_int(label, f"labels.{head}") for head, label in labels.items()}, members,
+        fields.text("key"), fields.text("split"), fields.text("recording"), fields.text("participant"),
+        fields.number("start_s"), stop_s, fields.text("narration"), labels, members,
     )  # fmt: skip
 
 
-def _stored_member(name: str, entry: dict[str, Any]) -> StoredMember:
-    if name not in MODALITIES:
-        raise ValueError(f"modality {name!r}")
-    for field in ("bytes", "crc32"):
-        if type(entry.get(field)) is not int:
-            raise ValueError(f"modalities.{name}.{field} is {entry.get(field)!r}")
+Declared = dict[str, tuple[int, int] | None]
+"""Size and crc32 per modality; None: the dataset has none for this clip."""
+
+
+def parse_declarations(fields: JsonObject) -> tuple[dict[str, int | None], Declared]:
+    """Read from a clip's KEY.json what an index repeats: the labels, and size and crc32 of every member.
+
+    Raises:
+        ValueError: a field is missing, of another type, or an unknown modality.
+    """
+    labels, entries = fields.nested("labels"), fields.nested("modalities")
+    declared: Declared = {}
+    for name in entries:
+        if name not in MODALITIES:
+            raise ValueError(f"{entries.path_of(name)} is not a known modality")
+        entry = None if entries.is_null(name) else entries.nested(name)
+        declared[name] = None if entry is None else (entry.whole("bytes"), entry.whole("crc32"))
+    return {head: labels.whole_or_null(head) for head in labels}, declared
+
+
+def _description(name: str, entries: JsonObject) -> Description:
     try:
-        description = MODALITIES[name].description.parse(entry)
+        return MODALITIES[name].description.parse(entries.nested(name).unchecked())
     except ValueError as error:
-        raise ValueError(f"modalities.{name}.{error}") from None
-    return StoredMember(entry["bytes"], entry["crc32"], description)
+        raise ValueError(f"{entries.path_of(name)}.{error}") from None
 
 
 def metadata_problems(metadata: ClipMetadata, clip: Clip) -> Iterator[str]:
-    """Yield where a clip's KEY.json and its entry in the index do not agree."""
+    """Yield every difference between a clip's KEY.json and its entry in the index."""
     if metadata.key != clip.key:
-        yield f"key is {metadata.key!r}, elsewhere {clip.key!r}"
+        yield f"key is {metadata.key!r}, in the index {clip.key!r}"
     if metadata.labels != clip.labels:
-        yield f"labels is {metadata.labels!r}, elsewhere {clip.labels!r}"
+        yield f"labels are {metadata.labels!r}, in the index {clip.labels!r}"
     for name in sorted({*metadata.members, *clip.members} - {"json"}):
         declared, member = metadata.members.get(name), clip.members.get(name)
-        here = "absent" if declared is None else f"with {declared.size} bytes and crc32 {declared.crc32}"
-        there = "absent" if member is None else f"with {member.size} bytes and crc32 {member.crc32}"
-        if here != there:
-            yield f"{name} is declared {here}, in the index {there}"
-
-
-def optional_int(value: Any, name: str) -> int | None:
-    """Return a value that is an int or None.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if value is not None and type(value) is not int:
-        raise ValueError(f"{name} is {value!r}, not a whole number")
-    return value
-
-
-def _object(value: Any, message: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(message)
-    return value
+        in_metadata = "absent" if declared is None else f"with {declared.size} bytes and crc32 {declared.crc32}"
+        in_index = "absent" if member is None else f"with {member.size} bytes and crc32 {member.crc32}"
+        if in_metadata != in_index:
+            yield f"{name} is declared {in_metadata}, in the index {in_index}"
 
 
 def check_key(key: str) -> str:
     """Return `key` if it can name a clip in a tar: letters, digits, `_` and `-` only (a dot would split it).
 
     Raises:
-        UserError: any other character.
+        UserError: the key has another character.
     """
-    if not _KEY.fullmatch(key):
+    if not CLIP_KEY.fullmatch(key):
         raise UserError(f"clip key '{key}': only letters, digits, '_' and '-' are allowed")
     return key
 
 
 def member_name(key: str, modality: str) -> str:
-    """File name inside the tar: `member_name("P01_01_0", "video") == "P01_01_0.video.mp4"`."""
+    """Return the file name inside the tar: `member_name("P01_01_0", "video") == "P01_01_0.video.mp4"`."""
     return f"{key}.json" if modality == "json" else f"{key}.{MODALITIES[modality].member}"
 
 
 def shard_name(split: str, number: int) -> str:
-    """`shard_name("train", 3) == "train-000003.tar"`."""
+    """Return the file name of a tar: `shard_name("train", 3) == "train-000003.tar"`."""
     return f"{split}-{number:06d}.tar"
 
 
 def index_path(tar: Path) -> Path:
-    """The index beside a tar."""
+    """Return the path of the index of a tar."""
     return tar.with_suffix(".index.json")
 
 
-def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
-    """Read the text of a manifest; `where` is what messages call it.
-
-    Raises:
-        UserError: it is no manifest, or of another schema.
-    """
-    try:
-        return check_manifest(text, where)
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{where}: not a manifest of packed shards: {error}: write it again with karmma-dist verify --repair"
-        ) from None
-
-
-def check_manifest(text: bytes, where: str) -> dict[str, Any]:
-    """Read the text of a manifest and check its shape, so that what follows can rely on it.
-
-    Names and hashes of shards become paths, so nothing but the expected form passes.
-
-    Raises:
-        ValueError: it is no manifest.
-        UserError: it is of a newer schema.
-    """
-    try:
-        manifest = json.loads(text)
-        schema = manifest["schema"]
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise UserError(f"{where}: of schema {schema}, newer than {SCHEMA}: update karmma-dist")
-        if schema != SCHEMA:
-            raise ValueError(f"schema {schema!r}")
-        _check_shape(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(repr(error)) from None
-    return dict(manifest)
-
-
-def _check_shape(manifest: dict[str, Any]) -> None:
-    """Raise KeyError, TypeError, AttributeError or ValueError where a part is missing or of another kind."""
-    for modality in manifest["modalities"]:
-        if modality not in MODALITIES:
-            raise ValueError(f"modality {modality!r}")
-    for head, names in manifest["heads"].items():
-        if not isinstance(names, list):
-            raise ValueError(f"classes of {head!r}")
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            if not TAR_NAME.fullmatch(shard["name"]):
-                raise ValueError(f"shard {shard['name']!r}: not the name of a shard")
-            for name in ("sha256", "index_sha256"):
-                if not _SHA256.fullmatch(shard[name]):
-                    raise ValueError(f"shard {shard['name']!r}: {name} {shard[name]!r}")
-            for name in ("clips", "bytes"):
-                if type(shard[name]) is not int:
-                    raise ValueError(f"shard {shard['name']!r}: {name} {shard[name]!r}")
-
-
-FACTS = ("dataset", "modalities", "heads", "settings", "plan", "made_with")
-
-
-def facts_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What the tars cannot tell: dataset, modalities, class names, settings, plan, versions.
-
-    Raises:
-        KeyError: it is no manifest of this format.
-    """
-    return {name: manifest[name] for name in FACTS}
-
-
-def whole_manifest(facts: dict[str, Any], splits: dict[str, Any], label_counts: dict[str, Any]) -> dict[str, Any]:
-    """The manifest: facts, the shards of each split, and clips per class."""
-    first = {name: facts[name] for name in ("dataset", "modalities", "heads")}
-    identity = {name: facts[name] for name in ("settings", "plan")}
-    return {
-        "schema": SCHEMA, **first, "splits": splits, **identity, "label_counts": label_counts,
-        "made_with": facts["made_with"],
-    }  # fmt: skip
-
-
 def count_labels(classes: dict[str, list[str]], labels: Iterable[dict[str, int | None]]) -> dict[str, list[int]]:
-    """Clips per class of every head, from each clip's labels."""
+    """Count the clips per class of every head, from each clip's labels."""
     counts = {head: [0] * len(names) for head, names in classes.items()}
     for clip_labels in labels:
         for head, label in clip_labels.items():
@@ -320,49 +229,11 @@ def count_labels(classes: dict[str, list[str]], labels: Iterable[dict[str, int |
 
 
 def label_problem(classes: dict[str, list[str]], labels: dict[str, int | None]) -> str:
-    """What is wrong with a clip's labels, or an empty string."""
+    """Return the problem with a clip's labels, or an empty string."""
     if set(labels) != set(classes):
-        return f"heads are {', '.join(sorted(labels)) or 'none'}, the manifest's {', '.join(sorted(classes)) or 'none'}"
+        heads, expected = (", ".join(sorted(names)) or "none" for names in (labels, classes))
+        return f"the labels are of the heads {heads}, the manifest has {expected}"
     for head, label in labels.items():
         if label is not None and not 0 <= label < len(classes[head]):
-            return f"{head} {label} is none of its {len(classes[head])} classes"
+            return f"{head} is {label}, outside its {len(classes[head])} classes"
     return ""
-
-
-def read_manifest(root: Path) -> dict[str, Any]:
-    """Read a folder's manifest and check its shape, so that what follows can rely on it.
-
-    Raises:
-        UserError: it is of a newer schema.
-        OSError: it cannot be read.
-        ValueError: it is no manifest.
-    """
-    path = root / MANIFEST
-    manifest = check_manifest(path.read_bytes(), str(path))
-    try:
-        _check_facts(facts_of(manifest))
-        for split, entry in manifest["splits"].items():
-            expect(entry["clips"], int)
-            expect(manifest["label_counts"][split], dict)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a manifest of packed shards: {error!r}") from None
-    return manifest
-
-
-def _check_facts(facts: dict[str, Any]) -> None:
-    for modality in facts["modalities"]:
-        if modality not in MODALITIES:
-            raise ValueError(f"modality {modality!r}")
-    for names in facts["heads"].values():
-        for name in names:
-            expect(name, str)
-    for split, planned in facts["plan"]["clips"].items():
-        expect(split, str)
-        expect(planned, int)
-    expect(facts["settings"], dict)
-
-
-def expect(value: Any, kind: type) -> None:
-    """Raise ValueError where a value is of another type; a bool is no int."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{value!r} is not of type {kind.__name__}")

@@ -2,8 +2,8 @@
 
     folder = open_folder(DataRecipe(shards="https://data.example.org/epic_kitchens"))
 
-The URL is that of a packed folder as it is: manifest.json, tars and indexes side by side. Everything but the manifest
-is checked against the sha256 that the manifest gives, and is cached under it (see `cache`), so versions never mix.
+The URL is that of an unchanged packed folder: manifest.json, tars and indexes side by side. Every file but the manifest
+is checked against the sha256 that the manifest names, and cached under it (see `io.cache`), so versions never mix.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from karmma_dist.errors import UserError
@@ -23,17 +22,18 @@ from karmma_dist.io.cache import Cache, Content, FetchError, cache_root
 from karmma_dist.io.download import fetch, fetch_json, is_url, masked
 from karmma_dist.recipe import DataRecipe
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import MANIFEST, Clip, DamageError, index_path, parse_manifest
+from karmma_dist.shards.format import MANIFEST, Clip, DamageError, index_path
+from karmma_dist.shards.manifest import Manifest, ShardEntry, SplitEntry, usable_manifest
 
 _INDEXES_AT_ONCE = 8
 _logger = logging.getLogger(__name__)
 
 
 def open_folder(data: DataRecipe) -> ShardFolder:
-    """Open the recipe's shards, a folder or the URL of one.
+    """Open the recipe's shards: a folder, or the URL of one.
 
     Raises:
-        UserError: they are not there, cannot be reached, or do not fit into the cache.
+        UserError: the shards are missing, cannot be reached, or do not fit into the cache.
     """
     if not is_url(data.shards):
         return ShardFolder(data.shards)
@@ -52,7 +52,7 @@ class RemoteShards(ShardFolder):
         self._url, self._cache = url, cache
         self.root, self.where = cache.root, masked(url).rstrip("/")
         text = self._fetch_manifest()
-        self.manifest = parse_manifest(text, f"{self.where}/{MANIFEST}")
+        self.manifest = usable_manifest(text, f"{self.where}/{MANIFEST}")
         self.sha256 = hashlib.sha256(text).hexdigest()
         self._tars = _contents(self.manifest)
         self._lost: dict[str, str] = {}
@@ -66,30 +66,33 @@ class RemoteShards(ShardFolder):
             )
 
     def clips(self, split: str) -> list[Clip]:
-        """All clips of a split, in shard order. Fetches the indexes that are not in the cache yet.
+        """Return all clips of a split, in shard order. Fetches the indexes that are not in the cache yet.
 
         Raises:
-            UserError: no such split, or an index that cannot be had.
+            UserError: the split does not exist, or an index cannot be fetched or is damaged.
         """
-        shards = self.manifest["splits"].get(split, {"shards": []})["shards"]
+        entry = self.manifest.splits.get(split, SplitEntry(0, ()))
         with ThreadPoolExecutor(_INDEXES_AT_ONCE) as pool:
-            list(pool.map(self.read_index, shards))
-        total = sum(shard["bytes"] for shard in shards)
-        if total > self._cache.limit_bytes:
-            _say_once(
-                f"{self.where}: the {len(shards)} shards of {split} have {total} bytes, data.cache_bytes is "
-                f"{self._cache.limit_bytes}: each epoch downloads again what was removed; raise it if the disk allows"
+            list(pool.map(self.read_index, entry.shards))
+        if entry.num_bytes > self._cache.limit_bytes:
+            _warn_once(
+                f"{self.where}: the {len(entry.shards)} shards of {split} have {entry.num_bytes} bytes, "
+                f"data.cache_bytes is {self._cache.limit_bytes}: each epoch downloads again what was removed; raise it "
+                "if the disk allows"
             )
         return super().clips(split)
 
-    def read_index(self, shard: dict[str, Any]) -> bytes:
-        """The checked index of a shard, given the shard's entry in the manifest.
+    def read_index(self, shard: ShardEntry) -> bytes:
+        """Return the content of a shard's index, checked against its sha256.
+
+        Args:
+            shard: The shard's entry in the manifest.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: the index cannot be fetched.
         """
-        name = index_path(Path(shard["name"])).name
-        content = Content(shard["index_sha256"], None)
+        name = index_path(Path(shard.name)).name
+        content = Content(shard.index_sha256, None)
         self._cache.remove_if_damaged(content)
         try:
             descriptor = self._open(name, content)
@@ -102,8 +105,8 @@ class RemoteShards(ShardFolder):
         """Return a descriptor of a shard in the cache.
 
         Raises:
-            OSError: the server is there, but the shard is gone or is not the one that the manifest describes.
-            UserError: the server cannot be reached, or has other shards by now.
+            OSError: the server answers, but the shard is gone or is not what the manifest describes.
+            UserError: the server cannot be reached, or its shards have changed.
         """
         if name not in self._lost:
             try:
@@ -113,19 +116,19 @@ class RemoteShards(ShardFolder):
                     raise UserError(f"{self.where}/{name}: {error.what}") from None
                 if hashlib.sha256(self._fetch_manifest()).hexdigest() != self.sha256:
                     raise UserError(
-                        f"{self.where}: the shards on the server are other ones than when they were opened: start again"
+                        f"{self.where}: the shards on the server have changed since they were opened: start again"
                     ) from None
                 self._lost[name] = error.what
         raise OSError(errno.EIO, self._lost[name])
 
     def read(self, clip: Clip, modality: str) -> bytes:
-        """As `ShardFolder.read`; damage done to a shard in the cache since its download is mended by another one."""
+        """Read a member as `ShardFolder.read` does; download a shard again that was damaged in the cache."""
         try:
             return super().read(clip, modality)
         except DamageError:
             if clip.shard in self._lost or clip.shard in self._rechecked:
                 raise
-            self._rechecked.add(clip.shard)  # once: reading a whole shard is dear, and its clips are many
+            self._rechecked.add(clip.shard)  # once: checking a whole shard is expensive, and it has many clips
             if not self._cache.remove_if_damaged(self._tars[clip.shard]):
                 raise
             return super().read(clip, modality)
@@ -133,8 +136,8 @@ class RemoteShards(ShardFolder):
     def _open(self, name: str, content: Content) -> int:
         return self._cache.open(content, partial(fetch, _join(self._url, name), content))
 
-    def _check_tar(self, shard: dict[str, Any]) -> None:
-        """Nothing to see from afar: a tar is checked when it is downloaded."""
+    def _check_tar(self, shard: ShardEntry) -> None:
+        """Check nothing: a tar is checked when it is downloaded."""
 
     def _fetch_manifest(self) -> bytes:
         url = _join(self._url, MANIFEST)
@@ -145,21 +148,17 @@ class RemoteShards(ShardFolder):
             raise UserError(f"{masked(url)}: {error.what}: {advice}") from None
 
 
-def _contents(manifest: dict[str, Any]) -> dict[str, Content]:
-    """What each tar must hold."""
-    return {
-        shard["name"]: Content(shard["sha256"], shard["bytes"])
-        for split in manifest["splits"].values()
-        for shard in split["shards"]
-    }
+def _contents(manifest: Manifest) -> dict[str, Content]:
+    """Return the content that each tar must have."""
+    return {shard.name: Content(shard.sha256, shard.num_bytes) for shard in manifest.shards}
 
 
 def _join(url: str, name: str) -> str:
-    """The URL of a file in the folder; a query, such as a storage service's signature, stays at the end."""
+    """Return the URL of a file in the folder; a query, such as a storage service's signature, stays at the end."""
     scheme, host, path, query, _ = urlsplit(url)
     return urlunsplit((scheme, host, f"{path.rstrip('/')}/{name}", query, ""))
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     _logger.warning(message)

@@ -123,7 +123,7 @@ def _settings(shards: str, recipe: str | None) -> tuple[DataRecipe, InputRecipe,
         loaded = load_recipe(recipe, overrides)
         return loaded.data, loaded.inputs, loaded.training.batch_size, loaded.seed, f"recipe {recipe}"
     folder = open_folder(DataRecipe(shards=shards))
-    name = f"{folder.manifest['dataset']}/distill"
+    name = f"{folder.manifest.header.dataset}/distill"
     try:
         loaded = load_recipe(name, overrides)
         if set(loaded.data.modalities) <= set(folder.modalities):

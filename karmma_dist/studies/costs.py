@@ -64,8 +64,8 @@ class Counter:
         folder = _shards(recipe)
         if folder is None:
             return self._study.clips
-        split = folder.manifest["splits"].get(recipe.data.train_split, {"shards": []})
-        return sum(shard["clips"] for shard in split["shards"])
+        split = folder.manifest.splits.get(recipe.data.train_split)
+        return 0 if split is None else sum(shard.num_clips for shard in split.shards)
 
     def model(self, recipe: Recipe, modalities: Sequence[str] | None = None) -> KarmmaModel:
         """Return a recipe's model without weights, or one that holds only some of its modalities."""

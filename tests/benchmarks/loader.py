@@ -174,12 +174,12 @@ def make_shards(out: Path, num_clips: int) -> str:
 def open_bench(shards: Path, batch_size: int, epochs: int, scratch: Path) -> tuple[Bench, dict[str, str]]:
     """Read the clips and convert them for every loader that is installed."""
     folder = ShardFolder(shards)
-    dataset = "grid_epic" if folder.manifest["dataset"] == "grid_epic" else "demo"
+    dataset = "grid_epic" if folder.manifest.header.dataset == "grid_epic" else "demo"
     recipe = load_recipe(f"{dataset}/distill", [f"data.shards={shards}"])
     clips = stored_clips(folder, "train", recipe.data.modalities)
     work = Work(recipe.inputs, tuple(recipe.data.modalities), tuple(folder.classes), len(clips), batch_size, epochs)
     loaders, said = find_loaders()
-    clips_per_file = max(shard["clips"] for shard in folder.manifest["splits"]["train"]["shards"])
+    clips_per_file = max(shard.num_clips for shard in folder.manifest.splits["train"].shards)
     folders = {name: scratch / loader.__name__ for name, loader in loaders.items()}  # type: ignore[attr-defined]
     for name, loader in loaders.items():
         with contextlib.redirect_stdout(io.StringIO()):

@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from karmma_dist.evaluation.run import validate
-from karmma_dist.io.files import write_json
+from karmma_dist.io.files import write_whole
 from karmma_dist.launching.local import launch_local
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import load_model, save_model
@@ -39,7 +39,8 @@ from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.packing.tars.writer import write_shard
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import Clip, facts_of
+from karmma_dist.shards.format import Clip
+from karmma_dist.shards.manifest import Manifest, SplitEntry
 from karmma_dist.streaming import loader
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips
@@ -167,18 +168,19 @@ def make_shards(folder: Path) -> Path:
     packed, out = folder / "packed", folder / "shards"
     pack(load_spec("demo", raw=str(folder / "raw"), out=str(packed), overrides=["clips_per_shard=12"]))
     before = ShardFolder(packed)
-    manifest = {**before.manifest, "modalities": list(MODALITIES)}
+    header = replace(before.manifest.header, modalities=tuple(MODALITIES))
+    splits = {}
     out.mkdir()
-    for split, described in manifest["splits"].items():
-        names = [shard["name"] for shard in described["shards"]]
+    for split, entry in before.manifest.splits.items():
         clips = before.clips(split)
-        described["shards"] = [
+        shards = [
             write_shard(
-                out / name, [(c.key, _with_boxes(before, c)) for c in clips if c.shard == name], facts_of(manifest)
+                out / shard.name, [(c.key, _with_boxes(before, c)) for c in clips if c.shard == shard.name], header
             )
-            for name in names
+            for shard in entry.shards
         ]
-    write_json(out / "manifest.json", manifest)
+        splits[split] = SplitEntry.of_shards(shards)
+    write_whole(out / "manifest.json", Manifest(header, splits, before.manifest.label_counts).to_bytes())
     return out
 
 

@@ -127,15 +127,12 @@ def shard_facts(chain: Sequence[Recipe], local_rank: int) -> dict[str, str]:
 
 
 def _check_tars(folder: ShardFolder) -> None:
-    for split in folder.splits:
-        for shard in folder.manifest["splits"][split]["shards"]:
-            tar = folder.root / shard["name"]
-            size = tar.stat().st_size if tar.is_file() else None
-            if size != shard["bytes"]:
-                found = "is not there" if size is None else f"has {size} bytes"
-                raise UserError(
-                    f"{tar}: {found}, the manifest names {shard['bytes']} bytes: copy the folder again"
-                )
+    for shard in folder.manifest.shards:
+        tar = folder.root / shard.name
+        size = tar.stat().st_size if tar.is_file() else None
+        if size != shard.num_bytes:
+            found = "is not there" if size is None else f"has {size} bytes"
+            raise UserError(f"{tar}: {found}, the manifest names {shard.num_bytes} bytes: copy the folder again")
 
 
 def differences(ranks: Sequence[Facts]) -> list[str]:

@@ -215,7 +215,7 @@ class _Predictor:
     def _settings(self) -> dict[str, Any]:
         """How the clips were packed that the model was trained on."""
         try:
-            settings: dict[str, Any] = self._shards().manifest["settings"]
+            settings = self._shards().manifest.header.settings
         except UserError as error:
             if self._folder is not None:
                 raise

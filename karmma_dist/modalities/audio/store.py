@@ -217,7 +217,7 @@ def read_sound(path: Path, recording: str, rate: int) -> Sound:
     try:
         with h5py.File(path, "r") as file:
             return _read(file, recording, rate)
-    except (OSError, RuntimeError, KeyError, av.error.FFmpegError) as error:
+    except (OSError, RuntimeError, av.error.FFmpegError) as error:
         raise media_error(error, "audio", "open", _message(path, recording, one_line(error, 200))) from None
 
 
@@ -225,7 +225,10 @@ def _read(file: Any, recording: str, rate: int) -> Sound:
     import h5py
 
     path = Path(file.filename)
-    samples = file[recording] if isinstance(file.get(recording, getlink=True), h5py.HardLink) else None
+    try:
+        samples = file[recording] if isinstance(file.get(recording, getlink=True), h5py.HardLink) else None
+    except KeyError as error:  # of h5py, for an object that it cannot open
+        raise _problem(path, recording, one_line(error, 200)) from None
     # A link to another file could point to any file of this machine.
     if not isinstance(samples, h5py.Dataset) or samples.external or samples.is_virtual:
         raise _problem(path, recording, "is not a dataset in this file")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.detections import HAND, OBJECT, DetectionsSpec
 from karmma_dist.modalities.recording import ClipRecord, MediaError, Recording, media_error
 from karmma_dist.modalities.storage import Sections, Source, Storage, Stored
@@ -35,6 +36,8 @@ _OPENING = re.compile(r"\s*([{\[])")
 _KEY = re.compile(r'\s*([{,])\s*"([^"\\]*)"\s*:\s*')
 _ELEMENT = re.compile(r"\s*([\[,])\s*(?=\{)")
 _END = re.compile(r"\s*([{\[]?)\s*([}\]])\s*")
+_NUMBER = re.compile(r"(\d+)\.\w+$")
+"""Number of a frame in the name of its picture."""
 _HAND = re.compile(r"(?<![a-z])hands?(?![a-z])", re.IGNORECASE)
 
 
@@ -88,18 +91,16 @@ def detections_json(entry: Any, width: int, height: int, num_frames: int, max_bo
     """
     boxes: list[list[list[float]]] = [[] for _ in range(num_frames)]
     try:
-        frames = entry["frames"] if isinstance(entry, dict) else entry
-        if not isinstance(frames, list):
-            raise TypeError("no list of frames")
-        numbers = [re.search(r"(\d+)\.\w+$", frame.get("name", "")) for frame in frames]
+        frames = _frames(entry)
+        numbers = [_NUMBER.search(frame.text("name") if "name" in frame else "") for frame in frames]
         first = min([1, *(int(number[1]) for number in numbers if number)])
         for place, (frame, number) in enumerate(zip(frames, numbers, strict=True)):
-            index = int(number[1]) - first if number else place
-            frame_boxes = [box for label in _labels(frame) if (box := _box(label, width, height)) is not None]
-            if index < num_frames:
-                boxes[index] = sorted(frame_boxes, key=lambda box: (box[4], -box[5]))[:max_boxes]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MediaError("detections", "parse", f"boxes of another format: {error!r}") from None
+            position = int(number[1]) - first if number else place
+            kept = [box for label in _labels(frame) if (box := _box(label, width, height)) is not None]
+            if position < num_frames:
+                boxes[position] = sorted(kept, key=lambda box: (box[4], -box[5]))[:max_boxes]
+    except ValueError as error:
+        raise MediaError("detections", "parse", f"boxes of another format: {error}") from None
     content = {"width": width, "height": height, "frames": boxes}
     return json.dumps(content, separators=(",", ":")).encode(), sum(map(len, boxes))
 
@@ -150,29 +151,48 @@ def _id(path: Path, number: int, entry: dict[str, Any]) -> str:
     return str(entry["id"])
 
 
-def _labels(frame: dict[str, Any]) -> list[tuple[dict[str, Any], int, float]]:
-    """Return corners, category and score of a frame's boxes, in either format."""
+def _frames(entry: Any) -> list[JsonObject]:
+    """Return the frames of a clip's entry, in either format."""
+    return JsonObject(entry if isinstance(entry, dict) else {"frames": entry}).objects("frames")
+
+
+def _labels(frame: JsonObject) -> list[tuple[JsonObject, int, float]]:
+    """Return a frame's corners, category and score, in either format."""
+    labels = frame.objects("labels" if "labels" in frame else "frame_objects")
     if "labels" in frame:
-        labels = frame["labels"]
-        hands = ["hand" in (label.get("standard_category"), label.get("category")) for label in labels]
-        corners = [label["box2d"] for label in labels]
+        hands = [_is_hand(label) for label in labels]
+        corners = [label.nested("box2d") for label in labels]
     else:
-        labels = corners = frame["frame_objects"]
-        hands = [_HAND.search(label["category"]) is not None for label in labels]
+        hands = [_HAND.search(label.text("category")) is not None for label in labels]
+        corners = labels
     return [
-        (corner, HAND if hand else OBJECT, float(label.get("score", 1.0)))
+        (corner, HAND if hand else OBJECT, _number(label, "score") if "score" in label else 1.0)
         for corner, hand, label in zip(corners, hands, labels, strict=True)
     ]
 
 
-def _box(label: tuple[dict[str, Any], int, float], width: int, height: int) -> list[float] | None:
-    """Normalise a box and clamp it to the picture; return None if it lies outside the picture."""
+def _is_hand(label: JsonObject) -> bool:
+    return any(name in label and label.value(name) == "hand" for name in ("standard_category", "category"))
+
+
+def _number(fields: JsonObject, name: str) -> float:
+    """Return a finite number, which may be written as a string."""
+    value = fields.value(name)
+    try:
+        number = float(value) if isinstance(value, str) else float(fields.number(name))
+    except (ValueError, OverflowError):
+        raise fields.problem(name) from None
+    if not math.isfinite(number):
+        raise fields.problem(name)
+    return number
+
+
+def _box(label: tuple[JsonObject, int, float], width: int, height: int) -> list[float] | None:
+    """Return a box normalised and clamped to the picture, or None if no part of it is inside."""
     corners, category, score = label
     x0, x1, y0, y1 = (
-        float(corners[name]) / size for name, size in (("x1", width), ("x2", width), ("y1", height), ("y2", height))
+        _number(corners, name) / size for name, size in (("x1", width), ("x2", width), ("y1", height), ("y2", height))
     )
-    if not all(map(math.isfinite, (x0, x1, y0, y1, score))):
-        raise ValueError(f"not a box: {corners}")
     x0, x1, y0, y1 = (round(min(max(value, 0.0), 1.0), 5) for value in (x0, x1, y0, y1))
     return None if x1 <= x0 or y1 <= y0 else [x0, y0, x1, y1, category, round(score, 5)]
 

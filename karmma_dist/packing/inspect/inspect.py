@@ -1,4 +1,4 @@
-"""What is in a folder of shards: numbers, one clip, or a picture of some clips.
+"""The content of a shards folder: its numbers, one clip, or a contact sheet.
 
 print(describe(ShardFolder("shards/epic_kitchens")))
 contact_sheet(ShardFolder("shards/epic_kitchens"), Path("sheet.png"))
@@ -16,7 +16,7 @@ from karmma_dist.modalities import letters
 from karmma_dist.packing.inspect.sheet import draw_sheet
 from karmma_dist.packing.pack import FAILURES
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import Clip, ClipMetadata, DamageError
+from karmma_dist.shards.format import Clip, ClipMetadata, DamageError, label_problem
 
 
 def describe(folder: ShardFolder) -> dict[str, Any]:
@@ -30,16 +30,16 @@ def describe(folder: ShardFolder) -> dict[str, Any]:
         UserError: an index cannot be read.
         DamageError: a clip's metadata cannot be read.
     """
-    manifest = folder.manifest
+    header = folder.manifest.header
     failures = folder.root / FAILURES
     return {
         "folder": str(folder.root),
-        "dataset": manifest["dataset"],
+        "dataset": header.dataset,
         "modalities": folder.modalities,
         "classes": folder.classes,
         "splits": {split: _describe_split(folder, split) for split in folder.splits},
-        "failures": len(failures.read_text().splitlines()) if failures.is_file() else 0,
-        "settings": manifest["settings"],
+        "failures": len(failures.read_bytes().splitlines()) if failures.is_file() else 0,
+        "settings": header.settings,
     }
 
 
@@ -47,8 +47,8 @@ def describe_clip(folder: ShardFolder, key: str) -> dict[str, Any]:
     """Return one clip's KEY.json, with its shard, the offset of each member, and the names of its classes.
 
     Raises:
-        UserError: no such clip.
-        DamageError: its metadata cannot be read.
+        UserError: no clip has this key.
+        DamageError: the clip's metadata cannot be read.
     """
     clip = find_clip(folder, key)
     folder.metadata(clip)
@@ -63,13 +63,13 @@ def contact_sheet(folder: ShardFolder, out_png: Path, keys: list[str] | None = N
     """Draw clips as rows: frames, flow as a colour wheel, waveform and spectrogram, boxes; absent cells are hatched.
 
     Args:
-        folder: the shards.
-        out_png: file to write.
-        keys: clips to draw; None: a choice that shows every set of modalities present.
-        clips: how many to choose.
+        folder: The shards.
+        out_png: File to write.
+        keys: Clips to draw; None: a choice that shows every set of present modalities.
+        clips: Number of clips to choose.
 
     Raises:
-        UserError: no such clip, or the file cannot be written.
+        UserError: no clip has such a key, or the file cannot be written.
     """
     if clips < 1:
         raise UserError(f"{clips} clips: a contact sheet shows at least 1")
@@ -82,7 +82,8 @@ def contact_sheet(folder: ShardFolder, out_png: Path, keys: list[str] | None = N
             metadata: ClipMetadata | None = folder.metadata(clip)
         except DamageError:
             metadata = None
-        rows.append((clip, metadata, label_names(folder, clip)))
+        names = {} if label_problem(folder.classes, clip.labels) else label_names(folder, clip)
+        rows.append((clip, metadata, names))
     try:
         draw_sheet(folder, rows, out_png)
     except OSError as error:
@@ -90,10 +91,10 @@ def contact_sheet(folder: ShardFolder, out_png: Path, keys: list[str] | None = N
 
 
 def find_clip(folder: ShardFolder, key: str) -> Clip:
-    """The clip of any split with this key.
+    """Return the clip with this key, of any split.
 
     Raises:
-        UserError: there is none, with the nearest key.
+        UserError: no clip has the key; the message gives the nearest one.
     """
     clips = {clip.key: clip for split in folder.splits for clip in folder.clips(split)}
     if key not in clips:
@@ -102,13 +103,13 @@ def find_clip(folder: ShardFolder, key: str) -> Clip:
 
 
 def label_names(folder: ShardFolder, clip: Clip) -> dict[str, str | None]:
-    """Class name per head; None in an unlabelled split."""
+    """Return the class name per head; None in an unlabelled split."""
     classes = folder.classes
     return {head: None if label is None else classes[head][label] for head, label in clip.labels.items()}
 
 
 def _describe_split(folder: ShardFolder, split: str) -> dict[str, Any]:
-    shards = folder.manifest["splits"][split]["shards"]
+    entry = folder.manifest.splits[split]
     clips = folder.clips(split)
     seconds = 0.0
     for clip in clips:
@@ -121,18 +122,18 @@ def _describe_split(folder: ShardFolder, split: str) -> dict[str, Any]:
     subsets = Counter(letters(m for m in folder.modalities if clip.has(m)) for clip in clips)
     return {
         "clips": len(clips),
-        "shards": len(shards),
-        "bytes": sum(shard["bytes"] for shard in shards),
+        "shards": len(entry.shards),
+        "bytes": entry.num_bytes,
         "seconds": round(seconds, 2),
         "subsets": dict(sorted(subsets.items(), key=lambda item: (-item[1], item[0]))),
         "modality_clips": {m: sum(clip.has(m) for clip in clips) for m in folder.modalities},
         "modality_bytes": {m: sizes[m] for m in folder.modalities},
-        "label_counts": folder.manifest["label_counts"][split],
+        "label_counts": folder.manifest.label_counts[split],
     }
 
 
 def _choose(folder: ShardFolder, number: int) -> list[Clip]:
-    """Clips in turn from every set of modalities present, evenly spread over each."""
+    """Choose clips from every set of present modalities in turn, evenly spread over each."""
     groups: dict[tuple[bool, ...], list[Clip]] = {}
     for split in folder.splits:
         for clip in folder.clips(split):

@@ -20,13 +20,13 @@ _ROW_INCHES, _CAPTION_INCHES, _CELL_INCHES = 1.5, 2.8, 5.6
 
 
 class _ClipSheet(Sheet):
-    """What drawings may ask about a clip."""
+    """A clip as its drawings see it."""
 
     def __init__(self, folder: ShardFolder, clip: Clip, metadata: ClipMetadata) -> None:
         self._folder, self._clip, self._metadata = folder, clip, metadata
 
     def pictures(self, places: Callable[[int], Sequence[int]]) -> list[np.ndarray] | None:
-        """Return the clip's pictures at some places, or None where nothing of it is seen."""
+        """Return the clip's frames at some places, or None if it has no visual modality."""
         for name in self._folder.modalities:
             if self._clip.has(name) and self._metadata.description(name).pictures is not None:
                 pictures = MODALITIES[name].drawing.pictures(self._folder.read(self._clip, name), places)
@@ -35,14 +35,14 @@ class _ClipSheet(Sheet):
         return None
 
     def clock(self) -> Pictures | None:
-        """Return the pictures that the clip's times are counted by, where there are any."""
+        """Return the pictures by which the clip's times are counted, if any."""
         return self._metadata.pictures
 
 
 def draw_sheet(
     folder: ShardFolder, rows: list[tuple[Clip, ClipMetadata | None, dict[str, str | None]]], out_png: Path
 ) -> None:
-    """Draw (clip, metadata or None when damaged, class names) rows into a PNG."""
+    """Draw rows of (clip, metadata or None if damaged, class names) into a PNG."""
     modalities = folder.modalities
     size = (_CAPTION_INCHES + _CELL_INCHES * len(modalities), 0.35 + _ROW_INCHES * len(rows))
     figure = Figure(figsize=size, dpi=100, layout="constrained")

@@ -1,4 +1,4 @@
-"""What packing and inspecting have to say, as tables for a terminal."""
+"""Results of packing, inspecting and verifying, as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 10
 
 
 def print_summary(summary: PackSummary) -> None:
-    """Print what a packing run did: clips per split and subset, bytes, failures, notes."""
+    """Print the result of a packing run: clips per split and subset, bytes, failures, notes."""
     if summary.clips:
         rows = [
             [split, f"{num:,}", f"{summary.shards[split]:,}", _counts(summary.subsets[split])]
@@ -40,7 +40,7 @@ def print_summary(summary: PackSummary) -> None:
 
 
 def print_description(description: dict[str, Any]) -> None:
-    """Print what `inspect.describe` or `inspect.describe_clip` returned."""
+    """Print the result of `inspect.describe` or `inspect.describe_clip`."""
     if "splits" not in description:
         print(json.dumps(description, indent=2, ensure_ascii=False))
         return
@@ -67,7 +67,7 @@ def print_description(description: dict[str, Any]) -> None:
 
 
 def print_verification(result: Verification) -> None:
-    """Print one line per finding, then what was looked at and which files are damaged."""
+    """Print one line per problem, then tables of the splits and of the damaged files."""
     for finding in result.findings:
         print(finding)
     if result.splits:

@@ -17,15 +17,15 @@ __all__ = ["Reader", "find_reader", "readers"]
 @functools.cache
 def readers() -> dict[str, Reader]:
     """Return all readers by name."""
-    own = {"epic_kitchens": EPIC_KITCHENS, "something_something": SOMETHING_SOMETHING, "plain": PLAIN}
-    return with_plugins(own, "karmma_dist.readers", Reader)
+    built_in = {"epic_kitchens": EPIC_KITCHENS, "something_something": SOMETHING_SOMETHING, "plain": PLAIN}
+    return with_plugins(built_in, "karmma_dist.readers", Reader)
 
 
 def find_reader(name: str) -> Reader:
     """Return a reader by its name.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no reader has this name.
     """
     if name not in readers():
         raise ValueError(f"no reader '{name}'{nearest(name, list(readers()))}; there are {', '.join(readers())}")

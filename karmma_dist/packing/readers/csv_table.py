@@ -1,4 +1,4 @@
-"""Any dataset as one CSV per split -> recordings with their clips.
+"""Reads any dataset with one CSV per split: recordings with their clips.
 
     key,media,start,stop,action
     kitchen1_0,videos/kitchen1.mp4,0.5,2.25,open
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 _COLUMNS = ("key", "media", "start", "stop")
 _LONGEST_NAME = 100
 _MOST_CLASSES = 100_000
-"""Ids beyond this are no class ids: without a class file they would ask for as many classes."""
+"""Largest class id without a class file: a larger one is a mistake, and would make as many classes."""
 
 
 class PlainPaths(Settings):
-    """Where any other dataset keeps things, relative to the raw folder."""
+    """Sub-paths of any other dataset, relative to the raw folder."""
 
     splits: dict[str, str] = {"train": "train.csv", "validation": "validation.csv", "test": "test.csv"}
     """CSV per split (or the same name with .gz) with columns key, media, start, stop and one per head; a split whose
-    CSV is absent is skipped and said so."""
+    CSV is absent is skipped with a note."""
     unlabelled_splits: list[str] = ["test"]
     """Splits whose CSV has no columns of heads."""
     heads: Annotated[dict[str, str], Field(min_length=1)] = {"action": ""}
@@ -57,26 +57,26 @@ class PlainPaths(Settings):
 
 @dataclass(slots=True)
 class _Media:
-    """One media file while the tables are read."""
+    """A media file and its clips, while the tables are read."""
 
     name: str
     participant: str
-    where: str
-    """File and row that named it first."""
+    place: str
+    """File and row that first name the media file."""
     clips: list[ClipRecord] = field(default_factory=list)
 
 
 def read_plain(spec: PackingSpec) -> Plan:
-    """Read the table of every split and look which media files exist.
+    """Read the table of every split and check which media files exist.
 
     Raises:
-        UserError: no raw folder, no tables, or a bad row, with file and row.
+        UserError: the raw folder or the tables are missing, or a row is bad; the message names file and row.
     """
     paths = spec.plain
     assert paths is not None
     tables = split_tables(spec.raw, paths.splits, "plain")
     raw, notes = tables.raw, list(tables.notes)
-    labelled = {split: table for split, table in tables.there.items() if split not in paths.unlabelled_splits}
+    labelled = {split: table for split, table in tables.files.items() if split not in paths.unlabelled_splits}
     first = next(iter(labelled.values()), None)
     classes = {
         head: read_classes(raw, name, head, "plain") if name else _collected_classes(first, head)
@@ -84,12 +84,12 @@ def read_plain(spec: PackingSpec) -> Plan:
     }
     media: dict[Path, _Media] = {}
     keys = UniqueKeys("key")
-    for split, table in tables.there.items():
+    for split, table in tables.files.items():
         columns = (*_COLUMNS, *(classes if split in labelled else ()))
-        for where, row in rows(table, columns):
-            clip = _clip(where, row, split, classes, split in labelled)
-            keys.add(clip.key, where)
-            entry = _media(where, row, raw, media)
+        for place, row in rows(table, columns):
+            clip = _clip(place, row, split, classes, split in labelled)
+            keys.add(clip.key, place)
+            entry = _media(place, row, raw, media)
             if not spec.participants or entry.participant in spec.participants:
                 entry.clips.append(clip)
     if unknown := set(spec.participants) - {entry.participant for entry in media.values()}:
@@ -100,33 +100,33 @@ def read_plain(spec: PackingSpec) -> Plan:
         for path, entry in media.items()
         if entry.clips
     )
-    return Plan(recordings, classes, tuple(tables.there), tuple(notes))
+    return Plan(recordings, classes, tuple(tables.files), tuple(notes))
 
 
-def _media(where: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]) -> _Media:
-    """The entry of a row's media file; all rows of one file must agree on what is said of it."""
+def _media(place: str, row: dict[str, str], raw: Path, known: dict[Path, _Media]) -> _Media:
+    """Return the entry of a row's media file; all rows of one file must give it the same recording and participant."""
     if not row["media"].strip():
-        raise UserError(f"{where}: media is empty: give a path inside the raw folder")
-    path = inside(raw, row["media"], where)
-    if path == inside(raw, ".", where):
-        raise UserError(f"{where}: media '{row['media']}' is the raw folder itself, not a file in it")
+        raise UserError(f"{place}: media is empty: give a path inside the raw folder")
+    path = inside(raw, row["media"], place)
+    if path == inside(raw, ".", place):
+        raise UserError(f"{place}: media '{row['media']}' is the raw folder itself, not a file in it")
     name = row.get("recording") or ""
     if name:
-        check_name(where, "recording", name)
+        check_name(place, "recording", name)
         if len(name) > _LONGEST_NAME:
-            raise UserError(f"{where}: recording '{name}' has more than {_LONGEST_NAME} characters")
+            raise UserError(f"{place}: recording '{name}' has more than {_LONGEST_NAME} characters")
     if row.get("participant"):
-        check_name(where, "participant", row["participant"])
-    relative = path.relative_to(inside(raw, ".", where))
+        check_name(place, "participant", row["participant"])
+    relative = path.relative_to(inside(raw, ".", place))
     automatic = re.sub(r"[^A-Za-z0-9_-]+", "-", str(relative.with_suffix("")))[-_LONGEST_NAME:]
-    entry = _Media(name or automatic, row.get("participant") or "", where)
+    entry = _Media(name or automatic, row.get("participant") or "", place)
     former = known.setdefault(path, entry)
-    for column, old, new in (
+    for column, first_text, text in (
         ("recording", former.name, entry.name),
         ("participant", former.participant, entry.participant),
     ):
-        if old != new:
-            raise UserError(f"{where}: {column} '{new}' of {row['media']} is '{old}' in {former.where}")
+        if first_text != text:
+            raise UserError(f"{place}: {column} '{text}' of {row['media']} is '{first_text}' in {former.place}")
     return former
 
 
@@ -136,50 +136,50 @@ def _check_names(media: dict[Path, _Media]) -> None:
         former = named.setdefault(entry.name, entry)
         if former is not entry:
             raise UserError(
-                f"{entry.where}: recording '{entry.name}' is another media file in {former.where}: "
+                f"{entry.place}: recording '{entry.name}' is another media file in {former.place}: "
                 "tell them apart in the column 'recording'"
             )
 
 
-def _clip(where: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: bool) -> ClipRecord:
-    check_name(where, "key", row["key"])
-    start_s, stop_s = _seconds(where, "start", row["start"]), _seconds(where, "stop", row["stop"])
+def _clip(place: str, row: dict[str, str], split: str, classes: dict[str, list[str]], labelled: bool) -> ClipRecord:
+    check_name(place, "key", row["key"])
+    start_s, stop_s = _seconds(place, "start", row["start"]), _seconds(place, "stop", row["stop"])
     start_s = 0.0 if start_s is None else start_s
     if stop_s is not None and stop_s <= start_s:
-        raise UserError(f"{where}: stop {row['stop']} is not after {row['start'] or 0}")
+        raise UserError(f"{place}: stop {row['stop']} is not after {row['start'] or 0}")
     labels: dict[str, int | None] = dict.fromkeys(classes)
     if labelled:
-        labels = {head: _label(where, head, row[head].strip(), names) for head, names in classes.items()}
+        labels = {head: _label(place, head, row[head].strip(), names) for head, names in classes.items()}
     return ClipRecord(row["key"], split, start_s, stop_s, labels, row.get("narration") or "")
 
 
-def _label(where: str, head: str, text: str, names: list[str]) -> int:
-    """A class by its name or, where no class has that name, by its id."""
+def _label(place: str, head: str, text: str, names: list[str]) -> int:
+    """Return a class by its name or, if no class has that name, by its id."""
     if text in names:
         return names.index(text)
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    raise UserError(f"{where}: {head} '{text}' is none of its {len(names)} classes{nearest(text, names)}")
+    raise UserError(f"{place}: {head} '{text}' is not among its {len(names)} classes{nearest(text, names)}")
 
 
 def _collected_classes(table: Path | None, head: str) -> list[str]:
-    """Class names of a head without class file: what the first labelled split has, sorted; 0, 1, 2, ... for ids."""
+    """Return the class names of a head without class file: those of a labelled split, sorted; 0, 1, 2, ... for ids."""
     if table is None:
         return []
-    found: dict[str, str] = {}
-    for where, row in rows(table, (head,)):
+    places: dict[str, str] = {}
+    for place, row in rows(table, (head,)):
         if not row[head].strip():
-            raise UserError(f"{where}: {head} is empty")
-        found.setdefault(row[head].strip(), where)
-    if not all(name.isdecimal() for name in found):
-        return sorted(found)
-    largest = max(found, key=int, default="-1")
+            raise UserError(f"{place}: {head} is empty")
+        places.setdefault(row[head].strip(), place)
+    if not all(name.isdecimal() for name in places):
+        return sorted(places)
+    largest = max(places, key=int, default="-1")
     if int(largest) > _MOST_CLASSES:
-        raise UserError(f"{found[largest]}: {head} '{largest}' is too large for a class id: give a class file")
+        raise UserError(f"{places[largest]}: {head} '{largest}' is too large for a class id: give a class file")
     return [str(number) for number in range(int(largest) + 1)]
 
 
-def _seconds(where: str, column: str, text: str) -> float | None:
+def _seconds(place: str, column: str, text: str) -> float | None:
     if not text.strip():
         return None
     try:
@@ -187,7 +187,7 @@ def _seconds(where: str, column: str, text: str) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise UserError(f"{where}: {column} '{text}' is not a number of seconds")
+        raise UserError(f"{place}: {column} '{text}' is not a number of seconds")
     return seconds
 
 
@@ -195,7 +195,7 @@ def _check(spec: PackingSpec) -> None:
     """Refuse sources that only other datasets have.
 
     Raises:
-        ValueError: one is asked for.
+        ValueError: the specification asks for such a source.
     """
     if spec.audio.source == "hdf5":
         raise ValueError("audio.source 'hdf5': only reader 'epic_kitchens' has such a file")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _accept(_: PackingSpec) -> None:
-    """Find nothing wrong."""
+    """Accept any specification."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Reader:
     """One layout of a raw folder."""
 
     paths: type[Settings]
-    """Its section of the specification, of the reader's name: where the dataset keeps things."""
+    """Class of the specification's section of this reader: the sub-paths of the dataset."""
     read: Callable[[PackingSpec], Plan]
-    """Reads the annotations and looks which media exist. Raises UserError with file and row."""
+    """Function that reads the annotations and checks which media exist. Raises UserError with file and row."""
     modalities: tuple[str, ...]
-    """Modalities that every clip declares; those of other packages are declared where they have a section."""
+    """Modalities that every clip declares; those of other packages are declared if they have a section."""
     takes_participants: bool = True
     """True if recordings name the participant."""
     check: Callable[[PackingSpec], None] = _accept
-    """Raises ValueError where the specification asks for what no such dataset has."""
+    """Function that raises ValueError if the specification asks for media that such datasets lack."""

@@ -1,4 +1,4 @@
-"""Something-Something V2 -> recordings of one clip each, with Something-Else's boxes where there are any.
+"""Reads Something-Something V2: recordings of one clip each, with the boxes of Something-Else if they exist.
 
 Labels are official JSON: entries with `id` and `template` ("Pushing [something] down"); a template without its
 brackets is a key of the class file. Format: https://developer.qualcomm.com/software/ai-datasets/something-something.
@@ -24,21 +24,20 @@ if TYPE_CHECKING:
     from karmma_dist.packing.spec import PackingSpec
 
 
-
 class SomethingSomethingPaths(Settings):
-    """Where Something-Something V2 keeps things, relative to the raw folder."""
+    """Sub-paths of Something-Something V2, relative to the raw folder."""
 
     splits: dict[str, str] = {
         "train": "labels/train.json",
         "validation": "labels/validation.json",
         "test": "labels/test.json",
     }
-    """JSON per split (or the same name with .gz); a split whose JSON is absent is skipped and said so. In downloads
-    with names like something-something-v2-train.json, give those here and in `heads`."""
+    """JSON per split (or the same name with .gz); a split whose JSON is absent is skipped with a note. If the
+    download has names like something-something-v2-train.json, give those here and in `heads`."""
     unlabelled_splits: list[str] = ["test"]
     """Splits whose entries have no template."""
     heads: dict[str, str] = {"action": "labels/labels.json"}
-    """Class file of the one head: template without brackets -> id."""
+    """Class file of the head: template without brackets -> id."""
     movies: str = "20bn-something-something-v2/{recording}.webm"
     """One clip per file."""
     flow_frames: str = "flow/{recording}"
@@ -51,10 +50,10 @@ class SomethingSomethingPaths(Settings):
 
 
 def read_something_something(spec: PackingSpec) -> Plan:
-    """Read the labels of every split and look which media files exist.
+    """Read the labels of every split and check which media files exist.
 
     Raises:
-        UserError: no raw folder, no labels, or a bad entry, with file and entry.
+        UserError: the raw folder or the labels are missing, or an entry is bad; the message names file and entry.
     """
     paths = spec.something_something
     assert paths is not None
@@ -65,15 +64,15 @@ def read_something_something(spec: PackingSpec) -> Plan:
     boxes = _find_boxes(raw, paths, notes) if spec.detections.source != "none" else {}
     recordings: dict[str, Recording] = {}
     keys = UniqueKeys("id")
-    for split, table in tables.there.items():
+    for split, table in tables.files.items():
         for number, entry in enumerate(_read_json(table, list), start=1):
-            where = f"{table}, entry {number}"
-            clip = _clip(where, entry, split, ids, split not in paths.unlabelled_splits)
-            keys.add(clip.key, where)
+            place = f"{table}, entry {number}"
+            clip = _clip(place, entry, split, ids, split not in paths.unlabelled_splits)
+            keys.add(clip.key, place)
             recordings[clip.key] = _recording(raw, paths, clip, boxes.get(clip.key))
     if boxes and not any("detections" in recording.media for recording in recordings.values()):
         notes.append(f"no detections: none of the {len(boxes)} clips in {paths.boxes} is in a split")
-    return Plan(tuple(recordings.values()), classes, tuple(tables.there), tuple(notes))
+    return Plan(tuple(recordings.values()), classes, tuple(tables.files), tuple(notes))
 
 
 def _find_boxes(raw: Path, paths: SomethingSomethingPaths, notes: list[str]) -> dict[str, tuple[Path, Span]]:
@@ -104,46 +103,51 @@ def _recording(
     )  # fmt: skip
 
 
-def _clip(where: str, entry: Any, split: str, ids: dict[str, dict[str, int]], labelled: bool) -> ClipRecord:
+def _clip(place: str, entry: Any, split: str, ids: dict[str, dict[str, int]], labelled: bool) -> ClipRecord:
     if not isinstance(entry, dict) or "id" not in entry:
-        raise UserError(f"{where}: expected an object with 'id'")
+        raise UserError(f"{place}: expected an object with 'id'")
     key = str(entry["id"])
-    check_name(where, "id", key)
+    check_name(place, "id", key)
     labels: dict[str, int | None] = dict.fromkeys(ids)
     if labelled:
         if not isinstance(entry.get("template"), str):
-            raise UserError(f"{where}: 'template' is missing")
+            raise UserError(f"{place}: 'template' is missing")
         name = entry["template"].replace("[", "").replace("]", "")
         for head, known in ids.items():
             if name not in known:
-                raise UserError(f"{where}: template '{name}' is not in the class file{nearest(name, list(known))}")
+                raise UserError(f"{place}: template '{name}' is not in the class file{nearest(name, list(known))}")
             labels[head] = known[name]
     narration = entry.get("label") or entry.get("template") or ""
+    if not isinstance(narration, str):
+        raise UserError(f"{place}: 'label' is {narration!r}, not a text")
     return ClipRecord(key, split, 0.0, None, labels, narration, start_frame=0)
 
 
 def _read_classes(raw: Path, name: str, head: str) -> list[str]:
-    """Class names by id; ids must be 0, 1, 2, ..."""
+    """Read class names by id; ids must be 0, 1, 2, ..."""
     path = raw_file(raw, name, f"something_something.heads.{head}")
     if path is None:
         raise UserError(f"{inside(raw, name, head)}: no such class file (head '{head}')")
-    try:
-        numbers = {int(number): template for template, number in _read_json(path, dict).items()}
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: expected template -> id, whole numbers") from None
+    numbers: dict[int, str] = {}
+    for template, number in _read_json(path, dict).items():
+        # The official file has its ids as strings.
+        text = str(number) if type(number) is int else number
+        if not isinstance(text, str) or not text.isdecimal():
+            raise UserError(f"{path}: id of '{template}' is {number!r}: expected template -> id, whole numbers")
+        numbers[int(text)] = template
     if sorted(numbers) != list(range(len(numbers))) or not numbers:
-        raise UserError(f"{path}: ids are not 0 to {len(numbers) - 1} without a hole")
+        raise UserError(f"{path}: ids are not 0 to {len(numbers) - 1} without a gap")
     return [numbers[number] for number in range(len(numbers))]
 
 
-def _read_json(path: Path, kind: type) -> Any:
+def _read_json(path: Path, expected: type) -> Any:
     try:
         text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         value = json.loads(text)
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
+    if not isinstance(value, expected):
+        raise UserError(f"{path}: expected a JSON {'list' if expected is list else 'object'}")
     return value
 
 

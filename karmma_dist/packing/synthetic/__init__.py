@@ -1,1 +1,1 @@
-"""A synthetic kitchen: recordings to pack where no dataset is at hand."""
+"""A synthetic kitchen: recordings to pack if no dataset is available."""

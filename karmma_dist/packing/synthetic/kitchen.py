@@ -1,9 +1,9 @@
-"""A synthetic kitchen as real files: untrimmed MP4s and annotations in Epic-Kitchens' raw layout.
+"""A synthetic kitchen as media files: untrimmed MP4s and annotations in the raw layout of Epic-Kitchens.
 
     write_kitchen(Path("data/kitchen"), seed=0)
     pack(load_spec("demo", raw="data/kitchen", out="shards/demo"))
 
-Some recordings have no sound and some no picture, as happens in real collections.
+Some recordings have no audio and some no video, as in real datasets.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def write_kitchen(
 ) -> None:
     """Write a raw dataset: EPIC-KITCHENS/PXX/videos/*.MP4 (H.264 and AAC) and annotations/EPIC_100_*.csv.
 
-    Of every six recordings of a split the fourth has no sound; in training the sixth has no picture. Clips last 1 to 2
-    seconds; a quarter of them run into the next one.
+    Every fourth of six recordings of a split has no audio; in training every sixth has no video. Clips last 1 to 2
+    seconds; a quarter of them overlap the next one.
 
     Args:
-        root: folder to write into; made when missing.
-        seed: the same seed gives the same pictures, sounds and annotations.
-        train_recordings: untrimmed recordings of the training split.
-        validation_recordings: likewise, of other participants.
-        clips_per_recording: annotated actions in each.
-        difficulty: of the scene; 0 is clean, 1 the default.
-        progress: told after each recording.
+        root: Folder to write into; created if missing.
+        seed: Seed of frames, audio and annotations.
+        train_recordings: Number of untrimmed recordings of the training split.
+        validation_recordings: Number of recordings of the validation split, of other participants.
+        clips_per_recording: Number of annotated actions in each recording.
+        difficulty: Difficulty of the scene; 0 is clean, 1 the default.
+        progress: Called after each recording.
     """
     total = train_recordings + validation_recordings
     first_participants = {"train": 1, "validation": 2 + (train_recordings - 1) // _PER_PARTICIPANT}
@@ -68,8 +68,8 @@ def write_kitchen(
             random = kitchen_generator(seed, split, index)
             events = _events(clips_per_recording, random)
             path = root / "EPIC-KITCHENS" / participant / "videos" / f"{name}.MP4"
-            seen, heard = not (index % 6 == 5 and split == "train"), index % 6 != 3
-            _write_movie(path, events, difficulty, random, seen=seen, heard=heard)
+            has_video, has_audio = not (index % 6 == 5 and split == "train"), index % 6 != 3
+            _write_video_file(path, events, difficulty, random, has_video=has_video, has_audio=has_audio)
             rows += [_row(participant, name, place, event) for place, event in enumerate(events)]
             done += 1
             if progress is not None:
@@ -81,7 +81,7 @@ def write_kitchen(
 
 
 def _events(number: int, random: np.random.Generator) -> list[Event]:
-    """Actions one after the other; a quarter of the annotations run into the next action."""
+    """Draw actions that follow each other."""
     labels = [(verb, noun) for verb in range(len(VERBS)) for noun in range(len(NOUNS))]
     order: list[int] = []
     while len(order) < number:
@@ -94,10 +94,16 @@ def _events(number: int, random: np.random.Generator) -> list[Event]:
     return events
 
 
-def _write_movie(
-    path: Path, events: list[Event], difficulty: float, random: np.random.Generator, *, seen: bool, heard: bool
+def _write_video_file(
+    path: Path,
+    events: list[Event],
+    difficulty: float,
+    random: np.random.Generator,
+    *,
+    has_video: bool,
+    has_audio: bool,
 ) -> None:
-    """Write one recording second by second, so that picture and sound lie beside each other in the file."""
+    """Write one recording second by second, so that video and audio are interleaved in the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     duration_s = int(np.ceil(events[-1].stop_s + 0.3))
     scene = Scene(events, difficulty, random)
@@ -106,10 +112,10 @@ def _write_movie(
     cv2.setNumThreads(1)
     try:
         with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-            video, audio = _streams(container, seen, heard)
+            video, audio = _streams(container, has_video, has_audio)
             for second in range(duration_s):
                 if audio is not None:
-                    _add_sound(container, audio, samples[second * SOUND_RATE : (second + 1) * SOUND_RATE], second)
+                    _add_audio(container, audio, samples[second * SOUND_RATE : (second + 1) * SOUND_RATE], second)
                 for place in range(second * FPS, (second + 1) * FPS) if video is not None else ():
                     frame = av.VideoFrame.from_ndarray(scene.frame(place / FPS), format="rgb24")
                     frame.pts = place
@@ -121,18 +127,18 @@ def _write_movie(
         cv2.setNumThreads(threads)
 
 
-def _streams(container: Any, seen: bool, heard: bool) -> tuple[Any, Any]:
+def _streams(container: Any, has_video: bool, has_audio: bool) -> tuple[Any, Any]:
     video = audio = None
-    if seen:
+    if has_video:
         options = {"preset": "veryfast", "crf": "23", "threads": "1", "mbtree": "0"}
         video = container.add_stream("libx264", rate=FPS, options=options)
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-    if heard:
+    if has_audio:
         audio = container.add_stream("aac", rate=SOUND_RATE, layout="mono", bit_rate=64_000)
     return video, audio
 
 
-def _add_sound(container: Any, stream: Any, samples: np.ndarray, second: int) -> None:
+def _add_audio(container: Any, stream: Any, samples: np.ndarray, second: int) -> None:
     frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
     frame.sample_rate, frame.time_base = SOUND_RATE, Fraction(1, SOUND_RATE)
     frame.pts = second * SOUND_RATE
@@ -140,7 +146,7 @@ def _add_sound(container: Any, stream: Any, samples: np.ndarray, second: int) ->
 
 
 def _row(participant: str, name: str, place: int, event: Event) -> dict[str, Any]:
-    # A quarter of Epic-Kitchens' clips overlap a neighbour: the annotated end is later than the action's.
+    # As in Epic-Kitchens, a quarter of the clips overlap the next one: the annotation ends after the action.
     stop_s = event.stop_s + (0.35 if place % 4 == 1 else 0.0)
     verb, noun = VERBS[event.verb], NOUNS[event.noun]
     values = (

@@ -1,8 +1,8 @@
-"""What is seen and heard in the synthetic kitchen: the verb is how an object moves, the noun what it looks like.
+"""Frames and audio of the synthetic kitchen: the verb is the motion of an object, the noun its appearance.
 
-Every cue is weak by itself: the object is partly hidden, among others, in noise, before a shaking camera; its sound
-hints at the verb by pitch and at the noun by rhythm, with pitches and rhythms that overlap. So no single modality
-suffices, and what one lacks another may have.
+Every cue is weak: the object is partly hidden, among other objects, in noise, before a shaking camera; the audio tells
+the verb by pitch and the noun by rhythm, and pitches and rhythms of different classes overlap. No single modality
+suffices, and the modalities complement each other.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 
 VERBS = ("slide", "lift", "stir", "bring")
-"""Left and right, up and down, in circles, nearer."""
+"""Verbs; the motions are left and right, up and down, in circles, and nearer."""
 
 NOUNS = ("plate", "board", "knife", "pan", "sponge")
-"""Disc, striped square, slanted bar, ring with a handle, checkered square."""
+"""Nouns; they look like a disc, striped square, slanted bar, ring with a handle, and checkered square."""
 
 WIDTH, HEIGHT, FPS, SOUND_RATE = 96, 72, 15, 24_000
 
@@ -40,12 +40,12 @@ class Event:
 
 
 class Scene:
-    """The pictures of one recording; `random` decides everything else about it.
+    """The frames of one recording.
 
     Args:
-        events: in order of time.
+        events: Actions in order of time.
         difficulty: 0 is clean, 1 the default, more is harder.
-        random: consumed.
+        random: Generator that decides everything else; its state advances.
     """
 
     def __init__(self, events: list[Event], difficulty: float, random: np.random.Generator) -> None:
@@ -61,7 +61,7 @@ class Scene:
         self._shake = np.zeros(2)
 
     def frame(self, time_s: float) -> np.ndarray:
-        """The picture at a time: uint8 (HEIGHT, WIDTH, 3) RGB. Call in order of time: the camera drifts."""
+        """Draw the frame at a time: uint8 (HEIGHT, WIDTH, 3) RGB. Call in order of time: the camera drifts."""
         random = self._random
         self._shake = 0.85 * self._shake + random.normal(0, 0.5 * self._difficulty, 2)
         dx, dy = np.clip(self._shake, -_MARGIN, _MARGIN)
@@ -78,7 +78,7 @@ class Scene:
 
 
 class _Actor:
-    """The object of one event, its way and what hides it."""
+    """The object of one event, with its path and its occluder."""
 
     def __init__(self, event: Event, difficulty: float, random: np.random.Generator) -> None:
         self._event = event
@@ -94,22 +94,22 @@ class _Actor:
 
     def draw(self, picture: np.ndarray, time_s: float, shake: tuple[float, float]) -> None:
         """Draw object and occluder into a float picture."""
-        since, length = time_s - self._event.start_s, self._event.stop_s - self._event.start_s
-        angle = 2 * np.pi * self._turns_s * since + self._phase
-        place, size = self._centre + shake, self._size
+        elapsed_s, length_s = time_s - self._event.start_s, self._event.stop_s - self._event.start_s
+        angle = 2 * np.pi * self._turns_s * elapsed_s + self._phase
+        centre, size = self._centre + shake, self._size
         verb = VERBS[self._event.verb]
         if verb == "slide":
-            place = place + np.array([self._reach * np.sin(angle), 0])
+            centre = centre + np.array([self._reach * np.sin(angle), 0])
         elif verb == "lift":
-            place = place + np.array([0, self._reach * np.sin(angle)])
+            centre = centre + np.array([0, self._reach * np.sin(angle)])
         elif verb == "stir":
-            place = place + 0.8 * self._reach * np.array([np.cos(angle), self._direction * np.sin(angle)])
+            centre = centre + 0.8 * self._reach * np.array([np.cos(angle), self._direction * np.sin(angle)])
         else:
-            size = size * (0.6 + 0.9 * since / length)
-        _paste(picture, self._sprite, place, size, self._angle)
-        where, width, upright = self._bar
+            size = size * (0.6 + 0.9 * elapsed_s / length_s)
+        _paste(picture, self._sprite, centre, size, self._angle)
+        position, width, upright = self._bar
         extent = WIDTH if upright else HEIGHT
-        start, stop = (round(where * extent + side * width / 2) for side in (-1, 1))
+        start, stop = (round(position * extent + side * width / 2) for side in (-1, 1))
         if upright:
             picture[:, max(start, 0) : max(stop, 0)] = self._occluder
         else:
@@ -117,7 +117,7 @@ class _Actor:
 
 
 def sound(events: list[Event], duration_s: float, difficulty: float, random: np.random.Generator) -> np.ndarray:
-    """The sound of one recording: float32 (duration_s * SOUND_RATE,) in [-1, 1]. A tenth of the events are silent."""
+    """Make a recording's audio: float32 (duration_s * SOUND_RATE,) in [-1, 1]; a tenth of the events are silent."""
     num = round(duration_s * SOUND_RATE)
     samples = 0.02 * difficulty * np.cumsum(random.normal(0, 1, num).astype(np.float32))
     samples -= cv2.blur(samples[None], (801, 1))[0]
@@ -139,18 +139,18 @@ def sound(events: list[Event], duration_s: float, difficulty: float, random: np.
 
 
 def _room(random: np.random.Generator) -> np.ndarray:
-    """A dull surface with small things lying about that have no part in any action; float32 RGB of size _ROOM."""
+    """Draw a plain surface with small objects that belong to no action; float32 RGB of size _ROOM."""
     rough = random.uniform(60, 160, (18, 24, 1)) + random.uniform(-15, 15, (18, 24, 3))
     room: np.ndarray = cv2.resize(rough.astype(np.float32), _ROOM, interpolation=cv2.INTER_CUBIC)
     for _ in range(16):
         place = random.uniform((0, 0), _ROOM)
-        things = _sprite(int(random.integers(len(NOUNS))), random)
-        _paste(room, things, place, random.uniform(0.25, 0.4), random.uniform(0, 90))
+        sprite = _sprite(int(random.integers(len(NOUNS))), random)
+        _paste(room, sprite, place, random.uniform(0.25, 0.4), random.uniform(0, 90))
     return room
 
 
 def _sprite(noun: int, random: np.random.Generator) -> np.ndarray:
-    """An object as float32 (48, 48, 4): RGB and opacity in [0, 1]."""
+    """Draw an object as float32 (48, 48, 4): RGB and opacity in [0, 1]."""
     hue = (_HUES[noun] + random.normal(0, 14)) % 180
     shades = np.array([[[hue, random.uniform(60, 160), value] for value in (220, 110)]], np.uint8)
     light, dark = cv2.cvtColor(shades, cv2.COLOR_HSV2RGB)[0].astype(float).tolist()

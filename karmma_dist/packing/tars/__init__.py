@@ -1,1 +1,1 @@
-"""Tars: staged clips, assembled in a fixed order, written whole, one writer per folder."""
+"""Tars: clips are staged, assembled in a fixed order, and written whole, by one writer per folder."""

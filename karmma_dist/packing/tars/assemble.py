@@ -1,33 +1,32 @@
-"""Cut clips -> shards, in an order that depends on the plan and the seed alone."""
+"""Assembles cut clips into shards, in an order that depends on the plan and the seed alone."""
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import av
 import cv2
 
 from karmma_dist import __version__
-from karmma_dist.io.files import sync, write_json
+from karmma_dist.io.files import sync
 from karmma_dist.modalities.recording import is_of_the_machine
 from karmma_dist.packing.records import Plan
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.packing.tars.writer import Sample, shard_entry, write_shard
+from karmma_dist.packing.tars.writer import Sample, shard_entry, write_index, write_shard
 from karmma_dist.progress import Report
 from karmma_dist.seeding import generator
-from karmma_dist.shards.format import Clip, DamageError, count_labels, facts_of, index_path, shard_name
-from karmma_dist.shards.index import copied_facts, indexed_clips, shard_index, with_facts
+from karmma_dist.shards.format import Clip, DamageError, count_labels, index_path, shard_name
+from karmma_dist.shards.index import build_index, read_index
+from karmma_dist.shards.manifest import DatasetHeader, LabelCounts, Manifest, ShardEntry, SplitEntry
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a cut clip lies: in a unit's tar, or in a shard that is already there."""
+    """A cut clip and the tar that holds it: a unit's tar, or an existing shard."""
 
     tar: Path
     clip: Clip
@@ -44,86 +43,82 @@ def shard_keys(keys: list[str], split: str, seed: int, clips_per_shard: int) -> 
 
 
 def assemble(
-    out: Path, plan: Plan, sources: dict[str, Source], spec: PackingSpec, facts: dict[str, Any], progress: Report
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write every shard that is not there already, and remove those of an earlier attempt.
+    out: Path, plan: Plan, sources: dict[str, Source], spec: PackingSpec, header: DatasetHeader, progress: Report
+) -> Manifest:
+    """Write every shard that does not exist yet, remove those of an earlier attempt, and return the manifest.
 
-    Each index gets a copy of the manifest's `facts`.
-
-    Returns:
-        The manifest's `splits`, and its `label_counts`: per split and head, clips per class.
+    Each index gets a copy of the header.
 
     Raises:
         DamageError: a cut clip cannot be read back as it was written.
     """
     total, done = sum(len(plan.keys(split)) for split in plan.splits), 0
-    splits: dict[str, Any] = {}
-    counts: dict[str, Any] = {}
+    splits: dict[str, SplitEntry] = {}
+    counts: dict[str, LabelCounts] = {}
     for split in plan.splits:
-        entries = []
+        entries: list[ShardEntry] = []
         written: list[Source] = []
         for number, planned in enumerate(shard_keys(plan.keys(split), split, spec.seed, spec.clips_per_shard)):
             tar = out / shard_name(split, number)
-            there = [sources[key] for key in planned if key in sources]
-            if there:
-                entries.append(_write(tar, there, facts))
-            written += there
+            cut = [sources[key] for key in planned if key in sources]
+            if cut:
+                entries.append(_write(tar, cut, header))
+            written += cut
             done += len(planned)
             progress("write", done, total)
         counts[split] = count_labels(plan.classes, (source.clip.labels for source in written))
-        splits[split] = {"clips": sum(entry["clips"] for entry in entries), "shards": entries}
-        _remove_others(out, split, {entry["name"] for entry in entries})
+        splits[split] = SplitEntry.of_shards(entries)
+        _remove_others(out, split, {entry.name for entry in entries})
     sync(out)
-    return splits, counts
+    return Manifest(header, splits, counts)
 
 
-def packed_clips(out: Path, manifest: dict[str, Any]) -> dict[str, Source]:
-    """Every clip of the shards that can be read to their end; a damaged shard's clips are not among them."""
+def packed_clips(out: Path, manifest: Manifest) -> dict[str, Source]:
+    """Index the shards again and return every clip of the undamaged ones."""
     sources: dict[str, Source] = {}
-    for entry in (shard for split in manifest["splits"].values() for shard in split["shards"]):
-        tar = out / entry["name"]
+    for entry in manifest.shards:
+        tar = out / entry.name
         try:
-            index = shard_index(tar, facts_of(manifest))
-        except (DamageError, OSError, ValueError) as error:
+            index = build_index(tar, manifest.header.modalities, manifest.header)
+        except (DamageError, OSError) as error:
             if is_of_the_machine(error):
                 raise
             continue
-        write_json(index_path(tar), index)
-        sources |= {clip.key: Source(tar, clip) for clip in indexed_clips(index)}
+        write_index(tar, index)
+        sources |= {clip.key: Source(tar, clip) for clip in index.clips}
     return sources
 
 
-def shards_are_whole(out: Path, manifest: dict[str, Any]) -> bool:
-    """Whether every tar and index is there with the manifest's size. What is in them is `verify`'s to check."""
+def shards_are_whole(out: Path, manifest: Manifest) -> bool:
+    """Return True if every tar and index exists with the manifest's size. `verify` checks their content."""
     try:
-        for entry in (shard for split in manifest["splits"].values() for shard in split["shards"]):
-            tar = out / entry["name"]
-            index = json.loads(index_path(tar).read_text())
-            if tar.stat().st_size != entry["bytes"] or len(index["clips"]) != entry["clips"]:
+        for entry in manifest.shards:
+            tar = out / entry.name
+            if tar.stat().st_size != entry.num_bytes or len(read_index(tar).clips) != entry.num_clips:
                 return False
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return False
     return True
 
 
 def made_with() -> dict[str, str]:
-    """Versions that the bytes depend on."""
+    """Return the versions that the bytes depend on."""
     return {"karmma_dist": __version__, "av": av.__version__, "opencv": cv2.__version__}
 
 
-def _write(tar: Path, there: list[Source], facts: dict[str, Any]) -> dict[str, Any]:
-    if all(source.tar == tar for source in there):
-        index = json.loads(index_path(tar).read_text())
-        if [entry["key"] for entry in index["clips"]] == [source.clip.key for source in there]:
-            if copied_facts(index) != facts:
-                index = with_facts(index, facts)
-                write_json(index_path(tar), index)
+def _write(tar: Path, sources: list[Source], header: DatasetHeader) -> ShardEntry:
+    if all(source.tar == tar for source in sources):
+        index = read_index(tar)
+        if [clip.key for clip in index.clips] == [source.clip.key for source in sources]:
+            if index.header != header:
+                index = index.with_header(header)
+                write_index(tar, index)
             return shard_entry(tar, index)
-    return write_shard(tar, _samples(there), facts)
+    return write_shard(tar, _samples(sources), header)
 
 
-def _samples(there: list[Source]) -> Iterator[tuple[str, Sample]]:
-    for source in there:
+def _samples(sources: list[Source]) -> Iterator[tuple[str, Sample]]:
+    for source in sources:
         names = [name for name, member in source.clip.members.items() if member is not None]
         yield source.clip.key, {name: _read(source, name) for name in names}
 

@@ -1,4 +1,4 @@
-"""Work that survives a kill: each unit of recordings is cut into a tar of its own, whole once its result is there.
+"""Work that survives a kill: each unit of recordings is cut into a tar of its own, complete once its result exists.
 
 OUT/.staging/
   UNIT.tar            the unit's clips
@@ -20,16 +20,17 @@ import av
 import cv2
 
 from karmma_dist.io.files import write_json
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.recording import Recording, is_of_the_machine
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.records import Failure, Plan
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.writer import Sample, clip_sample, write_tar
 from karmma_dist.shards.format import Clip
-from karmma_dist.shards.index import build_index, indexed_clips
+from karmma_dist.shards.index import ShardIndex, build_index
 
 _UNIT_CLIPS = 32
-"""Recordings are put together until they have this many clips: single-clip recordings would make countless files."""
+"""Number of clips that closes a unit: a unit per recording would make too many files of single-clip recordings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +38,15 @@ class Unit:
     """Recordings that are cut together by one worker."""
 
     number: int
-    """Place in the plan."""
+    """Position in the plan."""
     name: str
     recordings: tuple[Recording, ...]
     digest: str
-    """Of everything that decides on its bytes: settings, clips, raw files' sizes and times."""
+    """Digest of everything that decides its bytes: settings, clips, sizes and times of raw files."""
 
     @property
     def keys(self) -> set[str]:
-        """Keys of its planned clips."""
+        """Keys of the unit's planned clips."""
         return {clip.key for recording in self.recordings for clip in recording.clips}
 
 
@@ -54,12 +55,12 @@ class Staged:
     """A unit's result."""
 
     tar: Path
-    clips: list[Clip]
+    clips: tuple[Clip, ...]
     failures: list[Failure]
 
 
 def units(plan: Plan, spec: PackingSpec) -> list[Unit]:
-    """Divide the plan into units, always the same way."""
+    """Divide the plan into units, the same way in every run."""
     groups: list[list[Recording]] = [[]]
     for recording in plan.recordings:
         groups[-1].append(recording)
@@ -74,25 +75,25 @@ def units(plan: Plan, spec: PackingSpec) -> list[Unit]:
 
 
 def load_staged(folder: Path, unit: Unit) -> Staged | None:
-    """A unit's result, or None when it is not there, of other settings or raw files, or its tar is not whole."""
+    """Return a unit's result; None if it is missing, of other settings or raw files, or its tar is incomplete."""
     tar = folder / f"{unit.name}.tar"
     try:
-        result = json.loads(_result_path(folder, unit).read_text())
-        whole = result["digest"] == unit.digest and tar.stat().st_size == result["index"]["bytes"]
-    except (OSError, ValueError, KeyError) as error:
+        result = JsonObject.parse(_result_path(folder, unit).read_bytes())
+        index = ShardIndex.from_fields(result.nested("index"), tar.name)
+        failures = [Failure.from_fields(failure) for failure in result.objects("failures")]
+        is_whole = result.text("digest") == unit.digest and tar.stat().st_size == index.num_bytes
+    except (OSError, ValueError) as error:
         if is_of_the_machine(error):
             raise
         return None
-    if not whole:
-        return None
-    return Staged(tar, indexed_clips(result["index"]), [Failure(**failure) for failure in result["failures"]])
+    return Staged(tar, index.clips, failures) if is_whole else None
 
 
 def stage(folder: Path, unit: Unit, spec: PackingSpec) -> int:
-    """Cut a unit's clips into its tar, then write its result. Returns the number of clips; runs in a worker process."""
+    """Cut a unit's clips into its tar, write its result, and return the number of clips; runs in a worker process."""
     threads, level = cv2.getNumThreads(), av.logging.get_level()
     cv2.setNumThreads(1)
-    av.logging.set_level(av.logging.PANIC)  # each clip's trouble is in its failure; FFmpeg's own lines would repeat it
+    av.logging.set_level(av.logging.PANIC)  # each failure holds its error; FFmpeg would print it again
     try:
         return _stage(folder, unit, spec)
     finally:
@@ -113,9 +114,9 @@ def _stage(folder: Path, unit: Unit, spec: PackingSpec) -> int:
                     yield cut.record.key, clip_sample(cut, recording, spec.modalities)
 
     num = write_tar(tar, samples())
-    index = build_index(tar, spec.modalities)
+    index = build_index(tar, tuple(spec.modalities))
     failed = [asdict(failure) for failure in sorted(failures, key=lambda failure: failure.key)]
-    write_json(_result_path(folder, unit), {"digest": unit.digest, "index": index, "failures": failed})
+    write_json(_result_path(folder, unit), {"digest": unit.digest, "index": index.to_dict(), "failures": failed})
     return num + len(failures)
 
 
@@ -133,12 +134,12 @@ def _digest(recordings: Sequence[Recording], settings: dict[str, Any]) -> str:
     for recording in recordings:
         paths = {"video_file": recording.video_file, "frames": recording.frames}
         paths |= {f"media.{name}": file.path for name, file in recording.media.items()}
-        seen = {
+        stamps = {
             name: None if path is None else [path.stat().st_size, path.stat().st_mtime_ns]
             for name, path in paths.items()
         }
         rates = {name: file.rate for name, file in recording.media.items()}
         clips = [dataclasses.asdict(clip) for clip in recording.clips]
-        described.append([recording.name, recording.nominal_fps, rates, seen, clips])
+        described.append([recording.name, recording.nominal_fps, rates, stamps, clips])
     text = json.dumps([settings, described], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

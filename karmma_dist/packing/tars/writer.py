@@ -1,4 +1,4 @@
-"""Writes one tar of clips so that it is whole or not there, and always the same bytes for the same clips."""
+"""Writes a tar of clips and its index, whole or not at all, and with the same bytes for the same clips."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.io.files import sha256_of, write_json
+from karmma_dist.io.files import sha256_of, write_whole
 from karmma_dist.modalities.recording import Recording
 from karmma_dist.packing.records import CutClip
 from karmma_dist.shards.format import index_path, member_name
-from karmma_dist.shards.index import shard_index
+from karmma_dist.shards.index import ShardIndex, build_index
+from karmma_dist.shards.manifest import DatasetHeader, ShardEntry
 
 Sample = Mapping[str, bytes]
 """A clip's members: bytes per modality, and its metadata under "json"."""
 
 
 def clip_sample(cut: CutClip, recording: Recording, modalities: list[str]) -> dict[str, bytes]:
-    """A cut clip's members. KEY.json declares every modality: bytes, crc32 and description, or null."""
+    """Return a cut clip's members. KEY.json declares every modality: bytes, crc32 and description, or null."""
     record = cut.record
     declared: dict[str, Any] = {}
     for modality in modalities:
@@ -40,11 +41,11 @@ def clip_sample(cut: CutClip, recording: Recording, modalities: list[str]) -> di
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Sample]]) -> int:
-    """Write (key, members) pairs as a WebDataset tar under a temporary name, fsync, rename. Returns the clip count."""
+    """Write (key, members) pairs as a WebDataset tar: temporary name, fsync, rename; return the number of clips."""
     temporary = path.with_name(f".{path.name}.partial")
     num = 0
     with open(temporary, "wb") as file:
-        # Python's own writer: webdataset's gives the same bytes, but loads PyTorch, 350 MB in each packing process.
+        # The writer of webdataset gives the same bytes, but loads PyTorch: 350 MB in each packing process.
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
             for key, members in samples:
                 for name, data in sorted((member_name(key, modality), data) for modality, data in members.items()):
@@ -56,30 +57,30 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Sample]]) -> int:
     return num
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, Sample]], facts: dict[str, Any]) -> dict[str, Any]:
-    """Write a shard and the index beside it, which carries a copy of the manifest's `facts`.
-
-    Returns its manifest entry: name, clips, bytes and both sha256.
+def write_shard(path: Path, samples: Iterable[tuple[str, Sample]], header: DatasetHeader) -> ShardEntry:
+    """Write a shard and its index, which carries a copy of the manifest's header; return its manifest entry.
 
     Raises:
-        DamageError: what was read back is not what was to be written.
+        DamageError: the bytes that were read back are not those that were written.
     """
     write_tar(path, samples)
-    index = shard_index(path, facts)
-    write_json(index_path(path), index)
+    index = build_index(path, header.modalities, header)
+    write_index(path, index)
     return shard_entry(path, index)
 
 
-def shard_entry(path: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's entry of a shard that is there with its index."""
-    return {
-        "name": path.name, "clips": len(index["clips"]), "bytes": index["bytes"], "sha256": sha256_of(path),
-        "index_sha256": sha256_of(index_path(path)),
-    }  # fmt: skip
+def write_index(tar: Path, index: ShardIndex) -> None:
+    """Write the index of a tar, whole or not at all."""
+    write_whole(index_path(tar), index.to_bytes())
+
+
+def shard_entry(path: Path, index: ShardIndex) -> ShardEntry:
+    """Return the manifest entry of a shard whose tar and index are written."""
+    return ShardEntry(path.name, len(index.clips), index.num_bytes, sha256_of(path), sha256_of(index_path(path)))
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
-    """A member's header. Fixed owner, time and mode: nothing of the machine or the moment gets into the bytes."""
+    """Return a member's header. Owner, time and mode are fixed: the bytes depend on neither machine nor time."""
     header = tarfile.TarInfo(name)
     header.size, header.mode, header.mtime = size, 0o444, 0
     header.uname = header.gname = "karmma"

@@ -1,4 +1,4 @@
-"""One clip read to its last byte: checksums, metadata against index, and media that decode to what is declared."""
+"""Checks one clip to its last byte: checksums, metadata against index, and media against their descriptions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip, ClipMetadata, DamageError, metadata_problems, parse_metadata
 
 TOLERANCE_S = 0.05
-"""Beyond one frame, by which lengths of a clip's members may differ."""
+"""Seconds, beyond one frame, by which the lengths of a clip's members may differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """From when to when a clip's stored pictures last, on its recording's clock."""
+    """The end of a clip's stored frames, on the clock of its recording."""
 
     shard: str
     key: str
@@ -31,7 +31,7 @@ class Shown:
 
 
 def check_clip(folder: ShardFolder, clip: Clip, split: str) -> Iterator[Finding | Shown]:
-    """Yield what is wrong with a clip, and how long its pictures last."""
+    """Yield the problems of a clip, and the ends of its stored frames."""
     contents: dict[str, bytes] = {}
     for name, member in clip.members.items():
         if member is None:
@@ -49,7 +49,7 @@ def check_clip(folder: ShardFolder, clip: Clip, split: str) -> Iterator[Finding 
         yield Finding(clip.shard, clip.key, "json", "metadata", f"not a clip's metadata: {error}")
         return
     if metadata.split != split:
-        problem = f"split is {metadata.split!r}, elsewhere {split!r}"
+        problem = f"split is {metadata.split!r}, in the manifest {split!r}"
         yield Finding(clip.shard, clip.key, "json", "metadata", problem)
     for problem in metadata_problems(metadata, clip):
         yield Finding(clip.shard, clip.key, "json", "metadata", problem)
@@ -66,7 +66,7 @@ def check_clip(folder: ShardFolder, clip: Clip, split: str) -> Iterator[Finding 
 
 
 def _length(clip: Clip, name: str, metadata: ClipMetadata) -> Iterator[Finding | Shown]:
-    """Compare a member's length with the clip's: some fill it, pictures may end with their recording."""
+    """Compare a member's length with the clip's: some modalities fill the clip, frames may end with the recording."""
     modality, description = MODALITIES[name], metadata.description(name)
     length_s, pictures = description.length_s, description.pictures
     if metadata.stop_s is None or length_s is None:
@@ -86,13 +86,13 @@ def _length(clip: Clip, name: str, metadata: ClipMetadata) -> Iterator[Finding |
 
 
 def early_ends(shown: list[Shown]) -> Iterator[Finding]:
-    """Yield clips whose pictures end before the clip although their recording goes on: another clip shows more."""
+    """Yield clips whose frames end before the clip although another clip shows that their recording continues."""
     reach: dict[tuple[str, str], float] = {}
     for each in shown:
-        place = (each.recording, each.modality)
-        reach[place] = max(reach.get(place, 0.0), each.end_s)
+        stream = (each.recording, each.modality)
+        reach[stream] = max(reach.get(stream, 0.0), each.end_s)
     for each in shown:
         slack = each.frame_s + TOLERANCE_S
         if each.end_s < each.stop_s - slack and each.end_s < reach[each.recording, each.modality] - slack:
-            what = f"ends {each.stop_s - each.end_s:.3f} s before the clip, but its recording goes on"
-            yield Finding(each.shard, each.key, each.modality, "length", what)
+            problem = f"ends {each.stop_s - each.end_s:.3f} s before the clip, but its recording continues"
+            yield Finding(each.shard, each.key, each.modality, "length", problem)

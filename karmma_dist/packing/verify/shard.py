@@ -1,4 +1,4 @@
-"""Checks one shard against its manifest entry, its index and its tar headers: all that needs no other shard.
+"""Checks one shard against its manifest entry, its index and its tar headers, independently of other shards.
 
 Format: POSIX.1-2001 pax interchange, blocks of 512 bytes (https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html).
 A name of more than 100 bytes has an extended header before its own.
@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from karmma_dist.io.files import sha256_of
 from karmma_dist.packing.verify.clip import Shown, check_clip
 from karmma_dist.packing.verify.problems import Finding
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip, Member, index_path, label_problem, member_name
-from karmma_dist.shards.index import copied_facts, read_index
+from karmma_dist.shards.index import read_index
+from karmma_dist.shards.manifest import DatasetHeader, ShardEntry
 
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_NAME = 100
 _TAIL_BYTES = 2 * _BLOCK
 
 
-def check_headers(tar: Path, clips: list[Clip]) -> Iterator[Finding]:
+def check_headers(tar: Path, clips: Sequence[Clip]) -> Iterator[Finding]:
     """Yield every difference between the clips of an index and the headers of their tar."""
     members = sorted(
         ((member, clip.key, name) for clip in clips for name, member in clip.members.items() if member is not None),
@@ -50,15 +50,15 @@ def _check_members(descriptor: int, shard: str, members: list[tuple[Member, str,
         name = member_name(key, modality)
         gap = member.offset - _BLOCK - end
         if gap < 0:
-            yield Finding(shard, key, modality, "index", f"byte {member.offset} lies in the member before")
+            yield Finding(shard, key, modality, "index", f"byte {member.offset} lies in the previous member")
             continue
         if gap and len(name) <= _LONGEST_NAME:
             yield _undeclared(descriptor, shard, end)
         if problem := _header_problem(os.pread(descriptor, _BLOCK, member.offset - _BLOCK), name, member):
             yield Finding(shard, key, modality, "header", f"{problem}, byte {member.offset - _BLOCK}")
         if member.offset + member.size > size:
-            there = max(size - member.offset, 0)
-            yield Finding(shard, key, modality, "presence", f"declared, but cut: {there} of {member.size} bytes")
+            num_left = max(size - member.offset, 0)
+            yield Finding(shard, key, modality, "presence", f"declared, but cut: {num_left} of {member.size} bytes")
         end = member.offset + _blocks(member.size)
     tail = os.pread(descriptor, max(size - end, 0), end)
     if tail.strip(b"\0"):
@@ -71,16 +71,16 @@ def _header_problem(block: bytes, name: str, member: Member) -> str:
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        return f"no tar header ({error})"
+        return f"not a tar header ({error})"
     if info.name != name[:_LONGEST_NAME] or not info.isreg():
-        return f"header is that of {info.name!r}, not of {name}"
+        return f"header names {info.name!r}, not {name}"
     if info.size != member.size:
         return f"header says {info.size} bytes, the index {member.size}"
     return ""
 
 
 def _undeclared(descriptor: int, shard: str, offset: int) -> Finding:
-    """Something between two members, or after the last, that the index does not know."""
+    """Return the finding for bytes, between members or after the last, that the index does not know."""
     try:
         info = tarfile.TarInfo.frombuf(os.pread(descriptor, _BLOCK, offset), "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -95,61 +95,61 @@ def _blocks(size: int) -> int:
 
 @dataclass(slots=True)
 class ShardReport:
-    """What one shard shows: small, so that it can come from another process."""
+    """Results of one shard: small, since another process may send them."""
 
     shard: str
     """File name of the tar."""
-    there: bool
-    """The tar is a file."""
+    exists: bool
+    """True if the tar is a file."""
     findings: list[Finding] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    """Of all clips in the index."""
+    """Keys of all clips in the index."""
     labels: list[dict[str, int | None]] | None = None
-    """Of all clips; None when the index or any of them is damaged."""
-    other_fact: str = ""
-    """Name of a fact in which the index's copy is not the manifest's."""
+    """Labels of all clips; None if the index or any label is damaged."""
+    other_field: str = ""
+    """Name of a header field in which the index's copy differs from the manifest."""
     shown: list[Shown] = field(default_factory=list)
-    """How long the pictures of each clip last; only of a full check."""
+    """Ends of the stored frames of each clip; only of a full check."""
 
 
 def check_shard(
     root: Path,
     split: str,
-    entry: dict[str, Any],
-    facts: dict[str, Any],
+    entry: ShardEntry,
+    header: DatasetHeader,
     full: bool,
     progress: Callable[[int], None] | None = None,
 ) -> ShardReport:
     """Check one shard.
 
     Args:
-        root: the shards folder.
-        split: the split that the manifest says it is of.
-        entry: the manifest's entry.
-        facts: the manifest's facts.
-        full: read and decode the payloads too.
-        progress: told how many clips have been read in full.
+        root: The shards folder.
+        split: Split of the shard, as the manifest says.
+        entry: The manifest's entry of the shard.
+        header: The manifest's header.
+        full: Read and decode the payloads too.
+        progress: Called with the number of clips that have been read in full.
     """
-    tar = root / entry["name"]
+    tar = root / entry.name
     report = ShardReport(tar.name, tar.is_file())
-    clips = _index(tar, entry, facts, report)
-    if not report.there:
-        _add(report, "missing", f"no such file: {entry['clips']} clips")
-    elif tar.stat().st_size != entry["bytes"]:
-        _add(report, "size", f"{tar.stat().st_size} bytes, the manifest says {entry['bytes']}")
-    if report.there and full:
+    clips = _index(tar, entry, header, report)
+    if not report.exists:
+        _add(report, "missing", f"no such file: {entry.num_clips} clips")
+    elif tar.stat().st_size != entry.num_bytes:
+        _add(report, "size", f"{tar.stat().st_size} bytes, the manifest says {entry.num_bytes}")
+    if report.exists and full:
         _sha256(tar, entry, report)
     if clips is None:
         return report
     report.keys = [clip.key for clip in clips]
-    problems = [_declarations(clip, facts, report) for clip in clips]
+    problems = [_declarations(clip, header, report) for clip in clips]
     report.labels = None if any(problems) else [clip.labels for clip in clips]
-    if report.there:
-        found = list(check_headers(tar, clips))
-        report.findings += found
+    if report.exists:
+        header_findings = list(check_headers(tar, clips))
+        report.findings += header_findings
         if full:
             # A member whose header or place is damaged is not named again.
-            blamed, folder = {(finding.key, finding.member) for finding in found}, ShardFolder(root)
+            blamed, folder = {(finding.key, finding.member) for finding in header_findings}, ShardFolder(root)
             for num, clip in enumerate(clips, start=1):
                 _payloads(folder, clip, split, blamed, report)
                 if progress is not None:
@@ -157,15 +157,15 @@ def check_shard(
     return report
 
 
-def _add(report: ShardReport, kind: str, what: str, key: str | None = None, shard: str = "") -> None:
-    report.findings.append(Finding(shard or report.shard, key, None, kind, what))
+def _add(report: ShardReport, kind: str, problem: str, key: str | None = None, shard: str = "") -> None:
+    report.findings.append(Finding(shard or report.shard, key, None, kind, problem))
 
 
-def _index(tar: Path, entry: dict[str, Any], facts: dict[str, Any], report: ShardReport) -> list[Clip] | None:
+def _index(tar: Path, entry: ShardEntry, header: DatasetHeader, report: ShardReport) -> tuple[Clip, ...] | None:
     path = index_path(tar)
     try:
-        index, clips = read_index(tar)
-        if sha256_of(path) != entry["index_sha256"]:
+        index = read_index(tar)
+        if sha256_of(path) != entry.index_sha256:
             raise ValueError("its sha256 is not the manifest's")
     except FileNotFoundError:
         _add(report, "index", "lost: no such file", shard=path.name)
@@ -173,30 +173,29 @@ def _index(tar: Path, entry: dict[str, Any], facts: dict[str, Any], report: Shar
     except (OSError, ValueError) as error:
         _add(report, "index", f"cannot be used: {error}", shard=path.name)
         return None
-    if (len(clips), index["bytes"]) != (entry["clips"], entry["bytes"]):
-        said = f"the manifest says {entry['clips']} in {entry['bytes']}"
-        _add(report, "manifest", f"{len(clips)} clips in {index['bytes']} bytes, {said}", shard=path.name)
-    copy = copied_facts(index)
-    if copy is not None and copy != facts:
-        report.other_fact = next(name for name, value in copy.items() if value != facts[name])
-    return clips
+    if (len(index.clips), index.num_bytes) != (entry.num_clips, entry.num_bytes):
+        expected = f"the manifest says {entry.num_clips} in {entry.num_bytes}"
+        _add(report, "manifest", f"{len(index.clips)} clips in {index.num_bytes} bytes, {expected}", shard=path.name)
+    if index.header is not None:
+        report.other_field = index.header.first_difference(header)
+    return index.clips
 
 
-def _sha256(tar: Path, entry: dict[str, Any], report: ShardReport) -> None:
+def _sha256(tar: Path, entry: ShardEntry, report: ShardReport) -> None:
     try:
-        if sha256_of(tar) != entry["sha256"]:
+        if sha256_of(tar) != entry.sha256:
             _add(report, "sha256", "not the bytes that were packed")
     except OSError as error:
         _add(report, "unreadable", f"cannot be read: {error.strerror}")
 
 
-def _declarations(clip: Clip, facts: dict[str, Any], report: ShardReport) -> str:
-    """Check what the index says of a clip. Returns what is wrong with its labels, or an empty string."""
-    declared = {"json", *facts["modalities"]}
+def _declarations(clip: Clip, header: DatasetHeader, report: ShardReport) -> str:
+    """Check a clip's entry in the index. Return the problem with its labels, or an empty string."""
+    declared = {"json", *header.modalities}
     if set(clip.members) != declared or clip.members.get("json") is None:
-        what = f"declares {', '.join(clip.members)}, not json and each of {', '.join(facts['modalities'])}"
-        _add(report, "presence", what, clip.key)
-    problem = label_problem(facts["heads"], clip.labels)
+        presence = f"declares {', '.join(clip.members)}, not json and each of {', '.join(header.modalities)}"
+        _add(report, "presence", presence, clip.key)
+    problem = label_problem(header.heads, clip.labels)
     if problem:
         _add(report, "labels", problem, clip.key)
     return problem
@@ -205,8 +204,8 @@ def _declarations(clip: Clip, facts: dict[str, Any], report: ShardReport) -> str
 def _payloads(
     folder: ShardFolder, clip: Clip, split: str, blamed: set[tuple[str | None, str | None]], report: ShardReport
 ) -> None:
-    for found in check_clip(folder, clip, split):
-        if isinstance(found, Shown):
-            report.shown.append(found)
-        elif (found.key, found.member) not in blamed:
-            report.findings.append(found)
+    for result in check_clip(folder, clip, split):
+        if isinstance(result, Shown):
+            report.shown.append(result)
+        elif (result.key, result.member) not in blamed:
+            report.findings.append(result)

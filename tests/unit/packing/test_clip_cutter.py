@@ -1,4 +1,4 @@
-"""Cutting: every stored frame, sample and flow value is the one that belongs there; damage hits only who meets it."""
+"""Cutting: every stored frame, sample and flow value is the right one; damage fails only the clips that contain it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FRAMES, FPS, PERIOD = 100, 25, 0.04
 
 @pytest.fixture(scope="module")
 def movie(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four seconds of numbered frames with tone bursts at 1.0 and 2.5 s."""
+    """Write four seconds of numbered frames with tone bursts at 1.0 and 2.5 s."""
     return write_movie(tmp_path_factory.mktemp("movie") / "m.mp4", frames=FRAMES, fps=FPS, bursts=[1.0, 2.5])
 
 
@@ -66,7 +66,7 @@ spans = st.tuples(st.floats(0, 3.6), st.floats(0.04, 1.5)).map(lambda s: (round(
 
 @given(st.lists(spans, min_size=1, max_size=4), st.sampled_from([8.0, 10.0, 12.5, 25.0, 60.0]))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_stored_frame_i_shows_the_source_at_start_plus_i_over_fps(
+def test_stored_frames_show_the_source_at_their_times(
     movie: Path, tmp_path: Path, spans: list[tuple[float, float]], max_fps: float
 ) -> None:
     clips = tuple(clip(f"c{place}", *span) for place, span in enumerate(spans))
@@ -93,7 +93,7 @@ def test_overlapping_clips_are_cut_as_if_each_were_alone(movie: Path, tmp_path: 
         assert alone.described == together[record.key].described
 
 
-def test_the_whole_of_a_clip_file_is_stored_frame_by_frame(tmp_path: Path) -> None:
+def test_a_clip_file_is_stored_frame_by_frame(tmp_path: Path) -> None:
     # Matroska rounds timestamps to milliseconds: 1/12 s never falls on one.
     movie = write_movie(tmp_path / "m.mkv", frames=30, fps=12)
     found = cut(Recording("r", "p", (clip("a", 0.0, None),), video_file=movie), spec(tmp_path))["a"]
@@ -101,7 +101,7 @@ def test_the_whole_of_a_clip_file_is_stored_frame_by_frame(tmp_path: Path) -> No
     assert found.stop_s == pytest.approx(2.5)
 
 
-def test_a_clip_beyond_the_end_is_clamped_and_one_after_it_fails(movie: Path, tmp_path: Path) -> None:
+def test_clips_past_the_end_are_clamped_or_fail(movie: Path, tmp_path: Path) -> None:
     clips = (clip("late", 3.8, 5.0), clip("after", 4.5, 5.0))
     found = cut(Recording("r", "p", clips, video_file=movie), spec(tmp_path))
     assert numbers(found["late"]) == [95, 96, 97, 98, 99]
@@ -109,7 +109,7 @@ def test_a_clip_beyond_the_end_is_clamped_and_one_after_it_fails(movie: Path, tm
     assert "4.50 s" in found["after"].error
 
 
-def test_a_movie_without_sound_or_without_picture_is_absence_not_failure(tmp_path: Path) -> None:
+def test_a_movie_without_sound_or_picture_does_not_fail(tmp_path: Path) -> None:
     silent = write_movie(tmp_path / "silent.mp4", frames=50)
     dark = write_movie(tmp_path / "dark.mp4", bursts=[0.5], seconds=2.0)
     settings = epic_spec(tmp_path)
@@ -120,7 +120,7 @@ def test_a_movie_without_sound_or_without_picture_is_absence_not_failure(tmp_pat
     assert set(cut(Recording("r", "p", (clip("a", 0.2, 1.0),), video_file=dark), settings)["a"].payloads) == {"audio"}
 
 
-def test_damage_in_the_middle_costs_only_the_clips_that_meet_it(movie: Path, tmp_path: Path) -> None:
+def test_damage_in_the_middle_fails_only_its_clips(movie: Path, tmp_path: Path) -> None:
     data = bytearray(movie.read_bytes())
     with_damage = tmp_path / "damaged.mp4"
     with av.open(str(movie)) as container:
@@ -142,8 +142,8 @@ def test_damage_in_the_middle_costs_only_the_clips_that_meet_it(movie: Path, tmp
     assert found["after"].payloads == whole["after"].payloads
 
 
-def test_a_cut_movie_fails_the_clips_it_lost_and_is_never_taken_for_a_shorter_one(tmp_path: Path) -> None:
-    # The index goes first, as in streamed files: what is cut off is then declared but not there.
+def test_a_cut_movie_fails_its_lost_clips(tmp_path: Path) -> None:
+    # The index comes first, as in streamed files: frames that are cut off are declared but missing.
     noise = list(np.random.default_rng(0).integers(0, 255, (100, 48, 80, 3), dtype=np.uint8))
     path = write_movie(tmp_path / "m.mp4", pictures=noise, index_first=True)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -160,13 +160,11 @@ def test_a_file_that_is_no_movie_fails_every_clip(tmp_path: Path, content: bytes
     assert all(isinstance(item, Failure) and item.stage == "open" for item in found.values())
 
 
-def test_numbered_frames_are_cut_by_number_at_the_nominal_rate_and_clamped(tmp_path: Path) -> None:
+def test_numbered_frames_are_cut_by_number_and_clamped(tmp_path: Path) -> None:
     frames = write_frames(tmp_path / "rgb", list(range(1, 81)))
     flow = write_frames(tmp_path / "flow", list(range(1, 41)), ("u", "v"))
     record = clip("a", 0.0, 1.4, start_frame=21, stop_frame=105)
-    recording = Recording(
-        "r", "p", (record,), frames=frames, media={"flow": MediaFile(flow, rate=2)}, nominal_fps=60
-    )
+    recording = Recording("r", "p", (record,), frames=frames, media={"flow": MediaFile(flow, rate=2)}, nominal_fps=60)
     found = cut(recording, epic_spec(tmp_path, video={"max_fps": 30}))["a"]
     assert numbers(found) == list(range(21, 81, 2))
     assert found.described["video"]["fps"] == found.described["flow"]["fps"] == 30
@@ -175,7 +173,7 @@ def test_numbered_frames_are_cut_by_number_at_the_nominal_rate_and_clamped(tmp_p
     assert found.described["flow"]["source"] == "files"
 
 
-def test_a_tar_of_frames_gives_the_bytes_of_the_folder_and_a_cut_tar_fails(tmp_path: Path) -> None:
+def test_a_tar_of_frames_equals_the_folder_unless_cut(tmp_path: Path) -> None:
     folder = write_frames(tmp_path / "rgb", list(range(1, 31)))
     tar = tmp_path / "rgb.tar"
     with tarfile.open(tar, "w") as archive:
@@ -254,7 +252,7 @@ def test_computed_flow_is_the_motion_between_stored_frames(tmp_path: Path) -> No
 
 @settings(deadline=None)
 @given(st.floats(-50, 50), st.sampled_from([1.0, 8.0, 20.0]))
-def test_quantised_flow_is_off_by_at_most_half_a_step_and_clipped_at_the_bound(u: float, bound: float) -> None:
+def test_flow_is_quantised_to_half_a_step_and_clipped(u: float, bound: float) -> None:
     stored = quantise_flow(np.full((2, 3, 2), (u, -u), np.float32), bound)
     assert stored.shape == (4, 3)
     back = (stored.astype(float) - 127.5) / 127.5 * bound
@@ -269,7 +267,7 @@ def test_quantised_flow_is_off_by_at_most_half_a_step_and_clipped_at_the_bound(u
     st.integers(16, 512),
     st.tuples(*[st.floats(0, 0.4)] * 2, *[st.floats(0.6, 1)] * 2),
 )
-def test_the_stored_picture_is_even_inside_the_scaled_one_and_never_enlarged(
+def test_the_stored_picture_has_even_sides_and_is_never_enlarged(
     width: int, height: int, short_side: int, region: tuple[float, float, float, float]
 ) -> None:
     spec = VideoSpec(short_side=short_side, region=region)

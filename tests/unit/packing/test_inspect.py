@@ -1,4 +1,4 @@
-"""Inspecting shards: numbers that add up, a clip by its key, a picture of clips."""
+"""Inspecting shards: numbers that add up, a clip by its key, a contact sheet."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.files import sha256_of, write_json
 from karmma_dist.modalities.detections.draw import draw_box
 from karmma_dist.modalities.detections.store import HAND, OBJECT
 from karmma_dist.modalities.flow.draw import flow_colours
@@ -19,7 +20,7 @@ from karmma_dist.packing.inspect.inspect import contact_sheet, describe, describ
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import index_path
+from karmma_dist.shards.format import DamageError, index_path
 from kits.packing import write_frames
 
 
@@ -97,7 +98,7 @@ def test_boxes_stand_out_on_light_and_on_dark_pictures() -> None:
             assert (drawn[120, 213] == shade).all()
 
 
-def test_a_clip_of_unknown_length_with_a_dollar_in_its_narration_is_drawn(tmp_path: Path) -> None:
+def test_a_clip_with_a_dollar_in_its_narration_is_drawn(tmp_path: Path) -> None:
     labels = tmp_path / "labels"
     labels.mkdir()
     (labels / "labels.json").write_text('{"Paying something": "0"}')
@@ -109,3 +110,18 @@ def test_a_clip_of_unknown_length_with_a_dollar_in_its_narration_is_drawn(tmp_pa
     assert folder.metadata(folder.clips("train")[0]).stop_s is None
     contact_sheet(folder, tmp_path / "sheet.png")
     assert imread(tmp_path / "sheet.png").min() < 0.5
+
+
+def test_a_sheet_shows_a_clip_whose_label_is_no_class(shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    path = index_path(copy / "train-000000.tar")
+    index = json.loads(path.read_bytes())
+    index["clips"][0]["labels"]["verb"] = 99
+    write_json(path, index)
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    manifest["splits"]["train"]["shards"][0]["index_sha256"] = sha256_of(path)
+    write_json(copy / "manifest.json", manifest)
+    contact_sheet(ShardFolder(copy), tmp_path / "sheet.png", keys=[index["clips"][0]["key"]])
+    with pytest.raises(DamageError, match="labels are"):
+        describe_clip(ShardFolder(copy), index["clips"][0]["key"])

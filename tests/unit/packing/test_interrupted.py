@@ -1,5 +1,5 @@
-"""Packing that is stopped half way, by a full disk, Ctrl-C or a kill: nothing looks whole, nothing is left running,
-and the same command again gives the bytes of a run that was never stopped."""
+"""Packing that is stopped by a full disk, Ctrl-C or a kill: the folder never looks complete, no process is left, and
+the same command gives the bytes of a run that was never stopped."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from kits.packing import epic_spec, folder_bytes, movie_path, row, write_epic, w
 from kits.patience import HANGS_S
 
 UNIT_CLIPS = 32
-"""A recording with as many is a unit of its own: two of them keep two workers busy."""
+"""Clips of a recording that fills a unit: two such recordings keep two workers busy."""
 
 
 class SmallDisk:
-    """`open`, `fsync` and `mkdir` of a disk that has room for so many of their writes."""
+    """`open`, `fsync` and `mkdir` of a disk that has room for a number of writes."""
 
     def __init__(self, room: int, *, freed: bool) -> None:
         self.left, self.freed, self.was_full = room, freed, False
-        """`freed`: there is room again after the one write that failed."""
+        """`freed`: one write fails, and later writes have room again."""
 
     def use(self) -> None:
         self.left -= 1
@@ -63,8 +63,8 @@ class SmallDisk:
 
     @contextmanager
     def filled(self) -> Iterator[None]:
-        """What is packed or repaired inside is written to this disk; when it gets full, that is one clear error."""
-        said = ""
+        """Write the files of the block to this disk, and expect one clear error if it gets full."""
+        message = ""
         with pytest.MonkeyPatch.context() as patch:
             for module in (writer, pack_module, lock):
                 patch.setattr(module, "open", self.open, raising=False)
@@ -73,11 +73,11 @@ class SmallDisk:
             try:
                 yield
             except UserError as error:
-                said = str(error)
-        assert ("disk full" in said) == self.was_full
+                message = str(error)
+        assert ("disk full" in message) == self.was_full
 
     def _counted(self, function: Any, writes: Callable[..., bool] = lambda *_: True) -> Any:
-        """The function, of whose calls those that write take room: making a folder that exists needs none."""
+        """Wrap a function whose writing calls take room; creating a folder that exists takes none."""
 
         def counted(*arguments: Any, **named: Any) -> Any:
             if writes(*arguments):
@@ -96,14 +96,14 @@ class _SmallFile(io.FileIO):
         try:
             self._disk.use()
         except OSError:
-            super().write(bytes(data)[: len(data) // 2])  # what still fitted is on the disk
+            super().write(bytes(data)[: len(data) // 2])  # the part that fits is on the disk
             raise
         return super().write(data)
 
 
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three recordings of two clips, quick to pack; a fourth is no movie."""
+    """Write three recordings of two clips, quick to pack, and a fourth that is not a video file."""
     root = tmp_path_factory.mktemp("sounds")
     names = ("P01_01", "P01_02", "P02_01")
     for name in names:
@@ -126,7 +126,7 @@ def packed_sounds(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def expect_nothing_looks_whole(out: Path, reference: dict[str, str]) -> None:
-    """No manifest; and whatever tar or index has its final name is complete."""
+    """Expect no manifest, and that every tar or index with its final name is complete."""
     for name, digest in folder_bytes(out).items() if out.is_dir() else ():
         assert name != "manifest.json"
         assert reference[name] == digest
@@ -136,7 +136,7 @@ def expect_nothing_looks_whole(out: Path, reference: dict[str, str]) -> None:
         ShardFolder(out)
 
 
-def test_a_disk_that_is_full_at_any_write_leaves_nothing_that_looks_whole(
+def test_a_disk_full_at_any_write_leaves_nothing_complete(
     sounds: Path, packed_sounds: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging, "_UNIT_CLIPS", 2)
@@ -160,7 +160,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_nothing_that_looks_whole(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_disk_that_is_full_while_clips_are_cut_is_one_line_and_no_clips_failure(
+def test_a_disk_full_while_cutting_is_one_line(
     frames: Path, packed_frames: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
     out = tmp_path / "out"
@@ -178,9 +178,7 @@ def test_a_disk_that_is_full_while_clips_are_cut_is_one_line_and_no_clips_failur
     assert folder_bytes(out) == packed_frames
 
 
-def test_a_failing_disk_below_the_shards_is_one_line_and_the_rerun_completes(
-    sounds: Path, packed_sounds: dict[str, str], tmp_path: Path
-) -> None:
+def test_after_a_failing_disk_the_rerun_completes(sounds: Path, packed_sounds: dict[str, str], tmp_path: Path) -> None:
     def fails(_: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -194,10 +192,10 @@ def test_a_failing_disk_below_the_shards_is_one_line_and_the_rerun_completes(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EMFILE, errno.ESTALE, errno.EIO])
-def test_an_error_of_the_machine_while_media_are_read_ends_the_run_and_a_bad_sector_costs_its_clips(
+def test_machine_errors_end_the_run_but_bad_sectors_fail_clips(
     frames: Path, packed_frames: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int
 ) -> None:
-    """ENOSPC: of a network disk's cache, for one."""
+    """ENOSPC may come from the cache of a network disk."""
     read, hit = Path.read_bytes, frames / "EPIC-KITCHENS/P02/rgb_frames/P02_01/frame_0000000021.jpg"
 
     def fails(path: Path) -> bytes:
@@ -217,9 +215,9 @@ def test_an_error_of_the_machine_while_media_are_read_ends_the_run_and_a_bad_sec
         assert all("Input/output error" in failure["error"] for failure in failed)
         status = main([*command(frames, tmp_path, workers=1), "--retry-failed"])
     else:
-        said = "disk full" if code == errno.ENOSPC else f"frame_0000000021.jpg: {os.strerror(code)}: mend that"
+        message = "disk full" if code == errno.ENOSPC else f"frame_0000000021.jpg: {os.strerror(code)}: mend that"
         assert (status, len(errors)) == (2, 1)
-        assert said in errors[0]
+        assert message in errors[0]
         expect_nothing_looks_whole(tmp_path, packed_frames)
         status = main(command(frames, tmp_path, workers=1))
     assert status == 0
@@ -228,7 +226,7 @@ def test_an_error_of_the_machine_while_media_are_read_ends_the_run_and_a_bad_sec
 
 @contextmanager
 def no_more_files() -> Iterator[None]:
-    """This process may open no further file."""
+    """Let this process open no further file."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     held: list[int] = []
     try:
@@ -283,7 +281,7 @@ def test_a_disk_that_is_full_while_mending_loses_nothing(
 @example(0, True)
 @example(1, False)
 @example(1, True)
-def test_a_disk_that_is_full_while_repairing_is_one_clear_error_and_repair_completes_later(
+def test_after_a_disk_full_while_repairing_repair_completes(
     sounds: Path, packed_sounds: dict[str, str], tmp_path_factory: pytest.TempPathFactory, room: int, freed: bool
 ) -> None:
     out = tmp_path_factory.mktemp("repairing")
@@ -300,7 +298,7 @@ def test_a_disk_that_is_full_while_repairing_is_one_clear_error_and_repair_compl
 
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two recordings of numbered frames with as many clips as a unit takes."""
+    """Write two recordings of numbered frames, each with the clips of one unit."""
     root = tmp_path_factory.mktemp("frames")
     train = []
     for name in ("P01_01", "P02_01"):
@@ -331,7 +329,7 @@ def command(raw: Path, out: Path, workers: int = 2) -> list[str]:
 
 @pytest.fixture
 def stuck(frames: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
-    """The raw folder where one frame of each recording is a pipe: who reads it waits. Also those pipes."""
+    """Return a raw folder in which one frame of each recording is a pipe, whose reader waits, and the pipes."""
     raw = tmp_path / "raw"
     shutil.copytree(frames, raw)
     pipes = [path for path in sorted(raw.rglob("frame_*")) if path.stem.endswith("20")]
@@ -342,13 +340,13 @@ def stuck(frames: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
 
 
 def start(raw: Path, out: Path) -> subprocess.Popen[str]:
-    """Pack with two workers in a session of its own, as from a terminal."""
+    """Start packing with two workers in a new session, as from a terminal."""
     words = [sys.executable, "-m", "karmma_dist", *command(raw, out)]
     return subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def end_of(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
-    """Its output, and its errors except progress. Both are complete only when all its workers are gone too."""
+    """Return a process's output and its errors except progress. Both are complete only after all its workers end."""
     out, err = process.communicate(timeout=HANGS_S)
     # The empty line is click's: it ends the line on which a terminal shows ^C.
     return out, [line for line in err.splitlines() if line and not line.startswith(("cut: ", "write: "))]
@@ -361,7 +359,7 @@ def mend(frames: Path, raw: Path, pipes: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
-def test_two_workers_stopped_in_the_middle_of_cutting_leave_nothing_and_the_rerun_completes(
+def test_after_two_workers_are_stopped_the_rerun_completes(
     frames: Path,
     packed_frames: dict[str, str],
     stuck: tuple[Path, list[Path]],
@@ -399,7 +397,7 @@ def test_ctrl_c_while_workers_start_is_one_line(stuck: tuple[Path, list[Path]], 
     assert errors == ["interrupted: run the same command again to go on"]
 
 
-def test_a_kill_in_the_middle_of_a_shard_is_never_taken_for_whole_and_the_rerun_completes(
+def test_after_a_kill_inside_a_shard_the_rerun_completes(
     frames: Path, packed_frames: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -419,7 +417,7 @@ def test_a_kill_in_the_middle_of_a_shard_is_never_taken_for_whole_and_the_rerun_
     assert folder_bytes(out) == packed_frames
 
 
-def test_the_exit_code_and_the_last_lines_say_how_many_clips_failed(
+def test_exit_code_and_output_give_the_number_of_failures(
     frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = tmp_path / "raw"
@@ -445,4 +443,4 @@ def test_a_second_packer_is_one_line_and_exit_code_2(
         assert main(command(frames, tmp_path)) == 2
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
-    assert "another packer is at work" in shown.err
+    assert "another packer works" in shown.err

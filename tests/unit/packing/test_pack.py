@@ -1,4 +1,4 @@
-"""Packing runs: the same bytes whatever happens on the way, and no folder that looks whole and is not."""
+"""Packing runs: the same bytes after any interruption, and no incomplete folder that looks complete."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ CLIPS = 4
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One recording per unit, so that there is something to resume."""
+    """Make a unit of each recording, so that a run can be resumed."""
     monkeypatch.setattr(staging, "_UNIT_CLIPS", 2)
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three recordings of four clips; the second has no sound, the third no picture. One more clip for validation."""
+    """Write three recordings of four clips, the second without audio, the third without video; one validation clip."""
     root = tmp_path_factory.mktemp("raw")
     write_movie(movie_path(root, "P01_01"), frames=60, bursts=[0.5])
     write_movie(movie_path(root, "P01_02"), frames=60)
@@ -70,13 +70,13 @@ def spec(raw: Path, out: Path, **fields: object) -> PackingSpec:
 
 @pytest.fixture(scope="module")
 def packed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference: packed in one go in this process."""
+    """Pack the reference without interruption, in this process."""
     out = tmp_path_factory.mktemp("packed")
     pack(spec(raw, out))
     return out
 
 
-def test_absent_modalities_are_null_and_present_ones_are_what_was_cut(packed: Path) -> None:
+def test_absent_modalities_are_null_and_present_ones_are_stored(packed: Path) -> None:
     folder = ShardFolder(packed)
     clips = {clip.key: clip for split in folder.splits for clip in folder.clips(split)}
     assert len(clips) == len(RECORDINGS) * CLIPS + 1
@@ -130,7 +130,7 @@ def test_clips_of_one_recording_do_not_sit_together(packed: Path) -> None:
 
 @settings(deadline=None)
 @given(st.sets(st.integers(0, 10**6).map(str), max_size=60), st.integers(1, 20), st.integers(0, 3))
-def test_every_planned_clip_has_one_place_that_depends_on_the_plan_alone(keys: set[str], size: int, seed: int) -> None:
+def test_the_place_of_a_clip_depends_on_the_plan_alone(keys: set[str], size: int, seed: int) -> None:
     shards = shard_keys(sorted(keys), "train", seed, size)
     assert sorted(key for shard in shards for key in shard) == sorted(keys)
     assert all(0 < len(shard) <= size for shard in shards)
@@ -153,7 +153,7 @@ def test_a_call_without_part_finishes_what_parts_left(raw: Path, packed: Path, t
 
 
 def _killed_at_rename(number: int, spec: PackingSpec, **options: bool) -> bool:
-    """Pack in a child that kills itself (signal 9) before its `number`-th rename; False: it had fewer."""
+    """Pack in a child that kills itself before its `number`-th rename; return False if it has fewer renames."""
     child = os.fork()
     if child == 0:
         replace, left = os.replace, [number]
@@ -172,7 +172,7 @@ def _killed_at_rename(number: int, spec: PackingSpec, **options: bool) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def test_a_kill_at_any_rename_is_never_taken_for_whole_and_the_next_run_completes_it(raw: Path, tmp_path: Path) -> None:
+def test_after_a_kill_at_any_rename_the_next_run_completes(raw: Path, tmp_path: Path) -> None:
     fields = {"video": {"source": "none"}, "flow": {"source": "none"}}
     pack(spec(raw, tmp_path / "reference", **fields))
     number, reference = 0, folder_bytes(tmp_path / "reference")
@@ -213,9 +213,7 @@ def test_a_rerun_cuts_only_what_was_not_cut(raw: Path, tmp_path: Path, monkeypat
     assert not set(first) & set(cut)
 
 
-def test_packing_what_is_packed_does_nothing_and_other_settings_are_refused(
-    raw: Path, packed: Path, tmp_path: Path
-) -> None:
+def test_packing_again_does_nothing_and_other_settings_are_refused(raw: Path, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(packed, out)
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -230,15 +228,13 @@ def test_packing_what_is_packed_does_nothing_and_other_settings_are_refused(
         pack(spec(raw, out), limit=2)
 
 
-def test_shards_packed_before_a_setting_existed_go_on_where_the_setting_has_its_default(
-    raw: Path, packed: Path, tmp_path: Path
-) -> None:
+def test_shards_without_a_recorded_setting_continue_with_its_default(raw: Path, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(packed, out)
     manifest = json.loads((out / "manifest.json").read_text())
     required = {name for name, field in PackingSpec.model_fields.items() if field.is_required()}
     usual, now = flat(epic_spec(raw).recorded()), flat(spec(raw, out).recorded())
-    went_on = 0
+    num_continued = 0
     for name in now:
         *sections, own_name = name.split(".")
         settings = json.loads(json.dumps(manifest["settings"]))
@@ -247,11 +243,11 @@ def test_shards_packed_before_a_setting_existed_go_on_where_the_setting_has_its_
         is_entry = len(sections) == 2  # of a dictionary, which is one setting
         if now[name] == usual[name] and name not in required and not is_entry:
             assert pack(spec(raw, out)).status == "already packed"
-            went_on += 1
+            num_continued += 1
         else:
             with pytest.raises(UserError, match=rf"packed with another {re.escape(name)} \(.*another --out"):
                 pack(spec(raw, out))
-    assert went_on >= 20
+    assert num_continued >= 20
 
 
 def test_a_lost_or_cut_shard_is_packed_again_alike(raw: Path, packed: Path, tmp_path: Path) -> None:
@@ -288,7 +284,7 @@ def test_a_second_packer_on_the_folder_is_refused(raw: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def damaged(raw: Path, tmp_path: Path) -> Path:
-    """The raw folder with one movie overwritten in its second half."""
+    """Copy the raw folder, with one video file overwritten."""
     root = tmp_path / "damaged"
     shutil.copytree(raw, root)
     path = movie_path(root, "P01_02")
@@ -296,7 +292,7 @@ def damaged(raw: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_damage_fails_its_clips_by_name_and_the_rest_is_packed(packed: Path, damaged: Path, tmp_path: Path) -> None:
+def test_damaged_clips_fail_by_name_and_others_are_packed(packed: Path, damaged: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     summary = pack(spec(damaged, out))
     lost = {f"P01_02_{n}" for n in range(CLIPS)}
@@ -312,7 +308,7 @@ def test_damage_fails_its_clips_by_name_and_the_rest_is_packed(packed: Path, dam
     assert pack(spec(damaged, out)).status == "already packed"
 
 
-def test_retrying_after_repair_gives_the_bytes_of_a_run_that_never_failed(
+def test_retrying_after_repair_gives_the_bytes_without_failure(
     raw: Path, packed: Path, damaged: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -356,7 +352,7 @@ def test_impossible_options_are_refused(raw: Path, tmp_path: Path, options: dict
         pack(spec(raw, tmp_path), **options)
 
 
-def test_an_out_folder_that_is_a_file_is_one_clear_error(raw: Path, tmp_path: Path) -> None:
+def test_an_out_folder_that_is_a_file_is_refused(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="another --out"):
         pack(spec(raw, tmp_path / "out"))

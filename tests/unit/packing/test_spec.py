@@ -59,7 +59,7 @@ def test_raw_given_on_the_command_line_needs_no_environment_variable(tmp_path: P
         ("video: {source: none}\nflow: {source: none}\naudio: {source: none}\n", "nothing would be stored"),
     ],
 )
-def test_a_setting_that_is_wrong_or_has_no_effect_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
+def test_wrong_settings_and_those_without_effect_are_refused(tmp_path: Path, text: str, named: str) -> None:
     with pytest.raises(UserError, match=named.replace(".", r"\.")) as caught:
         load_spec(_spec(tmp_path, text))
     assert "\n" not in str(caught.value)
@@ -81,7 +81,7 @@ def _plain_defaults() -> Iterator[PackingSpec]:
 
 
 def _without(tree: dict[str, Any], path: str) -> dict[str, Any]:
-    """The tree without one entry."""
+    """Return the tree without one entry."""
     first, _, rest = path.partition(".")
     if rest and first in tree:
         return {**tree, first: _without(tree[first], rest)}
@@ -89,7 +89,7 @@ def _without(tree: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("spec", _plain_defaults(), ids=lambda spec: spec.reader)
-def test_a_setting_that_a_manifest_does_not_record_counts_as_its_default(spec: PackingSpec) -> None:
+def test_a_setting_without_a_record_counts_as_its_default(spec: PackingSpec) -> None:
     fields = fields_of(spec, NOT_IN_BYTES)
     assert {name for name, is_free in fields.items() if is_free} == {"raw", "out"}
     assert len(fields) > 25
@@ -108,7 +108,7 @@ def test_a_setting_that_a_manifest_does_not_record_counts_as_its_default(spec: P
 
 
 @pytest.mark.parametrize("spec", _plain_defaults(), ids=lambda spec: spec.reader)
-def test_a_section_that_a_manifest_does_not_record_counts_as_its_defaults(spec: PackingSpec) -> None:
+def test_a_section_without_a_record_counts_as_its_defaults(spec: PackingSpec) -> None:
     recorded = spec.recorded()
     sections = [name for name, value in recorded.items() if isinstance(value, dict)]
     assert {"video", spec.reader} < set(sections)

@@ -1,4 +1,4 @@
-"""The synthetic kitchen: real files, the same for the same seed, with the gaps that real collections have."""
+"""The synthetic kitchen: media files that depend on the seed, with the gaps that real datasets have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
+def test_the_seed_decides_the_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write_kitchen(tmp_path / name, seed=seed, **SMALL)
     first, again, other = (_files(tmp_path / name) for name in "abc")
@@ -43,12 +43,12 @@ def test_some_recordings_have_no_sound_and_some_no_picture(kitchen: Path, shards
     folder = ShardFolder(shards)
     for split in folder.splits:
         for clip in folder.clips(split):
-            there = streams["_".join(clip.key.split("_")[:2])]
-            assert clip.has("video") == clip.has("flow") == ("video" in there)
-            assert clip.has("audio") == ("audio" in there)
+            types = streams["_".join(clip.key.split("_")[:2])]
+            assert clip.has("video") == clip.has("flow") == ("video" in types)
+            assert clip.has("audio") == ("audio" in types)
 
 
-def test_annotations_are_in_the_official_columns_and_refer_to_what_is_there(kitchen: Path) -> None:
+def test_annotations_have_the_official_columns_and_existing_recordings(kitchen: Path) -> None:
     plan = make_plan(load_spec("demo", raw=kitchen, out="unused"))
     assert plan.classes == {"verb": list(VERBS), "noun": list(NOUNS)}
     assert {r.participant for r in plan.recordings if r.clips[0].split == "train"}.isdisjoint(

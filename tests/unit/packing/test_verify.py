@@ -1,4 +1,4 @@
-"""Verification finds every cut and flipped byte and names it; repair writes back exactly what was lost."""
+"""Verification finds and names every cut and flipped byte; repair restores lost files byte for byte."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHARDS = ("train-000000.tar", "train-000001.tar", "validation-000000.tar")
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recordings with and without sound and picture; one clip runs past the end of its recording."""
+    """Write recordings with and without audio and video; one clip ends after its recording."""
     root = tmp_path_factory.mktemp("raw")
     write_movie(movie_path(root, "P01_01"), frames=60, bursts=[0.5])
     write_movie(movie_path(root, "P01_02"), frames=60)
@@ -54,7 +54,7 @@ def spec(raw: Path, out: Path) -> PackingSpec:
 
 @pytest.fixture(scope="module")
 def packed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference, packed and untouched."""
+    """Pack the reference, which no test changes."""
     out = tmp_path_factory.mktemp("packed")
     pack(spec(raw, out))
     assert sorted(path.name for path in out.glob("*.tar")) == sorted(SHARDS)
@@ -63,14 +63,14 @@ def packed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(packed: Path, tmp_path: Path) -> Path:
-    """A copy to harm."""
+    """Copy the reference, to be damaged."""
     out = tmp_path / "copy"
     shutil.copytree(packed, out)
     return out
 
 
 def flip(path: Path, place: int, bit: int = 0) -> None:
-    """Change one bit of a file."""
+    """Flip one bit of a file."""
     with open(path, "r+b") as file:
         file.seek(place)
         value = file.read(1)[0]
@@ -79,7 +79,7 @@ def flip(path: Path, place: int, bit: int = 0) -> None:
 
 
 def kinds(folder: Path, *, full: bool = False) -> set[tuple[str | None, str]]:
-    """File and kind of every finding."""
+    """Return file and kind of every finding."""
     return {(finding.shard, finding.kind) for finding in verify(folder, full=full).findings}
 
 
@@ -119,7 +119,7 @@ def test_a_shard_cut_at_any_block_is_found_fast_and_named(copy: Path, shard: str
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(SHARDS), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
-def test_any_flipped_bit_of_a_tar_is_found_by_the_full_check(copy: Path, shard: str, share: float, bit: int) -> None:
+def test_the_full_check_finds_any_flipped_bit_of_tars(copy: Path, shard: str, share: float, bit: int) -> None:
     tar = copy / shard
     place = int(share * tar.stat().st_size)
     flip(tar, place, bit)
@@ -137,10 +137,10 @@ def test_any_flipped_bit_of_a_tar_is_found_by_the_full_check(copy: Path, shard: 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["manifest.json", "train-000001.index.json"]), st.floats(0, 1, exclude_max=True))
-def test_any_flipped_bit_of_a_manifest_or_index_is_found_and_repaired(copy: Path, name: str, share: float) -> None:
+def test_flipped_bits_of_manifest_and_index_are_repaired(copy: Path, name: str, share: float) -> None:
     path = copy / name
     content = path.read_bytes()
-    # What a manifest alone knows of a tar: its name and sha256. Everything else follows from these.
+    # Only the manifest holds the name and sha256 of a tar. Everything else follows from these.
     proofs = [proof.encode() for shard in SHARDS for proof in (f'"{shard}"', sha256_of(copy / shard))]
     flip(path, int(share * (len(content) - 1)))  # the last byte is the newline that ends the file
     try:
@@ -166,9 +166,7 @@ def test_every_lost_index_comes_back_byte_for_byte(copy: Path, packed: Path) -> 
     assert repair(copy).written == []
 
 
-def test_a_lost_manifest_comes_back_byte_for_byte_even_with_all_indexes_but_one_lost(
-    copy: Path, packed: Path
-) -> None:
+def test_one_index_restores_a_lost_manifest_byte_for_byte(copy: Path, packed: Path) -> None:
     (copy / "manifest.json").unlink()
     for shard in SHARDS[1:]:
         index_path(copy / shard).unlink()
@@ -201,9 +199,7 @@ def test_class_names_that_are_nowhere_are_not_made_up(copy: Path) -> None:
     assert folder_bytes(copy) == before
 
 
-def test_clips_of_a_lost_shard_are_named_and_packing_again_brings_them_back(
-    raw: Path, copy: Path, packed: Path
-) -> None:
+def test_clips_of_lost_shards_are_named_and_packed_again(raw: Path, copy: Path, packed: Path) -> None:
     lost = {clip.key for clip in ShardFolder(packed).clips("train") if clip.shard == SHARDS[1]}
     (copy / SHARDS[1]).unlink()
     for _ in range(2):
@@ -216,7 +212,7 @@ def test_clips_of_a_lost_shard_are_named_and_packing_again_brings_them_back(
     assert folder_bytes(copy) == folder_bytes(packed)
 
 
-def test_without_its_index_too_a_lost_shard_is_missed_by_number(raw: Path, copy: Path, packed: Path) -> None:
+def test_a_shard_lost_with_its_index_is_missed_by_number(raw: Path, copy: Path, packed: Path) -> None:
     for path in (copy / "manifest.json", copy / SHARDS[0], index_path(copy / SHARDS[0])):
         path.unlink()
     repair(copy)
@@ -227,7 +223,7 @@ def test_without_its_index_too_a_lost_shard_is_missed_by_number(raw: Path, copy:
     assert folder_bytes(copy) == folder_bytes(packed)
 
 
-def test_a_damaged_tar_gets_no_index_and_no_place_in_a_new_manifest(copy: Path, packed: Path) -> None:
+def test_a_damaged_tar_gets_no_index_and_manifest_entry(copy: Path, packed: Path) -> None:
     tar = copy / SHARDS[0]
     clip = next(clip for clip in ShardFolder(copy).clips("train") if clip.shard == tar.name)
     member = clip.members["json"]
@@ -247,7 +243,7 @@ def test_a_damaged_tar_gets_no_index_and_no_place_in_a_new_manifest(copy: Path, 
         manifest = (copy / "manifest.json").read_bytes()
         (copy / "manifest.json").unlink()
         repair(copy)
-        assert [shard["name"] for shard in ShardFolder(copy).manifest["splits"]["train"]["shards"]] == [SHARDS[1]]
+        assert [shard.name for shard in ShardFolder(copy).manifest.splits["train"].shards] == [SHARDS[1]]
         assert tar.read_bytes() == damaged
         tar.write_bytes(content)
         (copy / "manifest.json").write_bytes(manifest)
@@ -276,9 +272,9 @@ def rewritten(copy: Path, change: Callable[[str, dict[str, bytes], dict[str, Any
         samples.append((clip.key, members))
     former = json.loads(index_path(tar).read_text())
     write_tar(tar, samples)
-    index = former | build_index(tar, folder.modalities)
+    index = former | build_index(tar, folder.manifest.header.modalities).to_dict()
     write_json(index_path(tar), index)
-    manifest = folder.manifest
+    manifest = folder.manifest.to_dict()
     entry = next(shard for shard in manifest["splits"]["train"]["shards"] if shard["name"] == tar.name)
     entry |= {"bytes": index["bytes"], "sha256": sha256_of(tar), "index_sha256": sha256_of(index_path(tar))}
     write_json(copy / "manifest.json", manifest)
@@ -320,7 +316,7 @@ def spoil(modality: str) -> Callable[[str, dict[str, bytes], dict[str, Any]], No
         (lambda _k, _m, metadata: metadata.pop("recording"), "json", "metadata"),
     ],
 )
-def test_media_that_are_not_as_declared_are_named_though_every_checksum_agrees(
+def test_media_that_contradict_their_declaration_are_named(
     copy: Path, change: Callable[..., None], member: str, kind: str
 ) -> None:
     key = rewritten(copy, change)
@@ -330,7 +326,7 @@ def test_media_that_are_not_as_declared_are_named_though_every_checksum_agrees(
     assert {(finding.shard, finding.key) for finding in findings} == {(SHARDS[0], key)}
 
 
-def test_a_member_that_the_index_does_not_know_is_found_fast(copy: Path) -> None:
+def test_a_member_unknown_to_the_index_is_found_fast(copy: Path) -> None:
     tar = copy / SHARDS[0]
     with tarfile.open(tar, "a") as archive:
         info = tarfile.TarInfo("stranger.json")
@@ -374,7 +370,7 @@ def test_names_longer_than_a_tar_header_holds_are_whole(raw: Path, tmp_path: Pat
     assert verify(tmp_path / "out", full=True).whole
 
 
-def test_a_key_in_two_shards_and_files_that_nothing_lists_are_found(copy: Path) -> None:
+def test_duplicate_keys_and_unlisted_files_are_found(copy: Path) -> None:
     shutil.copy(copy / SHARDS[1], copy / "train-000007.tar")
     shutil.copy(copy / SHARDS[1], copy / "other.tar")
     (copy / ".train-000001.tar.partial").write_bytes(b"half")
@@ -393,9 +389,9 @@ def test_a_key_in_two_shards_and_files_that_nothing_lists_are_found(copy: Path) 
     assert twice == {entry["key"] for entry in index["clips"]}
 
 
-def test_any_number_of_workers_finds_the_same_in_the_same_order(copy: Path) -> None:
+def test_findings_are_the_same_for_any_number_of_workers(copy: Path) -> None:
     def later(_key: str, _members: dict[str, bytes], metadata: dict[str, Any]) -> None:
-        metadata["stop_s"] += 0.9  # only a clip of another shard shows that its recording goes on until there
+        metadata["stop_s"] += 0.9  # only a clip of another shard shows that the recording continues
 
     rewritten(copy, later)
     shutil.copy(copy / SHARDS[1], copy / "train-000002.tar")
@@ -412,7 +408,7 @@ def test_any_number_of_workers_finds_the_same_in_the_same_order(copy: Path) -> N
     for full, expected in ((False, {"duplicate", "manifest", "presence"}), (True, {"sha256", "crc32", "length"})):
         alone = verify(copy, full=full)
         assert expected <= {finding.kind for finding in alone.findings}
-        assert full == any("its recording goes on" in finding.what for finding in alone.findings)
+        assert full == any("its recording continues" in finding.what for finding in alone.findings)
         for workers in (2, 5):
             told: list[tuple[int, int]] = []
             shared = verify(
@@ -434,7 +430,7 @@ def test_a_clip_may_end_early_only_where_its_recording_does() -> None:
     assert [finding.key for finding in early_ends([ends_with_recording, whole, shown("next", 11.0, 11.0)])] == ["late"]
 
 
-def test_the_commands_exit_code_and_json_say_whole_damaged_or_bad_input(
+def test_exit_codes_tell_whole_damaged_and_bad_input(
     copy: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(copy), "--json"]) == 0

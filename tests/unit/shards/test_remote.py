@@ -1,4 +1,4 @@
-"""Shards from a web server through a node's cache: the same bytes as from the folder, whatever happens on the way."""
+"""Shards from a web server through a node's cache: the same bytes as from the folder, after any transmission error."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ pytestmark = pytest.mark.usefixtures("downloads_at_once")
 PLENTY = 10**12
 TRAIN = "train-000000.tar"
 
+
 def flipped(handler: Handler, body: bytes) -> None:
     handler.answer(200, body[:1000] + bytes([body[1000] ^ 1]) + body[1001:])
 
@@ -74,7 +75,7 @@ def opened(server: Server, root: Path, limit_bytes: int = PLENTY) -> RemoteShard
 
 
 def everything(folder: ShardFolder, split: str = "train") -> dict[tuple[str, str], bytes]:
-    """(key, member) -> bytes of a whole split."""
+    """Return (key, member) -> bytes of all clips of a split."""
     return {
         (clip.key, name): folder.read(clip, name)
         for clip in folder.clips(split)
@@ -92,7 +93,7 @@ def tars(server: Server) -> dict[str, int]:
 
 
 def left(root: Path) -> list[str]:
-    """What is in a cache folder beside entries and its one permanent lock."""
+    """Return the files of a cache folder that are neither entries nor its permanent lock."""
     return sorted(path.name for path in root.iterdir() if path.name.startswith(".") and path.name != ".lock")
 
 
@@ -116,7 +117,7 @@ print(hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest(), flush=Tr
 
 
 def start_reader(server: Server, root: Path) -> subprocess.Popen[str]:
-    """A process that opens the shards, says so, waits for a line, reads every member and prints their digest."""
+    """Start a process that opens the shards, prints a line, waits for one, reads every member and prints the digest."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.Popen(
         [sys.executable, "-c", READER, server.url, str(root)], env=environment, text=True,
@@ -132,9 +133,7 @@ def go(reader: subprocess.Popen[str]) -> None:
     reader.stdin.flush()
 
 
-def test_every_member_over_http_has_the_bytes_of_the_local_folder(
-    server: Server, shards: Path, tmp_path: Path
-) -> None:
+def test_every_member_over_http_equals_the_local_one(server: Server, shards: Path, tmp_path: Path) -> None:
     local, there = ShardFolder(shards), opened(server, tmp_path)
     again = pickle.loads(pickle.dumps(there))
     for split in local.splits:
@@ -177,7 +176,7 @@ def test_any_file_system_that_fsspec_opens_will_do(shards: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("name", [TRAIN, str(index_path(Path(TRAIN))), MANIFEST])
 @pytest.mark.parametrize("fault", [status(503), status(429), cut, short, silent], ids=lambda f: f.__name__)
-def test_what_passes_is_tried_again(
+def test_passing_failures_are_tried_again(
     server: Server, shards: Path, tmp_path: Path, fault: Fault, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "READ_TIMEOUT_S", 2.0 if fault is not silent else 0.2)
@@ -203,7 +202,7 @@ def test_a_byte_flipped_on_the_way_never_reaches_the_cache(server: Server, shard
     ],
     ids=["flipped", "short", "cut", "gone"],
 )
-def test_a_shard_that_stays_wrong_is_damage_of_its_clips_alone(
+def test_a_shard_that_stays_wrong_damages_its_clips_alone(
     server: Server, shards: Path, tmp_path: Path, fault: Fault, tries: int, what: str
 ) -> None:
     server.faults[TRAIN] = [fault] * 100
@@ -219,7 +218,7 @@ def test_a_shard_that_stays_wrong_is_damage_of_its_clips_alone(
     assert left(tmp_path) == []
 
 
-def test_a_server_that_cannot_be_reached_is_no_damage_but_one_line(server: Server, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_one_line_and_no_damage(server: Server, tmp_path: Path) -> None:
     folder = opened(server, tmp_path)
     clip = folder.clips("train")[0]
     server.faults[clip.shard] = [status(503)] * 100
@@ -279,11 +278,11 @@ def test_when_a_downloader_is_killed_another_process_takes_over(server: Server, 
     assert left(tmp_path) == []
 
 
-def test_a_cache_smaller_than_the_shards_still_reads_everything_and_keeps_its_limit(
+def test_a_cache_smaller_than_the_shards_reads_everything(
     server: Server, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     local = ShardFolder(shards)
-    sizes = [shard["bytes"] for shard in local.manifest["splits"]["train"]["shards"]]
+    sizes = [shard.num_bytes for shard in local.manifest.splits["train"].shards]
     limit = 2 * max(sizes)
     assert sum(sizes) > limit
     folder = opened(server, tmp_path, limit)
@@ -296,10 +295,8 @@ def test_a_cache_smaller_than_the_shards_still_reads_everything_and_keeps_its_li
     assert max(tars(server).values()) > 1
 
 
-def test_a_cache_too_small_for_one_shard_is_said_with_the_arithmetic(
-    server: Server, shards: Path, tmp_path: Path
-) -> None:
-    largest = max(s["bytes"] for split in ShardFolder(shards).manifest["splits"].values() for s in split["shards"])
+def test_a_cache_too_small_for_one_shard_is_refused(server: Server, shards: Path, tmp_path: Path) -> None:
+    largest = max(shard.num_bytes for shard in ShardFolder(shards).manifest.shards)
     with pytest.raises(UserError, match=f"has {largest} bytes, data.cache_bytes is {largest - 7}: 7 too few"):
         opened(server, tmp_path, largest - 7)
     opened(server, tmp_path, largest)
@@ -309,22 +306,20 @@ def test_damage_done_in_the_cache_is_mended_and_never_seen(server: Server, shard
     local = ShardFolder(shards)
     expected = digest(local)
     assert digest(opened(server, tmp_path)) == expected
-    entries = list(local.manifest["splits"]["train"]["shards"])
-    flip, cut_short = tmp_path / entries[0]["sha256"], tmp_path / entries[1]["sha256"]
+    entries = local.manifest.splits["train"].shards
+    flip, cut_short = tmp_path / entries[0].sha256, tmp_path / entries[1].sha256
     content = bytearray(flip.read_bytes())
     content[len(content) // 2] ^= 1
     flip.write_bytes(content)
     os.truncate(cut_short, 700)
-    index = tmp_path / entries[2]["index_sha256"]
+    index = tmp_path / entries[2].index_sha256
     index.write_bytes(index.read_bytes()[:-10])
     assert digest(opened(server, tmp_path)) == expected
-    assert [server.asked[entry["name"]] for entry in entries[:2]] == [2, 2]
+    assert [server.asked[entry.name] for entry in entries[:2]] == [2, 2]
 
 
-def test_a_clip_damaged_before_packing_is_damage_and_not_downloaded_for_ever(
-    server: Server, shards: Path, tmp_path: Path
-) -> None:
-    """Its shard's sha256 is right, so the server's copy is no better than ours."""
+def test_a_clip_damaged_before_packing_is_not_downloaded_again(server: Server, shards: Path, tmp_path: Path) -> None:
+    """The shard's sha256 is right, so the server's copy is not better than the cached one."""
     server.folder = copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     clips = [clip for clip in ShardFolder(copy).clips("train") if clip.shard == TRAIN]
@@ -343,9 +338,7 @@ def test_a_clip_damaged_before_packing_is_damage_and_not_downloaded_for_ever(
     assert server.asked[TRAIN] == 1
 
 
-def test_new_shards_on_the_server_are_noticed_and_versions_never_mix(
-    server: Server, shards: Path, tmp_path: Path
-) -> None:
+def test_versions_of_shards_on_a_server_never_mix(server: Server, shards: Path, tmp_path: Path) -> None:
     server.folder = copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     before = opened(server, tmp_path / "cache")
@@ -355,7 +348,7 @@ def test_new_shards_on_the_server_are_noticed_and_versions_never_mix(
     manifest = json.loads((copy / MANIFEST).read_text())
     first, second = manifest["splits"]["train"]["shards"][:2]
     for entry, name in ((first, second["name"]), (second, first["name"])):
-        for suffix in ("tar", "index.json"):  # a new version: two shards have changed places
+        for suffix in ("tar", "index.json"):  # a new version: two shards are swapped
             shutil.copy((shards / name).with_suffix(f".{suffix}"), (copy / entry["name"]).with_suffix(f".{suffix}"))
     for entry in (first, second):
         tar = copy / entry["name"]
@@ -369,7 +362,7 @@ def test_new_shards_on_the_server_are_noticed_and_versions_never_mix(
     assert before.read(clips[0], "json") == ShardFolder(shards).read(clips[0], "json"), "the old version's, by content"
     (tmp_path / "cache" / second["sha256"]).unlink()
     (tmp_path / "cache" / first["sha256"]).unlink()
-    with pytest.raises(UserError, match="the shards on the server are other ones than when they were opened"):
+    with pytest.raises(UserError, match="shards on the server have changed"):
         before.read(other, "json")
 
 
@@ -385,7 +378,7 @@ def test_new_shards_on_the_server_are_noticed_and_versions_never_mix(
         ("bytes", "many"),
     ],
 )
-def test_no_name_or_hash_in_a_manifest_can_leave_the_folder_or_the_cache(
+def test_manifest_names_and_hashes_cannot_leave_their_folders(
     server: Server, shards: Path, tmp_path: Path, field: str, value: str | None
 ) -> None:
     manifest = json.loads((shards / MANIFEST).read_text())
@@ -432,7 +425,7 @@ def test_secrets_in_a_url_reach_the_server_and_no_message(server: Server, tmp_pa
     assert sum("***@127.0.0.1" in message for message in messages) == 4
 
 
-def test_a_run_goes_on_with_a_new_password_or_signature_but_not_with_other_shards() -> None:
+def test_a_run_continues_with_another_password_only() -> None:
     from karmma_dist.training.checkpoint.resume import refuse_other_recipe
 
     def recipe(shards: str, cache_dir: str | None = None) -> Recipe:
@@ -489,7 +482,7 @@ def never(path: Path) -> None:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.lists(st.integers(0, 5), max_size=25), limit=st.integers(60, 250))
-def test_entries_stay_below_the_limit_and_have_their_bytes_in_any_order(
+def test_entries_keep_their_bytes_below_the_limit(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], limit: int
 ) -> None:
     cache = Cache(tmp_path_factory.mktemp("cache"), limit)
@@ -500,7 +493,7 @@ def test_entries_stay_below_the_limit_and_have_their_bytes_in_any_order(
         assert read_and_close(cache.open(content_of(data), never)) == data
 
 
-def test_the_least_recently_used_entry_goes_and_those_who_hold_it_open_read_on(tmp_path: Path) -> None:
+def test_a_removed_entry_stays_readable_while_open(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 25)
     a, b, c = b"a" * 10, b"b" * 10, b"c" * 10
     os.close(cache.open(content_of(a), partial(put, a)))
@@ -515,7 +508,7 @@ def test_the_least_recently_used_entry_goes_and_those_who_hold_it_open_read_on(t
     assert read_and_close(cache.open(content_of(b), partial(put, b))) == b
 
 
-def test_what_dead_downloads_left_is_removed_and_what_live_ones_write_is_not(tmp_path: Path) -> None:
+def test_remains_of_dead_downloads_alone_are_removed(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 100)
     dead, live, new = b"dead", b"live", b"new"
     for suffix in ("partial", "lock"):
@@ -531,7 +524,7 @@ def test_what_dead_downloads_left_is_removed_and_what_live_ones_write_is_not(tmp
 
 
 class SecondReader(threading.Thread):
-    """Asks for an entry that another is downloading; `begin` returns when it has opened the lock file."""
+    """A reader of an entry that another reader is downloading; `begin` returns when it has opened the lock file."""
 
     def __init__(self, cache: Cache, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -559,9 +552,7 @@ class SecondReader(threading.Thread):
         return self.outcome
 
 
-def test_those_who_waited_for_a_download_share_its_failure_and_later_ones_try_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_readers_share_a_failure_and_later_ones_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, data = Cache(tmp_path, 100), b"data"
     second = SecondReader(cache, data, monkeypatch)
 
@@ -575,9 +566,7 @@ def test_those_who_waited_for_a_download_share_its_failure_and_later_ones_try_ag
     assert read_and_close(cache.open(content_of(data), partial(put, data))) == data
 
 
-def test_the_failure_a_killed_process_left_behind_counts_for_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_failure_of_a_killed_process_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, data = Cache(tmp_path, 100), b"data"
     second = SecondReader(cache, data, monkeypatch)
     (tmp_path / f".{content_of(data).sha256}.lock").write_text('["gone", true, false]')
@@ -590,7 +579,7 @@ def test_the_failure_a_killed_process_left_behind_counts_for_nobody(
     assert second.finished() == data
 
 
-def test_a_full_disk_and_a_folder_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+def test_full_disks_and_read_only_folders_are_one_line(tmp_path: Path) -> None:
     def full(path: Path) -> None:
         path.write_bytes(b"some")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

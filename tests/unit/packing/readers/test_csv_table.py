@@ -1,4 +1,4 @@
-"""The plain reader: a CSV per split is all that a dataset needs; what is wrong in it is named with file and row."""
+"""The plain reader: a dataset needs one CSV per split; every error in it is named with file and row."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def spec(raw: Path, out: Path | None = None, **fields: object) -> PackingSpec:
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """Two good clips of one file."""
+    """Write two good clips of one file."""
     root = tmp_path / "raw"
     write_table(root / "train.csv", [row("k0"), row("k1", start="", stop="", action="close")])
     return root
@@ -113,7 +113,7 @@ def test_a_missing_column_is_named(raw: Path, column: str) -> None:
         read_plain(spec(raw))
 
 
-def test_a_class_that_training_has_not_is_refused_with_the_nearest(raw: Path) -> None:
+def test_an_unknown_class_is_refused_with_the_nearest(raw: Path) -> None:
     write_table(raw / "validation.csv", [row("k2", action="opem")])
     with pytest.raises(UserError, match=r"validation\.csv, row 2: action 'opem'.*did you mean 'open'"):
         read_plain(spec(raw))
@@ -127,12 +127,12 @@ def test_a_class_file_gives_names_and_takes_ids(raw: Path) -> None:
     assert plan.classes == {"action": ["wash", "open", "close"]}
     assert [clip.labels["action"] for r in plan.recordings for clip in r.clips] == [1, 2]
     write_table(raw / "train.csv", [row("k0", action="3")])
-    with pytest.raises(UserError, match=r"train\.csv, row 2: action '3' is none of its 3 classes"):
+    with pytest.raises(UserError, match=r"train\.csv, row 2: action '3' is not among its 3 classes"):
         read_plain(spec(raw, **heads))
 
 
 @given(st.lists(st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1), min_size=1))
-def test_collected_classes_do_not_depend_on_order_and_every_label_finds_its_own(
+def test_collected_classes_do_not_depend_on_the_order(
     tmp_path_factory: pytest.TempPathFactory, names: list[str]
 ) -> None:
     names = [name for name in names if not name.isdecimal()] or ["x"]

@@ -1,4 +1,4 @@
-"""Epic-Kitchens' annotations: what is understood and what is refused, with file and row."""
+"""Annotations of Epic-Kitchens: the rows that are read, and those that are refused with file and row."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_gzipped_annotations_give_the_same_plan(tmp_path: Path) -> None:
     assert read_epic_kitchens(epic_spec(tmp_path)) == plain
 
 
-def test_an_absent_split_is_skipped_aloud_and_no_split_is_an_error(tmp_path: Path) -> None:
+def test_an_absent_split_is_noted_and_none_is_refused(tmp_path: Path) -> None:
     write_epic(tmp_path, [row("P01_01_0")])
     plan = read_epic_kitchens(epic_spec(tmp_path))
     assert plan.splits == ("train",)
@@ -94,15 +94,15 @@ def test_an_absent_split_is_skipped_aloud_and_no_split_is_an_error(tmp_path: Pat
         read_epic_kitchens(epic_spec(tmp_path))
 
 
-def test_a_raw_folder_that_does_not_exist_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_missing_raw_folder_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such raw folder.*--raw"):
         read_epic_kitchens(epic_spec(tmp_path / "nowhere"))
 
 
-def test_a_class_file_with_a_hole_is_refused(tmp_path: Path) -> None:
+def test_a_class_file_with_a_gap_is_refused(tmp_path: Path) -> None:
     write_epic(tmp_path, [row("P01_01_0")])
     (tmp_path / "annotations" / "EPIC_100_verb_classes.csv").write_text("id,key\n0,take\n2,put\n")
-    with pytest.raises(UserError, match="without a hole"):
+    with pytest.raises(UserError, match="without a gap"):
         read_epic_kitchens(epic_spec(tmp_path))
 
 
@@ -114,7 +114,7 @@ def test_no_path_of_a_specification_leaves_the_raw_folder(tmp_path: Path, name: 
         read_epic_kitchens(spec)
 
 
-def test_an_unlabelled_split_has_no_labels_and_needs_no_class_columns(tmp_path: Path) -> None:
+def test_an_unlabelled_split_needs_no_class_columns(tmp_path: Path) -> None:
     write_epic(tmp_path, [row("P01_01_0")])
     test = "narration_id,participant_id,video_id,start_timestamp,stop_timestamp,start_frame,stop_frame\n"
     test += "P01_101_0,P01,P01_101,00:00:01.00,00:00:02.00,50,100\n"
@@ -123,7 +123,7 @@ def test_an_unlabelled_split_has_no_labels_and_needs_no_class_columns(tmp_path: 
     assert [clip.labels for clip in clips] == [{"verb": None, "noun": None}]
 
 
-def test_frame_numbers_count_at_60_or_50_and_flow_at_half_or_full_rate(tmp_path: Path) -> None:
+def test_frame_numbers_count_at_the_nominal_rates(tmp_path: Path) -> None:
     write_epic(tmp_path, [row("P01_01_0"), row("P01_101_0", "P01_101")])
     for name in ("P01_01", "P01_101"):
         write_frames(tmp_path / "EPIC-KITCHENS/P01/flow_frames" / name, [1], ("u", "v"))
@@ -140,7 +140,7 @@ def test_participants_keeps_only_those(tmp_path: Path) -> None:
     assert any("P99" in note for note in plan.notes)
 
 
-def test_recordings_without_any_file_are_left_out_aloud(tmp_path: Path) -> None:
+def test_recordings_without_any_file_are_left_out_with_note(tmp_path: Path) -> None:
     write_epic(tmp_path, [row("P01_01_0"), row("P02_01_0", "P02_01"), row("P02_01_1", "P02_01")])
     with pytest.raises(UserError, match="no media file"):
         make_plan(epic_spec(tmp_path))
@@ -170,7 +170,7 @@ def _star(share: float, **fields: object) -> dict[str, object]:
     return {"splits": splits, "unlabelled_splits": [], "hold_out": {"validation": share}, **fields}
 
 
-def test_pruning_leaves_out_clips_of_classes_that_train_has_not_and_says_how_many(tmp_path: Path) -> None:
+def test_pruning_leaves_out_clips_of_classes_without_training(tmp_path: Path) -> None:
     train = [row("P01_01_0", verb_class=0, noun_class=1), row("P01_01_1", verb_class=1, noun_class=0)]
     seen = row("P01_02_0", "P01_02", verb_class=1, noun_class=1)
     unseen = row("P01_02_1", "P01_02", verb_class=1, noun_class=2)
@@ -185,7 +185,7 @@ def test_pruning_leaves_out_clips_of_classes_that_train_has_not_and_says_how_man
 
 def test_pruning_needs_the_training_annotations(tmp_path: Path) -> None:
     write_epic(tmp_path, [], [row("P01_01_0")])
-    with pytest.raises(UserError, match="no clip of train"):
+    with pytest.raises(UserError, match="pruned_splits"):
         read_epic_kitchens(epic_spec(tmp_path, epic_kitchens={"pruned_splits": ["validation"]}))
 
 
@@ -195,7 +195,7 @@ def test_pruning_needs_the_training_annotations(tmp_path: Path) -> None:
     other=st.sets(st.integers(1, 99), max_size=10),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
-def test_a_held_out_recording_is_whole_and_stays_where_it_is_whatever_else_is_there(
+def test_held_out_recordings_do_not_depend_on_other_recordings(
     tmp_path: Path, videos: set[int], share: float, other: set[int]
 ) -> None:
     def split_per_video(numbers: set[int]) -> dict[str, set[str]]:
@@ -209,7 +209,7 @@ def test_a_held_out_recording_is_whole_and_stays_where_it_is_whatever_else_is_th
     assert alone == {name: among[name] for name in alone}
 
 
-def test_about_the_asked_share_is_held_out_and_none_at_zero(tmp_path: Path) -> None:
+def test_the_held_out_share_is_about_the_given_one(tmp_path: Path) -> None:
     write_epic(tmp_path, [row(f"P{p:02d}_{v:02d}_0", f"P{p:02d}_{v:02d}") for p in range(1, 38) for v in range(1, 30)])
     for share in (0.0, 0.1, 0.5):
         plan = read_epic_kitchens(epic_spec(tmp_path, epic_kitchens=_star(share)))
@@ -221,10 +221,10 @@ def test_about_the_asked_share_is_held_out_and_none_at_zero(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"pruned_splits": ["valid"]}, "no split 'valid'"),
+        ({"pruned_splits": ["valid"]}, "'valid' is not a split"),
         ({"pruned_splits": ["train"]}, "nothing to prune"),
         ({"pruned_splits": ["test"]}, "nothing to prune"),
-        ({"hold_out": {"test": 0.1}}, "is a split already"),
+        ({"hold_out": {"test": 0.1}}, "is already a split"),
         ({"hold_out": {"a": 0.5, "b": 0.5}}, "nothing is left"),
         ({"hold_out": {"a": 0.5}, "splits": {"training": "t.csv"}}, "need a labelled split 'train'"),
     ],
@@ -239,7 +239,7 @@ def test_splits_that_do_not_fit_together_are_refused(tmp_path: Path, fields: dic
 def test_a_movie_and_its_numbered_frames_give_the_same_clip(
     tmp_path_factory: pytest.TempPathFactory, start: float, seconds: float
 ) -> None:
-    """As many pictures, each within one frame of the nominal rate: official numbers are times rounded down."""
+    """Expect as many frames, each within one frame of the nominal rate: official numbers are rounded down."""
     root = tmp_path_factory.getbasetemp() / "both"
     movie = root / "P01_01.MP4"
     if not movie.exists():

@@ -55,7 +55,7 @@ def _raw(root: Path, train: list[dict] = TRAIN, labels: dict = LABELS, boxes: di
     return root
 
 
-def test_template_without_brackets_gives_the_class_and_heads_are_in_label_order(tmp_path: Path) -> None:
+def test_templates_give_classes_in_label_order(tmp_path: Path) -> None:
     plan = read_something_something(_spec(_raw(tmp_path)))
     assert plan.classes == {"action": ["Holding something", "Pushing something down"]}
     assert {clip.key: clip.labels for r in plan.recordings for clip in r.clips} == {
@@ -76,6 +76,7 @@ def test_template_without_brackets_gives_the_class_and_heads_are_in_label_order(
         ({"id": "7", "template": "Holding [something]"}, "id '7' is already that of .*entry 1"),
         ({"id": "../7", "template": "Holding [something]"}, "id '../7'"),
         ({"id": "9"}, "'template' is missing"),
+        ({"id": "9", "template": "Holding [something]", "label": 3}, "'label' is 3"),
         ({"template": "Holding [something]"}, "'id'"),
         ("7", "'id'"),
     ],
@@ -86,7 +87,7 @@ def test_a_bad_entry_is_named_with_its_file(tmp_path: Path, bad: object, named: 
         read_something_something(_spec(raw))
 
 
-@pytest.mark.parametrize("labels", [{"a": "0", "b": "2"}, {"a": "x"}, {}])
+@pytest.mark.parametrize("labels", [{"a": "0", "b": "2"}, {"a": "x"}, {"a": True}, {"a": None}, {"a": 0.0}, {}])
 def test_bad_class_ids_are_refused(tmp_path: Path, labels: dict) -> None:
     with pytest.raises(UserError, match=r"labels\.json"):
         read_something_something(_spec(_raw(tmp_path, labels=labels)))
@@ -99,7 +100,7 @@ def test_an_unlabelled_split_needs_no_template(tmp_path: Path) -> None:
     assert [c.labels for r in plan.recordings for c in r.clips if c.split == "test"] == [{"action": None}]
 
 
-def test_clips_without_boxes_have_none_and_boxes_lie_on_their_frames(tmp_path: Path) -> None:
+def test_boxes_lie_on_their_frames(tmp_path: Path) -> None:
     raw = _raw(tmp_path, boxes={"7": _frames("7", 1, 2, 5)})
     pack(_spec(raw))
     folder = ShardFolder(raw / "out")
