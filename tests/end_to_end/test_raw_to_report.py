@@ -184,7 +184,7 @@ def test_the_demo_compares_its_students_and_evaluates_again_only_what_has_change
     assert compare_again() == stored
     assert evaluated
     (tmp_path / "comparison.json").write_text("{")
-    with pytest.raises(UserError, match=r"comparison.json: not valid JSON .*: remove it, and it is made again"):
+    with pytest.raises(UserError, match=r"comparison.json: not valid JSON .*: remove it"):
         compare_again()
 
 

@@ -35,7 +35,7 @@ def room(name: str) -> str:
     return name.split(".")[0]
 
 
-def test_no_two_packages_import_each_other_on_any_way() -> None:
+def test_no_two_packages_import_each_other() -> None:
     needs: dict[str, set[str]] = defaultdict(set)
     for name, path in MODULES.items():
         needs[room(name)] |= {room(other) for other in imported(path)} - {room(name)}
@@ -48,7 +48,7 @@ def test_no_two_packages_import_each_other_on_any_way() -> None:
         assert start not in reached, f"{start} imports itself through others"
 
 
-def test_no_folder_has_more_files_than_one_reads_at_a_glance() -> None:
+def test_no_folder_has_too_many_files() -> None:
     counts = {folder: len(list(folder.glob("*.py"))) for folder in PACKAGE.rglob("*") if folder.is_dir()}
     crowded = {str(folder.relative_to(PACKAGE)): count for folder, count in counts.items() if count > MOST_FILES + 1}
     assert not crowded  # __init__.py is not counted
