@@ -139,7 +139,7 @@ def test_several_runs_make_one_report_and_keep_their_own(
     report = (out / "report.md").read_text()
     assert "| present | clips | teacher | student |" in report
     assert "average rank" in report
-    assert "Which differences would hold" in report
+    assert "Significance of the differences" in report
     assert "| video:blur:3 | a Gaussian of 4.0% of the picture's side" in report
     assert "Action top-1 per corrupted sensor" in (out / "report.html").read_text()
     assert (out / "drop_curve.png").is_file()

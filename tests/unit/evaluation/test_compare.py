@@ -17,7 +17,7 @@ from karmma_dist.evaluation.report import html, markdown
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.model import p_value
 from karmma_dist.evaluation.report.sections import differences, evaluation_page
-from karmma_dist.evaluation.report.sentences import findings, headline, verdicts
+from karmma_dist.evaluation.report.sentences import headline, result_sentences, verdicts
 from karmma_dist.evaluation.report.write import write_report
 from karmma_dist.evaluation.results import Results
 from karmma_dist.evaluation.scores import BatchScores, score_rows
@@ -151,7 +151,7 @@ def test_averages_differ_by_the_summaries_difference_and_only_real_differences_a
     assert found.average_rank["weak"] == 3
     text = markdown_of(found)
     assert "strong is better than weak in the average over subsets by" in text
-    assert "as strong and strong cannot be told apart by the mean height of the drop curve" in text
+    assert "as strong and strong do not differ significantly in the mean height of the drop curve" in text
 
 
 def test_a_bootstrap_p_is_twice_the_share_of_draws_on_the_smaller_side_of_nothing():
@@ -215,9 +215,9 @@ def test_falls_are_compared_on_the_same_clips():
     assert -7 < test.ci[0] < -4 < test.ci[1] < -1
     assert test.p < 0.01
     assert found.pairs[0].drop_curve_area.p > 0.5
-    text = " ".join(findings(models, found))
+    text = " ".join(result_sentences(models, found))
     assert "firm falls more slowly than soft" in text
-    assert "sampling error" not in text
+    assert "not significant" not in text
     independent = 1.96 * np.sqrt(sum(row.figures["action_top1"] * (100 - row.figures["action_top1"]) / 400
                                      for results in models.values() for row in results.rows))  # fmt: skip
     assert independent > 2 * abs(test.difference)
@@ -244,7 +244,7 @@ def test_of_a_fall_less_is_better_and_the_order_of_a_pair_turns_the_sentence_rou
         (sentence,) = [one for one in verdicts(found.pairs[0]) if " falls by " in one]
         said[second] = sentence
         sizes[second] = found.pairs[0].drop_curve_fall.difference
-        assert f"| fall of the drop curve (less is better) | {second} | {first} | **{sizes[second]:+.2f}** |" in (
+        assert f"| fall of the drop curve (lower is better) | {second} | {first} | **{sizes[second]:+.2f}** |" in (
             markdown_of(found)
         )
     size = f"{sizes['strong']:.2f}"
@@ -263,8 +263,8 @@ def test_a_worse_model_is_worse_by_the_same_points_as_the_other_is_better():
 
 def test_the_findings_doubt_what_the_paired_test_cannot_tell_apart():
     found = compare(MODELS, num_draws=200)
-    everything = findings(MODELS, found)
-    assert "is not tested here" not in " ".join(everything)
+    everything = result_sentences(MODELS, found)
+    assert "not tested" not in " ".join(everything)
     of_pairs = {
         tuple(pair.models): [
             sentence
@@ -275,16 +275,16 @@ def test_the_findings_doubt_what_the_paired_test_cannot_tell_apart():
     }
     for (first, second), said in of_pairs.items():
         assert len(said) == 1
-        assert ("within the sampling error (p = " in said[0]) == ("weak" not in (first, second))
+        assert ("is not significant (p = " in said[0]) == ("weak" not in (first, second))
 
 
 def test_the_headline_says_whether_the_leads_would_hold():
     found = compare(MODELS, num_draws=200)
     said = headline(MODELS, found)
-    assert said.count("is within the sampling error, p = ") == 2  # the two strong models lead each other by chance
+    assert said.count("is not significant, p = ") == 2  # the two strong models lead each other by chance
     weak_and_strong = {name: MODELS[name] for name in ("weak", "strong")}
     said = headline(weak_and_strong, compare(weak_and_strong, num_draws=200))
-    assert said.count("its lead over weak would hold on other clips, p ") == 2
+    assert said.count("its lead over weak is significant, p ") == 2
     assert "its lead" not in headline(MODELS)
 
 
@@ -307,7 +307,7 @@ def test_the_html_report_holds_every_test_too():
     models = MODELS
     found = compare(MODELS, num_draws=200)
     page = Page(html.page(evaluation_page(ReportContent("t", models, comparison=found))))
-    assert "within the sampling error" in page.text
+    assert "is not significant" in page.text
     header, *lines = page.tables["Paired tests of averages and falls: action top-1"]
     assert header == ["figure", "model", "against", "difference", "95 % interval", "p"]
     assert len(lines) == 3 * len(found.pairs)
@@ -315,7 +315,7 @@ def test_the_html_report_holds_every_test_too():
         first, second = pair.models
         test = pair.drop_curve_fall
         figures = [f"{test.difference:+.2f}", "[{:.2f}, {:.2f}]".format(*test.ci), p_value(test.p_holm)]
-        assert line == ["fall of the drop curve (less is better)", second, first, *figures]
+        assert line == ["fall of the drop curve (lower is better)", second, first, *figures]
     header, *lines = page.tables["Paired tests of single conditions: action top-1"]
     assert header[3:] == [f"{second} – {first}" for first, second in (pair.models for pair in found.pairs)]
     assert len(lines) == len(CONDITIONS)
@@ -331,10 +331,10 @@ def test_what_cannot_be_compared_is_one_line():
         assert "\n" not in str(caught.value)
 
     strong = MODELS["strong"]
-    raises("at least two runs", alone=strong)
+    raises("at least two models", alone=strong)
     keys = [f"clip_{number:04d}" for number in range(399)] + ["clip_other"]
     other = make_results(0.5, 1, keys=keys)
-    raises("b is evaluated on 400 clips, a on 400: clip clip_0399 is only a's", a=strong, b=other)
-    raises("other classes", a=strong, b=make_results(0.5, 1, heads={"verb": 4, "noun": 6}))
+    raises("b is evaluated on 400 clips, a on 400: only a has clip clip_0399", a=strong, b=other)
+    raises("different classes", a=strong, b=make_results(0.5, 1, heads={"verb": 4, "noun": 6}))
     video, audio = (make_results(0.5, 1, conditions=[Condition((name,))]) for name in ("video", "audio"))
     raises("a and b have no condition in common", a=video, b=audio)

@@ -96,7 +96,7 @@ def test_a_bad_list_is_one_line_that_names_file_and_row(tmp_path):
     (tmp_path / "empty").mkdir()
     raises("none of EPIC_100_tail_verbs.csv", tmp_path / "empty")
     lists = write_lists(tmp_path / "lists", [1], [2, 5])
-    raises("tail_nouns.csv, row 3: noun '5' is none of the model's 5 classes", lists)
+    raises("tail_nouns.csv, row 3: noun '5' is not one of the model's 5 classes", lists)
     raises("no head 'noun'", lists, {"verb": 4})
     (lists / "EPIC_100_tail_nouns.csv").write_text("class\n1\n")
     raises("tail_nouns.csv: column 'noun' is missing", lists)

@@ -49,10 +49,10 @@ def nothing_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
         ("student watcher --modalities A", "modality 'audio' is not one of this model's: video"),
         ("student watcher --split validation", "student and watcher have no condition in common"),
         ("student unknown --modalities V", "unknown/weights.safetensors: cannot be read as weights"),
-        ("student listener --modalities A", "listener is evaluated on 3 clips, student on 4: clip silent_0"),
-        ("student watcher --modalities V --out PLACE/file", "file: no report can be written there (Not a directory)"),
-        ("student --out PLACE/file/deep/er", "deep/er: no report can be written there (Not a directory)"),
-        ("student --out /proc/nothing", "/proc/nothing: no report can be written there"),
+        ("student listener --modalities A", "listener is evaluated on 3 clips, student on 4: only student has clip silent_0"),
+        ("student watcher --modalities V --out PLACE/file", "file: the report cannot be written (Not a directory)"),
+        ("student --out PLACE/file/deep/er", "deep/er: the report cannot be written (Not a directory)"),
+        ("student --out /proc/nothing", "/proc/nothing: the report cannot be written"),
         ("student --predictions PLACE/taken.npz", "taken.npz: cannot be written (Is a directory)"),
         ("student --predictions /proc/x.npz", "--predictions /proc/x.npz: cannot be written"),
         ("student --submission epic-kitchens /proc/x.pkl", "/proc/x.pkl: cannot be written"),
@@ -124,7 +124,7 @@ def test_a_submission_that_damage_forbids_costs_neither_results_nor_predictions(
     line = ["eval", f"{place}/student", "--shards", str(shards), "--split", "train"]
     assert main([*line, *files, "--out", str(out), "--json"]) == 2
     shown = capsys.readouterr()
-    assert "not written, since it needs every clip: 1 of 4 have no prediction" in shown.err
+    assert "not written, since every clip is needed: 1 of 4 have no prediction" in shown.err
     assert "the first: one_1" in shown.err
     results = json.loads((out / "results.json").read_text())
     assert results == json.loads(shown.out)
@@ -146,7 +146,7 @@ def test_a_split_without_a_readable_clip_names_the_first_that_is_damaged(
     line = ["eval", f"{place}/student", "--shards", str(shards), "--split", "train"]
     assert main([*line, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "none of its 4 clips can be read, the first: train-000000.tar: clip one_1" in error
+    assert "4 clips can be read, the first: train-000000.tar: clip one_1" in error
     assert not (tmp_path / "out").exists()
 
 

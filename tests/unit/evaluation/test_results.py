@@ -179,7 +179,7 @@ def test_a_metric_from_outside_is_in_rows_summary_and_comparison(tmp_path: Path)
         ('Metric("Top 9", "x", right=top_k(9))', "metric 'Top 9'"),
         ('Metric("both", "x", right=top_k(9), measure=len)', "metric 'both'"),
         ('Metric("mean", "x", measure=len, has_interval=True)', "metric 'mean'"),
-        ('Metric("rare", "x", right=top_k(9), group="rare")', "metric 'rare': no group 'rare'"),
+        ('Metric("rare", "x", right=top_k(9), group="rare")', "metric 'rare': unknown group 'rare'"),
     ],
 )
 def test_a_wrong_entry_is_one_line(tmp_path: Path, entry: str, says: str) -> None:

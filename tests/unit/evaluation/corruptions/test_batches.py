@@ -87,12 +87,11 @@ def test_a_broken_sensors_figures_are_of_the_mean_over_its_broken_views():
     for condition, row in zip(conditions[1:], results.rows[1:], strict=True):
         assert condition.corrupt is not None
         corruption = parse_corruption(condition.corrupt)
-        alone = [
-            predictions_of(
-                [SENSORS.broken(of, SENSORS.whole(of), corruption, condition.seed) for of in batches_of([view])]
-            )
-            for view in range(NUM_VIEWS)
-        ]
+        alone = []
+        for view in range(NUM_VIEWS):
+            batches = batches_of([view])
+            broken = [SENSORS.broken(batch, SENSORS.intact(batch), corruption, condition.seed) for batch in batches]
+            alone.append(predictions_of(broken))
         for head in HEADS:
             of_views = np.stack([one.log_probs[head] for one in alone]).astype(np.float64)
             mean_NC = np.logaddexp.reduce(of_views) - np.log(NUM_VIEWS)

@@ -240,9 +240,9 @@ def test_letters_name_sensors_too():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("video", "there are video:frozen, video:black, video:blur, video:noise"),
+        ("video", "video:frozen, video:black, video:blur, video:noise"),
         ("video:blurr:3", "no 'video:blurr' (did you mean 'video:blur'"),
-        ("lidar:blur:3", "there are camera:frozen"),
+        ("lidar:blur:3", "camera:frozen"),
         ("video:blur", "severity ''"),
         ("video:blur:0", "severity '0' is not 1"),
         ("video:blur:6", "severity '6' is not 1"),
@@ -259,7 +259,7 @@ def test_a_wrong_corruption_is_one_line_that_says_what_there_is(text, says):
 
 
 def test_prepared_batches_have_no_sensor_to_break():
-    prepared = [SENSORS.whole(batch) for batch in make_batches()]
+    prepared = [SENSORS.intact(batch) for batch in make_batches()]
     with pytest.raises(UserError, match="video:blur:3"):
         evaluate(Average(), prepared, conditions_for("video:blur:3"), device="cpu")
 
@@ -274,7 +274,7 @@ def test_averages_and_curves_are_of_whole_sensors_only(tmp_path: Path):
     assert "corruptions.png" in text
     assert (tmp_path / "corruptions.png").is_file()
     text = write_report(tmp_path, ReportContent("t", {"m": whole})).read_text()
-    assert "Sensors that are there but broken" not in text
+    assert "Broken sensors" not in text
 
 
 def test_the_report_names_every_failure_and_what_it_costs(tmp_path: Path):

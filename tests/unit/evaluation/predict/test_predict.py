@@ -161,20 +161,20 @@ def test_the_command_prints_names_and_json(place: Path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["student", "one_9"], "no clip 'one_9', nor a file of this name (did you mean 'one_"),
+        (["student", "one_9"], "no clip 'one_9', and no file of this name (did you mean 'one_"),
         (["student", "gone.mp4"], "gone.mp4: no such file"),
         (["student", "RAW"], "is a folder"),
         (["student", "RAW/train.csv"], "not a video file"),
         (["student", "RAW/one.mp4", "--start", "100"], "the video ends at 2.40 s"),
         (["student", "RAW/one.mp4", "--start", "1", "--stop", "0.5"], "stop 0.5 s is not after start 1 s"),
-        (["student", "one_0", "--start", "1"], "--start and --stop cut files"),
+        (["student", "one_0", "--start", "1"], "--start and --stop apply to files"),
         (["student", "one_0", "--modalities", "D"], "modality 'detections' is not one of this model's"),
         (["student", "one_0", "--modalities", "X"], "unknown modality 'X'"),
         (["listener", "RAW/silent.mp4"], "it has video, but the model is to be given audio"),
-        (["listener", "silent_0"], "it has video and flow, but the model is to be given audio"),
+        (["listener", "silent_0"], "the clip has video and flow, but the model needs one of audio"),
         (["student", "RAW/sound.m4a", "--modalities", "V,F"], "it has audio, but the model is to be given video, flow"),
         (["nothing", "one_0"], "no such run folder"),
-        (["student", ""], "a clip without a name"),
+        (["student", ""], "a clip has an empty name"),
         (["student", "RAW/one.mp4", "--start", "nan"], "one.mp4: start nan is not a number of seconds"),
         (["student", "RAW/one.mp4", "--stop", "inf"], "one.mp4: stop inf is not a number of seconds"),
         (["student", "RAW/../shards/train-000000.tar"], "is a tar archive"),
@@ -208,8 +208,8 @@ def test_clips_of_another_datasets_shards_are_refused(place: Path, tmp_path: Pat
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"heads": {"verb": VERBS[::-1], "noun": NOUNS}}))
     named = str(place / clip) if "/" in clip else clip
-    says = rf"class 0 of 'verb' is '{VERBS[-1]}' in the shards and '{VERBS[0]}' to the model: name shards of the.*set$"
-    with pytest.raises(UserError, match=says):
+    message = rf"class 0 of 'verb' is '{VERBS[-1]}' in the shards, '{VERBS[0]}' in the model: name shards of the.*set$"
+    with pytest.raises(UserError, match=message):
         predict(place / "student", [named], shards=str(tmp_path))
 
 
@@ -234,7 +234,7 @@ def test_eval_breaks_the_sensors_of_packed_clips(place: Path, tmp_path: Path, ca
     assert len({json.dumps(row["num_kept"]) for row in rows}) == 1
     assert "| camera:black:5 | 100% of the clip" in (tmp_path / "report.md").read_text()
     assert main([*arguments, "--corrupt", "audio:blur:3"]) == 2
-    assert "there are audio:mute, audio:noise, audio:desync" in capsys.readouterr().err
+    assert "audio:mute, audio:noise, audio:desync" in capsys.readouterr().err
 
 
 def test_eval_breaks_every_view_and_exports_what_it_says_with_whole_sensors(place: Path, tmp_path: Path, capsys):

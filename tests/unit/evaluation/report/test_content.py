@@ -70,7 +70,7 @@ def test_the_terminal_says_so_too():
     results = make_results(0.5, 1, 40, build_conditions(MODALITIES, subsets=True, num_seeds=3, corrupt=["suite"]))
     table = terminal_rows(results, "x")
     assert len(table.body) < len(results.rows)
-    assert f"{len(results.rows) - len(table.body):,} more rows with broken sensors: results.json" in table.caption
+    assert f"{len(results.rows) - len(table.body):,} more rows with broken sensors: see results.json" in table.caption
 
 
 def test_a_report_of_nothing_is_refused():

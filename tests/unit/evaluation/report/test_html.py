@@ -128,7 +128,7 @@ def test_pictures_say_in_words_what_they_show(models, page):
         assert f"down to {min(mean):.1f} %" in curve
         full = results.rows[6].figures["action_top1"]
         assert f"{name}: from {full:.1f} % (V+F+A)" in bars
-        assert f"{name}: from {full:.1f} % (whole sensors)" in broken
+        assert f"{name}: from {full:.1f} % (intact sensors)" in broken
 
 
 @settings(max_examples=15)

@@ -152,7 +152,7 @@ def test_a_metric_from_outside_is_in_every_file_and_in_the_terminal(tmp_path: Pa
         for rows in of_rows:
             assert rows[1][rows[0].index("verb top-3")] == shown
             assert rows[1][rows[0].index("verb odd ranks")] == f"{row.figures['verb_odd']:.2f}"
-    figures = {line[0]: line[1:] for line in page.tables["Every figure with everything present (%): V+F+A"]}
+    figures = {line[0]: line[1:] for line in page.tables["All figures with all modalities present (%): V+F+A"]}
     assert len(figures["action top-3"]) == len(models)
     said = console.export_text()
     assert "action top-3" in said

@@ -13,7 +13,7 @@ from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.report import terminal
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.rows import terminal_rows
-from karmma_dist.evaluation.report.sentences import findings, headline
+from karmma_dist.evaluation.report.sentences import headline, result_sentences
 from karmma_dist.evaluation.report.write import write_report, write_results
 from karmma_dist.evaluation.results import Results, Summary
 from karmma_dist.evaluation.summary import summarise
@@ -109,47 +109,47 @@ def test_models_with_other_modalities_stand_side_by_side(tmp_path):
     assert "| V+F | 9,644 | 28.67 | – |" in text
     assert "one\\|camera" in text
     assert "not used" in text
-    assert any("not compared" in sentence for sentence in findings(models))
+    assert any("not compared" in sentence for sentence in result_sentences(models))
 
 
 def test_the_papers_figures_give_the_papers_finding():
-    text = " ".join(findings(as_models(baseline=BASELINE, dropout=DROPOUT, student=STUDENT)))
-    assert "dropout falls more slowly than baseline: 18.06 points against 27.21, 43.5 % of its start" in text
+    text = " ".join(result_sentences(as_models(baseline=BASELINE, dropout=DROPOUT, student=STUDENT)))
+    assert "dropout falls more slowly than baseline: 18.06 points against 27.21, or 43.5 % of its initial value" in text
     assert "student falls more slowly than baseline" in text
     assert "student falls more slowly than dropout: 17.83 points against 18.06" in text
-    assert "student loses the fewest points and is the highest" in text
+    assert "student loses the fewest points and has the highest curve" in text
 
 
 def test_the_other_outcome_is_said_as_plainly():
-    text = " ".join(findings(as_models(dropout=DROPOUT, student=BASELINE)))
+    text = " ".join(result_sentences(as_models(dropout=DROPOUT, student=BASELINE)))
     assert "student falls faster than dropout: 27.21 points against 18.06" in text
     assert "It is above dropout at 0 of 10 drop probabilities." in text
 
 
 def test_points_and_shares_that_disagree_are_both_said():
     low = [value / 4 for value in BASELINE]
-    one_way = " ".join(findings(as_models(student=STUDENT, low=low)))
+    one_way = " ".join(result_sentences(as_models(student=STUDENT, low=low)))
     assert "low falls by fewer points but a larger share than student" in one_way
-    other_way = " ".join(findings(as_models(low=low, student=STUDENT)))
+    other_way = " ".join(result_sentences(as_models(low=low, student=STUDENT)))
     assert "student falls by more points but a smaller share than low" in other_way
 
 
 def test_equal_models_fall_equally():
-    assert "b falls as fast as a" in " ".join(findings(as_models(a=STUDENT, b=STUDENT)))
+    assert "b falls as fast as a" in " ".join(result_sentences(as_models(a=STUDENT, b=STUDENT)))
 
 
 def test_results_alone_do_not_say_how_certain_a_difference_is():
-    pair = findings(as_models(dropout=DROPOUT, student=STUDENT))
-    assert "within the sampling error" not in " ".join(pair)
-    assert sum("is not tested here" in sentence for sentence in pair) == 1
+    pair = result_sentences(as_models(dropout=DROPOUT, student=STUDENT))
+    assert "significant" not in " ".join(pair)
+    assert sum("not tested" in sentence for sentence in pair) == 1
     mixed = as_models(student=STUDENT) | {"camera": make_results(BASELINE, modalities=["video"])}
     for without_pairs in (as_models(student=STUDENT), mixed):
-        assert "is not tested here" not in " ".join(findings(without_pairs))
+        assert "not tested" not in " ".join(result_sentences(without_pairs))
 
 
 def test_a_model_no_better_than_the_commonest_action_is_named():
     models = {"untrained": make_results([2.0] * 10, majority=4.0)}
-    assert any("untrained is nowhere better" in sentence for sentence in findings(models))
+    assert any("untrained is never better" in sentence for sentence in result_sentences(models))
 
 
 def test_terminal_table_has_a_line_per_row():
@@ -173,7 +173,7 @@ def test_the_terminal_table_of_conditions_fits_80_columns_and_says_what_was_left
     terminal.print_table(terminal_rows(Results(rows, summary), "student"), console)
     text = console.export_text()
     assert "…" not in text
-    assert "66 unlabelled; without: has none of these" in " ".join(text.split())
+    assert "66 unlabelled; without: clips that have none of the modalities" in " ".join(text.split())
     assert "by noun" not in text
 
 
@@ -194,7 +194,7 @@ def test_the_report_opens_with_one_sentence_that_says_what_came_out_and_the_two_
     area = models["student"].summary.drop_curve.area["action_top1"]
     assert lines[0] == "# t"
     assert lines[1] == headline(models)
-    for part in ("Of 3 models, student is the best", "43.00 % action top-1", f"{area:.2f} %"):
+    for part in ("Of 3 models, student is best", "43.00 % action top-1", f"{area:.2f} %"):
         assert part in lines[1]
     assert lines[2].endswith("(drop_curve.png)")
     assert lines[3].endswith("(subsets.png)")
@@ -205,14 +205,15 @@ def test_the_headline_names_everyone_who_leads_and_no_one_who_does_not():
     low = [value / 2 for value in DROPOUT]
     firm = [20.0] * 10
     steep = [50.0, *[1.0] * 9]
-    assert headline(as_models(a=STUDENT, b=STUDENT)).startswith("Of 2 models, a and b are the best")
+    assert headline(as_models(a=STUDENT, b=STUDENT)).startswith("Of 2 models, a and b are best")
     apart = headline(as_models(steep=steep, firm=firm))
-    assert "steep is the best with everything present (50.00 %" in apart
-    assert ", firm where modalities are missing (20.00 %" in apart
+    assert "steep is best with all modalities present (50.00 %" in apart
+    assert ", and firm is best when modalities are missing (20.00 %" in apart
     alone = headline({"run": make_results(low)})
     assert alone.startswith("run reaches 20.75 % action top-1")
     assert "11.71 %" in alone
     poor = headline({"untrained": make_results([2.0] * 10, majority=4.0)})
-    assert poor.endswith("no more than naming the most frequent action.")
+    assert poor.endswith("no better than always predicting the most frequent action.")
     assert headline({"x": make_results(STUDENT, subsets=True)}).endswith("24.57 % on average over the subsets.")
-    assert headline({"x": make_results(STUDENT, modalities=["video"], drop_prob=0.0)}).endswith("everything present.")
+    video = make_results(STUDENT, modalities=["video"], drop_prob=0.0)
+    assert headline({"x": video}).endswith("all modalities present.")
