@@ -214,7 +214,7 @@ def test_runs_that_cannot_be_compared_are_one_line(
     classes = yaml.safe_load((workplace / "runs/student/model.yaml").read_text())["classes"]
     nouns = list(range(len(classes["noun"])))
     classes["verb"][:2] = reversed(classes["verb"][:2])
-    refused("other classes", "runs/teacher", copy("other classes", classes))
+    refused("different classes", "runs/teacher", copy("other classes", classes))
     refused("are both called 'student'", "runs/student", copy("student"))
     refused("fewer is evaluated on", "runs/teacher", copy("fewer", drop_nouns=nouns[:1]))
     refused("drop_nouns leaves no clip to score", copy("none", drop_nouns=nouns))

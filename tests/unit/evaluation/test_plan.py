@@ -49,7 +49,7 @@ def nothing_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
         ("student watcher --modalities A", "modality 'audio' is not one of this model's: video"),
         ("student watcher --split validation", "student and watcher have no condition in common"),
         ("student unknown --modalities V", "unknown/weights.safetensors: cannot be read as weights"),
-        ("student listener --modalities A", "listener is evaluated on 3 clips, student on 4: only student has clip silent_0"),
+        ("student listener --modalities A", "on 3 clips, student on 4: only student has clip silent_0"),
         ("student watcher --modalities V --out PLACE/file", "file: the report cannot be written (Not a directory)"),
         ("student --out PLACE/file/deep/er", "deep/er: the report cannot be written (Not a directory)"),
         ("student --out /proc/nothing", "/proc/nothing: the report cannot be written"),

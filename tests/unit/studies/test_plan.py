@@ -66,7 +66,7 @@ def test_installations_hold_every_study() -> None:
         ({"row": []}, r"unknown key 'row' \(did you mean 'rows'\?\)"),
         (rows({"lable": "x"}, {}), r"unknown key 'rows\.0\.lable' \(did you mean 'label'\?\)"),
         (rows({"label": "student"}, {}), "two rows are called 'student'"),
-        (rows({"published": {"al": 1.0}}, {}), r"row 'teacher': published names no column 'al' \(did you mean 'all'"),
+        (rows({"published": {"al": 1.0}}, {}), r"row 'teacher': published: no column 'al' \(did you mean 'all'"),
         (rows({}, {"recipe": "tiny/studnt"}), r"row 'student': tiny/studnt: no such file \(did you mean"),
         (rows({}, {"set": ["distill.alhpa=1"]}), r"row 'student': .*'distill\.alhpa' \(did you mean 'alpha'"),
         (rows({}, {"set_of": {"tiny/techer": ["seed=1"]}}), "row 'student': set_of names 'tiny/techer'"),
@@ -77,8 +77,8 @@ def test_installations_hold_every_study() -> None:
         ({"columns": [{"name": "all", "at": "drop 1.5"}]}, "at 'drop 1.5' is not"),
         ({"columns": [{"name": "all", "at": "V"}], "evaluate": {}}, "needs evaluate.subsets: true"),
         ({"columns": [{"name": "all", "at": "area"}], "evaluate": {}}, "needs evaluate.sweep: true"),
-        ({"columns": [{"name": "all", "metric": "params", "tested": True}]}, "no spread"),
-        ({"tests": [["teacher", "studend"]]}, r"tests name no row 'studend' \(did you mean 'student'"),
+        ({"columns": [{"name": "all", "metric": "params", "tested": True}]}, "a cost"),
+        ({"tests": [["teacher", "studend"]]}, r"tests: no row 'studend' \(did you mean 'student'"),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_file_and_row(
@@ -113,7 +113,7 @@ def test_a_finished_teacher_of_other_classes_is_refused_before_anything_is_train
     assert main(["study", "tiny/tab0", *how]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "the classes of its teacher other are noun 7, verb 4, those of the clips noun 6, verb 4" in error
+    assert "its teacher other has the classes noun 7, verb 4, but the clips have noun 6, verb 4" in error
     assert not (home / "runs").exists()
 
 
@@ -156,7 +156,7 @@ def test_two_rows_of_the_same_training_are_one_run(home: Path) -> None:
 
 def test_one_name_for_two_trainings_is_refused(home: Path) -> None:
     clash = rows({"recipe": "tiny/student", "suffix": "a", "set": ["distill.alpha=0.1"]}, {"suffix": "a"})
-    with pytest.raises(UserError, match=r"row 'student': its run tiny/student\+a@seed0 is also that of row 'teacher'"):
+    with pytest.raises(UserError, match=r"row 'student': row 'teacher' has a run of .* tiny/student\+a@seed0"):
         plan(home, clash)
 
 
