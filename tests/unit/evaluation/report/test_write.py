@@ -1,4 +1,4 @@
-"""The report holds every row and says what the numbers say, whoever wins."""
+"""The report contains every row, and its sentences follow the numbers, whichever model is best."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STUDENT = [43.00, 40.99, 38.79, 36.48, 33.82, 31.40, 29.78, 27.63, 26.14, 25.17]
 
 
 def make_results(curve, modalities=MODALITIES, majority=1.0, **choices) -> Results:
-    """Results whose sweep is `curve`, and whose subsets keep a share of its start."""
+    """Return results whose sweep is `curve` and whose subsets keep a share of its first value."""
     rows = []
     for condition in build_conditions(modalities, **(choices or {"subsets": True, "sweep": True, "num_seeds": 2})):
         share = len(condition.modalities) / len(modalities)
@@ -86,7 +86,7 @@ def test_report_holds_every_row_count_and_note(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_best_of_each_line_is_bold_and_a_single_model_has_no_best(tmp_path):
+def test_the_best_is_bold_unless_the_model_is_alone(tmp_path):
     text = write_report(tmp_path, ReportContent("t", as_models(baseline=BASELINE, student=STUDENT))).read_text()
     assert "| V+F+A | 9,644 | 40.00 | **43.00** |" in text
     assert "| average rank |  | 2.00 | **1.00** |" in text
@@ -95,7 +95,7 @@ def test_the_best_of_each_line_is_bold_and_a_single_model_has_no_best(tmp_path):
     assert "average rank" not in alone
 
 
-def test_sections_that_the_rows_do_not_allow_are_left_out(tmp_path):
+def test_sections_without_rows_are_left_out(tmp_path):
     models = {"run": make_results(STUDENT, modalities=["video"], drop_prob=0.0)}
     text = write_report(tmp_path, ReportContent("t", models)).read_text()
     assert "png" not in text
@@ -103,7 +103,7 @@ def test_sections_that_the_rows_do_not_allow_are_left_out(tmp_path):
     assert "| V | 0 | 0 | 9,644 | 0 | 43.00 |" in text
 
 
-def test_models_with_other_modalities_stand_side_by_side(tmp_path):
+def test_models_with_different_modalities_share_tables(tmp_path):
     models = as_models(student=STUDENT) | {"one|camera": make_results([20.0] * 10, modalities=["video"])}
     text = write_report(tmp_path, ReportContent("t", models)).read_text()
     assert "| V+F | 9,644 | 28.67 | – |" in text
@@ -112,7 +112,7 @@ def test_models_with_other_modalities_stand_side_by_side(tmp_path):
     assert any("not compared" in sentence for sentence in result_sentences(models))
 
 
-def test_the_papers_figures_give_the_papers_finding():
+def test_the_papers_figures_give_the_papers_result():
     text = " ".join(result_sentences(as_models(baseline=BASELINE, dropout=DROPOUT, student=STUDENT)))
     assert "dropout falls more slowly than baseline: 18.06 points against 27.21, or 43.5 % of its initial value" in text
     assert "student falls more slowly than baseline" in text
@@ -120,13 +120,13 @@ def test_the_papers_figures_give_the_papers_finding():
     assert "student loses the fewest points and has the highest curve" in text
 
 
-def test_the_other_outcome_is_said_as_plainly():
+def test_the_opposite_result_is_stated_as_plainly():
     text = " ".join(result_sentences(as_models(dropout=DROPOUT, student=BASELINE)))
     assert "student falls faster than dropout: 27.21 points against 18.06" in text
     assert "It is above dropout at 0 of 10 drop probabilities." in text
 
 
-def test_points_and_shares_that_disagree_are_both_said():
+def test_points_and_shares_that_disagree_are_both_stated():
     low = [value / 4 for value in BASELINE]
     one_way = " ".join(result_sentences(as_models(student=STUDENT, low=low)))
     assert "low falls by fewer points but a larger share than student" in one_way
@@ -138,7 +138,7 @@ def test_equal_models_fall_equally():
     assert "b falls as fast as a" in " ".join(result_sentences(as_models(a=STUDENT, b=STUDENT)))
 
 
-def test_results_alone_do_not_say_how_certain_a_difference_is():
+def test_results_without_comparison_claim_no_significance():
     pair = result_sentences(as_models(dropout=DROPOUT, student=STUDENT))
     assert "significant" not in " ".join(pair)
     assert sum("not tested" in sentence for sentence in pair) == 1
@@ -164,7 +164,7 @@ def test_terminal_table_has_a_line_per_row():
 
 
 @pytest.mark.parametrize("corrupt", [None, "detections:dropped:3"])
-def test_the_terminal_table_of_conditions_fits_80_columns_and_says_what_was_left_out(corrupt):
+def test_the_terminal_table_fits_80_columns_and_names_excluded_clips(corrupt):
     results = make_results(STUDENT)
     rows = [replace(row, corrupt=corrupt, num_without=3, drop_prob=0.1 * (place % 2))
             for place, row in enumerate(results.rows)]  # fmt: skip
@@ -177,18 +177,18 @@ def test_the_terminal_table_of_conditions_fits_80_columns_and_says_what_was_left
     assert "by noun" not in text
 
 
-def test_what_is_the_same_in_every_row_takes_no_column():
+def test_columns_without_information_are_left_out():
     results = make_results(STUDENT)
     rows = [replace(row, drop_prob=0.0, seed=0, num_without=0) for row in results.rows[:2]]
     assert terminal_rows(Results(rows, results.summary), "x").columns[:3] == ["modalities", "clips", "action top-1"]
 
 
-def test_a_report_on_nothing_is_refused(tmp_path):
+def test_a_report_without_results_is_refused(tmp_path):
     with pytest.raises(UserError, match="no results"):
         write_report(tmp_path, ReportContent("t", {}))
 
 
-def test_the_report_opens_with_one_sentence_that_says_what_came_out_and_the_two_pictures(tmp_path):
+def test_the_report_opens_with_its_headline_and_two_pictures(tmp_path):
     models = as_models(baseline=BASELINE, dropout=DROPOUT, student=STUDENT)
     lines = [line for line in write_report(tmp_path, ReportContent("t", models)).read_text().splitlines() if line]
     area = models["student"].summary.drop_curve.area["action_top1"]
@@ -201,7 +201,7 @@ def test_the_report_opens_with_one_sentence_that_says_what_came_out_and_the_two_
     assert lines[4] == "## At a glance"
 
 
-def test_the_headline_names_everyone_who_leads_and_no_one_who_does_not():
+def test_the_headline_names_exactly_the_leading_models():
     low = [value / 2 for value in DROPOUT]
     firm = [20.0] * 10
     steep = [50.0, *[1.0] * 9]
