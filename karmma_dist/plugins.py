@@ -1,4 +1,6 @@
-"""The extension of tables (modalities, encoders, readers, objectives, trackers, metrics) by entry points of other packages.
+"""The extension of tables by entry points of other packages.
+
+Open tables are modalities, encoders, readers, objectives, trackers and metrics.
 
     [project.entry-points."karmma_dist.modalities"]
     toy = "my_package.toy:TOY"

@@ -139,7 +139,7 @@ def test_several_runs_make_one_report_and_keep_their_own(
     report = (out / "report.md").read_text()
     assert "| present | clips | teacher | student |" in report
     assert "average rank" in report
-    assert "Which differences would hold" in report
+    assert "Significance of the differences" in report
     assert "| video:blur:3 | a Gaussian of 4.0% of the picture's side" in report
     assert "Action top-1 per corrupted sensor" in (out / "report.html").read_text()
     assert (out / "drop_curve.png").is_file()
@@ -214,7 +214,7 @@ def test_runs_that_cannot_be_compared_are_one_line(
     classes = yaml.safe_load((workplace / "runs/student/model.yaml").read_text())["classes"]
     nouns = list(range(len(classes["noun"])))
     classes["verb"][:2] = reversed(classes["verb"][:2])
-    refused("other classes", "runs/teacher", copy("other classes", classes))
+    refused("different classes", "runs/teacher", copy("other classes", classes))
     refused("are both called 'student'", "runs/student", copy("student"))
     refused("fewer is evaluated on", "runs/teacher", copy("fewer", drop_nouns=nouns[:1]))
     refused("drop_nouns leaves no clip to score", copy("none", drop_nouns=nouns))

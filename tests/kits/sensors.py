@@ -137,5 +137,5 @@ def recorded_with(batch: Batch, condition: Condition) -> Batch:
             spoiled[modality] = torch.from_numpy(np.stack(changed))
         else:
             spoiled[modality] = break_arrays(modality, effect, amount, clips, names, seed)
-    return SENSORS.whole(replace(batch, inputs=spoiled))
+    return SENSORS.intact(replace(batch, inputs=spoiled))
 
