@@ -140,6 +140,7 @@ def _fork_server() -> ForkServerContext:
 def _run(folder: Path, arguments: list[str], environment: dict[str, str], script: str, outputs: list[Path]) -> None:
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # the rank's own processes start as they do in any program
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
