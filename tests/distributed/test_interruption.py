@@ -91,7 +91,7 @@ trainer.Trainer._between_batches = signalled
 """
 
 
-def test_a_run_stopped_by_signals_ends_bit_for_bit_as_undisturbed(shards: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_by_signals_ends_as_undisturbed(shards: Path, tmp_path: Path) -> None:
     """One rank gets a signal, in an epoch and in validation: all save at the same step, and exit with 85.
 
     A step that was skipped stays skipped.

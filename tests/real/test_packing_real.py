@@ -89,7 +89,7 @@ def _json_keys(raw: Path) -> set[str]:
     ("name", "raw", "keys_of"),
     [("grid", "grid_epic", _csv_keys), ("epic", "epic_sample", _csv_keys), ("ssv2", "ssv2_sample", _json_keys)],
 )
-def test_webdataset_reads_every_clip_once_with_exactly_the_members_it_declares(
+def test_webdataset_reads_every_clip_with_its_declared_members(
     name: str, raw: str, keys_of: Callable[[Path], set[str]], request: pytest.FixtureRequest
 ) -> None:
     samples = _samples(request.getfixturevalue(name))
@@ -137,7 +137,7 @@ def _raw_pictures(tar: Path) -> dict[str, np.ndarray]:
         }
 
 
-def test_the_epic_kitchens_sample_stores_every_other_picture_from_8_to_200(epic: Path) -> None:
+def test_the_epic_sample_stores_every_other_picture(epic: Path) -> None:
     (sample,) = _samples(epic)
     modalities = sample["json"]["modalities"]
     assert modalities["audio"] is None
@@ -154,7 +154,7 @@ def test_the_epic_kitchens_sample_stores_every_other_picture_from_8_to_200(epic:
         assert errors[number] == min(errors.values())
 
 
-def test_the_epic_kitchens_sample_stores_flow_4_to_100_within_a_fraction_of_a_pixel(epic: Path) -> None:
+def test_the_epic_sample_stores_flow_to_subpixel_precision(epic: Path) -> None:
     (sample,) = _samples(epic)
     described = sample["json"]["modalities"]["flow"]
     assert (described["source"], described["fps"], described["bound"]) == ("files", 30, 8)

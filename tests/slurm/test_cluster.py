@@ -210,7 +210,7 @@ def test_an_error_of_sbatch_is_one_line(cluster: Cluster, home: Path) -> None:
 
 
 @pytest.mark.usefixtures("chain")
-def test_a_run_preempted_and_robbed_of_a_node_ends_as_undisturbed(cluster: Cluster, home: Path, shards: Path) -> None:
+def test_a_preempted_and_robbed_run_ends_as_undisturbed(cluster: Cluster, home: Path, shards: Path) -> None:
     """Warn a run by USR2, take it out by `scontrol requeue`, then kill a node: it trains on every clip once an epoch.
 
     The warned run goes on at the exact step, the robbed one at its newest checkpoint.
