@@ -12,9 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from karmma_dist.errors import UserError
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
@@ -63,28 +61,6 @@ class OverlappingPatches(nn.Module):
         return out.flatten(2).transpose(1, 2)
 
 
-class _Trunk(VisionTransformerDistilled):
-    """Ends with the tokens after the last norm."""
-
-    recompute = False
-    """Keep no activations inside blocks for the backward pass but compute them again."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(N, windows, mels, steps) -> (N, 2 + patches, D); the masks are timm's and stay at their defaults."""
-        assert attn_mask is None
-        assert not is_causal
-        if not (self.recompute and torch.is_grad_enabled()):
-            tokens: Tensor = self.forward_features(x)
-            return tokens
-        # As timm does it, but always without re-entry: some versions choose the other way, which loses gradients where
-        # nothing before a block is trained.
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        normed: Tensor = self.norm(x)
-        return normed
-
-
 class AudioSpectrogramTransformer(Encoder):
     """(N, windows, mels, steps) -> the mean of class and distillation token, then one token per patch.
 
@@ -104,7 +80,9 @@ class AudioSpectrogramTransformer(Encoder):
                 f"ast_t cuts {_PATCH} x {_PATCH} patches: a spectrogram of {num_mels} mels x {num_steps} steps is too "
                 "small; enlarge inputs.audio"
             )
-        self.trunk = _Trunk(
+        from karmma_dist.models.encoders.ast_trunk import Trunk
+
+        self.trunk = Trunk(
             img_size=(num_mels, num_steps),
             patch_size=_PATCH,
             in_chans=num_windows,
