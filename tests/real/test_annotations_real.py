@@ -1,4 +1,4 @@
-"""The official annotation lists: every row is read as it stands. Skipped where the data is not there."""
+"""The official annotation lists: every row becomes its clip. Skipped where the data is missing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _seconds(text: str) -> float:
 
 @pytest.fixture(scope="module")
 def epic_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """The official lists, with an empty file for every movie."""
+    """The plan of the official lists, with an empty file for every video."""
     raw = tmp_path_factory.mktemp("epic")
     (raw / "annotations").mkdir()
     for path in real("annotations/epic100").glob("*.csv*"):
