@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from karmma_dist.modalities import subsets
 from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import FusionBlock, KarmmaModel
@@ -31,7 +30,7 @@ class ClipFlops:
     """FLOPs of a clip's encoder, by modality."""
     projections: dict[str, int]
     """FLOPs of the Linear to the fusion block's width, by modality."""
-    fusion: dict[tuple[str, ...], int]
+    fusion: Mapping[tuple[str, ...], int]
     """FLOPs of fusion block and heads, by set of modalities whose tokens are in the block."""
     frozen: frozenset[str]
     """Modalities whose encoder is not trained."""
@@ -84,11 +83,25 @@ def flops_per_clip(model: KarmmaModel) -> ClipFlops:
         reduced = x.new_empty(1, twin.num_tokens[modality], encoder.width)
         encoders[modality] = count_flops(encoder, x)[1]
         tokens[modality], projections[modality] = count_flops(projection, reduced)
-    fusion = {}
-    for subset in subsets(twin.modalities):
-        present = torch.tensor([[m in subset for m in twin.modalities]])
-        fusion[subset] = count_flops(twin.fuse, {m: tokens[m] for m in subset}, present)[1]
-    return ClipFlops(encoders, projections, fusion, model.frozen, model.leaves_out)
+    return ClipFlops(encoders, projections, _FusionFlops(twin, tokens), model.frozen, model.leaves_out)
+
+
+class _FusionFlops(dict[tuple[str, ...], int]):
+    """FLOPs of fusion block and heads by set of modalities, counted at first use: training needs few of the sets.
+
+    Args:
+        twin: The model on the meta device.
+        tokens: Tokens (1, T, D) of one clip, by modality.
+    """
+
+    def __init__(self, twin: KarmmaModel, tokens: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._twin, self._tokens = twin, tokens
+
+    def __missing__(self, subset: tuple[str, ...]) -> int:
+        present_BM = torch.tensor([[m in subset for m in self._twin.modalities]])
+        self[subset] = count_flops(self._twin.fuse, {m: self._tokens[m] for m in subset}, present_BM)[1]
+        return self[subset]
 
 
 def count_flops(forward: Callable[..., T], *inputs: Any) -> tuple[T, int]:

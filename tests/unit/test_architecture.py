@@ -82,7 +82,7 @@ def test_a_room_that_serves_every_modality_names_none(name: str) -> None:
         ("karmma_dist.recipe", {"torch", "numpy", "av", "cv2"}),
         ("karmma_dist.packing.pack", {"torch", "deepspeed"}),
         ("karmma_dist.launching.local", {"torch", "deepspeed"}),
-        ("karmma_dist.evaluation.command", {"deepspeed"}),
+        ("karmma_dist.evaluation.command", {"deepspeed", "timm"}),
         ("karmma_dist.profiling.costs", {"deepspeed"}),
     ],
 )

@@ -12,9 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from karmma_dist.errors import UserError
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
@@ -63,28 +61,6 @@ class OverlappingPatches(nn.Module):
         return out.flatten(2).transpose(1, 2)
 
 
-class _Trunk(VisionTransformerDistilled):
-    """DeiT's trunk, up to the tokens after the last norm."""
-
-    recompute = False
-    """True if activations inside blocks are recomputed in the backward pass instead of kept."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Encode (N, windows, mels, steps) to (N, 2 + patches, D); timm's mask arguments must keep their defaults."""
-        assert attn_mask is None
-        assert not is_causal
-        if not (self.recompute and torch.is_grad_enabled()):
-            tokens: Tensor = self.forward_features(x)
-            return tokens
-        # Like timm, but always non-reentrant: some versions use reentrant checkpoints, which lose gradients if nothing
-        # before a block is trained.
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        normed: Tensor = self.norm(x)
-        return normed
-
-
 class AudioSpectrogramTransformer(Encoder):
     """AST: (N, windows, mels, steps) -> the mean of class and distillation token, then one token per patch.
 
@@ -104,7 +80,9 @@ class AudioSpectrogramTransformer(Encoder):
                 f"ast_t cuts {_PATCH} x {_PATCH} patches: a spectrogram of {num_mels} mels x {num_steps} steps is too "
                 "small; enlarge inputs.audio"
             )
-        self.trunk = _Trunk(
+        from karmma_dist.models.encoders.ast_trunk import Trunk
+
+        self.trunk = Trunk(
             img_size=(num_mels, num_steps),
             patch_size=_PATCH,
             in_chans=num_windows,
