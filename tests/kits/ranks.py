@@ -1,4 +1,4 @@
-"""What tests of several ranks share: a recipe that trains in seconds, and how to run it and read what came out."""
+"""Helpers for tests of several ranks: a recipe that trains in seconds, its run, and its results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECIPE = tiny_recipe(
 
 
 def command(folder: Path, shards: Path, *overrides: str) -> list[str]:
-    """`karmma-dist`'s arguments for a run in `folder`."""
+    """Return `karmma-dist`'s arguments for a run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     places = [f"runs_dir={folder / 'runs'}", f"data.shards={shards}"]
@@ -35,7 +35,7 @@ def command(folder: Path, shards: Path, *overrides: str) -> list[str]:
 
 
 def karmma_dist(folder: Path, *arguments: str) -> None:
-    """Run it in a process of its own; fail with its output."""
+    """Run it in a separate process; fail with its output."""
     done = subprocess.run(
         [sys.executable, "-m", "karmma_dist", *arguments], cwd=folder, capture_output=True, text=True, timeout=HANGS_S
     )
@@ -43,7 +43,7 @@ def karmma_dist(folder: Path, *arguments: str) -> None:
 
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Final weights and the loss of every step."""
+    """Return the final weights and the loss of every step."""
     run = folder / "runs" / "student"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return load_file(run / "weights.safetensors"), [line["loss"] for line in lines if line["kind"] == "train"]
