@@ -1,4 +1,4 @@
-"""Tests of Video Swin: our blocks against torchvision's, recomputed against kept activations, compiled against plain."""
+"""Tests of Video Swin: our blocks against torchvision's, recomputed against kept activations, and compilation."""
 
 from __future__ import annotations
 
