@@ -40,7 +40,7 @@ def build_encoder(modality: str, recipe: EncoderRecipe, inputs: InputRecipe) -> 
     if kind is None:
         known = ", ".join(ENCODERS)
         raise UserError(f"{where}.name: unknown encoder '{recipe.name}'{nearest(recipe.name, list(ENCODERS))}; "
-                        f"known are {known}")
+                        f"there are {known}")
     if modality not in kind.modalities:
         fitting = ", ".join(name for name, other in ENCODERS.items() if modality in other.modalities)
         raise UserError(f"{where}.name: '{recipe.name}' does not take {modality}; these do: {fitting}")
