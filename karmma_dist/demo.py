@@ -174,7 +174,7 @@ class Timings:
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
 
     def measure(self, step: str, work: Callable[[], Done]) -> Done:
-        """Run `work` and return its result. A repeated step counts with its longest time: it may be done already."""
+        """Run `work` and return its result; keep the longest time of a repeated step, which may be done already."""
         started = time.perf_counter()
         done = work()
         seconds = time.perf_counter() - started

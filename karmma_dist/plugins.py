@@ -40,6 +40,6 @@ def with_plugins(own: Mapping[str, Plugin], group: str, kind: type[Plugin]) -> d
             raise UserError(f"{where}: of type {type(plugin).__name__}, not {kind.__name__}; {known}")
         name = getattr(plugin, "name", entry.name)
         if name in table:
-            raise UserError(f"{where}: there is a {kind.__name__.lower()} '{name}' already; {known}")
+            raise UserError(f"{where}: the name '{name}' of a {kind.__name__.lower()} is taken; {known}")
         table[name] = plugin
     return table

@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, how full a folder may be, where a modality may be named."""
+"""Tests of the package's structure: allowed imports, the size of folders, and the places that name a modality."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMELESS = (
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Names, below the package, that a module imports from it anywhere."""
+    """Return the names, below the package, that a module imports anywhere."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "karmma_dist":
             for alias in node.names:
@@ -55,7 +55,7 @@ def test_no_folder_has_too_many_files() -> None:
 
 
 def constants(path: Path) -> Iterator[str]:
-    """String literals of a module that are not docstrings."""
+    """Return a module's string literals that are not docstrings."""
     tree = ast.parse(path.read_text())
     described = (ast.Module, ast.ClassDef, ast.FunctionDef)
     docstrings = {id(node.body[0]) for node in ast.walk(tree) if isinstance(node, described) and node.body}

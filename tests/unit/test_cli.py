@@ -1,4 +1,4 @@
-"""The command line starts at once, explains itself, and is what the documents say it is."""
+"""Tests of the command line: it starts fast, explains itself, and agrees with the documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "shards/README.md", *sorted(ROOT.glob("r
 
 
 def commands() -> list[list[str]]:
-    """Every command and sub-command, by its words."""
+    """Return every command and subcommand, as a list of words."""
     found = []
     for name, command in cli.commands.items():
         found.append([name])
@@ -31,7 +31,7 @@ def commands() -> list[list[str]]:
 
 
 def documented() -> list[str]:
-    """Every karmma-dist command line inside a fenced block of a document."""
+    """Return every karmma-dist command line in a fenced block of a document."""
     lines = []
     for document in DOCUMENTS:
         for block in re.findall(r"```\n(.*?)```", document.read_text(), flags=re.DOTALL):

@@ -1,4 +1,4 @@
-"""An error is one line, and no line shows what may be secret."""
+"""Tests that an error is one line and shows no secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of random draw is, bit for bit, what it was when runs, shards and reports were made with it."""
+"""Tests that every random draw is bit for bit stable, as existing runs, shards and reports require."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Typed YAML: inheritance, variables, overrides, and errors a person can act on."""
+"""Tests of typed YAML: inheritance, variables, overrides, and helpful errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table for the terminal shows text as it is, within its width, and its footer line by line."""
+"""Tests of terminal tables: literal text within the width, and a footer line by line."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_a_metric_from_outside_is_in_rows_summary_and_comparison(tmp_path: Path)
     ("entry", "message"),
     [
         ("3", "of type int, not Metric"),
-        ('Metric("top1", "again", right=top_k(1))', "there is a metric 'top1' already"),
+        ('Metric("top1", "again", right=top_k(1))', "name 'top1' of a metric is taken"),
         ('Metric("Top 9", "x", right=top_k(9))', "metric 'Top 9'"),
         ('Metric("both", "x", right=top_k(9), measure=len)', "metric 'both'"),
         ('Metric("mean", "x", measure=len, has_interval=True)', "metric 'mean'"),

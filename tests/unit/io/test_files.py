@@ -1,4 +1,4 @@
-"""A file is written whole or not at all, whatever happens in mid-write."""
+"""Tests that a file is written completely or not at all, even if the writer fails."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_file_is_synced_before_it_is_renamed(
 
 
 def test_the_umask_decides_who_may_read_a_file(tmp_path: Path) -> None:
-    """Colleagues evaluate each other's runs; safetensors writes files that are their owner's alone."""
+    """Check it since colleagues evaluate each other's runs, but safetensors writes files for their owner only."""
 
     def secretive(temporary: Path) -> None:
         temporary.unlink()

@@ -1,4 +1,4 @@
-"""What runs on a GPU never mixes its tensors with the CPU's, and computes the same: shown without one."""
+"""Tests, without a GPU, that code for a GPU never mixes its tensors with the CPU's and computes the same."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PRESENT = {
 
 
 def here_and_there(work: Callable[[torch.device], Any]) -> tuple[Any, Any]:
-    """What `work` returns on the CPU and on the other device."""
+    """Return the results of `work` on the CPU and on the other device."""
     here = work(torch.device("cpu"))
     with OtherDevice():
         return here, work(DEVICE)

@@ -1,4 +1,4 @@
-"""Encoders: the table, published sizes, and that a clip's tokens come from that clip alone."""
+"""Tests of encoders: the table, published sizes, and that a clip's tokens depend on that clip alone."""
 
 from __future__ import annotations
 

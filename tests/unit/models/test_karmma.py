@@ -1,4 +1,4 @@
-"""The model: clips do not see each other, absence is exact, and all ranks get gradients in the same order."""
+"""Tests of the model: clips are independent, absence is exact, and all ranks get gradients in the same order."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ def test_inputs_of_another_dtype_are_refused_without_autocast() -> None:
 
 
 def test_checking_inputs_reads_no_value() -> None:
-    """Meta tensors have none: a check that waited for the device would fail on them."""
+    """Use meta tensors, which have no values: a check that waited for the device would fail on them."""
     with torch.device("meta"):
         model = build(modalities=("video", "audio")).eval()
         inputs = {m: torch.empty(2, *input_shape(m, INPUTS)) for m in model.modalities}
@@ -333,7 +333,7 @@ def test_averaged_probabilities_give_finite_gradients_for_uncounted_tokens() -> 
 
 
 def test_a_pooled_model_is_a_linear_layer_on_mean_tokens() -> None:
-    """Radevski et al.: every token counts alike, whatever tau says, and nothing else learns."""
+    """Check the model of Radevski et al.: all tokens have equal weight for any tau, and nothing else is trained."""
     model = build(modalities=("video",), fusion="mean", tau=2).double().eval()
     encoder = model.encoders["video"]
     video = clips(3, ("video",))["video"].double()

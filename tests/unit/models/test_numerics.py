@@ -1,4 +1,4 @@
-"""The model's arithmetic, with the encoders that are really trained: precision, gradients, absence without a trace."""
+"""Tests of the model's arithmetic with the real encoders: precision, gradients, and exact absence."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_no_gradient_is_nan_if_no_clip_has_a_modality(missing: str, absent: str)
 
 
 def rounded(output: Any) -> Any:
-    """The nearest bfloat16 numbers, in the type they came in."""
+    """Round to the nearest bfloat16 numbers, keeping the dtype."""
     if isinstance(output, dict):
         return {key: rounded(value) for key, value in output.items()}
     if not isinstance(output, Tensor):
@@ -139,7 +139,7 @@ MIXED = torch.tensor([[True, True], [True, False], [False, True]])
 
 @pytest.mark.parametrize("missing", MISSING)
 def test_gradients_of_fusion_and_heads_match_finite_differences(missing: str) -> None:
-    """In float64, for the tokens and for every parameter behind them, in a batch that mixes all subsets."""
+    """Check it in float64, for the tokens and all later parameters, in a batch that mixes all subsets."""
     torch.manual_seed(0)
     recipe = ModelRecipe(encoders=SMALL_ENCODERS, missing=missing, **SMALL)  # type: ignore[arg-type]
     model = KarmmaModel(recipe, INPUTS, ("video", "flow"), {"verb": 2, "noun": 2}).double()
@@ -197,7 +197,7 @@ NOISE = {"large": 1e4, "infinite": float("inf"), "not a number": float("nan")}
 @pytest.mark.parametrize("noise", list(NOISE))
 @pytest.mark.parametrize("grad", [False, True])
 def test_tokens_of_a_dropped_modality_have_no_influence(missing: str, noise: str, grad: bool) -> None:
-    """Not even by a bit, and whatever is in them."""
+    """Check it bit for bit, for any values of the tokens."""
     model = build(missing).eval()
     keep = torch.tensor(SUBSETS)
     present = torch.ones_like(keep)
@@ -225,7 +225,7 @@ def test_dropped_tokens_get_a_gradient_of_exactly_zero(missing: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
 def test_unattended_tokens_change_no_other_and_no_output_is_nan(dtype: torch.dtype, training: bool) -> None:
-    """Also for a clip of which nothing but [CLS] is attended to."""
+    """Check it also for a clip where only [CLS] is attended to."""
     torch.manual_seed(0)
     block = FusionBlock(16, 4, 2, 16).to(dtype).train(training)
     attend = torch.rand(6, 9) < 0.5

@@ -1,4 +1,4 @@
-"""Tau-average: what it averages, and that it is differentiable."""
+"""Tests of the tau-average: its groups and its gradients."""
 
 from __future__ import annotations
 

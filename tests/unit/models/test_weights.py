@@ -1,4 +1,4 @@
-"""Weights: saved whole, loaded exactly, and taken over from published checkpoints."""
+"""Tests of weights: saved completely, loaded exactly, and taken from other runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting weights behind a URL: downloaded once per node, checked, kept, and without a secret in any message."""
+"""Tests of starting weights at a URL: downloaded once per node, checked, kept, without secrets in messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting weights in the layouts of others: whoever published them, the tokens are those of their own model."""
+"""Tests of published starting weights in other layouts: the tokens equal those of the published model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Video Swin's own blocks against torchvision's, recomputed activations against kept ones, compiled against plain."""
+"""Tests of Video Swin: our blocks against torchvision's, recomputed against kept activations, and compilation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def no_compiled_code() -> Iterator[None]:
 
 
 def pair(num_frames: int, side: int, options: dict[str, Any]) -> tuple[VideoSwin, SwinTransformer3d]:
-    """Ours and torchvision's with the same weights, norms and biases away from where training starts."""
+    """Return our model and torchvision's with the same weights, with norms and biases unlike their initial values."""
     torch.manual_seed(0)
     ours = VideoSwin(SwinOptions.model_validate(options), num_frames, side)
     for parameter in ours.parameters():

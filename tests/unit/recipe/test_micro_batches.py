@@ -1,4 +1,4 @@
-"""A batch divides over ranks and passes within what a device takes; where it does not, the nearest that do are said."""
+"""Tests of the division of a batch over ranks and passes; an indivisible batch is refused with the nearest numbers."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_run_is_the_same_on_other_ranks() -> None:
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of runs, and the repository as the working directory."""
+    """Return an empty folder of runs, with the repository as the working directory."""
     monkeypatch.chdir(ROOT)
     return tmp_path / "runs"
 
@@ -170,7 +170,7 @@ def finish_teacher(runs: Path) -> None:
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr."""
+    """Return the one line on stderr."""
     (line,) = capsys.readouterr().err.splitlines()
     return line
 

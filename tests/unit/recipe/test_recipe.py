@@ -1,4 +1,4 @@
-"""Recipes: every file of recipes/ loads, and contradictions are refused."""
+"""Tests of recipes: every file of recipes/ loads, and contradictions are refused."""
 
 from __future__ import annotations
 
