@@ -341,7 +341,8 @@ def differences(comparison: Comparison, has_words: bool = True) -> list[Section]
     return [
         Section("differences", f"Significance of the differences: {heading}", [explanation, *words],
                 [several], short="Differences"),
-        Section("tests", f"Single conditions: {heading}", tables=[conditions], is_folded=True, short="All tests"),
+        Section("tests", f"Tests of single conditions: {heading}", tables=[conditions], is_folded=True,
+                short="All tests"),
     ]  # fmt: skip
 
 
