@@ -153,8 +153,7 @@ def what_was_measured(models: Models) -> Section:
     damage = dict.fromkeys(line for results in models.values() for line in results.summary.damage)
     sentences = [
         f"Number of seeds: {seeds}. The modalities that a clip loses depend on seed and clip key, not on the model.",
-        f"With {fewest:,} clips, sampling alone gives figures a 95 % interval of up to "
-        f"±{98 / math.sqrt(fewest):.1f} points.",
+        f"With {fewest:,} clips, the 95 % interval from sampling alone is up to ±{98 / math.sqrt(fewest):.1f} points.",
         "“Without” counts clips for which the dataset does not have the modality. If a modality exists but cannot be "
         "read, the clip is damaged and counts as unreadable.",
         *(f"Unreadable: {line}" for line in damage),
@@ -341,7 +340,8 @@ def differences(comparison: Comparison, has_words: bool = True) -> list[Section]
     return [
         Section("differences", f"Significance of the differences: {heading}", [explanation, *words],
                 [several], short="Differences"),
-        Section("tests", f"Single conditions: {heading}", tables=[conditions], is_folded=True, short="All tests"),
+        Section("tests", f"Tests of single conditions: {heading}", tables=[conditions], is_folded=True,
+                short="All tests"),
     ]  # fmt: skip
 
 

@@ -46,10 +46,10 @@ def test_confidence_is_the_probability_of_the_predicted_class():
         with torch.no_grad():
             logits = model.fuse(model.encode(clip.inputs, clip.present_BM), clip.present_BM, clip.present_BM)
         verb, noun = (logits[head][0].double().softmax(0) for head in ("verb", "noun"))
-        of = {"verb": verb, "noun": noun, "action": torch.outer(verb, noun).flatten()}
+        probabilities = {"verb": verb, "noun": noun, "action": torch.outer(verb, noun).flatten()}
         truth = {head: int(clip.labels[head]) for head in HEADS}
         truth["action"] = truth["verb"] * HEADS["noun"] + truth["noun"]
-        for name, values in of.items():
+        for name, values in probabilities.items():
             sure[name].append(float(values.max()))
             right[name].append(int(values.argmax()) == truth[name])
     for name in sure:
@@ -139,13 +139,13 @@ def test_average_differences_match_summaries_and_only_real_ones_are_significant(
     comparison = compare(MODELS, num_draws=500)
     for pair in comparison.pairs:
         first, second = (MODELS[name].summary for name in pair.models)
-        for figure, key, of in (
+        for figure, key, field in (
             ("subset_average", "subsets", "average"),
             ("drop_curve_area", "drop_curve", "area"),
             ("drop_curve_fall", "drop_curve", "fall"),
         ):
             test = pair.test(figure)
-            ends = (getattr(getattr(summary, key), of)["action_top1"] for summary in (first, second))
+            ends = (getattr(getattr(summary, key), field)["action_top1"] for summary in (first, second))
             expected = -np.subtract(*ends)
             assert test.difference == pytest.approx(expected)
             assert test.ci[0] < test.difference < test.ci[1]

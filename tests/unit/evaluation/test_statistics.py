@@ -139,7 +139,7 @@ def test_a_draw_counts_only_clips_that_can_be_shown():
 @given(st.integers(1, 3), st.lists(st.floats(0, 100), min_size=60, max_size=60), st.booleans())
 def test_a_draw_has_the_summarys_average_area_and_fall(num_seeds, values, sweep):
     conditions = build_conditions(MODALITIES, subsets=True, sweep=sweep, num_seeds=num_seeds)
-    rows = [row_of(one, {"action_top1": value}) for one, value in zip(conditions, values, strict=False)]
+    rows = [row_of(condition, {"action_top1": value}) for condition, value in zip(conditions, values, strict=False)]
     _, subsets, curve = summarise(rows)
     draws = np.array([[row.figures["action_top1"] for row in rows]])
     average = bootstrap.subset_average(draws, rows)[0]

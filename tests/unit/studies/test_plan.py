@@ -173,10 +173,10 @@ def test_global_overrides_change_names_only_if_they_affect_learning(home: Path) 
 def test_another_teacher_makes_another_teacher_and_student_run(home: Path) -> None:
     other = rows({}, {"set": [], "set_of": {"tiny/teacher": ["training.epochs=2"]}})
     planned = plan(home, other, num_seeds=1)
-    own = planned.runs[planned.cells["student", 0]]
-    assert own.name.startswith("tiny/student+below-")
-    assert own.needs != (planned.cells["teacher", 0],)
-    assert planned.runs[own.needs[0]].recipe.training.epochs == 2
+    student = planned.runs[planned.cells["student", 0]]
+    assert student.name.startswith("tiny/student+below-")
+    assert student.needs != (planned.cells["teacher", 0],)
+    assert planned.runs[student.needs[0]].recipe.training.epochs == 2
 
 
 def test_a_written_recipe_equals_the_run_and_finds_its_dependencies(home: Path) -> None:

@@ -145,11 +145,11 @@ def test_differences_are_paired_over_clips_and_seeds(random: np.random.Generator
         second[seed] = ClipResults(base.keys, base.conditions, {"action": better_NK.astype(np.int32)})
     resampled = Resampled({"a": first, "b": second}, [Column(name="all")])
     (test,) = resampled.tests([("a", "b")], ["all"])
-    own = resampled.summary("a", "all")
+    single = resampled.summary("a", "all")
     assert test.ci is not None
-    assert own.ci is not None
+    assert single.ci is not None
     assert test.ci[0] > 0
-    assert test.ci[1] - test.ci[0] < 0.3 * (own.ci[1] - own.ci[0])
+    assert test.ci[1] - test.ci[0] < 0.3 * (single.ci[1] - single.ci[0])
     assert test.num_seeds == 4
     assert test.p is not None
     assert test.p < 0.01

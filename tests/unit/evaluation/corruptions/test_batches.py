@@ -46,7 +46,7 @@ class Unsure(Average):
         self.scale = scale
 
     def fuse(self, tokens: dict[str, Tensor], present_BM: Tensor, keep_BM: Tensor) -> dict[str, Tensor]:
-        return {head: self.scale * of for head, of in super().fuse(tokens, present_BM, keep_BM).items()}
+        return {head: self.scale * logits_BC for head, logits_BC in super().fuse(tokens, present_BM, keep_BM).items()}
 
 
 def look(number: int, view: int) -> Sample:
@@ -67,7 +67,7 @@ def batches_of(views: list[int], num: int = 10) -> list[Batch]:
     padding = [[None] * len(views)] * (-num % 4)
     clips: list[list[Sample | None]] = [*rows, *padding]  # type: ignore[list-item]
     return [
-        collate([row for of in clips[first : first + 4] for row in of], MODALITIES, list(HEADS))
+        collate([row for rows in clips[first : first + 4] for row in rows], MODALITIES, list(HEADS))
         for first in range(0, num, 4)
     ]
 
@@ -107,18 +107,18 @@ def test_only_the_broken_sensors_views_are_encoded_again():
     model, batches = Unsure(), batches_of([0, 1, 2])
     conditions = conditions_for("video:blur:1", "audio:mute:2", subsets=True)
     evaluate(model, batches, conditions, device="cpu", num_views=3, sensors=SENSORS)
-    there = {m: sum(int(batch.present_BM[:, c].sum()) for batch in batches) for c, m in enumerate(MODALITIES)}
+    present = {m: sum(int(batch.present_BM[:, c].sum()) for batch in batches) for c, m in enumerate(MODALITIES)}
     times = {"video": 2, "flow": 1, "audio": 2, "detections": 1}
-    assert model.num_encoded == {name: times[name] * num for name, num in there.items()}
+    assert model.num_encoded == {name: times[name] * num for name, num in present.items()}
 
 
 @pytest.mark.parametrize("num_views", [1, NUM_VIEWS])
 def test_predictions_are_made_with_intact_sensors_only(num_views: int):
-    whole = conditions_for(subsets=True, drop_prob=0.3, num_seeds=2)
+    intact = conditions_for(subsets=True, drop_prob=0.3, num_seeds=2)
     every = conditions_for(*EVERY, subsets=True, drop_prob=0.3, num_seeds=2)
     made, rows = [], []
-    for conditions in (whole, every):
-        collector = PredictionCollector(MODALITIES, whole)
+    for conditions in (intact, every):
+        collector = PredictionCollector(MODALITIES, intact)
         results = evaluate(
             Unsure(), batches_of(list(range(num_views))), conditions, device="cpu",
             num_views=num_views, predictions=collector, sensors=SENSORS,
@@ -131,15 +131,15 @@ def test_predictions_are_made_with_intact_sensors_only(num_views: int):
         assert np.array_equal(getattr(actual, name), getattr(expected, name))
     for head in HEADS:
         assert np.array_equal(actual.log_probs[head], expected.log_probs[head])
-    assert rows[1][: len(whole)] == rows[0]
-    assert len(rows[1]) == len(every) > len(whole)
+    assert rows[1][: len(intact)] == rows[0]
+    assert len(rows[1]) == len(every) > len(intact)
 
 
 def test_models_are_paired_per_corruption_and_averaged_with_intact_sensors():
     broken = conditions_for("audio:mute:3", "camera:black:5", subsets=True, sweep=True)
-    whole = [condition for condition in broken if condition.corrupt is None]
+    intact = [condition for condition in broken if condition.corrupt is None]
     actual = []
-    for conditions in (whole, broken):
+    for conditions in (intact, broken):
         models = {
             name: add_intervals(
                 evaluate(Unsure(scale), make_batches(30), conditions, device="cpu", sensors=SENSORS), num_draws=50
@@ -171,8 +171,8 @@ def test_every_view_has_the_full_audio_and_its_own_cuts(shards: Path, num_worker
     clips.uncut = ["audio"]
     with evaluation_batches(clips, 4) as batches:
         for batch in batches:
-            there = batch.present_BM[:, clips.data.modalities.index("audio")].tolist()
-            keys = [key for key, has in zip(batch.keys, there, strict=True) if has]
+            present = batch.present_BM[:, clips.data.modalities.index("audio")].tolist()
+            keys = [key for key, has in zip(batch.keys, present, strict=True) if has]
             sounds = batch.uncut["audio"]
             for sound, windows in zip(sounds, batch.inputs["audio"], strict=True):
                 cut = sound.cut(ALL["audio"].decoder, KITCHEN_INPUTS.audio)

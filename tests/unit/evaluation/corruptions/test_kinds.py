@@ -187,9 +187,9 @@ def test_only_the_encoder_of_the_broken_sensor_runs_again():
     model, batches = Average(), make_batches()
     conditions = conditions_for("video:blur:1", "video:frozen:5", "audio:mute:2", subsets=True, sweep=True)
     evaluate(model, batches, conditions, device="cpu", sensors=SENSORS)
-    there = {m: sum(int(batch.present_BM[:, c].sum()) for batch in batches) for c, m in enumerate(MODALITIES)}
+    present = {m: sum(int(batch.present_BM[:, c].sum()) for batch in batches) for c, m in enumerate(MODALITIES)}
     times = {"video": 3, "flow": 1, "audio": 2, "detections": 1}
-    assert model.num_encoded == {name: times[name] * num for name, num in there.items()}
+    assert model.num_encoded == {name: times[name] * num for name, num in present.items()}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
@@ -266,14 +266,14 @@ def test_prepared_batches_have_no_sensor_to_break():
 
 def test_averages_and_curves_use_intact_sensors_only(tmp_path: Path):
     choices: dict[str, object] = {"subsets": True, "sweep": True, "num_seeds": 2}
-    whole = evaluate(Average(), make_batches(), conditions_for(**choices), device="cpu", sensors=SENSORS)
+    intact = evaluate(Average(), make_batches(), conditions_for(**choices), device="cpu", sensors=SENSORS)
     broken = evaluate(Average(), make_batches(), conditions_for(*EVERY, **choices), device="cpu", sensors=SENSORS)
-    assert broken.rows[: len(whole.rows)] == whole.rows
-    assert summarise(broken.rows) == summarise(whole.rows)
+    assert broken.rows[: len(intact.rows)] == intact.rows
+    assert summarise(broken.rows) == summarise(intact.rows)
     text = write_report(tmp_path, ReportContent("t", {"m": broken})).read_text()
     assert "corruptions.png" in text
     assert (tmp_path / "corruptions.png").is_file()
-    text = write_report(tmp_path, ReportContent("t", {"m": whole})).read_text()
+    text = write_report(tmp_path, ReportContent("t", {"m": intact})).read_text()
     assert "Broken sensors" not in text
 
 

@@ -47,8 +47,8 @@ def test_a_file_is_predicted_like_its_packed_clip(place: Path, run: str, key: st
 
 
 def test_other_spans_and_other_packing_settings_give_other_predictions(place: Path):
-    one, other = (ask(place, str(place / "raw/one.mp4"), start_s=start)[0].guesses for start in (0.2, 1.0))
-    assert one != other
+    first, second = (ask(place, str(place / "raw/one.mp4"), start_s=start)[0].guesses for start in (0.2, 1.0))
+    assert first != second
     settings = json.loads((place / "shards/manifest.json").read_text())["settings"]
     path = place / "raw/one.mp4"
     sizes = []
