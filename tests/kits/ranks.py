@@ -1,8 +1,9 @@
 """Ranks for tests: a recipe that trains in seconds, processes that run it, and the figures that it leaves.
 
-Ranks are forked from one process that has imported torch and DeepSpeed, which takes longer than these trainings. They
-are processes all the same: with their own environment, signals and sockets. Ranks that a launcher starts are in
-`test_exactness.py`, `test_ranks.py`, the tests of studies and those on Slurm.
+Ranks are forked from one process that has imported torch and DeepSpeed, since that takes longer than these trainings.
+They are processes all the same: each has its own environment, signals and sockets. Only the seed of Python's hashes is
+the same in all of them; it differs between the ranks of a launcher, as in `test_exactness.py`, `test_ranks.py`, the
+tests of studies and those on Slurm.
 """
 
 from __future__ import annotations
