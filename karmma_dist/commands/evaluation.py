@@ -28,7 +28,7 @@ from karmma_dist.commands.options import print_json
 @click.option("--views", help="Average TEMPORALxSPATIAL views of each clip, e.g. 3x1; default: the recipe's.")
 @click.option(
     "--predictions", type=click.Path(path_type=Path),
-    help="Write every prediction with whole sensors: .npz or .parquet.",
+    help="Write every prediction with intact sensors: .npz or .parquet.",
 )
 @click.option(
     "--submission", type=(click.Choice(["epic-kitchens", "something-something"]), click.Path(path_type=Path)),
