@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then on a pipe or in a job's log."""
+"""The progress of long work: a bar on a terminal, a plain line from time to time on a pipe or in a job's log."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _LINE_EVERY_S = 10.0
 
 
 class Report(Protocol):
-    """What long work calls: `report("packing", 3, 12)`; more can be said in `note`."""
+    """A progress callback: `report("packing", 3, 12)`, with an optional `note`."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` units of `stage` are finished."""
+        """Report that `done` of `total` units of `stage` are finished."""
 
 
 def silent(stage: str, done: int, total: int, note: str = "") -> None:
-    """A `Report` that says nothing: for tests and for ranks other than 0."""
+    """Ignore the progress, for tests and for ranks other than 0."""
 
 
 class Progress:

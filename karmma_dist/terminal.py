@@ -1,4 +1,4 @@
-"""Tables for the terminal, all of one look: text as it is, whatever brackets and colons are in it, and nothing cut off.
+"""Tables for the terminal in one style: text is shown literally, brackets and colons included, and never cut off.
 
     print_table(["split", "clips"], [["train", "67,217"]], right=["clips"], title="shards/epic: packed")
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 
 WIDTH = 80
-"""Columns where the output is not a terminal."""
+"""Width in characters if the output is not a terminal."""
 
 
 def print_table(
@@ -24,12 +24,12 @@ def print_table(
     """Print a table on stdout.
 
     Args:
-        headings: of the columns.
-        rows: cells of each line, as many as there are headings; one that does not fit goes on in the next line.
-        right: headings of the columns of numbers, which are set to the right and not broken.
-        title: line above it; empty: none. Like the footer it is not broken, so that paths in it can be copied.
-        footer: lines below it.
-        width: columns where stdout is not a terminal.
+        headings: Headings of the columns.
+        rows: Cells of each row, one per heading; a cell that does not fit is wrapped.
+        right: Headings of the columns of numbers, which are right-aligned and not wrapped.
+        title: Line above the table, or empty. Like the footer it is not wrapped, so that its paths can be copied.
+        footer: Lines below the table.
+        width: Width in characters if stdout is not a terminal.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console

@@ -28,7 +28,7 @@ from karmma_dist.commands.options import print_json
 @click.option("--views", help="Average TEMPORALxSPATIAL views of each clip, e.g. 3x1; default: the recipe's.")
 @click.option(
     "--predictions", type=click.Path(path_type=Path),
-    help="Write every prediction with whole sensors: .npz or .parquet.",
+    help="Write every prediction with intact sensors: .npz or .parquet.",
 )
 @click.option(
     "--submission", type=(click.Choice(["epic-kitchens", "something-something"]), click.Path(path_type=Path)),
@@ -56,26 +56,26 @@ def evaluate(
         from karmma_dist.launching.local import launch_local, rank_command
 
         sys.exit(launch_local(local, rank_command(_without_option(context.obj, "--local"))))
-    from karmma_dist.evaluation.command import Request, answer, print_answer
+    from karmma_dist.evaluation.command import Request, evaluate_request, print_evaluation
     from karmma_dist.evaluation.exports.epic_kitchens import parse_levels
     from karmma_dist.evaluation.exports.exports import Exports
 
     exports = Exports(predictions, submission, None if sls is None else parse_levels(sls))
-    found = answer(
+    evaluation = evaluate_request(
         Request(
             runs=runs, shards=shards, split=split, drop_prob=drop_prob, modalities=modalities, subsets=subsets,
             sweep=sweep, num_seeds=seeds, corrupt=corrupt, annotations=annotations, views=views, exports=exports,
             out=out,
         )
     )
-    if found is None:
-        return  # rank 0 speaks
-    print_answer(found, as_text=not as_json)
+    if evaluation is None:
+        return  # only rank 0 prints
+    print_evaluation(evaluation, as_text=not as_json)
     if as_json:
-        print_json(found.content)
-    for line in found.export():
+        print_json(evaluation.content)
+    for line in evaluation.export():
         click.echo(line, err=as_json)
-    if found.is_damaged:
+    if evaluation.is_damaged:
         sys.exit(1)
 
 

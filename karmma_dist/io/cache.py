@@ -1,15 +1,15 @@
-"""A folder of whole downloaded files named by the sha256 of their bytes, shared by all processes of a node.
+"""The cache of downloaded files, named by the sha256 of their bytes and shared by all processes of a node.
 
     CACHE/
-      3f0c...e1                 an entry: downloaded whole, checked, then renamed to its sha256 (or, where nobody
-                                said which bytes to expect, to the sha256 of its URL)
-      .3f0c...e1.partial        a download on its way
+      3f0c...e1                 an entry: downloaded completely, checked, then renamed to its sha256 (or, if the
+                                expected bytes are unknown, to the sha256 of its URL)
+      .3f0c...e1.partial        a download in progress
       .3f0c...e1.lock           held (flock) by the process that downloads; the others wait for it
-      .lock                     held while entries get their names and while old ones are removed
-      weights/                  starting weights: a cache of its own, which nothing is removed from
+      .lock                     held while entries get their names and while old entries are removed
+      weights/                  starting weights: a separate cache, from which no entry is removed for space
 
-Every lock is the kernel's and goes with its process: when a downloader is killed, one of those who wait takes over.
-An entry is removed while others read it without harm, because they hold it open; the next one fetches it again.
+Every lock belongs to the kernel and ends with its process: if a downloader is killed, a waiting process takes over.
+An entry may be removed while other processes read it, because they hold it open; the next reader fetches it again.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _PARTIAL = re.compile(r"\.([0-9a-f]{64})\.partial")
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The cache folder of this node: the one that is given, else $KARMMA_DIST_CACHE, else ~/.cache/karmma-dist."""
+    """Return the cache folder of this node: `cache_dir`, else $KARMMA_DIST_CACHE, else ~/.cache/karmma-dist."""
     root = cache_dir or os.environ.get("KARMMA_DIST_CACHE") or "~/.cache/karmma-dist"
     return Path(root).expanduser().absolute()
 
 
 class FetchError(Exception):
-    """A file could not be had.
+    """A file that could not be downloaded.
 
     Attributes:
-        what: The reason, fit for a message: no credentials in it.
-        damaged: The server was there but this file is gone or is not the one that was packed.
-        passing: Trying again may help.
+        what: The reason, for messages; it contains no credentials.
+        damaged: True if the server responded but the file is missing or differs from the packed one.
+        passing: True if another try may help.
     """
 
     def __init__(self, what: str, damaged: bool, passing: bool = False) -> None:
@@ -55,48 +55,48 @@ class FetchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a file must hold."""
+    """The expected content of a file."""
 
     sha256: str | None
-    """Hex; None where it is not known beforehand."""
+    """Hexadecimal sha256; None if unknown."""
     size: int | None
-    """Bytes; None where it is not known beforehand."""
+    """Size in bytes; None if unknown."""
     url: str = ""
-    """Where it comes from; required where `sha256` is None."""
+    """URL of the file; required if `sha256` is None."""
 
     @property
     def name(self) -> str:
-        """Its name in the cache."""
+        """Name of the file in the cache."""
         return self.sha256 or hashlib.sha256(self.url.encode()).hexdigest()
 
     def problem(self, path: Path) -> str:
-        """What is wrong with the file at `path`, or an empty string."""
-        found = path.stat().st_size
-        if self.size is not None and found != self.size:
-            return f"{found} bytes instead of {self.size}"
+        """Return the problem of the file at `path`, or an empty string."""
+        actual_size = path.stat().st_size
+        if self.size is not None and actual_size != self.size:
+            return f"{actual_size} bytes instead of {self.size}"
         return "" if self.sha256 in (None, sha256_of(path)) else "sha256 differs from the manifest's"
 
 
 Fetch = Callable[[Path], None]
-"""Writes a whole file to the path it is given and has checked it, or raises `FetchError`."""
+"""Function that writes a complete, checked file to the given path, or raises `FetchError`."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The folder and its limit. Cheap to pickle; every process of a node opens its own on the same folder."""
+    """The cache folder and its limit. It is cheap to pickle; every process of a node opens the same folder."""
 
     root: Path
     limit_bytes: float = math.inf
-    """Entries together stay below this; downloads on their way come on top."""
+    """Limit of the total size of entries; downloads in progress are not counted."""
 
     def open(self, content: Content, fetch: Fetch) -> int:
-        """Return a descriptor of an entry, downloading it first where it is not there.
+        """Return a file descriptor of an entry, after downloading the entry if needed.
 
-        Of several processes that ask for the same entry one downloads it. Those who waited for a download that failed
-        share its failure instead of repeating it.
+        Of several processes that open the same entry, one downloads it. Processes that waited for a failed download
+        raise its error instead of repeating the download.
 
         Raises:
-            FetchError: it could not be downloaded.
+            FetchError: the file could not be downloaded.
             UserError: the folder cannot be written, or its disk is full.
         """
         try:
@@ -105,7 +105,7 @@ class Cache:
                 if descriptor is None:
                     descriptor = self._download(content, fetch)
                 if descriptor is not None:
-                    os.utime(descriptor)  # the least recently used go first; file systems may not keep access times
+                    os.utime(descriptor)  # for removal in order of use: file systems may not keep access times
                     return descriptor
         except OSError as error:
             lower = f", or lower data.cache_bytes ({self.limit_bytes}) below what its disk has room for"
@@ -115,17 +115,17 @@ class Cache:
             ) from None
 
     def remove_if_damaged(self, content: Content) -> bool:
-        """Read a whole entry and remove it if its bytes have changed since they were checked; True if so."""
+        """Read an entry and remove it if its bytes have changed since they were checked; return True if removed."""
         try:
             damaged = bool(content.problem(self.root / content.name))
         except FileNotFoundError:
-            return True  # removed by another process that found the same
+            return True  # another process has removed it
         if damaged:
             self.remove(content)
         return damaged
 
     def remove(self, content: Content) -> None:
-        """Remove an entry if it is there."""
+        """Remove an entry if it exists."""
         with self._alone():
             (self.root / content.name).unlink(missing_ok=True)
 
@@ -141,7 +141,7 @@ class Cache:
         return descriptor
 
     def _download(self, content: Content, fetch: Fetch) -> int | None:
-        """Download an entry and open it; None where another process did, or gave up its turn, while we waited."""
+        """Download an entry and open it; return None if another process held the lock and released it meanwhile."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         entry, partial = self.root / content.name, self.root / f".{content.name}.partial"
         with _turn(self.root / f".{content.name}.lock") as held:
@@ -154,7 +154,7 @@ class Cache:
                 with self._alone():
                     self._make_room(partial.stat().st_size)
                     os.replace(partial, entry)
-                    return os.open(entry, os.O_RDONLY)  # before anybody can remove it
+                    return os.open(entry, os.O_RDONLY)  # before another process can remove it
             except FetchError as error:
                 held.write(json.dumps(error.args))
                 raise
@@ -168,14 +168,14 @@ class Cache:
             yield
 
     def _make_room(self, size: int) -> None:
-        """Remove the least recently used entries until `size` bytes fit, and what dead downloads left behind."""
+        """Remove the least recently used entries until `size` bytes fit, and the partial files of dead downloads."""
         entries: list[tuple[int, int, str]] = []
         for item in os.scandir(self.root):
             if _ENTRY.fullmatch(item.name):
                 stat = item.stat()
                 entries.append((stat.st_mtime_ns, stat.st_size, item.path))
-            elif found := _PARTIAL.fullmatch(item.name):
-                self._remove_if_dead(found[1])
+            elif match := _PARTIAL.fullmatch(item.name):
+                self._remove_if_dead(match[1])
         excess = sum(entry[1] for entry in entries) + size - self.limit_bytes
         for _, freed, path in sorted(entries):
             if excess <= 0:
@@ -198,13 +198,14 @@ class Cache:
 
 @contextmanager
 def _turn(lock: Path) -> Iterator[TextIO | None]:
-    """Wait for a lock file and yield it, or None where its holder ended properly meanwhile.
+    """Wait for a lock file and yield it, or yield None if its holder finished meanwhile.
 
-    A holder removes the file before letting go of it, so whoever finds it removed has waited for somebody who is done;
-    what that one wrote into it is its failure. A file that is still there was left by a dead process, or is new.
+    A holder removes the file before releasing the lock, so a process that finds the file removed has waited for a
+    finished holder; the file then contains the holder's error, if any. A file that still exists is new or was left by a
+    dead process.
 
     Raises:
-        FetchError: the one that was waited for failed with it.
+        FetchError: the download of the holder failed.
     """
     with open(lock, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

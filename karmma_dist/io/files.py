@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and their hashes."""
+"""Writing of files so that each is complete or absent, and their hashes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,14 +20,14 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
-    """Write a file so that it is whole or not there, and what was there before stays until then.
+    """Write a file completely or not at all; an earlier file stays until the new one is complete.
 
-    Temporary name, fsync, rename. Who may read it is what the umask says, whatever its writer thinks of that:
-    safetensors' files are their owner's alone.
+    It is written under a temporary name, synced and renamed. The umask decides who may read it, whatever mode the
+    writer sets: safetensors writes files that only their owner may read.
 
     Args:
-        path: The file.
-        content: What to write, or what writes it under the path it is given.
+        path: Path of the file.
+        content: Bytes to write, or a function that writes the file to the given path.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -44,7 +44,7 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write compact JSON, whole or not at all."""
+    """Write compact JSON, completely or not at all."""
     write_whole(path, json_bytes(value))
 
 
@@ -54,6 +54,6 @@ def json_bytes(value: Any) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
+    """Return the hexadecimal sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

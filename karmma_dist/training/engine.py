@@ -8,6 +8,7 @@ Every method must be called by every rank unless it says otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -40,6 +41,15 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # Without this, DeepSpeed compiles a shared-memory extension at first use; a killed build blocks every later run.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# DeepSpeed imports the optimizer Muon, which no recipe uses; Muon calls torch.compile at import, and every rank would
+# spend a second on loading Inductor.
+_former = os.environ.get("TORCHDYNAMO_DISABLE")
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+with contextlib.suppress(ImportError):
+    import deepspeed.runtime.zero.muon.original_muon
+del os.environ["TORCHDYNAMO_DISABLE"]
+if _former is not None:
+    os.environ["TORCHDYNAMO_DISABLE"] = _former
 
 _logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Any section of a report for a terminal, by rich."""
+"""Print sections and tables of a report in a terminal, with rich."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from karmma_dist.evaluation.report.model import Cell, Section, Table
 
 
 def print_section(content: Section, console: Console) -> None:
-    """Print a section; whatever looks like markup of rich is text."""
+    """Print a section; rich markup in its text is not interpreted."""
     if content.heading:
         console.print(Text(content.heading, style="bold"), "")
     for sentence in content.sentences:
@@ -29,16 +29,16 @@ def print_table(content: Table, console: Console, has_asides: bool = True) -> No
     """Print a table with its title and caption.
 
     Args:
-        content: What is printed; whatever looks like markup of rich is text.
-        console: Where to.
-        has_asides: False if intervals and deviations take too much room.
+        content: Table to print; rich markup in its text is not interpreted.
+        console: Console to print to.
+        has_asides: False to leave out intervals and deviations, which take much room.
     """
     console.print(Text(content.title, style="bold"), _drawn(content, has_asides))
     console.print(*([Text(content.caption, style="dim")] if content.caption else []), "")
 
 
 def _drawn(content: Table, has_asides: bool) -> RichTable:
-    """A table as rich draws it; columns of figures are set right."""
+    """Return the table for rich; columns of figures are right-aligned."""
     drawn = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for place, heading in enumerate(content.columns):
         is_text = place in content.text_columns

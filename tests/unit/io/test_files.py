@@ -1,4 +1,4 @@
-"""A file is written whole or not at all, whatever happens in mid-write."""
+"""Tests that a file is written completely or not at all, even if the writer fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from karmma_dist.shards.format import MANIFEST
 BEFORE, AFTER = b"what was there before", b"what comes after it"
 
 
-def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path: Path) -> None:
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     for content in (BEFORE, AFTER, lambda temporary: temporary.write_bytes(BEFORE)):
         write_whole(path, content)
@@ -38,7 +38,7 @@ def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", [AFTER, lambda temporary: temporary.write_bytes(AFTER)], ids=["bytes", "writer"])
-def test_a_file_is_on_the_disk_before_it_gets_its_name(
+def test_a_file_is_synced_before_it_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | Callable[[Path], object]
 ) -> None:
     path = tmp_path / "file.bin"
@@ -55,8 +55,8 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(
     assert [item.name for item in tmp_path.iterdir()] == ["file.bin"]
 
 
-def test_everybody_may_read_a_file_whom_the_umask_lets(tmp_path: Path) -> None:
-    """Colleagues evaluate each other's runs; safetensors writes files that are their owner's alone."""
+def test_the_umask_decides_who_may_read_a_file(tmp_path: Path) -> None:
+    """Check it since colleagues evaluate each other's runs, but safetensors writes files for their owner only."""
 
     def secretive(temporary: Path) -> None:
         temporary.unlink()
@@ -84,7 +84,7 @@ def test_everybody_may_read_a_file_whom_the_umask_lets(tmp_path: Path) -> None:
         (lambda manifest: manifest.update(schema=0), "schema is 0"),
     ],
 )
-def test_a_manifest_that_somebody_changed_is_refused_in_one_line(
+def test_a_changed_manifest_is_refused_in_one_line(
     shards: Path, tmp_path: Path, change: Callable[[dict], object], said: str
 ) -> None:
     manifest = json.loads((shards / MANIFEST).read_text())

@@ -1,4 +1,4 @@
-"""A batch divides over ranks and passes within what a device takes; where it does not, the nearest that do are said."""
+"""Tests of the division of a batch over ranks and passes; an indivisible batch is refused with the nearest numbers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def recipe(name: str = "student", lanes: int = 0, slurm: dict[str, Any] | None =
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_recipe_runs_as_it_is_on_1_to_16_ranks(name: str, num_ranks: int) -> None:
+def test_every_shipped_recipe_divides_over_1_to_16_ranks(name: str, num_ranks: int) -> None:
     shipped = load_recipe(name)
     batch_size, limit = shipped.training.batch_size, shipped.training.max_micro_batch_size
     division = divide_batch(shipped, num_ranks)
@@ -73,7 +73,7 @@ def test_passes_are_equal_within_the_limit_and_the_fewest(num_ranks: int, rank_c
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.sampled_from([None, 1, 4, 100]))
-def test_a_given_accumulation_holds_whatever_the_limit(
+def test_a_given_accumulation_overrides_the_limit(
     num_ranks: int, accumulation: int, size: int, limit: int | None
 ) -> None:
     batch_size = num_ranks * accumulation * size
@@ -88,14 +88,14 @@ def test_without_either_setting_a_rank_takes_its_clips_at_once(num_ranks: int, r
     assert divide_batch(recipe(batch_size=num_ranks * rank_clips), num_ranks).accumulation == 1
 
 
-def test_a_batch_that_leaves_passes_much_smaller_than_the_limit_is_warned_of() -> None:
+def test_passes_much_smaller_than_the_limit_are_warned_of() -> None:
     division = divide_batch(recipe(batch_size=104, max_micro_batch_size=12), 8)
     assert str(division) == "104 = 8 ranks x 13 passes x 1 clip"
     assert "13 clips divide into no fewer than 13 passes of 1, though 12 fit" in division.warning
 
 
 @given(st.integers(1, 200), st.integers(1, 70), st.integers(1, 5), st.sampled_from([0, 1, 2, 3, 8]))
-def test_the_nearest_divide_and_nothing_nearer_does(
+def test_the_nearest_numbers_divide_and_no_nearer_ones(
     batch_size: int, num_ranks: int, accumulation: int, lanes: int
 ) -> None:
     def is_good(size: int, ranks: int) -> bool:
@@ -111,7 +111,7 @@ def test_the_nearest_divide_and_nothing_nearer_does(
 
 
 @given(st.integers(1, 200), st.integers(1, 70), st.integers(1, 5), st.sampled_from([0, 2, 3]))
-def test_what_the_error_says_to_type_works(batch_size: int, num_ranks: int, accumulation: int, lanes: int) -> None:
+def test_the_suggested_option_works(batch_size: int, num_ranks: int, accumulation: int, lanes: int) -> None:
     given_one = recipe(lanes=lanes, batch_size=batch_size, accumulation=accumulation)
     if batch_size % (num_ranks * accumulation) == 0:
         divide_batch(given_one, num_ranks)
@@ -131,14 +131,14 @@ def test_what_the_error_says_to_type_works(batch_size: int, num_ranks: int, accu
         divide_batch(given_one, int(num))
 
 
-def test_the_line_names_arithmetic_neighbours_and_what_to_type() -> None:
+def test_the_error_names_arithmetic_neighbours_and_option() -> None:
     assert indivisible(96, 7) == (
         "training.batch_size 96 does not divide over 7 ranks (96 = 13 x 7 + 5); the nearest batch sizes that do: "
         "91 or 98 (--set training.batch_size=98), the nearest numbers of ranks: 6 or 8"
     )
 
 
-def test_in_a_chain_the_recipe_is_named_and_what_is_done_is_not_looked_at() -> None:
+def test_a_chain_names_the_recipe_and_skips_finished_ones() -> None:
     chain = [recipe("teacher", batch_size=32), recipe("student", batch_size=96)]
     assert [str(division) for division in check_batches(chain, 8)] == [
         "32 = 8 ranks x 1 pass x 4 clips", "96 = 8 ranks x 1 pass x 12 clips"
@@ -150,7 +150,7 @@ def test_in_a_chain_the_recipe_is_named_and_what_is_done_is_not_looked_at() -> N
         check_batches(chain, 7, done={"teacher"})
 
 
-def test_a_run_is_the_same_run_on_other_ranks_and_devices() -> None:
+def test_a_run_is_the_same_on_other_ranks() -> None:
     first = recipe(batch_size=96)
     second = recipe(batch_size=96, accumulation=16, max_micro_batch_size=12)
     assert differing_fields(first, second) == {}
@@ -158,7 +158,7 @@ def test_a_run_is_the_same_run_on_other_ranks_and_devices() -> None:
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of runs, and the repository as the working directory."""
+    """Return an empty folder of runs, with the repository as the working directory."""
     monkeypatch.chdir(ROOT)
     return tmp_path / "runs"
 
@@ -170,7 +170,7 @@ def finish_teacher(runs: Path) -> None:
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr."""
+    """Return the one line on stderr."""
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -189,7 +189,7 @@ def test_launch_refuses_ranks_that_do_not_divide_before_anything_starts(
     assert main(["launch", "epic_kitchens/distill", *where, "--set", f"runs_dir={runs}", *better]) == 0
 
 
-def test_launch_looks_at_what_each_job_still_has_to_train(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_checks_the_recipes_each_job_still_trains(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launch = ["launch", "--set", f"runs_dir={runs}", "--dry-run", "--gpus-per-node", "8"]
     assert main([*launch, "--slurm", "epic_kitchens/distill", "--nodes", "3"]) == 2
     assert said(capsys).startswith("error: epic_kitchens/teacher: training.batch_size 32 does not divide over 24 ranks")
@@ -202,7 +202,7 @@ def test_launch_looks_at_what_each_job_still_has_to_train(runs: Path, capsys: py
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_the_ranks_of_a_job_know_before_they_meet(
+def test_ranks_of_a_job_check_the_batch_before_joining(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
     finish_teacher(runs)
@@ -239,7 +239,7 @@ def test_doctor_counts_this_machines_gpus(
     assert main(["doctor", "--json"]) == 1
 
 
-def test_doctor_looks_at_the_ranks_of_a_slurm_job_too(runs: Path) -> None:
+def test_doctor_checks_the_ranks_of_a_slurm_job(runs: Path) -> None:
     odd = recipe(batch_size=100, slurm={"nodes": 2, "gpus_per_node": 8}).model_copy(update={"runs_dir": str(runs)})
     here, there = machine.check_batch([odd], 0)
     assert (here.state, here.found) == ("ok", "100 = 1 rank x 1 pass x 100 clips")

@@ -1,4 +1,4 @@
-"""Recipes: every file of recipes/ loads, and contradictions are refused."""
+"""Tests of recipes: every file of recipes/ loads, and contradictions are refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_contradiction_is_refused_in_one_line(minimal: str, override: str, mes
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_takes_fewer_modalities_than_its_clips_only_where_a_teacher_sees_the_others(minimal: str) -> None:
+def test_a_model_has_fewer_modalities_only_with_a_teacher(minimal: str) -> None:
     several = ["data.modalities=[video, audio]", "model.modalities=[audio]"]
     with pytest.raises(UserError, match="stage supervised has no teacher to see video"):
         load_recipe(minimal, several)
@@ -76,14 +76,14 @@ def test_a_model_takes_fewer_modalities_than_its_clips_only_where_a_teacher_sees
         load_recipe(minimal, [several[0], "model.encoders.video.name=small_video", "model.fusion=mean"])
 
 
-def test_a_run_is_found_by_name_under_runs_dir_or_by_path(minimal: str, tmp_path: Path) -> None:
+def test_a_run_is_found_by_name_or_path(minimal: str, tmp_path: Path) -> None:
     recipe = load_recipe(minimal, [f"runs_dir={tmp_path}/runs"])
     assert recipe.find_run("t/teacher") == tmp_path / "runs" / "t" / "teacher"
     (tmp_path / "elsewhere").mkdir()
     assert recipe.find_run(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
 
 
-def test_a_chain_holds_what_a_recipe_builds_on_first_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_holds_earlier_recipes_first_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "recipes"
     folder.mkdir()
@@ -104,7 +104,7 @@ def test_recipes_that_wait_for_each_other_are_refused(tmp_path: Path, monkeypatc
         load_chain("a")
 
 
-def test_the_published_settings_are_the_defaults_of_the_epic_kitchens_recipes() -> None:
+def test_epic_kitchens_recipes_have_the_published_settings() -> None:
     teacher, student = load_recipe("epic_kitchens/teacher"), load_recipe("epic_kitchens/distill")
     assert (teacher.model.width, teacher.model.num_layers, teacher.model.feedforward) == (768, 2, 768)
     assert (student.model.width, student.model.num_layers, student.model.feedforward) == (384, 1, 384)

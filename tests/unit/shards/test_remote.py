@@ -238,7 +238,7 @@ def test_a_url_without_packed_shards_is_one_line(server: Server, tmp_path: Path)
 
     refused(server.url + "/nothing", r"kitchen/nothing/manifest\.json: not found on the server: is this the URL")
     refused("http://127.0.0.1:1/kitchen", r"cannot be reached \(.*\), after 5 tries: check URL, network and password")
-    refused("gopherhole://x/y", "'gopherhole' is no protocol that fsspec knows")
+    refused("gopherhole://x/y", "'gopherhole' is not a protocol")
     server.faults[MANIFEST] = [lambda handler, _: handler.answer(200, b"<html>login</html>")] * 100
     refused(server.url, "not valid JSON, after 5 tries")
     server.faults[MANIFEST] = [lambda handler, _: handler.answer(200, b'{"schema": 99}')]
