@@ -19,6 +19,7 @@ from typing import Any
 import av
 import cv2
 
+from karmma_dist import __version__
 from karmma_dist.io.files import write_json
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.recording import Recording, is_of_the_machine
@@ -141,5 +142,5 @@ def _digest(recordings: Sequence[Recording], settings: dict[str, Any]) -> str:
         rates = {name: file.rate for name, file in recording.media.items()}
         clips = [dataclasses.asdict(clip) for clip in recording.clips]
         described.append([recording.name, recording.nominal_fps, rates, stamps, clips])
-    text = json.dumps([settings, described], sort_keys=True)
+    text = json.dumps([__version__, settings, described], sort_keys=True)  # other versions may cut otherwise
     return hashlib.sha256(text.encode()).hexdigest()
