@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 
 from karmma_dist.modalities.encode import num_frames_between
-from karmma_dist.modalities.recording import CUT_TOLERANCE_S, ClipRecord, MediaError, media_error
+from karmma_dist.modalities.recording import CUT_TOLERANCE_S, MOST_PIXELS, ClipRecord, MediaError, media_error
 
 _NUMBER = r"(\d+)\.jpe?g$"
 _PICTURE = re.compile(rf"(?:frame_|img_|image_)?{_NUMBER}", re.IGNORECASE)
@@ -34,6 +34,10 @@ _PACKED = re.compile(rf"flow_{_NUMBER}", re.IGNORECASE)
 _COMPONENT = re.compile(r"(?<![a-z])[uvxy](?=[_/])", re.IGNORECASE)
 _COMPONENT_FOLDER = re.compile(r"(?:flow_)?[uvxy]", re.IGNORECASE)
 _EXPECTED = {"video": "frame_0000000001.jpg", "flow": "u/frame_0000000001.jpg, flow_x_00001.jpg or flow_00001.jpg"}
+
+
+_MOST_BYTES = 1 << 28
+"""Bytes that a file of one frame may have: a larger one is another file, or declares a size that it has not."""
 
 
 class NumberedFrames:
@@ -126,6 +130,9 @@ class NumberedFrames:
             raise MediaError(self.modality, "decode", f"{name} is not a complete JPEG")
         packed = self.modality == "flow" and not component
         flag = cv2.IMREAD_UNCHANGED if packed else cv2.IMREAD_GRAYSCALE if component else cv2.IMREAD_COLOR
+        width, height = _jpeg_size(data)
+        if width * height > MOST_PIXELS:
+            raise MediaError(self.modality, "decode", f"{name} declares {width}x{height} pixels: too large")
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         if picture is None:
             raise MediaError(self.modality, "decode", f"{name} does not decode")
@@ -139,6 +146,10 @@ class NumberedFrames:
 
     def _bytes(self, member: tarfile.TarInfo | Path) -> bytes:
         try:
+            size = member.stat().st_size if isinstance(member, Path) else member.size
+            if size > _MOST_BYTES:
+                problem = f"{self.path.name}: {member.name} has {size:,} bytes, too many for a frame"
+                raise MediaError(self.modality, "decode", problem)
             if isinstance(member, Path):
                 return member.read_bytes()
             assert self._tar is not None
@@ -192,6 +203,20 @@ class NumberedFrames:
             raise MediaError(self.modality, "open", f"{self.path.name}: {known} and {name} have the same number")
         self._layout, self._width = layout, len(digits)
         self._members[component, number] = member
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Return width and height by a JPEG's start-of-frame marker (ITU-T T.81, B.2.2); (0, 0) if it has none."""
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = (int.from_bytes(data[place + at : place + at + 2], "big") for at in (5, 7))
+            return width, height
+        # Fill bytes and markers without a length are stepped over one by one.
+        has_length = marker not in (0x01, 0xFF) and not 0xD0 <= marker <= 0xD9
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big") if has_length else 1 if marker == 0xFF else 2
+    return 0, 0
 
 
 def _parse(name: str, modality: str) -> tuple[str, str, str] | None:

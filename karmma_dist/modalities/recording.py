@@ -95,6 +95,9 @@ def media_error(error: BaseException, modality: str, stage: str, text: str) -> M
     return MediaError(modality, stage, text)
 
 
+MOST_PIXELS = 1 << 26
+"""Pixels that a picture may have, 8192 x 8192: a header that declares more would only take memory."""
+
 CUT_TOLERANCE_S = 0.5
 """Seconds by which a stream may end before the end that its container declares; an earlier end counts as cut."""
 

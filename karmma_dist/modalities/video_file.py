@@ -22,7 +22,14 @@ from av.stream import Disposition
 from karmma_dist.errors import one_line
 from karmma_dist.modalities.encode import Geometry
 from karmma_dist.modalities.file_type import unusable_type
-from karmma_dist.modalities.recording import CUT_TOLERANCE_S, MediaError, Stretches, is_of_the_machine, media_error
+from karmma_dist.modalities.recording import (
+    CUT_TOLERANCE_S,
+    MOST_PIXELS,
+    MediaError,
+    Stretches,
+    is_of_the_machine,
+    media_error,
+)
 from karmma_dist.modalities.yuv import Orientation, ToI420, cropped
 
 INTERLEAVING_S = 1.0
@@ -71,6 +78,9 @@ class VideoFile:
         """Best video stream; None if the file has none. Cover art of a song does not count."""
         if self.video is not None and Disposition.attached_pic in self.video.disposition:
             self.video = None
+        if self.video is not None and self.video.width * self.video.height > MOST_PIXELS:
+            size = f"{self.video.width}x{self.video.height}"
+            raise MediaError("video", "open", f"{path.name}: declares {size} pixels: too large")
         self.damage = Stretches()
         """Stretches of the video that do not decode."""
         self.blank = Stretches()

@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 
+from karmma_dist.modalities import video_file
 from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.records import CutClip, Failure
@@ -365,3 +366,22 @@ def test_a_name_is_never_taken_for_a_protocol(
     failure(Path(name) / "secret.mp4", 0.0, 1.0)
     movie(raw / name / "good.mp4")
     assert numbers(stored(Path(name) / "good.mp4", 0.0, 0.4)) == list(range(10))
+
+
+def test_a_frame_that_declares_a_huge_picture_or_file_takes_no_memory(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "rgb", list(range(1, 31)))
+    path = folder / "frame_0000000011.jpg"
+    data = bytearray(path.read_bytes())
+    place = next(place for marker in (b"\xff\xc0", b"\xff\xc2") if (place := data.find(marker)) > 0)
+    data[place + 5 : place + 9] = (32_000).to_bytes(2, "big") * 2
+    path.write_bytes(data)
+    assert "32000x32000" in failure(folder, 0.1, 0.4)
+    with open(path, "r+b") as file:
+        file.truncate(8 << 30)
+    assert "bytes" in failure(folder, 0.1, 0.4)
+
+
+def test_a_movie_that_declares_a_huge_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = movie(tmp_path / "m.mkv", beeps=None)
+    monkeypatch.setattr(video_file, "MOST_PIXELS", 80 * 48 - 1)
+    assert "80x48" in failure(path, 0.0, 1.0)
