@@ -349,10 +349,10 @@ def run_rank(job: dict[str, Any]) -> None:
 
             with presence(case), mock.patch.object(TrainingClips, "batch", batch):
                 if job["skip_branches"]:
-                    # The guard, which would stop the ranks at the first step, looks away.
+                    # Disable the graph check, which would stop the ranks at the first step.
                     with (
                         mock.patch.object(KarmmaModel, "encode", encode_only_what_is_there),
-                        mock.patch.object(loop.Guard, "is_due", return_value=False),
+                        mock.patch.object(loop.GraphCheck, "is_due", return_value=False),
                     ):
                         loop.train(recipe, world, validate)
                 else:
