@@ -84,7 +84,7 @@ def test_a_rank_that_leaves_stops_waiting_ranks_with_its_reason(job: Callable[..
     assert raised.value.exit_code == 1
 
 
-def test_a_store_that_does_not_answer_means_that_rank_0_died() -> None:
+def test_a_store_that_never_answers_means_rank_0_died() -> None:
     server = dist.TCPStore("127.0.0.1", 0, None, True)
     rank = Heartbeat(server, 1, 2, NEVER_S)
     assert rank._beat() is None

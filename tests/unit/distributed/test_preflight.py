@@ -79,7 +79,7 @@ def test_existing_files_in_the_run_folder_stay(shards: Path, tmp_path: Path) -> 
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_rank_that_never_arrives_is_named_and_the_others_end() -> None:
+def test_a_rank_that_never_arrives_is_named() -> None:
     first, other = run_ranks([], [], None, timeout_s=6.0)
     assert first.failures[0].startswith("rank 2 (node unknown): did not arrive within 3 s (2 of 3 did)")
     assert len(first.failures) == 1
@@ -222,7 +222,7 @@ def test_many_ranks_with_one_failure_are_one_short_line() -> None:
     assert differences(ranks) == ["64 ranks from rank 0 (n1) to rank 63 (n16): no such shards folder"]
 
 
-def test_any_exception_of_a_check_is_a_failure_in_one_line() -> None:
+def test_any_exception_of_a_check_is_one_failure_line() -> None:
     facts: dict[str, Any] = {"failures": []}
 
     def fail() -> None:
@@ -276,7 +276,7 @@ def test_other_ranks_tell_the_node_under_torchrun() -> None:
     assert planned == {0: "n1", 1: "n1", 2: "n2", 3: "n2", 4: "node number 2", 5: "node number 2"}
 
 
-def test_a_file_with_the_token_of_another_preflight_is_not_seen(tmp_path: Path) -> None:
+def test_a_file_with_the_token_of_another_preflight_fails(tmp_path: Path) -> None:
     first, second = SharedFolderProbe(tmp_path, "a"), SharedFolderProbe(tmp_path, "a")
     first.create()
     assert second.sees(0)
