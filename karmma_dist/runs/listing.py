@@ -49,9 +49,9 @@ class Run:
     name: str
     folder: str
     state: str
-    """running, preempted, interrupted, stopped, finished or failed, as the run wrote it; died: the run wrote running, and
-    its process or job has ended; died?: the run has long been silent and its process cannot be checked from here;
-    damaged: state.json or recipe.yaml cannot be read."""
+    """State of the run. running, preempted, interrupted, stopped, finished or failed: as the run wrote it; died: the
+    run wrote running, but its process or job has ended; died?: the run has long been silent, and its process cannot be
+    checked from here; damaged: state.json or recipe.yaml cannot be read."""
     why: str | None
     """Cause of the state, in one line, if known."""
     step: int | None
