@@ -75,8 +75,8 @@ def difference(orders: Sequence[Sequence[str]]) -> str | None:
         parts = [f"leaves out {_some(missing)}"] if missing else []
         parts += [f"has {_some(extra)}, which rank 0 leaves out"] if extra else []
         if not parts:
-            place = next(i for i, names in enumerate(zip(first, order, strict=False)) if names[0] != names[1])
-            parts = [f"reaches {order[place]} where rank 0 reaches {first[place]}"]
+            index = next(i for i, names in enumerate(zip(first, order, strict=False)) if names[0] != names[1])
+            parts = [f"reaches {order[index]} where rank 0 reaches {first[index]}"]
         return f"rank {rank} {' and '.join(parts)}"
     return None
 

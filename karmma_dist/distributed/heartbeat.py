@@ -52,6 +52,10 @@ class Beat:
     """Reason why the rank left the job; empty while it takes part."""
 
 
+_NO_BEAT = Beat(0, -1, "starting", "no beat yet")
+"""The state of a rank that has published nothing."""
+
+
 class Heartbeat:
     """The heartbeat of one rank, a context manager around all of its work.
 
@@ -117,6 +121,8 @@ class Heartbeat:
         return None
 
     def __enter__(self) -> Heartbeat:
+        with contextlib.suppress(RuntimeError):  # the thread finds out whether rank 0 and its store are gone
+            self._write()  # a rank that dies within its first second is known to the others, too
         self._thread.start()
         return self
 
@@ -128,7 +134,7 @@ class Heartbeat:
         self._thread.join(_GRACE_S)
 
     def leave(self, reason: str) -> None:
-        """Tell the other ranks why this rank leaves the job, possibly before them."""
+        """Tell the other ranks why this rank leaves the job, without waiting at the last barrier."""
         self._work_ends.set()
         self._left = reason
         until = time.monotonic() + 3 * _BEAT_S
@@ -194,7 +200,7 @@ class Heartbeat:
         waited_s = time.monotonic() - since
         if waited_s <= limit_s:
             return None
-        beats = {rank: beat for rank in range(self._size) if (beat := self._read(rank)) is not None}
+        beats = {rank: self._read(rank) or _NO_BEAT for rank in range(self._size)}
         fewest = min(beat.marks for beat in beats.values())
         behind = {rank: beat for rank, beat in beats.items() if beat.marks == fewest}
         if fewest >= marks and len(behind) > 1:
@@ -224,11 +230,6 @@ _current: list[Heartbeat] = []
 def set_current(heartbeat: Heartbeat | None) -> None:
     """Set the heartbeat that this module's functions use; None: this process is alone."""
     _current[:] = [] if heartbeat is None else [heartbeat]
-
-
-def current() -> Heartbeat | None:
-    """Return this process's heartbeat; None if the process is alone."""
-    return _current[0] if _current else None
 
 
 def mark(doing: str, limit_s: float | None = None) -> None:

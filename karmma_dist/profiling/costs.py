@@ -299,18 +299,18 @@ def cost(profiled: ProfiledModel, subset: tuple[str, ...], flops: ClipFlops, wor
     )
 
 
-def fusion_cost(profiled: ProfiledModel, subset: tuple[str, ...], whole: KarmmaModel, workload: Workload) -> Cost:
+def fusion_cost(profiled: ProfiledModel, subset: tuple[str, ...], whole_model: KarmmaModel, workload: Workload) -> Cost:
     """Count the costs of the fusion block alone, with fused and with unfused attention.
 
     Args:
         profiled: Model of the block.
         subset: Modalities whose tokens the block gets.
-        whole: Whole model of the recipe on the meta device; it is not changed.
+        whole_model: Whole model of the recipe on the meta device; it is not changed.
         workload: Precision and batch for counting memory.
     """
-    block = deepcopy(whole.fusion_block).to(workload.dtype)
-    tokens = {m: whole.num_tokens[m] for m in subset}
-    in_block = [whole.num_tokens[m] for m in modalities_in_block(whole, subset)]
+    block = deepcopy(whole_model.fusion_block).to(workload.dtype)
+    tokens = {m: whole_model.num_tokens[m] for m in subset}
+    in_block = [whole_model.num_tokens[m] for m in modalities_in_block(whole_model, subset)]
     flops, flops_whole = (
         count_flops(block, meta_tokens(block, num))[1] for num in (sum(tokens.values()), sum(in_block))
     )

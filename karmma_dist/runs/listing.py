@@ -176,16 +176,16 @@ def _describe(
     epochs = training.get("epochs")
     job_id = None if state.get("job_id") is None else str(state["job_id"])
     age_s = max(0.0, now - _last_sign(run, state))
-    shown, why = _settle(state, jobs, age_s, _patience_s(training, metrics))
+    shown, cause = _settle(state, jobs, age_s, _patience_s(training, metrics))
     if recipe is None:
-        shown, why = "damaged", f"{run / 'recipe.yaml'} is missing or not a recipe"
+        shown, cause = "damaged", f"{run / 'recipe.yaml'} is missing or not a recipe"
     finished = shown == "finished"
     step = state.get("step", metrics.step)
     total = step if finished else epochs * metrics.steps_per_epoch if epochs and metrics.steps_per_epoch else None
     is_queued = shown == "preempted" and jobs is not None and jobs.get(job_id or "", "gone") not in _ENDED
     can_resume = recipe is not None and not finished and shown not in ("running", "damaged") and not is_queued
     return Run(
-        name=str(run.relative_to(top)) if run != top else run.resolve().name, folder=str(run), state=shown, why=why,
+        name=str(run.relative_to(top)) if run != top else run.resolve().name, folder=str(run), state=shown, why=cause,
         step=step, total_steps=total, epochs=epochs, loss=metrics.loss, best=_best(run, state) or metrics.best,
         job_id=job_id, host=state.get("host"), age_s=age_s,
         resume=_resume_command(run, recipe, state) if can_resume and recipe else None,
@@ -197,14 +197,15 @@ def _settle(
 ) -> tuple[str, str | None]:
     """Return the state to show and its cause, after checking state.json against the process and the Slurm job."""
     written = str(state.get("state", "damaged"))
-    why = next((one_line(state[name]) for name in ("why", "error", "reason") if state.get(name)), None)
+    cause = next((one_line(state[name]) for name in ("why", "error", "reason") if state.get(name)), None)
     job_id = state.get("job_id")
     job = None if jobs is None or job_id is None else jobs.get(str(job_id), "gone")
     if job in _WAITING and written in ("running", "preempted"):
-        cause = why if written == "preempted" else "its job was requeued while the run was running"
+        if written == "running":
+            cause = "its job was requeued while the run was running"
         return "preempted", f"{f'{cause}; ' if cause else ''}job {job_id} waits in the queue and resumes by itself"
     if written != "running":
-        return written, why
+        return written, cause
     alive = is_alive(state)
     if alive:
         return "running", None

@@ -72,7 +72,7 @@ def device_facts(world: World, environment: Mapping[str, str] = os.environ) -> d
     """Describe the device that training would use, after a small computation on it.
 
     Raises:
-        UserError: this local rank has no GPU of its own, its GPU computes wrong, or torch does not see the job's GPUs.
+        UserError: this local rank has no GPU, its GPU computes wrong sums, or torch does not see the job's GPUs.
     """
     if not torch.cuda.is_available():
         gpu_ids = environment.get("CUDA_VISIBLE_DEVICES") or environment.get("SLURM_JOB_GPUS")
@@ -175,7 +175,7 @@ def _shared_devices(ranks: Sequence[Facts]) -> list[str]:
 
 
 def _outliers(ranks: Sequence[Facts], values: Mapping[int, str], name: str, advice: str) -> list[str]:
-    """Describe each value that differs from the most common one in one line; among ties the first rank's is common.
+    """Describe each value that differs from the most common one in one line; the first rank's value wins ties.
 
     Args:
         ranks: Facts of all ranks.

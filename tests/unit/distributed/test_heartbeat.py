@@ -44,6 +44,22 @@ def test_every_rank_names_the_rank_whose_beat_stops(job: Callable[..., list[Hear
     assert ranks[0]._beat() == loss
 
 
+def test_a_rank_that_never_beat_is_the_one_that_is_named(job: Callable[..., list[Heartbeat]]) -> None:
+    ranks = job(3, NEVER_S)
+    for rank in (0, 1):
+        ranks[rank].mark("in step 2", 0.0)
+        ranks[rank]._write()
+    loss = ranks[0]._beat()
+    assert loss is not None
+    assert loss.startswith("rank 2 (")
+
+
+def test_a_rank_beats_before_its_work_begins(job: Callable[..., list[Heartbeat]]) -> None:
+    ranks = job(2, NEVER_S)
+    with ranks[1]:
+        assert ranks[0]._read(1) is not None
+
+
 def test_the_rank_with_the_fewest_marks_is_named(job: Callable[..., list[Heartbeat]]) -> None:
     ranks = job(3, NEVER_S)
     for rank in ranks:

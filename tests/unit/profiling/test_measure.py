@@ -143,10 +143,10 @@ def test_half_precisions_halve_only_fused_memory() -> None:
 def test_fusion_block_and_other_parts_add_up_to_the_model(
     demo: Models, role: str
 ) -> None:
-    profiled, whole, flops = demo[role]
+    profiled, whole_model, flops = demo[role]
     recipe = profiled.model
     for subset in subsets(profiled.modalities):
-        row = fusion_cost(profiled, subset, whole, Workload("fusion"))
+        row = fusion_cost(profiled, subset, whole_model, Workload("fusion"))
         model = meta_model(recipe, profiled.inputs, subset, profiled.heads)
         rest = [p for name, p in model.named_parameters() if not name.startswith("fusion.")]
         assert row.params_total + sum(p.numel() for p in rest) == sum(p.numel() for p in model.parameters())
@@ -156,8 +156,8 @@ def test_fusion_block_and_other_parts_add_up_to_the_model(
         heads = 2 * (1 + len(subset)) * recipe.fc_width * (recipe.width + sum(profiled.heads.values()))
         before = sum(flops.encoders[m] + flops.projections[m] for m in subset)
         assert before + round(1e9 * row.gflops) + heads == flops.alone(subset)
-        in_block = subset if whole.leaves_out else profiled.modalities
-        assert row.gflops_whole_model == fusion_cost(profiled, in_block, whole, Workload("fusion")).gflops
+        in_block = subset if whole_model.leaves_out else profiled.modalities
+        assert row.gflops_whole_model == fusion_cost(profiled, in_block, whole_model, Workload("fusion")).gflops
         assert row.tokens == model.num_tokens
 
 
