@@ -37,10 +37,10 @@ def profile(
 
     if measured:
         require_precision(precision)  # before minutes of counting
-    counted, subjects = profile_recipe(recipe, overrides, modalities, Workload(part, precision or "bf16", batch))
+    counted, models = profile_recipe(recipe, overrides, modalities, Workload(part, precision or "bf16", batch))
     if measured:
         with Progress() as report:
-            counted = measure(counted, subjects, repeats, report, precision)
+            counted = measure(counted, models, repeats, report, precision)
     if plot is not None:
         cost_bars(plot, counted)
     if as_json:

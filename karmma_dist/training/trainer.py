@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from karmma_dist.distributed.collectives import barrier, gather, highest, mean_over_ranks, store
-from karmma_dist.distributed.graph_check import Guard
+from karmma_dist.distributed.graph_check import GraphCheck
 from karmma_dist.distributed.heartbeat import START_S, mark
 from karmma_dist.distributed.process_group import process_group
 from karmma_dist.distributed.world import World, find_world
@@ -189,7 +189,7 @@ class Trainer:
         self.damage = DamageLog(recipe.run_dir, len(self.clips.clips), recipe.data.max_damaged_fraction, world.rank)
         self.averages = Averages()
         self.skips = Skips(recipe.training.max_skipped_steps, gather, self.engine.dtype == torch.float16)
-        self.guard = Guard(
+        self.graph_check = GraphCheck(
             self.engine.model, store(), world.rank, world.size, recipe.training.guard_every_steps,
             gathers=recipe.training.zero_stage == 3,
         )  # fmt: skip
@@ -291,12 +291,12 @@ class Trainer:
         """One forward and backward pass; the last of an accumulation updates the parameters."""
         torch.manual_seed(forward_seed(self.recipe.seed, forward, self.world.rank, self.world.size))
         batch = prepare(raw, self.recipe.inputs, self.engine.device, self.engine.dtype)
-        guarded = self.guard.is_due(step)
-        with self.guard.forward() if guarded else contextlib.nullcontext():
+        checked = self.graph_check.is_due(step)
+        with self.graph_check.forward() if checked else contextlib.nullcontext():
             logits = self.engine.forward(*batch.only(self.recipe.modalities, self.recipe.data.modalities))
         loss, parts = self.objective.loss(logits, batch)
-        if guarded:
-            self.guard.check(loss)
+        if checked:
+            self.graph_check.check(loss)
         self._mark(f"reducing the gradients of step {step + 1}")  # a rank that is not here yet keeps the others waiting
         self.engine.backward(loss)
         lr = learning_rate(

@@ -362,10 +362,10 @@ def run_rank(jobs: list[Job], shards: Path) -> None:
 
             with presence(case), mock.patch.object(TrainingClips, "batch", batch):
                 if job.skip_branches:
-                    # The check of the graph would stop the ranks at the first step.
+                    # The graph check would stop the ranks at the first step.
                     with (
                         mock.patch.object(KarmmaModel, "encode", encode_present_only),
-                        mock.patch.object(loop.Guard, "is_due", return_value=False),
+                        mock.patch.object(loop.GraphCheck, "is_due", return_value=False),
                     ):
                         loop.train(recipe, world, validate)
                 else:
