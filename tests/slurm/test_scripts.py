@@ -292,7 +292,7 @@ def test_a_chain_that_breaks_off_names_the_jobs_that_are_queued(
     )
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(UserError, match=r"sbatch refused: .*full; in the queue already: job 77: demo-teacher"):
+    with pytest.raises(UserError, match=r"sbatch refused: .*full; already in the queue: job 77: demo-teacher"):
         submit_jobs(plan_jobs(["demo/teacher", "demo/distill"]))
 
 
