@@ -293,7 +293,7 @@ def test_inputs_that_the_teacher_does_not_use_may_differ(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("distill", [{}, {"teacher": "a", "teachers": ["b"]}, {"teachers": ["a", "a"]}])
 def test_a_recipe_names_one_teacher_or_several_experts(tmp_path: Path, distill: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"either one 'teacher'|names 'a' twice"):
+    with pytest.raises(ValueError, match=r"either 'teacher'|lists 'a' twice"):
         make_recipe(tmp_path, distill=distill)
 
 
