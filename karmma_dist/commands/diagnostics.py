@@ -85,7 +85,7 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], distributed: bool, ti
 
 @click.group("bench")
 def bench_group() -> None:
-    """Measurements on this machine."""
+    """Measure speed on this machine."""
 
 
 @bench_group.command("loader")
@@ -117,7 +117,7 @@ def bench_loader_command(
 
 @click.group("recipe")
 def recipe_group() -> None:
-    """Recipes."""
+    """Show a recipe, or the schema of recipes."""
 
 
 @recipe_group.command("show")

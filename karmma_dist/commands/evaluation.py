@@ -32,7 +32,7 @@ from karmma_dist.commands.options import print_json
 )
 @click.option(
     "--submission", type=(click.Choice(["epic-kitchens", "something-something"]), click.Path(path_type=Path)),
-    metavar="FORMAT FILE", help="Leaderboard submission: epic-kitchens FILE.zip (or .pkl), something-something FILE.csv.",
+    metavar="FORMAT FILE", help="Leaderboard file: epic-kitchens FILE.zip (or .pkl), something-something FILE.csv.",
 )
 @click.option("--sls", help="Supervision levels of an Epic-Kitchens submission: pretraining,labels,data, e.g. 2,3,3.")
 @click.option(

@@ -157,8 +157,8 @@ def ask_scheduler(jobs: Sequence[SlurmJob]) -> list[str]:
     Raises:
         UserError: sbatch is missing or refused a job.
     """
-    answers = [_sbatch(job.command("--test-only")).stderr for job in jobs]
-    return [one_line(answer).removeprefix("sbatch: ") for answer in answers]
+    replies = [_sbatch(job.command("--test-only")).stderr for job in jobs]
+    return [one_line(reply).removeprefix("sbatch: ") for reply in replies]
 
 
 def _sbatch(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -28,7 +28,7 @@ class BatchDivision:
     accumulation: int
     micro_batch_size: int
     warning: str = ""
-    """Suggestion for a better setting; empty if there is nothing to improve."""
+    """Suggestion for a better setting; empty if none is needed."""
 
     def __str__(self) -> str:
         """Return the arithmetic: `96 = 8 ranks x 1 pass x 12 clips`."""

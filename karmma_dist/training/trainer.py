@@ -222,7 +222,7 @@ class Trainer:
         )
         self.engine.model.train()
         try:
-            self._catch_up(done)
+            self._restore_validation(done)
             traced = self.recipe.training.profile_steps if self.world.is_main else None
             with (
                 tracing(traced, self.recipe.run_dir, done, self.total_steps) as trace,
@@ -341,8 +341,8 @@ class Trainer:
         every = self.recipe.training.validate_every_epochs
         return step == 0 and (done == self.total_steps or bool(every and epoch and epoch % every == 0))
 
-    def _catch_up(self, done: int) -> None:
-        """If a validation is due at the resumed step, read its metrics from the log, or else run it."""
+    def _restore_validation(self, done: int) -> None:
+        """Read the metrics of a validation due at the resumed step from the log, or else run that validation."""
         if not done or not self._is_validated_after(done):
             return
         logged = gather([validation_at(self.recipe.run_dir, done)] if self.world.is_main else [])[0]
@@ -445,7 +445,7 @@ def train_chain(
 ) -> dict[str, dict[str, float]]:
     """Train recipes one after the other on the ranks that the environment describes. Every rank must call this.
 
-    Finished runs of the earlier recipes are used as they are, whatever settings they were trained with. `resume`
+    Finished runs of the earlier recipes are used as they are, regardless of the settings they were trained with. `resume`
     applies to the last recipe.
 
     Args:

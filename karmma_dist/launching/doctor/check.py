@@ -26,7 +26,7 @@ class Check:
     state: State
     found: str
     advice: str = ""
-    """What to do; empty if nothing needs to be done."""
+    """Advice on what to do; empty if nothing needs to be done."""
 
 
 def bounded(name: str, check: Callable[[], Iterable[Check]], limit_s: float) -> Callable[[], list[Check]]:

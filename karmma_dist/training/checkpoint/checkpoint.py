@@ -58,7 +58,7 @@ class Saved:
     state: dict[str, Any]
     """Further values that the trainer saved."""
     note: str
-    """How the checkpoint was saved and is resumed, for the log."""
+    """Note for the log on the layouts and versions that saved and resume the checkpoint."""
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -51,7 +51,7 @@ class Stop:
 
     @property
     def advice(self) -> str:
-        """How to resume the run."""
+        """Advice on resuming the run."""
         if self.reason == STOP_FILE:
             return f"remove the file {STOP_FILE} and run the same command again to resume"
         return "run the same command again to resume"

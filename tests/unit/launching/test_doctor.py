@@ -40,9 +40,9 @@ def fake_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def fake_probes(monkeypatch: pytest.MonkeyPatch, answers: list[dict[str, Any]], ended: str | None = None) -> None:
+def fake_probes(monkeypatch: pytest.MonkeyPatch, results: list[dict[str, Any]], ended: str | None = None) -> None:
     """Replace the results of all probes."""
-    monkeypatch.setattr(doctor, "run_probe", lambda *_: (answers, ended))
+    monkeypatch.setattr(doctor, "run_probe", lambda *_: (results, ended))
 
 
 def test_this_machine_can_import_and_decode() -> None:
@@ -243,11 +243,11 @@ def test_shards_of_recipes_are_checked(shards: Path, tmp_path: Path) -> None:
 
 
 def test_shared_memory_is_the_size_of_decoded_batches(tmp_path: Path) -> None:
-    one = recipe("x", tmp_path)
+    two_nodes = recipe("x", tmp_path)
     video, audio = 3 * 32 * 224 * 224, 2 * 32 * round(1.116 * 16_000)
-    assert machine.clip_bytes(one.inputs, one.data.modalities) == video + audio
+    assert machine.clip_bytes(two_nodes.inputs, two_nodes.data.modalities) == video + audio
     # 8 clips over 2 nodes, 2 workers, 3 batches ahead
-    assert machine.shared_memory_bytes(one) == 4 * (video + audio) * 2 * 3
+    assert machine.shared_memory_bytes(two_nodes) == 4 * (video + audio) * 2 * 3
     assert machine.shared_memory_bytes(recipe("x", tmp_path, accumulation=2)) == 2 * (video + audio) * 2 * 3
 
 

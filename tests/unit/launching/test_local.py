@@ -180,7 +180,7 @@ signal.pause()
     assert (process.returncode, err) == (130, "interrupted: the ranks were killed before they reported anything\n")
 
 
-def test_end_of_a_rank_is_noticed_if_another_thread_takes_sigchld() -> None:
+def test_rank_end_is_noticed_if_another_thread_takes_sigchld() -> None:
     program = """
 import signal, sys, threading, time
 from karmma_dist.launching import local
@@ -215,14 +215,14 @@ def test_command_that_cannot_start_leaves_the_signal_mask_unchanged() -> None:
     ],
 )
 def test_ranks_of_other_launchers_print_their_rank(
-    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ERROR_FILE):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     say("error: x")
-    assert capsys.readouterr().err.startswith(said)
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_message_about_a_lost_rank_is_shown_if_alone() -> None:

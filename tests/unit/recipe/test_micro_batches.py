@@ -138,7 +138,7 @@ def test_error_shows_arithmetic_alternatives_and_an_option() -> None:
     )
 
 
-def test_error_in_a_chain_names_the_recipe_and_skips_finished_ones() -> None:
+def test_chain_error_names_the_recipe_and_skips_finished_ones() -> None:
     chain = [recipe("teacher", batch_size=32), recipe("student", batch_size=96)]
     assert [str(division) for division in check_batches(chain, 8)] == [
         "32 = 8 ranks x 1 pass x 4 clips", "96 = 8 ranks x 1 pass x 12 clips"

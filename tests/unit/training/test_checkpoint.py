@@ -235,7 +235,7 @@ def test_newest_checkpoints_and_every_nth_epoch_are_kept(tmp_path: Path, shards:
     assert [path.name for path in kept] == [f"step-{step:08d}" for step in (10, 20, 22, 23)]
 
 
-def test_run_reset_to_an_earlier_checkpoint_continues_there_after_a_kill(
+def test_run_reset_to_an_earlier_checkpoint_continues_there(
     tmp_path: Path, shards: Path
 ) -> None:
     run = recipe(tmp_path, shards)

@@ -48,7 +48,7 @@ def test_sruns_variables_are_read() -> None:
         find_world({**slurm, "SLURM_PROCID": "x", "MASTER_ADDR": "n0"})
 
 
-def test_linear_decay_is_a_straight_line_back_to_the_start_rate() -> None:
+def test_linear_decay_is_a_line_back_to_start_lr() -> None:
     recipe = OptimizerRecipe(lr=1.0, start_lr=0.0, warmup_epochs=1, schedule="linear")
     rates = [learning_rate(recipe, step, 4, 13, 32) for step in range(13)]
     assert rates[:4] == pytest.approx([0.0, 0.25, 0.5, 0.75])
@@ -71,7 +71,7 @@ def test_scaling_without_a_batch_size_to_scale_from_is_refused() -> None:
 
 
 @given(st.integers(1, 20), st.integers(2, 30), st.floats(0, 2))
-def test_rate_starts_and_ends_at_start_lr_and_stays_below_lr(
+def test_rate_starts_and_ends_at_start_lr_and_peaks_at_lr(
     steps_per_epoch: int, epochs: int, warmup: float
 ) -> None:
     recipe = OptimizerRecipe(lr=1e-3, start_lr=1e-5, warmup_epochs=warmup)

@@ -43,12 +43,12 @@ def test_signal_sets_a_flag_and_determines_the_exit_code(
 
 
 @given(st.lists(st.sampled_from([None, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT]), min_size=1, max_size=4))
-def test_all_ranks_stop_for_the_reason_of_highest_priority(told: list[signal.Signals | None]) -> None:
+def test_all_ranks_stop_for_the_reason_of_highest_priority(signals: list[signal.Signals | None]) -> None:
     words: list[int] = []
 
     def answers(highest: Callable[[int], int]) -> list[Stop | None]:
         stops = []
-        for rank, number in enumerate(told):
+        for rank, number in enumerate(signals):
             with PreemptionHandler(rank, None, highest) as preemption:
                 if number is not None:
                     os.kill(os.getpid(), number)
@@ -58,17 +58,17 @@ def test_all_ranks_stop_for_the_reason_of_highest_priority(told: list[signal.Sig
     answers(lambda word: words.append(word) or word)  # type: ignore[func-returns-value]
     agreed = answers(lambda word: max(words))  # noqa: ARG005
     strength = {signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGINT: 3}
-    heard_by = [(strength[number], rank) for rank, number in enumerate(told) if number is not None]
+    heard_by = [(strength[number], rank) for rank, number in enumerate(signals) if number is not None]
     if not heard_by:
-        assert agreed == [None] * len(told)
+        assert agreed == [None] * len(signals)
         return
     rank = max(heard_by)[1]
-    number = told[rank]
+    number = signals[rank]
     assert number is not None
-    assert agreed == [Stop(number.name, rank)] * len(told)
+    assert agreed == [Stop(number.name, rank)] * len(signals)
 
 
-def test_stop_file_is_read_by_rank_0_and_prevents_a_start(tmp_path: Path) -> None:
+def test_stop_file_is_read_by_rank_0_and_prevents_starting(tmp_path: Path) -> None:
     refuse_stop_file(tmp_path)
     (tmp_path / STOP_FILE).touch()
     stop = PreemptionHandler(rank=0).agree(tmp_path)
@@ -79,7 +79,7 @@ def test_stop_file_is_read_by_rank_0_and_prevents_a_start(tmp_path: Path) -> Non
         refuse_stop_file(tmp_path)
 
 
-def test_the_time_limit_leaves_room_for_the_longest_step_and_save(tmp_path: Path) -> None:
+def test_time_limit_leaves_room_for_the_longest_step_and_save(tmp_path: Path) -> None:
     now = time.monotonic()
     assert PreemptionHandler(0, now - 1).agree(tmp_path) == Stop("time limit", 0)
     preemption = PreemptionHandler(0, now + 10_000)

@@ -48,9 +48,9 @@ def recipe(**changes: dict[str, Any] | str) -> Recipe:
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    one = World(0, 0, 1, "127.0.0.1", free_port())
-    with process_group(one):
-        yield one
+    single = World(0, 0, 1, "127.0.0.1", free_port())
+    with process_group(single):
+        yield single
 
 
 class Line(nn.Module):
@@ -69,7 +69,7 @@ def state_of(engine: Engine) -> list[Tensor]:
     """Return the parameters and the optimizer state."""
     inner = [value for state in engine._optimizer.state.values() for value in state.values()]
     masters = [p for group in engine._optimizer.param_groups for p in group["params"]]
-    return [torch.as_tensor(one).clone() for one in (*engine.full_state().values(), *masters, *inner)]
+    return [torch.as_tensor(value).clone() for value in (*engine.full_state().values(), *masters, *inner)]
 
 
 @pytest.mark.parametrize("loss_is_finite", [True, False])
@@ -149,7 +149,7 @@ def test_only_consecutive_skips_end_the_run_but_not_loss_scaling() -> None:
         skips.give_up_after_too_many(skips.record_skip(rank_step(True, ["a"])))
 
 
-def test_run_continues_after_a_bad_step_and_ends_after_too_many(
+def test_run_survives_a_bad_step_but_not_too_many(
     world: World, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check a run whose steps 2, and 7 to the end, are bad: 3 consecutive ones are too many, so it ends at step 9."""

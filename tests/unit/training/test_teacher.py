@@ -64,8 +64,8 @@ def test_ensemble_is_the_softmin_weighted_mean_of_the_clips_experts(
                 total, mixed = 0.0, torch.zeros(HEADS[head], dtype=torch.float64)
                 for e in [e for e in range(3) if has[e]]:
                     row = int(present_BM[:clip, e].sum())
-                    one = {MODALITIES[e]: inputs[MODALITIES[e]][row : row + 1]}
-                    logits = EXPERTS[e](one, torch.tensor([[True]]))[head][0].double() / temperature
+                    clip_inputs = {MODALITIES[e]: inputs[MODALITIES[e]][row : row + 1]}
+                    logits = EXPERTS[e](clip_inputs, torch.tensor([[True]]))[head][0].double() / temperature
                     weight = float(torch.tensor(-loss_E[e] / weight_temperature, dtype=torch.float64).exp())
                     mixed += weight * (logits if of_logits else logits.softmax(-1))
                     total += weight
@@ -105,7 +105,7 @@ def test_with_sharded_parameters_every_layer_runs_in_every_call(present: list[bo
         torch.testing.assert_close(taught[head], expected[head])
 
 
-def test_the_stage_mixes_cross_entropy_and_kl_and_logs_both_models() -> None:
+def test_stage_mixes_cross_entropy_and_kl_and_logs_both_models() -> None:
     torch.manual_seed(0)
     present_BM = torch.tensor([[True, True, True], [True, False, False]])
     batch = collate([None, None], MODALITIES, list(HEADS))
@@ -129,7 +129,7 @@ def test_the_stage_mixes_cross_entropy_and_kl_and_logs_both_models() -> None:
     assert members_of(teacher) == EXPERTS
 
 
-def test_expert_weights_follow_from_held_out_clips_and_survive_a_resume(tmp_path: Path) -> None:
+def test_expert_weights_use_held_out_clips_and_survive_a_resume(tmp_path: Path) -> None:
     """Check also that the validation split is not used, and that best weights share the run's held-out clips."""
     for seed, modality in enumerate(MODALITIES):
         expert = save_run(tmp_path, modality, [modality], seed, **held_out([modality], 0.1 + seed / 10))
@@ -188,8 +188,8 @@ def test_per_sample_weights_follow_from_the_loss_on_the_clip(
                 total, mixed = 0.0, torch.zeros(num, dtype=torch.float64)
                 for e in [e for e in range(3) if has[e]]:
                     row = int(present_BM[:clip, e].sum())
-                    one = {MODALITIES[e]: inputs[MODALITIES[e]][row : row + 1]}
-                    logits = experts[e](one, torch.tensor([[True]]))[head][0]
+                    clip_inputs = {MODALITIES[e]: inputs[MODALITIES[e]][row : row + 1]}
+                    logits = experts[e](clip_inputs, torch.tensor([[True]]))[head][0]
                     weight = float(logits.softmax(-1)[labels[head][clip]] ** (1 / weight_temperature))
                     mixed += weight * (logits if of_logits else logits.softmax(-1))
                     total += weight
@@ -219,9 +219,9 @@ def test_video_student_of_a_multimodal_teacher_matches_the_formulas(
     total = torch.zeros((), dtype=torch.float64)
     for clip in range(len(others)):
         rows = {m: int(present_BM[:clip, e].sum()) for e, m in enumerate(MODALITIES) if present_BM[clip, e]}
-        one = {m: batch.inputs[m][row : row + 1] for m, row in rows.items()}
-        taught = teacher(one, present_BM[clip : clip + 1])
-        logits = student({"video": one["video"]}, torch.tensor([[True]]))
+        clip_inputs = {m: batch.inputs[m][row : row + 1] for m, row in rows.items()}
+        taught = teacher(clip_inputs, present_BM[clip : clip + 1])
+        logits = student({"video": clip_inputs["video"]}, torch.tensor([[True]]))
         for head in HEADS:
             p, q = (taught[head][0] / 2).softmax(-1), (logits[head][0] / 2).softmax(-1)
             hard = -logits[head][0].log_softmax(-1)[batch.labels[head][clip]]
@@ -270,9 +270,9 @@ def test_teacher_trained_without_dropout_is_warned_about_in_one_line(
     run = save_run(tmp_path, "all", MODALITIES, data=data(teachers_dropout))
     save_model(make_model(MODALITIES), run.run_dir / "best", recipe=run)
     build(make_recipe(tmp_path, data=data(students_dropout), distill={"teacher": f"all{weights}"}))
-    told = [record.getMessage() for record in caplog.records if UNDROPPED in record.getMessage()]
-    assert len(told) == num_lines
-    assert all(line.startswith(f"{tmp_path}/all{weights}: ") and "\n" not in line for line in told)
+    warnings = [record.getMessage() for record in caplog.records if UNDROPPED in record.getMessage()]
+    assert len(warnings) == num_lines
+    assert all(line.startswith(f"{tmp_path}/all{weights}: ") and "\n" not in line for line in warnings)
 
 
 def test_only_multimodal_experts_are_warned_about_missing_dropout(

@@ -85,10 +85,10 @@ def test_accuracy_and_agreement_are_shares_of_clips() -> None:
     scores = {"verb": right["verb"].clone(), "noun": right["noun"].clone()}
     scores["verb"][0] = torch.tensor([0.0, 1.0])  # wrong
     scores["noun"][1] = torch.tensor([1.0, 0.0, 0.5])  # wrong
-    found = {name: float(share) for name, share in accuracies("train", scores, labels).items()}
-    assert found == {"train_accuracy": 0.5, "train_accuracy_verb": 0.75, "train_accuracy_noun": 0.75}
-    found = {name: float(share) for name, share in agreements(scores, right).items()}
-    assert found == {"agreement": 0.5, "agreement_verb": 0.75, "agreement_noun": 0.75}
+    result = {name: float(share) for name, share in accuracies("train", scores, labels).items()}
+    assert result == {"train_accuracy": 0.5, "train_accuracy_verb": 0.75, "train_accuracy_noun": 0.75}
+    result = {name: float(share) for name, share in agreements(scores, right).items()}
+    assert result == {"agreement": 0.5, "agreement_verb": 0.75, "agreement_noun": 0.75}
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=2, max_size=6), st.floats(-5, 5))
@@ -98,8 +98,8 @@ def test_entropy_is_equal_for_logits_and_log_probabilities(
     p = torch.tensor(weights) / sum(weights)
     expected = -sum(float(x) * math.log(float(x)) for x in p)
     for scores in (p.log()[None], p.log()[None] + shift):
-        found = entropies("teacher", {"verb": scores})
-        assert float(found["teacher_entropy_verb"]) == pytest.approx(expected, abs=1e-4)
+        result = entropies("teacher", {"verb": scores})
+        assert float(result["teacher_entropy_verb"]) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -170,15 +170,15 @@ def run(one_rank_world: World, shards: Path, tmp_path_factory: pytest.TempPathFa
         tmp_path_factory.mktemp("runs"), shards, epochs=2, profile_steps=[1, 3], peak_tflops=1.0,
         offload="optimizer", best_metric="noun_loss",
     )  # fmt: skip
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("karmma_dist").addHandler(handler)
     try:
         train(recipe, one_rank_world, measure)
     finally:
         logging.getLogger("karmma_dist").removeHandler(handler)
-    return recipe, "\n".join(said)
+    return recipe, "\n".join(messages)
 
 
 def test_log_has_every_metric(run: tuple[Recipe, str]) -> None:
@@ -197,12 +197,12 @@ def test_log_has_every_metric(run: tuple[Recipe, str]) -> None:
 
 
 def test_trace_holds_the_requested_steps(run: tuple[Recipe, str]) -> None:
-    recipe, said = run
+    recipe, messages = run
     with gzip.open(recipe.run_dir / "trace" / "rank0.json.gz") as file:
         events = json.load(file)["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("step ")}
     assert steps == {"step 1", "step 2"}
-    assert "trace written to" in said
+    assert "trace written to" in messages
 
 
 def test_setting_without_effect_on_a_cpu_is_logged_once(run: tuple[Recipe, str]) -> None:
