@@ -48,7 +48,7 @@ from karmma_dist.streaming.loader import TrainingClips
 from karmma_dist.streaming.order import Slice
 from karmma_dist.training import trainer as loop
 from karmma_dist.training.engine import Engine
-from karmma_dist.training.fault_tolerance.preemption import Interruption
+from karmma_dist.training.fault_tolerance.preemption import PreemptionHandler
 from karmma_dist.training.objectives import Distillation, soft_targets_of
 
 SHORT_CLIPS = ["inputs.video.num_frames=8", "inputs.video.short_side=56", "inputs.video.crop=56",
@@ -233,7 +233,7 @@ def bench_loop(repeats: int, world: World) -> None:
         pack(spec)
         recipe = _loop_recipe(folder, repeats)
         shards = ShardFolder(folder / "shards")
-        undisturbed = Interruption(world.rank, None, highest)
+        undisturbed = PreemptionHandler(world.rank, None, highest)
         trainer = loop.Trainer(recipe, world, shards, validate, lambda *_: None, undisturbed)
         clips = TrainingClips(shards, recipe.data, recipe.inputs, recipe.seed, 8)
         in_turn = InTurn(trainer, [clips.batch(Slice(0, step, step * 8, step * 8 + 8)) for step in range(BLOCK)])
