@@ -34,7 +34,7 @@ def test_torchruns_variables_are_read() -> None:
 
 @pytest.mark.parametrize("missing", list(TORCHRUN))
 def test_incomplete_environment_is_refused_naming_the_missing_variable(missing: str) -> None:
-    with pytest.raises(UserError, match=f"{missing} not"):
+    with pytest.raises(UserError, match=rf"but {missing} missing"):
         find_world({name: value for name, value in TORCHRUN.items() if name != missing})
 
 
@@ -42,7 +42,7 @@ def test_sruns_variables_are_read() -> None:
     slurm = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
     assert find_world({**slurm, "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}) == World(5, 1, 8, "n0", 29500)
     assert find_world({**slurm, "MASTER_ADDR": "n0"}).port == 20077
-    with pytest.raises(UserError, match="SLURM_LOCALID not"):
+    with pytest.raises(UserError, match="SLURM_LOCALID missing"):
         find_world({name: value for name, value in slurm.items() if name != "SLURM_LOCALID"})
     with pytest.raises(UserError, match="SLURM_PROCID=x is not a number"):
         find_world({**slurm, "SLURM_PROCID": "x", "MASTER_ADDR": "n0"})
