@@ -1,4 +1,4 @@
-"""What a file that is no video or audio container really is, by its first bytes."""
+"""Recognition, by its first bytes, of a file that is not a container of video or audio."""
 
 from __future__ import annotations
 

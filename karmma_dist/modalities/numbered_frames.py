@@ -37,7 +37,7 @@ _EXPECTED = {"video": "frame_0000000001.jpg", "flow": "u/frame_0000000001.jpg, f
 
 
 _MOST_BYTES = 1 << 28
-"""Bytes that a file of one frame may have: a larger one is another file, or declares a size that it has not."""
+"""Largest size in bytes of the file of one frame."""
 
 
 class NumberedFrames:
@@ -85,12 +85,12 @@ class NumberedFrames:
         A clip whose stop is its start has one frame.
 
         Args:
-            start: First number; 0: the first there is.
-            stop: Number after the last; None: all that follow.
-            num_lacking: Numbers that may lack at either end; more lack in a folder or tar that was extracted in part.
+            start: First number; 0 for the first that exists.
+            stop: Number after the last; None for all that follow.
+            num_lacking: Numbers that may be missing at either end; more are missing if a folder or tar was extracted in part.
 
         Raises:
-            MediaError: the clip has none of the frames, or lacks too many.
+            MediaError: none of the frames exist, or too many are missing.
         """
         stop = self.last + 1 if stop is None else max(stop, start + 1)
         numbers = range(max(start, self.first), min(stop, self.last + 1))

@@ -29,8 +29,8 @@ class ClipPictures:
     Args:
         fps: Rate of the stored pictures.
         makers: Maker of the sink, by modality.
-        aspect: Width of the source's pixels over their height; stored pixels are square, and where the source's are
-            not, entries in KEY.json say so: `"pixel_aspect": "4/3"`.
+        aspect: Width over height of the source's pixels. Stored pixels are square; if the source's are not, entries in
+            KEY.json state it: `"pixel_aspect": "4/3"`.
     """
 
     def __init__(self, fps: Fraction, makers: Mapping[str, SinkMaker], aspect: Fraction = _SQUARE) -> None:
@@ -131,7 +131,7 @@ def _pass_over_video(
 
 
 def _before_first(waiting: list[ClipRecord], first_s: float, file: VideoFile) -> Iterator[Outcome]:
-    """Yield and remove the clips that end before the first picture: the camera was not on yet, so they have none."""
+    """Yield and remove the clips that end before the first picture; they have no pictures."""
     for clip in list(waiting):
         if clip.stop_s is not None and clip.stop_s <= first_s:
             waiting.remove(clip)

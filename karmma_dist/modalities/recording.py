@@ -96,7 +96,7 @@ def media_error(error: BaseException, modality: str, stage: str, text: str) -> M
 
 
 MOST_PIXELS = 1 << 26
-"""Pixels that a picture may have, 8192 x 8192: a header that declares more would only take memory."""
+"""Largest number of pixels of a picture, 8192 x 8192; a damaged header could declare any number."""
 
 CUT_TOLERANCE_S = 0.5
 """Seconds by which a stream may end before the end that its container declares; an earlier end counts as cut."""
@@ -117,7 +117,7 @@ class Stretches:
             self.open = (time_s, problem)
 
     def end_all(self, time_s: float, problem: str) -> None:
-        """Make everything from `time_s` on, and an open stretch before it, one stretch with this problem."""
+        """Mark everything from `time_s` on as one stretch with this problem, including an open stretch before it."""
         self.open = (time_s if self.open is None else self.open[0], problem)
 
     def stop(self, time_s: float) -> None:

@@ -39,25 +39,25 @@ _CHECKED = {"err_detect": "crccheck+explode"}
 """Options of decoders: without them, checksums are not compared and errors are silently concealed."""
 
 _ESTIMATED_LENGTH = {"aac", "ac3", "amr", "eac3", "h264", "hevc", "loas", "m4v", "mpegvideo"}
-"""Formats without a header that declares their length: FFmpeg estimates it from the bit rate."""
+"""Formats whose length FFmpeg only estimates from the bit rate, because they have no header that declares it."""
 
 FILLED_S = 0.1
-"""Longest time before the first frame that this frame is shown for, where two frames are shorter."""
+"""Longest time in seconds before the first frame for which that frame is shown, if two frames are shorter."""
 
 _NUM_INTERVALS = 15
-"""Frames whose intervals tell the local frame rate."""
+"""Number of frames from which the local frame rate is determined."""
 
 
 def open_media(path: Path) -> Any:
-    """Open a container file for reading, and no other file, whatever its name or its content says.
+    """Open a container file for reading; neither its name nor its content can make FFmpeg open another file.
 
     Raises:
-        MediaError: it cannot be opened as a container.
+        MediaError: the file cannot be opened as a container.
     """
     try:
         if problem := unusable_type(path):
             raise MediaError("video", "open", f"{path.name}: {problem}")
-        # A bare name may be taken for a protocol of FFmpeg, as in `concat:a.mp4`.
+        # FFmpeg would take a name such as `concat:a.mp4` for a protocol.
         return av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file"})
     except (av.error.FFmpegError, OSError) as error:
         raise media_error(error, "video", "open", f"{path.name}: {reason(error)}") from None
@@ -84,7 +84,7 @@ class VideoFile:
         self.damage = Stretches()
         """Stretches of the video that do not decode."""
         self.blank = Stretches()
-        """Stretches in which the file has no frame at all."""
+        """Stretches without any frame in the file."""
         self._intervals: deque[float] = deque(maxlen=_NUM_INTERVALS)
         self.num_frames = 0
         """Frames decoded so far."""
@@ -103,8 +103,8 @@ class VideoFile:
     def fps(self) -> Fraction:
         """Frame rate around the frame that was decoded last; the file must have video.
 
-        It is the mean of the stream unless the frames here follow each other at another rate: the mean of a recording
-        with a pause is the rate of no part of it.
+        It is the mean rate of the stream unless the frames around here follow each other at another rate: no part of a
+        recording with a pause has its mean rate.
         """
         average, guessed = self.video.average_rate, self.video.guessed_rate
         if not average or not self._intervals:
@@ -118,9 +118,9 @@ class VideoFile:
         return Fraction(1 / interval_s).limit_denominator(1001)
 
     def frames(self) -> Iterator[tuple[float, av.VideoFrame]]:
-        """Yield (time, frame) in order of time; record what does not decode in `damage`, what is not there in `blank`.
+        """Yield (time, frame) in order of time; record stretches that do not decode in `damage`, gaps in `blank`.
 
-        It ends where the clock jumps back, as in files put together from several: nothing tells the time after that.
+        The iteration ends if the clock jumps back, as in concatenated files, because later times are unknown.
         """
         stream = self.video
         stream.codec_context.thread_count = 1
@@ -144,7 +144,7 @@ class VideoFile:
         self._check_end(stream, self.end_s, ends, self.damage)
 
     def _note_frame(self, frame: av.VideoFrame, time_s: float) -> None:
-        """Count a frame, note the time before it that no frame covers, and set where it ends."""
+        """Count a frame, record a gap before it, and set its end."""
         own_s = float((frame.duration or 0) * frame.time_base) if frame.time_base else 0.0
         if own_s > 0:
             self._intervals.append(own_s)
@@ -163,7 +163,7 @@ class VideoFile:
         Times are seconds from the start of the file; None if the frame follows the previous one.
 
         Args:
-            damage: Told where the stream ends if it was cut.
+            damage: Receives the end of the stream if the stream was cut.
         """
         with open_media(self.path) as container:
             stream = container.streams.best("audio")
@@ -181,12 +181,12 @@ class VideoFile:
 
     @property
     def duration_s(self) -> float | None:
-        """Length of the file in seconds by its container's word; None if it says nothing."""
+        """Declared length of the file in seconds; None without declaration."""
         return None if self._container.duration is None else float(self._container.duration / av.time_base)
 
     @property
     def numbers_samples(self) -> bool:
-        """True if the audio codec numbers its samples, so that any gap between frames is a lost frame."""
+        """True if the audio codec numbers its samples, so that any gap is lost audio."""
         stream = self._container.streams.best("audio")
         return stream is not None and stream.codec_context.name == "flac"
 
@@ -196,21 +196,21 @@ class VideoFile:
         return self._container.streams.best("audio") is not None
 
     def _check_end(self, stream: Any, end_s: float, ends: _Ends, damage: Stretches) -> None:
-        """Note damage where a stream ends before its container says, in seconds from the start of the file."""
+        """Record damage if a stream ends before its declared end; times are seconds from the start of the file."""
         declared_s = self._declared_end_s(stream)
         if declared_s is None and (file_end_s := self._declared_file_end_s()) is not None:
             last_s = max(ends.last_s - self._origin_s, end_s)
-            # A stream that ends well before the others ended by itself.
+            # A stream that ends well before the others was not cut.
             if last_s < file_end_s - CUT_TOLERANCE_S and end_s > last_s - INTERLEAVING_S:
                 declared_s = file_end_s
         if declared_s is not None and self.numbers_samples and stream.type == "audio" and end_s < declared_s - 0.015:
-            # Its frames close ranks over those that are lost, so that nothing tells where these were.
+            # The remaining frames are numbered anew, so the place of the lost ones is unknown.
             damage.end_all(0.0, f"{declared_s - end_s:.2f} of {declared_s:.2f} s are lost")
         elif declared_s is not None and end_s < declared_s - CUT_TOLERANCE_S:
             damage.start(end_s, f"ends at {end_s:.2f} of {declared_s:.2f} s")
 
     def _declared_end_s(self, stream: Any) -> float | None:
-        """Return where the stream ends as its container declares it, in seconds from the start of the file, or None."""
+        """Return the declared end of the stream in seconds from the start of the file, or None."""
         if self._container.format.name in _ESTIMATED_LENGTH:
             return None
         if stream.duration is not None:
@@ -219,23 +219,23 @@ class VideoFile:
         if tagged_s is None or file_end_s is None:
             return None
         end_s = tagged_s - max(self._origin_s, 0.0)
-        # The tag of a stream that was copied from a longer file says nothing about this one.
+        # A tag that was copied from a longer file is wrong here.
         return end_s if end_s < file_end_s + CUT_TOLERANCE_S else None
 
     def _declared_file_end_s(self) -> float | None:
-        """Return where the file ends as its header declares it, in seconds from its start, or None."""
+        """Return the end of the file that its header declares, in seconds from its start, or None."""
         if self._container.duration is None or self._container.format.name in _ESTIMATED_LENGTH:
             return None
-        # Some muxers count the duration from zero, others from the start: the smaller one is never wrong.
+        # Some muxers count the duration from zero, others from the start: use the smaller value.
         return float(self._container.duration / av.time_base) - max(self._origin_s, 0.0)
 
 
 class _Ends:
-    """Where the packets of any stream that were read so far end."""
+    """The end of the packets read so far, of all streams."""
 
     def __init__(self) -> None:
         self.last_s = 0.0
-        """End of the last of them on the container's own clock, in seconds."""
+        """Latest end of a packet on the container's clock, in seconds."""
 
     def add(self, packet: Any) -> None:
         """Note a packet."""
@@ -244,7 +244,7 @@ class _Ends:
 
 
 def _seconds_of_tag(text: str) -> float | None:
-    """Return the seconds of a tag such as `00:00:04.021000000`, or None if it is none."""
+    """Return the seconds of a tag such as `00:00:04.021000000`, or None if the text is not a time."""
     match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", text.strip("\0 "))
     return None if match is None else 3600 * int(match[1]) + 60 * int(match[2]) + float(match[3])
 
@@ -284,7 +284,7 @@ class Shrinker:
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation:
-    """Return how the frame is to be set upright, by its display matrix: turned, mirrored, or both."""
+    """Return the orientation that its display matrix gives a frame."""
     side_data: Any = frame.side_data
     matrix = next((data for data in side_data if data.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:

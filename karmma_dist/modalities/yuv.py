@@ -54,7 +54,7 @@ def size_of(picture: np.ndarray) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Orientation:
-    """How a decoded picture is set upright: rows and columns are exchanged, then either axis is mirrored."""
+    """The orientation of a decoded picture: to show it upright, transpose it, then mirror its axes."""
 
     is_transposed: bool = False
     mirrors_x: bool = False

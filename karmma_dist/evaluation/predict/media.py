@@ -24,7 +24,7 @@ from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.shards.folder import ShardFolder
 
 SPLIT, KEY = "clip", "clip"
-"""Of the one clip in the folder."""
+"""Split and key of the only clip in the folder."""
 
 LONG_S = 30.0
 """A model sees a fixed number of frames: of a longer clip it sees too little of any one action."""
@@ -100,10 +100,10 @@ def _from_media() -> dict[str, Storage]:
 
 
 def check_file(path: Path) -> None:
-    """See that there is such a file, and that it is none that FFmpeg only takes for a video.
+    """Check that a file exists and is not an archive, which FFmpeg would take for a video.
 
     Raises:
-        UserError: there is not, or it is an archive: of the pictures in one FFmpeg would make a video of its own.
+        UserError: the path is missing, a folder or an archive.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder: name a video file in it, or a clip's key")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 _MUXER = {"fflags": "+bitexact", "metadata_header_padding": "0"}
-"""Without the last, FFmpeg leaves 8 kB of room for tags in each file, an eighth of a second of sound."""
+"""Options of the muxer. By default FFmpeg reserves 8 kB for tags in each file."""
 
 
 def encode_flac(samples: np.ndarray) -> bytes:
@@ -56,10 +56,10 @@ containers to milliseconds."""
 
 
 _LONGEST_GAP_S = 3600.0
-"""A longer gap is an error of the clock: filling it with silence would only take memory."""
+"""Longest gap in seconds; a longer one is an error of the clock."""
 
 _MOST_MIXED_CHANNELS = 8
-"""FFmpeg knows how to mix layouts of up to so many channels."""
+"""Largest number of channels that FFmpeg mixes."""
 
 
 class Sound:
@@ -86,7 +86,7 @@ class Sound:
         """Append a decoded frame that starts at `time_s`.
 
         Returns:
-            False if it cannot be placed, nor any after it, because the clock jumps.
+            False if the frame and all later ones cannot be placed because the clock jumps.
         """
         if not self._is_continued_at(time_s, frame.samples / frame.sample_rate):
             return False
@@ -110,7 +110,7 @@ class Sound:
         return True
 
     def _is_continued_at(self, time_s: float, frame_s: float) -> bool:
-        """Note what is wrong with the time of a frame of some length; return False if nothing can come after it."""
+        """Record a gap or jump before a frame; return False if later frames cannot be placed."""
         if not self._layout:
             self._start_s = time_s
         late_s = time_s - self._expected_s
@@ -170,7 +170,7 @@ class Sound:
 
 
 def mean_of_channels(frame: av.AudioFrame) -> av.AudioFrame:
-    """Return the mean of all channels of a frame, float32 mono, for layouts that FFmpeg has no mixing rule for."""
+    """Return the mean of all channels of a frame, float32 mono, for layouts that FFmpeg cannot mix."""
     samples: np.ndarray = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
