@@ -87,7 +87,7 @@ class NumberedFrames:
         Args:
             start: First number; 0 for the first that exists.
             stop: Number after the last; None for all that follow.
-            num_lacking: Numbers that may be missing at either end; more are missing if a folder or tar was extracted in part.
+            num_lacking: Numbers that may be missing at either end. A partly extracted folder or tar lacks more.
 
         Raises:
             MediaError: none of the frames exist, or too many are missing.
