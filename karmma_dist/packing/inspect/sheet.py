@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from karmma_dist.io.files import write_whole
 from karmma_dist.modalities import MODALITIES, DecodeError, Pictures, Sheet
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip, ClipMetadata, DamageError
@@ -57,7 +58,7 @@ def draw_sheet(
         _caption(axes[0], clip, metadata, names)
         for axis, modality in zip(axes[1:], modalities, strict=True):
             _draw_cell(axis, folder, clip, metadata, modality)
-    figure.savefig(out_png, format="png")
+    write_whole(out_png, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def _draw_cell(axis: Axes, folder: ShardFolder, clip: Clip, metadata: ClipMetadata | None, modality: str) -> None:

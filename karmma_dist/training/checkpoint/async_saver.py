@@ -24,7 +24,7 @@ from torch import Tensor
 from karmma_dist.distributed.collectives import gather
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import write_json, write_whole
+from karmma_dist.io.files import remove, write_json, write_whole
 from karmma_dist.recipe import Recipe
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.checkpoint.checkpoint import checksum, complete, prune
@@ -207,10 +207,10 @@ class Saver:
 
 
 def _prepare(partial: Path) -> str | None:
-    """Remove what interrupted saves left and make the folder; returns what went wrong."""
+    """Remove what interrupted saves left, a link of such a name too, and make the folder; returns what went wrong."""
     try:
         for left in partial.parent.glob(".step-*.partial"):
-            shutil.rmtree(left)
+            remove(left)
         partial.mkdir(parents=True)
     except OSError as error:
         return _reason(error)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from karmma_dist.distributed.collectives import gather
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError, masked
+from karmma_dist.io.files import remove
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
 from karmma_dist.runs.folder import BEST, ENSEMBLE, read_state, write_state
@@ -55,8 +55,8 @@ def _look_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
             raise UserError(f"{start}: not a whole checkpoint: {damage}: resume another one, or with --resume auto")
     if not start:
         names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
-        for left in (run_dir / name for name in names):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        for name in names:
+            remove(run_dir / name)
     run_dir.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run_dir / "recipe.yaml")
     write_state(run_dir, "running")

@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
+from karmma_dist.io import files, locks
 from karmma_dist.modalities.recording import ClipRecord, Recording
-from karmma_dist.packing import pack as pack_module
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.records import CutClip
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.packing.tars import lock, staging, writer
+from karmma_dist.packing.tars import staging
 from karmma_dist.packing.tars.lock import folder_lock
 from karmma_dist.packing.verify.repair import repair
 from karmma_dist.packing.verify.verify import verify
@@ -54,19 +54,20 @@ class SmallDisk:
             self.was_full = True
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def open(self, path: Path, mode: str = "r") -> IO[Any]:
+    def open(self, file: Path | int, mode: str = "r", opener: Callable[[str, int], int] | None = None) -> IO[Any]:
         if "r" in mode:
-            return open(path, mode)
+            return open(file, mode)
         self.use()
-        buffered = io.BufferedWriter(_SmallFile(path, mode.replace("b", ""), self), 4096)
-        return buffered if "b" in mode else io.TextIOWrapper(buffered)
+        if "a" in mode:
+            return open(file, mode, opener=opener)  # a lock, which stays empty
+        return io.BufferedWriter(_SmallFile(file, mode.replace("b", ""), self), 4096)
 
     @contextmanager
     def filled(self) -> Iterator[None]:
         """Write the files of the block to this disk, and expect one clear error if it gets full."""
         message = ""
         with pytest.MonkeyPatch.context() as patch:
-            for module in (writer, pack_module, lock):
+            for module in (files, locks):
                 patch.setattr(module, "open", self.open, raising=False)
             patch.setattr(os, "fsync", self._counted(os.fsync))
             patch.setattr(os, "mkdir", self._counted(os.mkdir, lambda path, *_: not Path(path).exists()))
@@ -88,8 +89,8 @@ class SmallDisk:
 
 
 class _SmallFile(io.FileIO):
-    def __init__(self, path: Path, mode: str, disk: SmallDisk) -> None:
-        super().__init__(path, mode)
+    def __init__(self, file: Path | int, mode: str, disk: SmallDisk) -> None:
+        super().__init__(file, mode)
         self._disk = disk
 
     def write(self, data: Any) -> int:
@@ -159,21 +160,42 @@ def test_a_disk_full_at_any_write_leaves_nothing_complete(
     assert folder_bytes(out) == packed_sounds
 
 
+REDIRECTION = """
+import os
+plain_open = os.open
+def redirected(path, flags, *arguments, **named):
+    if flags & os.O_CREAT and os.path.basename(path).startswith({name!r}):
+        return plain_open({to!r}, os.O_WRONLY)
+    return plain_open(path, flags, *arguments, **named)
+os.open = redirected
+"""
+
+
+@contextmanager
+def redirected(name: str, to: Path, folder: Path) -> Iterator[None]:
+    """Let this process and those it starts write to another place what they create under names that begin so."""
+    code = REDIRECTION.format(name=name, to=str(to))
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", os.open)  # put back at the end
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        exec(code, {})
+        yield
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_disk_full_while_cutting_is_one_line(
     frames: Path, packed_frames: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
     out = tmp_path / "out"
-    (out / ".staging").mkdir(parents=True)
-    full = out / ".staging/.000001-P02_01.tar.partial"
-    full.symlink_to("/dev/full")
-    assert main(command(frames, out, workers=workers)) == 2
+    with redirected(".000001-P02_01.tar.", Path("/dev/full"), tmp_path / "site"):
+        assert main(command(frames, out, workers=workers)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("cut: ", "write: "))]
     assert errors == [f"error: {out}: disk full: free some space and pack again, what is cut is kept"]
     assert not (out / "failures.jsonl").exists()
     assert (out / ".staging/000000-P01_01.result.json").is_file() or workers > 1  # the other may not be done yet
     expect_nothing_looks_whole(out, packed_frames)
-    full.unlink()
     assert main(command(frames, out, workers=workers)) == 0
     assert folder_bytes(out) == packed_frames
 
@@ -400,11 +422,10 @@ def test_ctrl_c_while_workers_start_is_one_line(stuck: tuple[Path, list[Path]], 
 def test_after_a_kill_inside_a_shard_the_rerun_completes(
     frames: Path, packed_frames: dict[str, str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    pipe = out / ".train-000001.tar.partial"
+    out, pipe = tmp_path / "out", tmp_path / "pipe"
     os.mkfifo(pipe)
-    process = start(frames, out)
+    with redirected(".train-000001.tar.", pipe, tmp_path / "site"):
+        process = start(frames, out)
     with open(pipe, "rb", buffering=0) as shard:  # waits for the packer that writes it
         assert shard.read(512).startswith(b"P0")
         os.kill(process.pid, signal.SIGKILL)
@@ -412,7 +433,6 @@ def test_after_a_kill_inside_a_shard_the_rerun_completes(
     assert (out / "train-000000.tar").is_file()
     assert not (out / "train-000001.tar").exists()
     expect_nothing_looks_whole(out, packed_frames)
-    pipe.unlink()
     assert main(command(frames, out, workers=1)) == 0
     assert folder_bytes(out) == packed_frames
 
