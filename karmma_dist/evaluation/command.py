@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import Console
 
 from karmma_dist.errors import UserError
@@ -40,6 +39,7 @@ from karmma_dist.models.model_card import CARD, ModelCard
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.settings import read_tree, validate
+from karmma_dist.terminal import print_line
 
 RUNS = Path("runs")
 """Where runs are looked for, and where comparisons go."""
@@ -146,15 +146,15 @@ def print_answer(found: Answer, as_text: bool) -> None:
     for one in found.done.values():
         if not one.results.rows:
             split = one.data.validation_split
-            click.echo(f"split '{split}' has no labels: predictions only, nothing is scored", err=True)
+            print_line(f"split '{split}' has no labels: predictions only, nothing is scored", err=True)
     if as_text and found.report is not None:
         for name, one in found.done.items():
             terminal.print_table(terminal_rows(one.results, name), Console())
-        click.echo(f"report: {found.report}")
+        print_line(f"report: {found.report}")
     for name, one in found.done.items():
         summary = one.results.summary
         if summary.num_damaged:
-            click.echo(
+            print_line(
                 f"{name}: {summary.num_damaged} clips are damaged and not counted, the first: "
                 f"{summary.damage[0]} (karmma-dist verify names them all)", err=True,
             )  # fmt: skip
