@@ -88,7 +88,12 @@ def remove(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a name, new at every call, for what becomes `path` when it is whole; it is in the same folder."""
+    """Return a name, new at every call, for what becomes `path` when it is whole; it is in the same folder.
+
+    Raises:
+        UserError: `path` is a device, a pipe or a socket, which a file would replace.
+    """
+    _refuse_device(path)
     _tidy(path.parent)
     short = path.name.encode(errors="surrogateescape")[:_MOST_NAME_BYTES].decode(errors="ignore")
     return path.with_name(f".{short}.{_short_machine()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
@@ -184,6 +189,16 @@ def remove_left(folder: Path) -> None:
                 is_dead = is_of_here and started_at(int(match[2])) is None
                 if is_dead or (not is_of_here and _age_s(folder, entry) > _LEFT_AFTER_S):
                     remove(Path(entry.path))
+
+
+def _refuse_device(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # nothing there, or nothing can be written there, which the writer finds out
+    is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
+    if not is_file or path.absolute().parent == Path("/dev"):
+        raise UserError(f"{path}: a device or pipe: name a file to write")
 
 
 def _age_s(folder: Path, entry: os.DirEntry[str]) -> float:

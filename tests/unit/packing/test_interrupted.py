@@ -4,6 +4,7 @@ the same command gives the bytes of a run that was never stopped."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -171,17 +172,30 @@ os.open = redirected
 """
 
 
+NO_FLOCK = """
+import fcntl, os
+def flock(*_):
+    raise OSError({code}, os.strerror({code}))
+fcntl.flock = flock
+"""
+
+
 @contextmanager
-def redirected(name: str, to: Path, folder: Path) -> Iterator[None]:
-    """Let this process and those it starts write to another place what they create under names that begin so."""
-    code = REDIRECTION.format(name=name, to=str(to))
+def running_first(code: str, folder: Path) -> Iterator[None]:
+    """Let this process run some code that replaces functions, and those that it starts before all else."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(code)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "open", os.open)  # put back at the end
+        patch.setattr(os, "open", os.open)  # both are put back at the end
+        patch.setattr(fcntl, "flock", fcntl.flock)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
         exec(code, {})
         yield
+
+
+def redirected(name: str, to: Path, folder: Path) -> AbstractContextManager[None]:
+    """Let this process and those it starts write to another place what they create under names that begin so."""
+    return running_first(REDIRECTION.format(name=name, to=str(to)), folder)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -464,3 +478,102 @@ def test_a_second_packer_is_one_line_and_exit_code_2(
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
     assert "another packer works" in shown.err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, 524])
+def test_on_a_file_system_without_flock_two_workers_pack_the_same_bytes_and_say_once_how(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path, code: int
+) -> None:
+    out = tmp_path / "out"
+    with running_first(NO_FLOCK.format(code=code), tmp_path / "site"):
+        process = start(frames, out)
+        _, errors = end_of(process)
+    assert process.returncode == 0
+    (said,) = errors
+    assert said.startswith(f"{out}: this file system has no flock (")
+    assert folder_bytes(out) == packed_frames
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_without_flock_a_second_packer_is_refused_and_a_killed_one_blocks_nobody(
+    frames: Path, packed_frames: dict[str, str], stuck: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    (raw, pipes), out = stuck, tmp_path / "out"
+    with running_first(NO_FLOCK.format(code=errno.ENOSYS), tmp_path / "site"):
+        process = start(raw, out)
+        held = [open(path, "wb") for path in pipes]  # noqa: SIM115 - each waits for the worker that reads it
+        second = start(frames, out)
+        _, errors = end_of(second)
+        assert second.returncode == 2
+        assert errors[-1] == f"error: {out}: another packer works in this folder: wait for it or choose another --out"
+        os.kill(process.pid, signal.SIGKILL)
+        end_of(process)
+        for file in held:
+            file.close()
+        expect_nothing_looks_whole(out, packed_frames)
+        mend(frames, raw, pipes)
+        assert main(command(raw, out, workers=1)) == 0
+    assert folder_bytes(out) == packed_frames
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_without_flock_parts_are_packed_side_by_side(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with running_first(NO_FLOCK.format(code=errno.ENOSYS), tmp_path / "site"):
+        words = [sys.executable, "-m", "karmma_dist", *command(frames, out, workers=1), "--part"]
+        parts = [subprocess.Popen([*words, f"{number}/2"], stderr=subprocess.DEVNULL) for number in (1, 2)]
+        assert [part.wait(HANGS_S) for part in parts] == [0, 0]
+        if not (out / "manifest.json").is_file():  # both looked before the other one was done: neither assembled
+            assert main([*command(frames, out, workers=1), "--part", "1/2"]) == 0
+    assert folder_bytes(out) == packed_frames
+
+
+PLANTED = [
+    "manifest.json", "failures.jsonl", "train-000000.tar", "train-000000.index.json", ".staging/000000-P01_01.tar",
+    ".staging/000000-P01_01.result.json", ".train-000000.tar.partial", ".manifest.json.partial",
+    ".staging/.000000-P01_01.tar.partial",
+]  # fmt: skip
+
+
+def test_no_link_in_the_folder_is_written_through(sounds: Path, packed_sounds: dict[str, str], tmp_path: Path) -> None:
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    (out / ".staging").mkdir(parents=True)
+    victim.write_bytes(b"kept")
+    for name in PLANTED:
+        (out / name).symlink_to(victim)
+    (out / "manifest.json").unlink()  # a manifest that is none is refused
+    pack(sound_spec(sounds, out))
+    assert victim.read_bytes() == b"kept"
+    assert folder_bytes(out) == packed_sounds
+    assert not any(path.is_symlink() for path in out.iterdir() if not path.name.startswith("."))
+
+
+def test_staging_that_leads_elsewhere_is_refused(sounds: Path, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_bytes(b"kept")
+    (out / ".staging").symlink_to(elsewhere)
+    with pytest.raises(UserError, match=r"\.staging: is a symbolic link, .*: remove it"):
+        pack(sound_spec(sounds, out))
+    assert [path.name for path in elsewhere.iterdir()] == ["kept"]
+
+
+def test_what_a_killed_packer_left_is_removed_by_the_next_one(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path
+) -> None:
+    out, pipe = tmp_path / "out", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with redirected(".train-000001.tar.", pipe, tmp_path / "site"):
+        process = start(frames, out)
+    with open(pipe, "rb", buffering=0) as shard:  # waits for the packer that writes it
+        assert shard.read(1)
+        for folder in (out, out / ".staging"):
+            (folder / f".x.tar.{files._short_machine()}-{process.pid}-0123abcd.partial").write_bytes(b"half")
+        os.kill(process.pid, signal.SIGKILL)
+        end_of(process)
+    assert main(command(frames, out, workers=1)) == 0
+    assert folder_bytes(out) == packed_frames
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
