@@ -46,7 +46,7 @@ class RecordedPlan:
             ValueError: a field is missing or of another type.
         """
         clips = plan.nested("clips")
-        _check_splits(clips, "clips")
+        _check_splits(clips, plan.path_of("clips"))
         return cls(
             plan.whole_or_null("limit"), {split: clips.whole(split) for split in clips}, plan.text("sha256", _SHA256),
             plan.others("limit", "clips", "sha256"),
