@@ -15,7 +15,7 @@ import click
 
 from karmma_dist.commands import diagnostics, evaluation, packing, training
 from karmma_dist.errors import LostRank, Stopped, UserError, one_line, say
-from karmma_dist.terminal import keep_logs_harmless, print_line
+from karmma_dist.terminal import keep_warnings_harmless, print_line
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -48,7 +48,7 @@ for command in (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code."""
-    keep_logs_harmless()
+    keep_warnings_harmless()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         cli(args=given, prog_name="karmma-dist", standalone_mode=False, obj=given)

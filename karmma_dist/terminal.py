@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -59,10 +60,18 @@ class _HarmlessFormatter(logging.Formatter):
         return harmless_lines(super().format(record))
 
 
-def keep_logs_harmless() -> None:
-    """Let messages of loggers that nobody has configured, which go to stderr, be `harmless` too."""
+def keep_warnings_harmless() -> None:
+    """Let warnings, and messages of loggers that nobody has configured, which go to stderr too, be `harmless_lines`."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_HarmlessFormatter())
+    warnings.formatwarning = _harmless_warning
+
+
+_format_warning = warnings.formatwarning
+
+
+def _harmless_warning(*arguments: Any, **named: Any) -> str:
+    return harmless_lines(_format_warning(*arguments, **named))
 
 
 def _escaped(code: int) -> str:

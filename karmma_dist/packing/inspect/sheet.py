@@ -15,6 +15,7 @@ from karmma_dist.io.files import write_whole
 from karmma_dist.modalities import MODALITIES, DecodeError, Pictures, Sheet
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip, ClipMetadata, DamageError
+from karmma_dist.terminal import harmless
 
 _CAPTION_WIDTH = 36
 _ROW_INCHES, _CAPTION_INCHES, _CELL_INCHES = 1.5, 2.8, 5.6
@@ -90,7 +91,7 @@ def _caption(axis: Axes, clip: Clip, metadata: ClipMetadata | None, names: dict[
             f"{metadata.split}, {span}",
             f"\u201c{metadata.narration}\u201d" if metadata.narration else "",
         ]
-    wrapped = [short for line in lines for short in textwrap.wrap(line, _CAPTION_WIDTH)]
+    wrapped = [short for line in lines for short in textwrap.wrap(harmless(line), _CAPTION_WIDTH)]
     # Dollar signs would start a formula.
     text = "\n".join(wrapped).replace("$", r"\$")
     axis.text(0, 1, clip.key, fontsize=10, va="top", weight="bold", transform=axis.transAxes)
