@@ -237,6 +237,9 @@ def _checked(folder: Path, about: Any) -> dict[str, Any]:
             f"{folder}: {POSITION} is not one that this version writes"
             f"{f' (karmma-dist {wrote} did)' if wrote else ''}: resume with that one, or start over with --resume never"
         )
+    outside = next((name for name in about["files"] if name in ("", "..") or Path(name).name != name), None)
+    if outside is not None:
+        raise UserError(f"{folder}: {POSITION}: files names '{outside}', which is not in the folder")
     return about
 
 
