@@ -15,6 +15,7 @@ import click
 
 from karmma_dist.commands import diagnostics, evaluation, packing, training
 from karmma_dist.errors import LostRank, Stopped, UserError, one_line, say
+from karmma_dist.terminal import keep_warnings_harmless, print_line
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -34,7 +35,7 @@ def demo(out: Path) -> None:
 
     with Progress() as report:
         path = run_demo(out, report)
-    click.echo(path)
+    print_line(path)
 
 
 for command in (
@@ -47,6 +48,7 @@ for command in (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: that of this process) and return its exit code."""
+    keep_warnings_harmless()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         cli(args=given, prog_name="karmma-dist", standalone_mode=False, obj=given)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +30,7 @@ from karmma_dist.evaluation.report.write import RESULTS, write_report
 from karmma_dist.evaluation.results import parse_results
 from karmma_dist.evaluation.run import Evaluated, carry_out
 from karmma_dist.evaluation.statistics.compare import parse_comparison
-from karmma_dist.io.files import write_json
+from karmma_dist.io.files import whole_folder, write_json
 from karmma_dist.models.weights import own_weights
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
@@ -149,10 +148,9 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _make_raw(raw: Path, report: Report) -> None:
     """Write the recordings under a temporary name and rename them, so that the folder is complete or absent."""
-    partial_raw = raw.with_name(".raw.partial")
-    shutil.rmtree(partial_raw, ignore_errors=True)
-    write_kitchen(partial_raw, seed=_SEED, progress=report)
-    partial_raw.rename(raw)
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(raw) as partial_raw:
+        write_kitchen(partial_raw, seed=_SEED, progress=report)
 
 
 def _recipes(out: Path) -> dict[str, Recipe]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
+
+from karmma_dist.terminal import print_line
 
 ERROR_FILE = "KARMMA_DIST_ERROR_FILE"
 """Environment variable by which `karmma-dist launch` gives a rank the path of the file for its last line."""
@@ -71,13 +71,14 @@ def say(line: str, of_another: bool = False) -> None:
     file = os.environ.get(ERROR_FILE)
     if file:
         try:
-            with Path(file).open("a") as target:
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            with open(descriptor, "a") as target:
                 target.write((LOST_RANK if of_another else "") + line + "\n")
             return
         except OSError as error:
             line = f"{line} (not left in {file}: {error.strerror})"
     rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if "SLURM_STEP_NUM_TASKS" in os.environ else None)
-    print(f"rank {rank}: {line}" if rank not in (None, "0") else line, file=sys.stderr, flush=True)
+    print_line(f"rank {rank}: {line}" if rank not in (None, "0") else line, err=True)
 
 
 def nearest(word: str, choices: list[str]) -> str:

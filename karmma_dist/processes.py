@@ -1,4 +1,4 @@
-"""Child processes that end together with their parent, even if the parent is killed.
+"""This process and others: which of them run, and child processes that end together with their parent.
 
 A worker of `multiprocessing` watches its parent from a thread (`end_with_parent`). The kernel could kill it instead,
 but would do so as soon as the starting thread ends, which need not be the parent's main thread. Another program cannot
@@ -16,11 +16,33 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
 _PR_SET_PDEATHSIG = 1
+
+
+def machine() -> str | None:
+    """Return the boot and the pid namespace that pids of this process mean something in; None where nobody can tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None  # not Linux
+
+
+def started_at(pid: int) -> int | None:
+    """Return when a process of this machine began, in clock ticks since boot; None if it is gone.
+
+    Pids are used again, these pairs are not.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 @contextlib.contextmanager

@@ -174,9 +174,9 @@ def validate(tree: dict[str, Any], cls: type[S], where: str) -> S:
         raise UserError(f"{where}: " + "; ".join(_explain(e, cls) for e in error.errors())) from None
 
 
-def dump(settings: Settings) -> str:
-    """Return the settings as YAML with every field."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump(settings: Settings, *, in_ascii: bool = False) -> str:
+    """Return the settings as YAML with every field; with `in_ascii`, other characters are escaped in quotes."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=not in_ascii)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -9,6 +9,7 @@ import click
 
 from karmma_dist.commands.options import print_json, set_option
 from karmma_dist.errors import UserError
+from karmma_dist.terminal import harmless_lines, print_line
 
 
 @click.command()
@@ -48,7 +49,7 @@ def profile(
     else:
         print_profile(counted)
     if plot is not None:
-        click.echo(f"plot: {plot}", err=as_json)
+        print_line(f"plot: {plot}", err=as_json)
 
 
 @click.command()
@@ -128,7 +129,9 @@ def recipe_show(recipe: str, overrides: tuple[str, ...]) -> None:
     from karmma_dist.recipe import load_recipe
     from karmma_dist.settings import dump
 
-    click.echo(dump(load_recipe(recipe, overrides)), nl=False)
+    resolved = load_recipe(recipe, overrides)
+    text = dump(resolved)
+    click.echo(text if harmless_lines(text) == text else dump(resolved, in_ascii=True), nl=False)
 
 
 @recipe_group.command("schema")

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from karmma_dist.commands.options import print_json
+from karmma_dist.terminal import print_line
 
 
 @click.command("eval")
@@ -74,7 +75,7 @@ def evaluate(
     if as_json:
         print_json(evaluation.content)
     for line in evaluation.export():
-        click.echo(line, err=as_json)
+        print_line(line, err=as_json)
     if evaluation.is_damaged:
         sys.exit(1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from karmma_dist.commands.options import Part, print_json, set_option
+from karmma_dist.terminal import print_line
 
 
 @click.command()
@@ -59,7 +60,7 @@ def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) ->
     else:
         print_description(description)
     if sheet is not None:
-        click.echo(f"contact sheet: {sheet}", err=as_json)
+        print_line(f"contact sheet: {sheet}", err=as_json)
 
 
 @click.command()

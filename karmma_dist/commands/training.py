@@ -10,6 +10,7 @@ import click
 
 from karmma_dist.commands.options import Steps, print_json, set_option
 from karmma_dist.errors import UserError
+from karmma_dist.terminal import print_line
 
 _STARTED = time.monotonic()
 """Start of the process, from which --max-time is counted."""
@@ -51,7 +52,8 @@ def launch(
     else:
         jobs = plan_jobs([recipe, *then], overrides, nodes=nodes, gpus_per_node=gpus_per_node)
         lines = shown_jobs(jobs) if dry_run else ask_scheduler(jobs) if test_only else submit_jobs(jobs)
-    click.echo("\n".join(lines))
+    for line in lines:
+        print_line(line)
 
 
 @click.command()
@@ -82,7 +84,7 @@ def train(
         metrics = {name: figure.metric for name in scores if (figure := known_figure(name)) is not None}
         summary = [name for name, metric in metrics.items() if metric.terminal == "all"]
         shown = ", ".join(f"{name} {scores[name]:.2f}" for name in summary)
-        click.echo(f"{run}: {shown} ({chain[-1].runs_dir}/{run})")
+        print_line(f"{run}: {shown} ({chain[-1].runs_dir}/{run})")
 
 
 @click.command()
@@ -111,7 +113,8 @@ def study(
 
     request = StudyRequest(file, seeds, local or 1, only, overrides, out)
     if slurm:
-        click.echo("\n".join(submitted(request, is_dry=dry_run)))
+        for line in submitted(request, is_dry=dry_run):
+            print_line(line)
     elif dry_run:
         shown_plan(request)
     elif not carry_out(request):
@@ -131,4 +134,4 @@ def runs_command(folder: Path, as_json: bool) -> None:
     elif runs:
         print_runs(runs)
     else:
-        click.echo(f"{folder}: no runs found")
+        print_line(f"{folder}: no runs found")

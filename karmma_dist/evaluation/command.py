@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import Console
 
 from karmma_dist.errors import UserError
@@ -40,6 +39,7 @@ from karmma_dist.models.model_card import CARD, ModelCard
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.settings import read_tree, validate
+from karmma_dist.terminal import print_line
 
 RUNS = Path("runs")
 """Folder in which runs are looked up and comparisons are written."""
@@ -147,15 +147,15 @@ def print_evaluation(evaluation: Evaluation, as_text: bool) -> None:
     for run in evaluation.done.values():
         if not run.results.rows:
             split = run.data.validation_split
-            click.echo(f"split '{split}' has no labels: only predictions are written, nothing is scored", err=True)
+            print_line(f"split '{split}' has no labels: only predictions are written, nothing is scored", err=True)
     if as_text and evaluation.report is not None:
         for name, run in evaluation.done.items():
             terminal.print_table(terminal_rows(run.results, name), Console())
-        click.echo(f"report: {evaluation.report}")
+        print_line(f"report: {evaluation.report}")
     for name, run in evaluation.done.items():
         summary = run.results.summary
         if summary.num_damaged:
-            click.echo(
+            print_line(
                 f"{name}: {summary.num_damaged} clips are damaged and not counted, the first: "
                 f"{summary.damage[0]} (karmma-dist verify names them all)", err=True,
             )  # fmt: skip

@@ -3,34 +3,43 @@
     CACHE/
       3f0c...e1                 an entry: downloaded completely, checked, then renamed to its sha256 (or, if the
                                 expected bytes are unknown, to the sha256 of its URL)
-      .3f0c...e1.partial        a download in progress
-      .3f0c...e1.lock           held (flock) by the process that downloads; the others wait for it
+      .3f0c...e1.RANDOM.partial/  a download in progress, in a folder of its own
+      .3f0c...e1.lock           held by the process that downloads; the others wait for it (see `io.locks`)
       .lock                     held while entries get their names and while old entries are removed
       weights/                  starting weights: a separate cache, from which no entry is removed for space
 
-Every lock belongs to the kernel and ends with its process: if a downloader is killed, a waiting process takes over.
+Every lock ends with its process: if a downloader is killed, a waiting process takes over.
 An entry may be removed while other processes read it, because they hold it open; the next reader fetches it again.
+
+The folder is made for its owner alone. A folder of another user, or one that others may write to, is refused. If others
+may only add files (the sticky bit, as in /tmp), an entry of another user or one that others may write to is refused.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import sha256_of
+from karmma_dist.io.files import remove, sha256_of
+from karmma_dist.io.locks import FileLock
 
 _ENTRY = re.compile(r"[0-9a-f]{64}")
-_PARTIAL = re.compile(r"\.([0-9a-f]{64})\.partial")
+_PARTIAL = re.compile(r"\.([0-9a-f]{64})\.(?:[0-9a-f]+\.)?partial")
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_SETTINGS = "data.cache_dir or KARMMA_DIST_CACHE"
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -97,7 +106,7 @@ class Cache:
 
         Raises:
             FetchError: the file could not be downloaded.
-            UserError: the folder cannot be written, or its disk is full.
+            UserError: the folder cannot be written, its disk is full, or others may write to it.
         """
         try:
             while True:
@@ -110,7 +119,7 @@ class Cache:
         except OSError as error:
             lower = f", or lower data.cache_bytes ({self.limit_bytes}) below what its disk has room for"
             raise UserError(
-                f"cache folder {self.root}: {error.strerror}: name another one (data.cache_dir or KARMMA_DIST_CACHE)"
+                f"cache folder {self.root}: {error.strerror}: name another one ({_SETTINGS})"
                 f"{lower if self.limit_bytes < math.inf else ''}"
             ) from None
 
@@ -130,11 +139,22 @@ class Cache:
             (self.root / content.name).unlink(missing_ok=True)
 
     def _open_entry(self, content: Content) -> int | None:
+        entry = self.root / content.name
         try:
-            descriptor = os.open(self.root / content.name, os.O_RDONLY)
+            is_shared = _is_shared(self.root)
+            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        if content.size is not None and os.fstat(descriptor).st_size != content.size:
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            self.remove(content)  # the link, not its target
+            return None
+        status = os.fstat(descriptor)
+        if is_shared and (not _is_ours(status) or status.st_mode & _OTHERS_WRITE):
+            os.close(descriptor)
+            raise UserError(f"{entry}: in the hands of another user: name another cache folder ({_SETTINGS})")
+        if content.size is not None and status.st_size != content.size:
             os.close(descriptor)
             self.remove(content)
             return None
@@ -142,29 +162,38 @@ class Cache:
 
     def _download(self, content: Content, fetch: Fetch) -> int | None:
         """Download an entry and open it; return None if another process held the lock and released it meanwhile."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        entry, partial = self.root / content.name, self.root / f".{content.name}.partial"
+        _make_private(self.root)
+        _is_shared(self.root)
+        entry = self.root / content.name
         with _turn(self.root / f".{content.name}.lock") as held:
             if held is None or entry.exists():
                 return None
+            partial = self.root / f".{content.name}.{secrets.token_hex(8)}.partial"
             try:
-                fetch(partial)
-                with open(partial, "rb") as file:
-                    os.fsync(file.fileno())
+                self._remove_partials(content.name)
+                partial.mkdir(mode=0o700)  # nobody else can put a link into it between two tries
+                file = partial / "file"
+                fetch(file)
+                descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~_OTHERS_WRITE)
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
                 with self._alone():
-                    self._make_room(partial.stat().st_size)
-                    os.replace(partial, entry)
-                    return os.open(entry, os.O_RDONLY)  # before another process can remove it
+                    self._make_room(file.stat().st_size)
+                    os.replace(file, entry)
+                    return os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)  # before anybody can remove it
             except FetchError as error:
                 held.write(json.dumps(error.args))
                 raise
             finally:
-                partial.unlink(missing_ok=True)
+                remove(partial)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with open(self.root / ".lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with FileLock(self.root / ".lock") as lock:
+            lock.take()
             yield
 
     def _make_room(self, size: int) -> None:
@@ -172,8 +201,8 @@ class Cache:
         entries: list[tuple[int, int, str]] = []
         for item in os.scandir(self.root):
             if _ENTRY.fullmatch(item.name):
-                stat = item.stat()
-                entries.append((stat.st_mtime_ns, stat.st_size, item.path))
+                status = item.stat(follow_symlinks=False)
+                entries.append((status.st_mtime_ns, status.st_size, item.path))
             elif match := _PARTIAL.fullmatch(item.name):
                 self._remove_if_dead(match[1])
         excess = sum(entry[1] for entry in entries) + size - self.limit_bytes
@@ -183,21 +212,53 @@ class Cache:
             os.unlink(path)
             excess -= freed
 
-    def _remove_if_dead(self, sha256: str) -> None:
-        lock = self.root / f".{sha256}.lock"
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # its download is alive
-            if _is_at(file, lock):
-                (self.root / f".{sha256}.partial").unlink(missing_ok=True)
-                file.truncate(0)
-                lock.unlink()
+    def _remove_if_dead(self, name: str) -> None:
+        with FileLock(self.root / f".{name}.lock") as lock:
+            if lock.take(wait=False) and lock.is_at_its_path():  # otherwise its download is alive, or just done
+                self._remove_partials(name)
+                lock.file.truncate(0)
+                lock.path.unlink()
+
+    def _remove_partials(self, name: str) -> None:
+        """Remove what dead downloads of an entry left; the caller has its turn."""
+        for left in self.root.glob(f".{name}.*partial"):
+            remove(left)
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for this user alone."""
+    for missing in reversed([above for above in (folder, *folder.parents) if not above.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)  # raises where it is no folder
+
+
+@functools.cache
+def _is_shared(folder: Path) -> bool:
+    """Return True if others may add files to a folder, but not change those of this user.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        UserError: it is another user's, or others may write to it.
+    """
+    status = folder.stat()
+    if not _is_ours(status):
+        raise UserError(f"cache folder {folder}: belongs to another user: name one of your own ({_SETTINGS})")
+    if not status.st_mode & _OTHERS_WRITE:
+        return False
+    if not status.st_mode & stat.S_ISVTX:
+        raise UserError(
+            f"cache folder {folder}: others may write to it (mode {stat.S_IMODE(status.st_mode):04o}): "
+            f"chmod go-w {folder}, or name another one ({_SETTINGS})"
+        )
+    return True
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return status.st_uid in (os.geteuid(), 0)
 
 
 @contextmanager
-def _turn(lock: Path) -> Iterator[TextIO | None]:
+def _turn(path: Path) -> Iterator[IO[str] | None]:
     """Wait for a lock file and yield it, or yield None if its holder finished meanwhile.
 
     A holder removes the file before releasing the lock, so a process that finds the file removed has waited for a
@@ -207,24 +268,17 @@ def _turn(lock: Path) -> Iterator[TextIO | None]:
     Raises:
         FetchError: the download of the holder failed.
     """
-    with open(lock, "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not _is_at(file, lock):
-            file.seek(0)
-            if failure := file.read():
+    with FileLock(path) as lock:
+        lock.take()
+        if not lock.is_at_its_path():
+            lock.file.seek(0)
+            if failure := lock.file.read():
                 raise FetchError(*json.loads(failure))
             yield None
             return
-        file.truncate(0)
+        lock.file.truncate(0)
         try:
-            yield file
+            yield lock.file
         finally:
-            file.flush()
-            lock.unlink()
-
-
-def _is_at(file: Any, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+            lock.file.flush()
+            path.unlink()

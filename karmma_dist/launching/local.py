@@ -24,6 +24,7 @@ from karmma_dist.processes import dying_with_parent, kill_sessions, signal_name
 from karmma_dist.recipe import Recipe
 from karmma_dist.recipe.micro_batches import check_batches
 from karmma_dist.runs.folder import finished_names
+from karmma_dist.terminal import print_line
 
 _GRACE_S = 15.0
 """Grace period of the ranks after one of them has failed, or after Ctrl-C."""
@@ -87,7 +88,7 @@ def launch_local(num_ranks: int, command: Sequence[str], grace_s: float = _GRACE
             finally:
                 ranks.kill()
             for line in ranks.final_messages():
-                print(line, file=sys.stderr, flush=True)
+                print_line(line, err=True)
             return ranks.exit_code
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.files import write_whole
 from karmma_dist.recipe.fields import SHARED
 from karmma_dist.recipe.recipe import Recipe
 from karmma_dist.settings import dump, find_file, load_settings, marked
@@ -55,8 +56,8 @@ def load_chain(name: str, overrides: Sequence[str] = ()) -> list[Recipe]:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe, including all defaults."""
-    path.write_text(dump(recipe))
+    """Write the resolved recipe, including all defaults, completely or not at all."""
+    write_whole(path, dump(recipe).encode())
 
 
 

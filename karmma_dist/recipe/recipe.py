@@ -142,7 +142,7 @@ class Recipe(Settings):
                 f"optimizer.warmup_epochs {self.optimizer.warmup_epochs:g} exceeds "
                 f"training.epochs {self.training.epochs}"
             )
-        if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+        if Path(self.name).is_absolute() or ".." in Path(self.name).parts or not Path(self.name).parts:
             raise ValueError(f"name '{self.name}' must stay inside runs_dir")
         return self
 

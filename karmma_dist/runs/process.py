@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from karmma_dist.processes import machine, started_at
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:
@@ -21,9 +22,9 @@ def process_info(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     process from later ones with the same pid.
     """
     info: dict[str, Any] = {"host": node_name(environment), "pid": os.getpid(), "ranks": _num_ranks(environment)}
-    machine, started = _machine(), _started(os.getpid())
-    if machine and started:
-        info |= {"machine": machine, "started": started}
+    here, started = machine(), started_at(os.getpid())
+    if here and started:
+        info |= {"machine": here, "started": started}
     if "SLURM_JOB_ID" in environment:
         info |= {"job_id": environment["SLURM_JOB_ID"], "nodes": _number(environment.get("SLURM_JOB_NUM_NODES"))}
     return info
@@ -31,9 +32,9 @@ def process_info(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
 
 def is_alive(info: Mapping[str, Any]) -> bool | None:
     """Return True if the process that `process_info` described still runs; None if this machine cannot tell."""
-    if "started" not in info or info.get("machine") != _machine():
+    if "started" not in info or info.get("machine") != machine():
         return None
-    return _started(int(info["pid"])) == info["started"]
+    return started_at(int(info["pid"])) == info["started"]
 
 
 def _num_ranks(environment: Mapping[str, str]) -> int:
@@ -44,23 +45,3 @@ def _num_ranks(environment: Mapping[str, str]) -> int:
 
 def _number(text: str | None) -> int:
     return int(text) if text and text.isdigit() else 1
-
-
-def _machine() -> str | None:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None  # not Linux: `is_alive` cannot tell
-
-
-def _started(pid: int) -> int | None:
-    """Return the start of a process in clock ticks since boot, which tells it from others with the same pid.
-
-    Return None if the process has ended or the system does not tell.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else int(fields[19])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 from rich.console import Console
 
 from karmma_dist.evaluation.report import terminal
@@ -19,7 +18,7 @@ from karmma_dist.studies.report import study_table
 from karmma_dist.studies.run import carry_out_study, check_teachers
 from karmma_dist.studies.slurm import plan_arrays, shown_arrays, submit_arrays
 from karmma_dist.studies.study import StudyFile
-from karmma_dist.terminal import print_table
+from karmma_dist.terminal import print_line, print_table
 
 _WIDTH = 140
 """Width of a table if stdout is not a terminal; names of runs are long."""
@@ -63,7 +62,7 @@ def shown_plan(request: StudyRequest) -> None:
     check_teachers(plan)
     costs = plan_costs(plan) if plan.file.study.is_measured else []
     if not costs:
-        click.echo(f"{plan.file.name}: no column needs training")
+        print_line(f"{plan.file.name}: no column needs training")
         return
     print_plan(plan, costs)
 
@@ -99,13 +98,13 @@ def carry_out(request: StudyRequest) -> bool:
     plan = request.plan()
     with Progress() as progress:
         done = carry_out_study(
-            plan, request.out or plan.out, request.local, progress, lambda line: click.echo(line, err=True)
+            plan, request.out or plan.out, request.local, progress, lambda line: print_line(line, err=True)
         )
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     terminal.print_table(study_table(done.report), console, has_asides=False)
-    click.echo(f"report: {done.path}")
+    print_line(f"report: {done.path}")
     for name, reason in done.report.missing.items():
-        click.echo(f"missing: {name}: {reason}", err=True)
+        print_line(f"missing: {name}: {reason}", err=True)
     return not done.report.missing
 
 

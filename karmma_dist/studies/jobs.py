@@ -6,7 +6,6 @@ SIGUSR2 are forwarded: children save and exit. If another study is training a ru
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from karmma_dist.errors import ERROR_FILE, LOST_RANK, Stopped, one_line
-from karmma_dist.io.files import write_whole
+from karmma_dist.io.files import append
+from karmma_dist.io.locks import FileLock
 from karmma_dist.launching.local import rank_command
 from karmma_dist.processes import dying_with_parent, kill_sessions, signal_name
 from karmma_dist.progress import Report, silent
@@ -46,7 +45,7 @@ class _Child:
     run: StudyRun
     slot: int
     process: subprocess.Popen[bytes]
-    lock: IO[bytes]
+    lock: FileLock
     words: Path
     epoch: int = -1
     started: float = field(default_factory=time.monotonic)
@@ -61,7 +60,7 @@ def write_recipe(folder: Path, run: StudyRun) -> Path:
     """Write the resolved recipe of a run and return its path."""
     path = recipe_file(folder, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: save_recipe(run.recipe, temporary))
+    save_recipe(run.recipe, path)
     return path
 
 
@@ -137,21 +136,19 @@ class _Workshop:
     def _start(self, run: StudyRun) -> bool | None:
         """Start a child and return True; return False if the run is finished, None if another study trains it."""
         run.recipe.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run.recipe.run_dir / LOCK, "ab")  # noqa: SIM115 - held while the child runs
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
+        lock = FileLock(run.recipe.run_dir / LOCK)  # held while the child runs
+        if not lock.take(wait=False):
+            lock.release()
             return None
         if run.state() == "finished":
-            lock.close()
+            lock.release()
             return False
         path = write_recipe(self._folder, run)
         words = self._folder / "logs" / f"{run.name}.error"
         words.parent.mkdir(parents=True, exist_ok=True)
         words.unlink(missing_ok=True)
         slot = self._free.pop(0)
-        with open(words.with_suffix(".log"), "ab") as log:
+        with append(words.with_suffix(".log")) as log:
             process = subprocess.Popen(
                 rank_command(["train", str(path)]), env={**os.environ, **self._environment(slot, words)},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=self._prepare,
@@ -200,7 +197,7 @@ class _Workshop:
                 continue
             self._children.remove(child)
             self._free.append(child.slot)
-            child.lock.close()
+            child.lock.release()
             if code == 0:
                 epochs = child.run.recipe.training.epochs
                 self._progress(f"train {child.run.name}", epochs, epochs, "epochs")
@@ -213,7 +210,7 @@ class _Workshop:
         """Kill all remaining processes of the children's sessions."""
         kill_sessions([child.process for child in self._children])
         for child in self._children:
-            child.lock.close()
+            child.lock.release()
 
 
 def _last_words(child: _Child, code: int) -> str:

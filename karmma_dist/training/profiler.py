@@ -50,6 +50,7 @@ class Trace:
         self._span.close()
         running.stop()
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.unlink(missing_ok=True)  # a link of this name would be written through
         running.export_chrome_trace(str(self._path))
         _logger.warning("trace written to %s: open it at ui.perfetto.dev", self._path)
 

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.io.files import append, write_whole
 from karmma_dist.plugins import with_plugins
 from karmma_dist.recipe import Recipe
 from karmma_dist.runs.folder import step_of
@@ -96,7 +97,7 @@ class RunLog:
         self.path = recipe.run_dir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= resumed]
-            self.path.write_text("".join(line + "\n" for line in kept if resumed))
+            write_whole(self.path, "".join(line + "\n" for line in kept if resumed).encode())
         self._trackers = [table[name].build(recipe, resumed) for name in recipe.training.trackers]
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
@@ -107,8 +108,8 @@ class RunLog:
 
     def write_event(self, kind: str, step: int, epoch: int, **values: Any) -> None:
         """Append one line of other values than metrics, which trackers do not receive."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+        with append(self.path) as file:
+            file.write((json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n").encode())
 
     def close(self) -> None:
         """Close the trackers."""

@@ -90,3 +90,64 @@ def test_a_module_loads_no_library_that_it_does_not_need(module: str, absent: se
     code = f"import sys; import {module}; print(*sorted(set(sys.modules) & {absent!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+WRITERS = {
+    "io.files": "the place for it",
+    "io.locks": "lock files",
+    "errors": "last words, below io",
+    "evaluation.exports.epic_kitchens": "a member of a zip, into the temporary file of write_whole",
+    "evaluation.exports.predictions": "into the temporary file of write_whole",
+    "evaluation.predict.media": "into a temporary folder",
+    "distributed.preflight.probes": "a file that io.files creates",
+    "launching.doctor.machine": "into a temporary folder",
+    "launching.doctor.probes": "its own stdout",
+    "modalities.audio.store": "into memory",
+    "modalities.encode": "into memory",
+    "packing.synthetic.kitchen": "into a folder that is not there yet",
+    "studies.results": "into the temporary file of write_whole",
+}
+"""Modules that open files for writing themselves, and why a link can lead none of them elsewhere."""
+
+PRINTERS = {
+    "terminal": "the place for it",
+    "cli": "help",
+    "commands.diagnostics": "a recipe, as YAML that escapes what is not harmless",
+    "commands.options": "JSON in ASCII",
+    "distributed.preflight.preflight": "JSON in ASCII",
+    "evaluation.report.terminal": "by rich_text",
+    "launching.doctor.probes": "JSON in ASCII",
+    "packing.inspect.tables": "JSON, line by line harmless",
+}
+"""Modules that print without `terminal.print_line`, and what."""
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Yield every call of a module with the last name of what is called."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            yield node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id, node
+
+
+def writes(name: str, call: ast.Call) -> bool:
+    """Return True for a call that opens a file to write into it."""
+    words = [each.value for each in [*call.args, *(k.value for k in call.keywords)] if isinstance(each, ast.Constant)]
+    opens = name in ("open", "fdopen") and any(
+        isinstance(word, str) and set(word) & set("wax+") and set(word) <= set("rwaxbt+") for word in words
+    )
+    return opens or name in ("write_text", "write_bytes", "touch", "mkstemp")
+
+
+def test_files_are_written_where_no_link_leads_elsewhere() -> None:
+    found = {module for module, path in MODULES.items() if any(writes(*call) for call in calls(path))}
+    assert found == set(WRITERS)
+
+
+def test_locks_are_taken_in_one_place() -> None:
+    assert [module for module, path in MODULES.items() if "fcntl" in path.read_text()] == ["io.locks"]
+
+
+def test_what_is_printed_is_harmless() -> None:
+    prints = ("print", "echo", "secho")
+    found = {module for module, path in MODULES.items() if any(name in prints for name, _ in calls(path))}
+    assert found == set(PRINTERS)

@@ -51,7 +51,7 @@ from karmma_dist.recipe import Recipe
 from karmma_dist.recipe.micro_batches import check_batches
 from karmma_dist.runs.folder import finished_names
 from karmma_dist.runs.process import node_name
-from karmma_dist.terminal import print_table
+from karmma_dist.terminal import print_line, print_table
 
 _SKEW_S = 1.0
 """Clock skew above which a note is printed: ages in `karmma-dist runs` and times in logs are wrong by the skew."""
@@ -147,9 +147,9 @@ def report(outcome: Outcome, world: World, as_json: bool = False) -> None:
         print(json.dumps({**fields, "bus_gb_per_s": outcome.bus_gb_per_s}, indent=1), flush=True)
         return
     for line in outcome.notes:
-        print(f"note: {line}", flush=True)
+        print_line(f"note: {line}")
     for line in outcome.failures:
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print_line(f"error: {line}", err=True)
     if outcome.failures:
         return
     rows = []

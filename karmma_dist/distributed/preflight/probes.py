@@ -17,6 +17,7 @@ import torch.distributed as dist
 from karmma_dist.distributed.process_group import device_of
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
+from karmma_dist.io.files import create
 
 
 class SharedFolderProbe:
@@ -55,7 +56,7 @@ class SharedFolderProbe:
             UserError: the file cannot be written.
         """
         try:
-            with open(self._folder / str(rank), "w") as file:
+            with open(create(self._folder / str(rank)), "w") as file:
                 file.write(f"{self._token} {rank}")
                 file.flush()
                 os.fsync(file.fileno())

@@ -36,15 +36,15 @@ from karmma_dist.shards.format import Clip
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
 from karmma_dist.streaming.order import Slice
-from karmma_dist.terminal import print_table
+from karmma_dist.terminal import print_line, print_table
 
 
 def print_predictions(predictions: list[Prediction]) -> None:
     """Print the modalities of each clip, and the most probable actions by each modality and by all together."""
     for prediction in predictions:
-        print(f"{prediction.clip} ({prediction.seconds:g} s): {_found(prediction)}")
+        print_line(f"{prediction.clip} ({prediction.seconds:g} s): {_found(prediction)}")
         if prediction.labels and None not in prediction.labels.values():
-            print(f"labelled: {' '.join(str(name) for name in prediction.labels.values())}")
+            print_line(f"labelled: {' '.join(str(name) for name in prediction.labels.values())}")
         headings = [heading for guess in prediction.guesses for heading in ("%", f"{letters(guess.modalities)} says")]
         columns = [list(map(_cells, guess.actions)) for guess in prediction.guesses]
         lines = zip_longest(*columns, fillvalue=["", ""])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from karmma_dist.shards.index import ShardIndex, build_index
 
 _UNIT_CLIPS = 32
 """Number of clips that closes a unit: a unit per recording would make too many files of single-clip recordings."""
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,15 @@ def units(plan: Plan, spec: PackingSpec) -> list[Unit]:
             groups.append([])
     settings = {name: section.model_dump() for name, section in spec.sections().items()}
     return [
-        Unit(number, f"{number:06d}-{group[0].name}", tuple(group), _digest(group, settings))
+        Unit(number, f"{number:06d}-{_file_name(group[0].name)}", tuple(group), _digest(group, settings))
         for number, group in enumerate(groups)
         if group
     ]
+
+
+def _file_name(recording: str) -> str:
+    """Return a recording's name as part of the name of a file; the unit's number tells units apart."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", recording)[:_LONGEST_NAME]
 
 
 def load_staged(folder: Path, unit: Unit) -> Staged | None:

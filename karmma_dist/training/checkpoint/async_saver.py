@@ -25,7 +25,7 @@ from torch import Tensor
 from karmma_dist.distributed.collectives import gather
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import write_json, write_whole
+from karmma_dist.io.files import remove, write_json, write_whole
 from karmma_dist.recipe import Recipe
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.checkpoint.checkpoint import checksum, complete, prune
@@ -208,10 +208,10 @@ class AsyncSaver:
 
 
 def _prepare(partial: Path) -> str | None:
-    """Remove the leftovers of interrupted saves and make the folder; return the error, if any."""
+    """Remove the leftovers of interrupted saves, links included, and make the folder; return the error, if any."""
     try:
         for leftover in partial.parent.glob(".step-*.partial"):
-            shutil.rmtree(leftover)
+            remove(leftover)
         partial.mkdir(parents=True)
     except OSError as error:
         return _reason(error)

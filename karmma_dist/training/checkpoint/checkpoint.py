@@ -21,7 +21,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import torch
 import karmma_dist
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import sync, write_json, write_whole
+from karmma_dist.io.files import remove, sync, write_json, write_whole
 from karmma_dist.recipe import Recipe, save_recipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.order import Position
@@ -111,7 +110,6 @@ def complete(
         OSError: a file cannot be written, for example for lack of space; earlier checkpoints are unchanged.
     """
     save_recipe(recipe, partial / "recipe.yaml")
-    sync(partial / "recipe.yaml")
     files = {**files, "recipe.yaml": checksum(partial / "recipe.yaml")}
     write_json(partial / POSITION, {"format": FORMAT, **about, "versions": versions(), "files": files})
     sync(partial)
@@ -144,8 +142,9 @@ def prune(recipe: Recipe, newest: Path, steps_per_epoch: int) -> None:
 def discard(checkpoint: Path) -> None:
     """Remove a checkpoint, renaming it first so that a half-removed folder never bears its name."""
     hidden = checkpoint.parent / f".{checkpoint.name}.old.partial"
+    remove(hidden)
     os.replace(checkpoint, hidden)
-    shutil.rmtree(hidden)
+    remove(hidden)
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -240,6 +239,9 @@ def _checked(folder: Path, about: Any) -> dict[str, Any]:
             f"{f' but by karmma-dist {wrote}' if wrote else ''}: resume with that version, "
             "or start over with --resume never"
         )
+    outside = next((name for name in about["files"] if name in ("", "..") or Path(name).name != name), None)
+    if outside is not None:
+        raise UserError(f"{folder}: {POSITION}: files names '{outside}', which is not in the folder")
     return about
 
 

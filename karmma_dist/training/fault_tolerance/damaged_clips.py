@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.files import append
 from karmma_dist.streaming.batch import Batch
 
 
@@ -92,5 +93,5 @@ class DamageLog:
     def _write(self, events: Iterable[dict[str, Any]]) -> None:
         text = "".join(json.dumps(event) + "\n" for event in events)
         if text:
-            with open(self._path, "a") as file:
-                file.write(text)
+            with append(self._path) as file:
+                file.write(text.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from karmma_dist.errors import UserError
-from karmma_dist.io import cache, download
+from karmma_dist.io import download
 from karmma_dist.io.files import sha256_of
 from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.encoders.table import build_encoder
@@ -101,7 +102,7 @@ def test_ranks_of_a_node_download_once(
 ) -> None:
     """The server answers the first of them when all others have asked for the lock that the first one holds."""
     start, num_ranks = published(server), 4
-    flock, all_ask = cache.fcntl.flock, threading.Event()
+    flock, all_ask = fcntl.flock, threading.Event()
     asking: set[int] = set()
 
     def tell(file: Any, kind: int) -> None:
@@ -115,7 +116,7 @@ def test_ranks_of_a_node_download_once(
         assert all_ask.wait(60)
         handler.answer(200, body)
 
-    monkeypatch.setattr(cache.fcntl, "flock", tell)
+    monkeypatch.setattr(fcntl, "flock", tell)
     server.faults["start.pth"] = [when_all_ask]
     with ThreadPoolExecutor(num_ranks) as ranks:
         states = list(ranks.map(lambda _: loaded(server.url_of("start.pth"), tmp_path), range(num_ranks)))
