@@ -4,4 +4,4 @@ Data moves left to right, and a package imports only from those to its left:
 packing -> shards -> streaming -> models -> training -> evaluation.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

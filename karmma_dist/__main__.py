@@ -1,4 +1,4 @@
-"""`python -m karmma_dist` is `karmma-dist`: what a launcher starts on every rank."""
+"""The entry point of `python -m karmma_dist`, which launchers start on every rank; it is `karmma-dist`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""The command line: one group of commands, and each error as one line with its exit code.
+"""The command line: the group of all commands, which prints every error as one line and sets the exit code.
 
-Exit codes: 0 done, 1 found something wrong, 2 usage or bad input, 85 stopped after saving: start it again, 130 Ctrl-C.
+Exit codes: 0 done, 1 a problem was found, 2 usage or bad input, 85 preempted after saving (start it again), 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import click
 
 from karmma_dist.commands import diagnostics, evaluation, packing, training
 from karmma_dist.errors import LostRank, Stopped, UserError, one_line, say
+from karmma_dist.terminal import keep_warnings_harmless, print_line
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -26,15 +27,15 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Its folder.")
+@click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder of the demo.")
 def demo(out: Path) -> None:
-    """Make a small synthetic kitchen, then pack, train, distil and evaluate it: minutes on a CPU."""
+    """Make a small synthetic dataset, then pack, train, distil and evaluate. Takes minutes on a CPU."""
     from karmma_dist.demo import run_demo
     from karmma_dist.progress import Progress
 
     with Progress() as report:
         path = run_demo(out, report)
-    click.echo(path)
+    print_line(path)
 
 
 for command in (
@@ -46,7 +47,8 @@ for command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line (default: this process's) and return its exit code."""
+    """Run a command line (default: that of this process) and return its exit code."""
+    keep_warnings_harmless()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         cli(args=given, prog_name="karmma-dist", standalone_mode=False, obj=given)
@@ -59,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
             click.echo(error.format_message())
             return 2
-        where = error.ctx.command_path if error.ctx else "karmma-dist"
-        return _fail(f"{where}: {error.format_message()} (see {where} --help)")
+        command = error.ctx.command_path if error.ctx else "karmma-dist"
+        return _fail(f"{command}: {error.format_message()} (see {command} --help)")
     except click.ClickException as error:
         return _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return 1
-        if hasattr(error, "__notes__"):  # they say in which clip, and are more than a line
+        if hasattr(error, "__notes__"):  # the notes name the clip and need more than one line
             raise
         return _fail(f"{error.filename or 'output'}: {error.strerror or error}", exit_code=1)
     except SystemExit as stop:
@@ -83,7 +85,7 @@ def _fail(message: str, exit_code: int = 2) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether what read the output (`| head`) has seen enough; then nothing is left for the interpreter to flush."""
+    """Return True if the reader of stdout (`| head`) has closed it; redirect stdout then, so that flushing works."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     is_gone = any(event & select.POLLERR for _, event in poll.poll(0))

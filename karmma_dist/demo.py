@@ -1,20 +1,19 @@
-"""The whole way in one command: synthetic raw clips -> shards -> encoders -> teacher -> students -> report.
+"""The demo, all steps in one command: synthetic raw clips -> shards -> encoders -> teacher -> students -> report.
 
-    OUT/raw/             untrimmed recordings with sound and official-style CSVs, in Epic-Kitchens' layout
-    OUT/shards/          packed
+    OUT/raw/             untrimmed recordings with audio and official-style CSVs, in Epic-Kitchens' layout
+    OUT/shards/          packed shards
     OUT/runs/            one folder per run
-    OUT/training/        the resolved recipe of each run, and what it printed
+    OUT/training/        the resolved recipe and the output of each run
     OUT/comparison.json  results of the students, and paired tests between them
-    OUT/report.md        what was measured, with plots; report.html: the same in one file
+    OUT/report.md        results with plots; report.html: the same in one file
 
-Running it again does only what is not done yet.
+A repeated run does only the unfinished steps.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +30,7 @@ from karmma_dist.evaluation.report.write import RESULTS, write_report
 from karmma_dist.evaluation.results import parse_results
 from karmma_dist.evaluation.run import Evaluated, carry_out
 from karmma_dist.evaluation.statistics.compare import parse_comparison
-from karmma_dist.io.files import write_json
+from karmma_dist.io.files import whole_folder, write_json
 from karmma_dist.models.weights import own_weights
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
@@ -79,11 +78,11 @@ def run_demo(out: Path, report: Report) -> Path:
 
 
 def train_side_by_side(out: Path, recipes: Mapping[str, Recipe], report: Report) -> None:
-    """Train what is not finished, as many models side by side as there are cores, at most two.
+    """Train the unfinished models, as many at a time as the machine has cores, at most two.
 
     Raises:
-        UserError: one could not be trained.
-        Stopped: by a signal, after saving.
+        UserError: a model could not be trained.
+        Stopped: a signal ended the training, after saving.
     """
     runs = []
     for name, recipe in recipes.items():
@@ -95,16 +94,16 @@ def train_side_by_side(out: Path, recipes: Mapping[str, Recipe], report: Report)
 
 
 def compare_students(out: Path, runs: Mapping[str, Path], timings: Timings, report: Report) -> dict[str, Any]:
-    """Evaluate runs and compare them, unless `out`/comparison.json holds that already.
+    """Evaluate runs and compare them, unless `out`/comparison.json holds their results.
 
     Args:
-        out: Where comparison.json is kept.
-        runs: Run folder per model name.
-        timings: Told how long each evaluation took.
-        report: Progress.
+        out: Folder of comparison.json.
+        runs: Run folder by model name.
+        timings: Record of the time of each evaluation.
+        report: Progress callback.
 
     Returns:
-        The object of comparison.json: results per model, and what `compare` says of them.
+        The object of comparison.json: results by model, and their comparison.
 
     Raises:
         UserError: a run has no weights, or a file of results cannot be read.
@@ -123,39 +122,39 @@ def compare_students(out: Path, runs: Mapping[str, Path], timings: Timings, repo
 
 
 def _stored_comparison(path: Path, runs: Mapping[str, Path]) -> dict[str, Any] | None:
-    """The object of comparison.json if it compares the runs' present results, and these are of their present weights.
+    """Return the object of comparison.json if it compares the runs' current results of their current weights, or None.
 
-    Without results clip by clip, which only an evaluation knows, results cannot be compared anew.
+    Stored results cannot be compared again: a comparison needs results per clip, which only an evaluation has.
     """
     stored = {title: run / "eval" / RESULTS for title, run in runs.items()}
     if not all(file.is_file() for file in (path, *stored.values())):
         return None
     if any(own_weights(run).stat().st_mtime_ns > stored[title].stat().st_mtime_ns for title, run in runs.items()):
         return None
-    found = _read_object(path)
-    return found if found.get("models") == {title: _read_object(file) for title, file in stored.items()} else None
+    comparison = _read_object(path)
+    results = {title: _read_object(file) for title, file in stored.items()}
+    return comparison if comparison.get("models") == results else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}): remove it, and it is made again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object: remove it, and it is made again")
-    return found
+        raise UserError(f"{path}: not valid JSON ({error}): remove it to make it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object: remove it to make it again")
+    return content
 
 
 def _make_raw(raw: Path, report: Report) -> None:
-    """Write the recordings under a temporary name first: the folder is whole or not there."""
-    partial_raw = raw.with_name(".raw.partial")
-    shutil.rmtree(partial_raw, ignore_errors=True)
-    write_kitchen(partial_raw, seed=_SEED, progress=report)
-    partial_raw.rename(raw)
+    """Write the recordings under a temporary name and rename them, so that the folder is complete or absent."""
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(raw) as partial_raw:
+        write_kitchen(partial_raw, seed=_SEED, progress=report)
 
 
 def _recipes(out: Path) -> dict[str, Recipe]:
-    """All runs of the demo, each after those it builds on; the longest chain first, since two train at a time."""
+    """Return all recipes of the demo, each after those it builds on, the longest chain first (two train at a time)."""
     places = [f"runs_dir={out / 'runs'}", f"data.shards={out / 'shards'}"]
     chains = sorted((load_chain(f"demo/{name}", places) for name in STUDENTS.values()), key=len, reverse=True)
     return {recipe.name: recipe for chain in chains for recipe in chain}
@@ -166,14 +165,14 @@ def _conditions(modalities: Sequence[str]) -> list[Condition]:
 
 
 class Timings:
-    """Seconds each step took, kept on disk so that a demo that was cut off still reports its first half."""
+    """The seconds of each step, kept on disk so that an interrupted demo still reports its earlier steps."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
 
     def measure(self, step: str, work: Callable[[], Done]) -> Done:
-        """Do `work` and return what it does; a repeat that finds it done does not replace the time of the first."""
+        """Run `work` and return its result; keep the longest time of a repeated step, which may be done already."""
         started = time.perf_counter()
         done = work()
         seconds = time.perf_counter() - started

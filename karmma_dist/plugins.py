@@ -1,4 +1,6 @@
-"""Tables that other packages add to: modalities, encoders, readers, objectives, trackers, metrics, by entry points.
+"""The extension of tables by entry points of other packages.
+
+Open tables are modalities, encoders, readers, objectives, trackers and metrics.
 
     [project.entry-points."karmma_dist.modalities"]
     toy = "my_package.toy:TOY"
@@ -16,15 +18,15 @@ Plugin = TypeVar("Plugin")
 
 
 def with_plugins(own: Mapping[str, Plugin], group: str, kind: type[Plugin]) -> dict[str, Plugin]:
-    """Return this package's table followed by the entry points of a group, these in the order of their names.
+    """Return this package's table followed by the entry points of a group, in the order of their names.
 
     Args:
         own: This package's part of the table.
-        group: Of entry points.
-        kind: Class of what they name; an attribute `name`, where it has one, is the key, else the entry's name.
+        group: Group of entry points.
+        kind: Class of the plugins; the key is a plugin's attribute `name` if it has one, else the entry's name.
 
     Raises:
-        UserError: one cannot be imported, is not a `kind`, or has a name that is taken.
+        UserError: a plugin cannot be imported, is not a `kind`, or has a name that is taken.
     """
     table = dict(own)
     for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
@@ -32,12 +34,12 @@ def with_plugins(own: Mapping[str, Plugin], group: str, kind: type[Plugin]) -> d
         known = f"known are {', '.join(table)}"
         try:
             plugin = entry.load()
-        except Exception as error:  # other people's code: whatever it raises is told with its name
+        except Exception as error:  # code of other packages may raise any exception
             raise UserError(f"{where}: cannot be imported ({type(error).__name__}: {error}); {known}") from error
         if not isinstance(plugin, kind):
             raise UserError(f"{where}: of type {type(plugin).__name__}, not {kind.__name__}; {known}")
         name = getattr(plugin, "name", entry.name)
         if name in table:
-            raise UserError(f"{where}: there is a {kind.__name__.lower()} '{name}' already; {known}")
+            raise UserError(f"{where}: the name '{name}' of a {kind.__name__.lower()} is taken; {known}")
         table[name] = plugin
     return table

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then on a pipe or in a job's log."""
+"""The progress of long work: a bar on a terminal, a plain line from time to time on a pipe or in a job's log."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import time
 from types import TracebackType
 from typing import Protocol
 
+from karmma_dist.terminal import harmless, print_line
+
 _LINE_EVERY_S = 10.0
 
 
 class Report(Protocol):
-    """What long work calls: `report("packing", 3, 12)`; more can be said in `note`."""
+    """A progress callback: `report("packing", 3, 12)`, with an optional `note`."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` units of `stage` are finished."""
+        """Report that `done` of `total` units of `stage` are finished."""
 
 
 def silent(stage: str, done: int, total: int, note: str = "") -> None:
-    """A `Report` that says nothing: for tests and for ranks other than 0."""
+    """Ignore the progress, for tests and for ranks other than 0."""
 
 
 class Progress:
@@ -38,8 +40,8 @@ class Progress:
             from rich.progress import Progress as Bars
 
             self._bars = Bars(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True),
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False), console=Console(stderr=True),
             )
 
     def __enter__(self) -> Progress:
@@ -55,6 +57,7 @@ class Progress:
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` units of `stage` are finished."""
+        stage, note = harmless(stage), harmless(note)
         if self._bars:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(stage, total=total, note=note)
@@ -64,4 +67,4 @@ class Progress:
         started = self._started.setdefault(stage, now)
         if stage not in self._printed or now - self._printed[stage] >= _LINE_EVERY_S or done == total:
             self._printed[stage] = now
-            print(f"{stage}: {done}/{total} after {now - started:.0f} s {note}".rstrip(), file=sys.stderr, flush=True)
+            print_line(f"{stage}: {done}/{total} after {now - started:.0f} s {note}".rstrip(), err=True)

@@ -1,7 +1,7 @@
-"""Random draws: each is a function of what it is for, by a derivation of its own, and all of them are here.
+"""All random draws of the package: each is a function of its purpose, with a separate derivation.
 
-No draw comes from a stream that something else moves on, so none depends on the number of ranks or workers, on the
-order in which clips are decoded, or on where a run was interrupted.
+No draw comes from a shared stream, so none depends on the number of ranks or workers, on the order of decoding, or on
+the step at which a run was interrupted.
 
     draw                                     follows from                 by
     clips of an epoch in a random order      seed, epoch                  Philox, key (seed, 2 epoch)
@@ -19,8 +19,8 @@ order in which clips are decoded, or on where a run was interrupted.
 
 Starting weights are what torch draws after `torch.manual_seed(seed)` (`models.weights.build_model`).
 
-A derivation stays as it is: with another one, resumed runs, shards and reports would no longer be the ones that were
-made with it. What is new gets a line of its own, with a key or text that no other line uses.
+A derivation never changes: otherwise resumed runs, shards and reports would no longer be reproducible. A new draw gets
+a new line, with a key or text that no other line uses.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from typing import Literal
 import numpy as np
 
 _FALLBACK = 2**63
-"""Added to the seed; the seeds of recipes are smaller, so that the sum is no other run's."""
+"""Offset of the seed; seeds of recipes are smaller, so that the sum differs from every run's seed."""
 
 
 def order_words(num: int, seed: int, epoch: int) -> np.ndarray:
-    """Draw the words that put an epoch's clips and shards in order: uint64 (num,)."""
+    """Draw the words that order an epoch's clips and shards: uint64 (num,)."""
     return _philox_words(num, seed, 2 * epoch)
 
 
@@ -45,18 +45,18 @@ def dropout_words(num: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def fallback_words(num: int, seed: int, epoch: int) -> np.ndarray:
-    """Draw a word per place of an epoch, for the modality that it keeps where all were dropped: uint64 (num,)."""
+    """Draw a word per place of an epoch, for the modality that it keeps if all were dropped: uint64 (num,)."""
     return _philox_words(num, seed + _FALLBACK, epoch)
 
 
 def forward_seed(seed: int, forward: int, rank: int, world_size: int) -> int:
-    """Return the seed, in [0, 2^63), of what torch draws inside the model in one forward pass of one rank.
+    """Return the seed, in [0, 2^63), of torch's draws inside the model in one forward pass of one rank.
 
     Args:
-        seed: the run's.
-        forward: number of the pass, counted from the beginning of the run.
-        rank: counted from 0.
-        world_size: ranks that take part in the pass.
+        seed: Seed of the run.
+        forward: Number of the pass, counted from the beginning of the run.
+        rank: Rank, counted from 0.
+        world_size: Number of ranks in the pass.
     """
     return int(_philox_words(1, seed, forward * world_size + rank)[0] >> 1)
 
@@ -75,20 +75,20 @@ def uniform(seed: int, key: str, purpose: str) -> float:
     """Draw a number from [0, 1) for one clip: the top 53 bits of a BLAKE2b hash of the arguments.
 
     Args:
-        seed: of the evaluation's condition.
-        key: the clip's.
-        purpose: a modality, which is lost where the number lies below the drop probability; or "moment", at which a
-            clip's sensors fail: one number for all of them, as a camera hangs as a whole.
+        seed: Seed of the evaluation's condition.
+        key: Key of the clip.
+        purpose: A modality, which is lost if the number is below the drop probability; or "moment", the time at which a
+            clip's sensors fail: one number for all of them, since a camera freezes all its modalities at once.
     """
     digest = hashlib.blake2b(f"{seed}\0{key}\0{purpose}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
 def generator(*parts: int | str) -> np.random.Generator:
-    """Return a generator of its own for these parts: Philox, keyed by 128 bits of a BLAKE2b hash of "part/part/...".
+    """Return a separate generator for these parts: Philox, keyed by 128 bits of a BLAKE2b hash of "part/part/...".
 
     (seed, clip key, modality) draws the noise or the lost boxes of a broken sensor, (seed, split) the permutation that
-    spreads a split's clips over shards. Parts that are joined already draw the same.
+    spreads a split's clips over shards. Parts that are already joined give the same generator.
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
@@ -98,16 +98,16 @@ def hold_out_word(recording: str, purpose: Literal["packing", "training"]) -> in
     """Return 64 uniform bits of a recording's name: a share s of the recordings lies below s * 2^64.
 
     Args:
-        recording: name.
-        purpose: `packing` makes splits, `training` takes clips for weighing experts out of what packing left. They
-            draw by different hashes: the recordings that are low in one are gone before the other looks.
+        recording: Name of the recording.
+        purpose: `packing` makes splits; `training` takes clips for weighing experts from the split that packing leaves.
+            Their hashes differ: with one hash, packing would already have removed the recordings with low words.
     """
     person = {"packing": b"", "training": b"hold_out"}[purpose]
     return int.from_bytes(hashlib.blake2b(recording.encode(), digest_size=8, person=person).digest(), "big")
 
 
 def bootstrap_generator(seed: int) -> np.random.Generator:
-    """Return the generator of a bootstrap: with the same seed, every model's draws hold the same clips."""
+    """Return the generator of a bootstrap: with the same seed, every model's draws contain the same clips."""
     return np.random.default_rng(seed)
 
 
@@ -115,13 +115,13 @@ def kitchen_generator(seed: int, split: str, recording: int) -> np.random.Genera
     """Return the generator of one recording of the synthetic kitchen.
 
     Args:
-        seed: the kitchen's.
+        seed: Seed of the kitchen.
         split: `train` or `validation`.
-        recording: number within its split, counted from 0.
+        recording: Number of the recording within its split, counted from 0.
     """
     return np.random.default_rng([seed, split == "validation", recording])
 
 
 def _philox_words(num: int, first: int, second: int) -> np.ndarray:
-    """Draw uint64 (num,). Philox's raw output is fixed for all time, unlike the distributions numpy derives from it."""
+    """Draw uint64 (num,). Philox's raw output never changes, unlike the distributions that numpy derives from it."""
     return np.random.Philox(key=np.array([first, second], dtype=np.uint64)).random_raw(num)

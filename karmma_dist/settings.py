@@ -22,7 +22,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Settings(BaseModel):
-    """A section of a typed YAML file: unknown keys are errors, the docstring under a field is its meaning."""
+    """A section of a typed YAML file: unknown keys are errors, and the docstring under a field explains it."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
@@ -31,18 +31,18 @@ S = TypeVar("S", bound=Settings)
 
 
 def mark(keyword: str) -> Any:
-    """Return a mark for fields, put on one as `Annotated[type, mark]`; the JSON schema shows it as `keyword: true`."""
+    """Return a mark for fields, set by `Annotated[type, mark]`; the JSON schema shows it as `keyword: true`."""
     return Field(json_schema_extra={keyword: True})
 
 
 def is_marked(field: FieldInfo, mark: Any) -> bool:
-    """True if the field of a section bears the mark."""
+    """Return True if the field of a section has the mark."""
     extra = field.json_schema_extra
     return isinstance(extra, dict) and mark.json_schema_extra.items() <= extra.items()
 
 
 def unmarked(settings: Settings, mark: Any) -> dict[str, Any]:
-    """Return what the settings are as JSON values, without the fields and sections that bear the mark."""
+    """Return the settings as JSON values, without the fields and sections that have the mark."""
     dumped = settings.model_dump(mode="json")
     kept = (name for name, field in type(settings).model_fields.items() if not is_marked(field, mark))
     names = [*kept, *(settings.__pydantic_extra__ or {})]
@@ -69,11 +69,11 @@ def marked(cls: type[Settings], mark: Any, prefix: str = "") -> list[str]:
 
 
 def check_other_sections(settings: Settings, known: Mapping[str, type[Settings]], where: str = "") -> None:
-    """Check the sections that are no fields of the settings' class, each by the class that is known of it, in place.
+    """Replace sections that are not fields of the settings' class by instances of their known classes, in place.
 
     Raises:
-        ValueError: one is not known.
-        UserError: one does not fit its class.
+        ValueError: a section is unknown.
+        UserError: a section does not fit its class.
     """
     extra = settings.__pydantic_extra__ or {}
     for name in extra:
@@ -85,7 +85,7 @@ def check_other_sections(settings: Settings, known: Mapping[str, type[Settings]]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested dictionaries by dotted name, e.g. "training.epochs"; an empty one is a value."""
+    """Return the values of nested dictionaries by dotted name ("training.epochs"); an empty dictionary is a value."""
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -101,11 +101,11 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 def find_file(name: str, folder: str) -> Path:
     """Find the YAML file `name`: a path, or a name inside `folder` ("recipes" or "shards").
 
-    The folder is looked for in the working directory, then beside the package, then in the installation's
-    share/karmma-dist.
+    The folder may be in the working directory, next to the package, or in the installation's share/karmma-dist, in
+    this order.
 
     Raises:
-        UserError: no such file, with the nearest name that exists.
+        UserError: the file does not exist; the message gives the nearest existing name.
     """
     direct = Path(name)
     if direct.is_file():
@@ -122,10 +122,10 @@ def find_file(name: str, folder: str) -> Path:
 
 
 def load_settings(path: Path, cls: type[S], overrides: tuple[str, ...] | list[str] = ()) -> S:
-    """Read `path` as `cls`: merge what it extends, expand variables, apply `a.b=c` overrides, validate.
+    """Read `path` as `cls`: merge extended files, apply `a.b=c` overrides, expand variables, validate.
 
     Raises:
-        UserError: naming file, key and nearest match.
+        UserError: the file or a key is invalid; the message gives file, key and nearest match.
     """
     tree = read_tree(path)
     for override in overrides:
@@ -163,16 +163,20 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate(tree: dict[str, Any], cls: type[S], where: str) -> S:
-    """Build `cls` from `tree`; every problem is one clause of one line."""
+    """Build `cls` from `tree`.
+
+    Raises:
+        UserError: a key or value is invalid; the message lists all problems in one line.
+    """
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(e, cls) for e in error.errors())) from None
 
 
-def dump(settings: Settings) -> str:
-    """The settings as YAML, every field written out."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump(settings: Settings, *, in_ascii: bool = False) -> str:
+    """Return the settings as YAML with every field; with `in_ascii`, other characters are escaped in quotes."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=not in_ascii)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -203,10 +207,10 @@ def _expand(value: Any, path: Path) -> Any:
         return value
 
     def replace(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1], match[2])
-        if found is None:
+        expanded = os.environ.get(match[1], match[2])
+        if expanded is None:
             raise UserError(f"{path}: environment variable {match[1]} is not set (export {match[1]}=...)")
-        return found
+        return expanded
 
     return _VARIABLE.sub(replace, value)
 
@@ -225,7 +229,7 @@ def _explain(problem: Any, cls: type[Settings]) -> str:
 
 
 def _fields_at(cls: type[Settings], location: list[str]) -> list[str]:
-    """Names of the fields of the section at `location`, for the nearest match."""
+    """Return the names of the fields of the section at `location`, for the nearest match."""
     current: Any = cls
     for part in location:
         field = getattr(current, "model_fields", {}).get(part)
@@ -236,11 +240,11 @@ def _fields_at(cls: type[Settings], location: list[str]) -> list[str]:
 
 
 def _section_type(annotation: Any) -> Any:
-    """The Settings class inside `X | None`, `dict[str, X]` or `X` itself."""
+    """Return the Settings class inside `X | None`, `dict[str, X]` or `X` itself, or None."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
-        found = _section_type(argument)
-        if found is not None:
-            return found
+        section = _section_type(argument)
+        if section is not None:
+            return section
     return None

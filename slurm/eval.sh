@@ -1,12 +1,12 @@
 #!/bin/bash
-# Evaluate a run under missing modalities; ranks share the clips and come to the same figures as one alone.
+# Evaluate a run under missing modalities; several ranks share the clips and give the same results as one rank.
 #
 #   sbatch slurm/eval.sh                                           newest finished run, every subset, drop 0.0 to 0.9
 #   sbatch slurm/eval.sh runs/epic_kitchens/distill --drop-prob 0.5
 #   sbatch --ntasks-per-node=8 --gpus-per-node=8 slurm/eval.sh     on eight GPUs; --nodes=4 as well
 #   sbatch --gpus-per-node=0 slurm/eval.sh                         without a GPU
 #
-# Submit from the checkout. The report lands in the run's eval/ folder.
+# Submit from the checkout. The report is written to the run's eval/ folder.
 #SBATCH --job-name=karmma-eval
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -31,13 +31,13 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 if [ $# -eq 0 ]; then set -- --subsets --sweep --seeds 3; fi
 
-# One address for all ranks: the first node's, as Slurm knows it (its name need not resolve).
+# All ranks use the address of the first node as known to Slurm, since its name may not resolve.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${hosts%%$'\n'*}
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:-$first}
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from sbatch
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it from sbatch
 
 say "on $SLURM_JOB_NODELIST: eval $*"
 status=0

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Pack a raw dataset into shards with an array of jobs, each taking its part of the recordings.
+# Pack a raw dataset into shards with an array of jobs, each packing its part of the recordings.
 #
 #   sbatch slurm/shard.sh                                          shards/epic_kitchens.yaml
 #   sbatch --array=1-8 slurm/shard.sh something_something --raw /data/ssv2
 #
-# Submit from the checkout. Whichever part ends last puts the shards together. After an interruption submit the same
-# again: parts that are done end at once, the others do what is left.
+# Submit from the checkout. The part that ends last assembles the shards. After an interruption, submit the same command
+# again: finished parts end at once, and the others do the remaining work.
 #SBATCH --job-name=karmma-shard
 #SBATCH --array=1-16
 #SBATCH --nodes=1
@@ -30,7 +30,7 @@ say() { echo "$(date -Is) job $SLURM_JOB_ID $*"; }
 cd "${SLURM_SUBMIT_DIR:-.}"
 # shellcheck source=/dev/null
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from sbatch
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it from sbatch
 
 if [ "$SLURM_ARRAY_TASK_MIN" -ne 1 ] || [ "$SLURM_ARRAY_TASK_COUNT" -ne "$SLURM_ARRAY_TASK_MAX" ]; then
     say "error: the array's numbers must be 1-N without gaps, each of the N jobs packs one part: sbatch --array=1-8 ..."

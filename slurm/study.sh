@@ -1,10 +1,10 @@
 #!/bin/bash
-# One training of a study per task of an array, or a study's report; `karmma-dist study STUDY --slurm` submits it.
+# Run one training of a study per array task, or write a study's report; `karmma-dist study STUDY --slurm` submits it.
 #
 #   sbatch --array=0-4 slurm/study.sh slurm/distill.sh RECIPE_OF_TASK_0 ... RECIPE_OF_TASK_4
 #   sbatch slurm/study.sh report STUDY --seeds 5                   evaluates what is finished and writes the report
 #
-# Submit from the checkout. Tasks are preempted, requeued and resumed as the script they hand over to says.
+# Submit from the checkout. Tasks are preempted, requeued and resumed like the script that they call.
 #SBATCH --job-name=karmma-study
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -19,7 +19,7 @@
 ##SBATCH --account=my_project
 
 set -euo pipefail
-trap : TERM USR2  # both reach what is started below, which saves
+trap : TERM USR2  # both reach the command started below, which saves
 
 program=(karmma-dist)     # apptainer: (apptainer exec --nv karmma.sif karmma-dist)
 

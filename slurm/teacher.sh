@@ -1,13 +1,13 @@
 #!/bin/bash
-# Train the teacher on several nodes; the unimodal encoders it builds on, where not finished, are trained first.
+# Train the teacher on several nodes; unfinished unimodal encoders that it builds on are trained first.
 #
 #   sbatch slurm/teacher.sh                                        recipes/epic_kitchens/teacher.yaml
 #   sbatch slurm/teacher.sh RECIPE --set training.epochs=50        another recipe, with overrides
-#   sbatch --nodes=4 --partition=a100 slurm/teacher.sh             any sbatch flag wins over the lines below
+#   sbatch --nodes=4 --partition=a100 slurm/teacher.sh             sbatch flags override the lines below
 #   sbatch --gpus-per-node=0 --ntasks-per-node=1 slurm/teacher.sh  without GPUs: one rank per node
 #
-# Submit from the checkout. Preempted, near its time limit or robbed of a node, the job saves if it still can, goes back
-# into the queue and resumes. After any other end the same command continues the run.
+# Submit from the checkout. When the job is preempted, reaches its time limit or loses a node, it saves if it still can,
+# is requeued, and resumes. After any other end, the same command continues the run.
 #SBATCH --job-name=karmma-teacher
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -22,10 +22,10 @@
 ##SBATCH --account=my_project
 
 set -euo pipefail
-trap : TERM USR2  # both reach the ranks, which save; this shell stays to say how it ended
+trap : TERM USR2  # both reach the ranks, which save; this shell stays to report the end
 
-train=${SLURM_SUBMIT_DIR:-.}/slurm/train.sh  # Slurm runs a copy of this file, which has no train.sh beside it
-[ -f "$train" ] || # launched from an installation: Slurm knows where the file itself lies
+train=${SLURM_SUBMIT_DIR:-.}/slurm/train.sh  # Slurm runs a copy of this file in a folder without train.sh
+[ -f "$train" ] || # launched from an installation: Slurm knows the path of the original
     train=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/.*|\1/train.sh|p' | sort -u) || true
 [ -f "$train" ] || { echo "error: ${SLURM_SUBMIT_DIR:-.}: no slurm/train.sh: submit from the checkout" >&2; exit 2; }
 # shellcheck source=slurm/train.sh

@@ -1,9 +1,10 @@
 #!/bin/bash
-# Train on the nodes of a job: what distill.sh and teacher.sh do, which have the #SBATCH lines and are submitted.
+# Train on the nodes of a job. Sourced by distill.sh and teacher.sh, which have the #SBATCH lines and are submitted.
 #
 #   . slurm/train.sh DEFAULT_RECIPE [RECIPE] [OPTIONS OF karmma-dist train]
 #
-# Read into the submitted script's own shell, whole and before its first line runs: a checkout may change meanwhile.
+# The shell of the submitted script reads this file completely before it runs the first line, since the checkout may
+# change while the job runs.
 
 set -euo pipefail
 recipe=$1
@@ -24,18 +25,18 @@ if [ "$restarts" -gt "$max_restarts" ]; then
     exit 1
 fi
 
-# One address for all ranks: the first node's, as Slurm knows it (its name need not resolve).
+# All ranks use the address of the first node as known to Slurm, since its name may not resolve.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${hosts%%$'\n'*}
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:-$first}
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from sbatch
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it from sbatch
 
 say "on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), restart $restarts of at most $max_restarts: $recipe $*"
 status=0
-if [ "${KARMMA_DIST_PREFLIGHT:-1}" -ne 0 ]; then  # a minute at most: device, shards, run folder, network of every rank
+if [ "${KARMMA_DIST_PREFLIGHT:-1}" -ne 0 ]; then  # checks device, shards, run folder and network of every rank in at most a minute
     settings=()
     for ((i = 1; i <= $#; i++)); do
         next=$((i + 1))
@@ -44,17 +45,17 @@ if [ "${KARMMA_DIST_PREFLIGHT:-1}" -ne 0 ]; then  # a minute at most: device, sh
     srun --label --kill-on-bad-exit=0 --wait=60 "${container[@]}" "${program[@]}" \
         doctor --distributed "$recipe" "${settings[@]}" || status=$?
 fi
-# Ranks that saved end together: none is killed while others leave, so that their status 85 is srun's.
+# Ranks end together after saving; none is killed while others exit, so that srun returns their status 85.
 [ "$status" -ne 0 ] ||
     srun --label --kill-on-bad-exit=0 --wait=60 "${container[@]}" "${program[@]}" train "$recipe" "$@" || status=$?
 
 reason=
 if [ "$status" -ne 0 ] && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-    # Nobody cancelled the job, and Slurm has not requeued it itself.
+    # The job was not cancelled, and Slurm has not requeued it itself.
     if [ "$status" -eq 85 ]; then
         reason="saved"
     elif [ "$status" -eq 140 ] || [ "$status" -eq 143 ]; then
-        reason="warned before it had begun"  # USR2 or TERM ended a rank that did not listen yet
+        reason="warned before it had begun"  # USR2 or TERM ended a rank that did not handle signals yet
     elif ! timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true; then
         reason="a node is gone"
     fi

@@ -1,1 +1,1 @@
-"""The commands: each parses, calls one function and prints. Nothing heavy is imported before one of them runs."""
+"""The commands: each parses its arguments, calls one function and prints. Heavy imports happen only when one runs."""

@@ -1,4 +1,4 @@
-"""The commands that ask a model: eval and predict."""
+"""The commands that run a trained model: eval and predict."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from pathlib import Path
 import click
 
 from karmma_dist.commands.options import print_json
+from karmma_dist.terminal import print_line
 
 
 @click.command("eval")
 @click.argument("runs", metavar="[RUN]...", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--shards", type=click.Path(), help="Shards folder; default: the one the run was trained on.")
-@click.option("--split", help="Split; default: the run's test split, else validation.")
-@click.option("--drop-prob", type=click.FloatRange(0, 1), help="Each modality is lost with this probability.")
-@click.option("--modalities", help="Only these, e.g. V,F.")
-@click.option("--subsets", is_flag=True, help="Every non-empty subset of the modalities.")
-@click.option("--sweep", is_flag=True, help="Drop probabilities 0.0, 0.1, ... 0.9.")
+@click.option("--shards", type=click.Path(), help="Shards folder; default: the run's training shards.")
+@click.option("--split", help="Split; default: the run's test split, else its validation split.")
+@click.option("--drop-prob", type=click.FloatRange(0, 1), help="Drop each modality with this probability.")
+@click.option("--modalities", help="Use only these modalities, e.g. V,F.")
+@click.option("--subsets", is_flag=True, help="Evaluate every non-empty subset of the modalities.")
+@click.option("--sweep", is_flag=True, help="Evaluate drop probabilities 0.0, 0.1, ... 0.9.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Random draws per condition.")
 @click.option(
     "--corrupt", multiple=True, metavar="SENSOR:KIND:SEVERITY",
-    help="Also with a broken sensor, e.g. video:blur:3 (severity 1 to 5); 'suite': every kind. May be repeated.",
+    help="Also evaluate a broken sensor, e.g. video:blur:3 (severity 1 to 5); 'suite': every kind. May be repeated.",
 )
 @click.option("--annotations", type=click.Path(path_type=Path), help="Lists of tail classes and unseen participants.")
 @click.option("--views", help="Average TEMPORALxSPATIAL views of each clip, e.g. 3x1; default: the recipe's.")
 @click.option(
     "--predictions", type=click.Path(path_type=Path),
-    help="Write every prediction with whole sensors: .npz or .parquet.",
+    help="Write the predictions on clips with intact sensors: .npz or .parquet.",
 )
 @click.option(
     "--submission", type=(click.Choice(["epic-kitchens", "something-something"]), click.Path(path_type=Path)),
-    metavar="FORMAT FILE", help="Leaderboard's file: epic-kitchens FILE.zip (or .pkl), something-something FILE.csv.",
+    metavar="FORMAT FILE", help="Leaderboard file: epic-kitchens FILE.zip (or .pkl), something-something FILE.csv.",
 )
 @click.option("--sls", help="Supervision levels of an Epic-Kitchens submission: pretraining,labels,data, e.g. 2,3,3.")
 @click.option(
     "--out", type=click.Path(path_type=Path),
-    help="Folder for the report; default: eval/ in the run folder, of several runs runs/comparison.",
+    help="Folder for the report; default: eval/ in the run folder, or runs/comparison for several runs.",
 )
-@click.option("--local", type=click.IntRange(min=1), help="Share the clips among N ranks on this machine, one a GPU.")
+@click.option("--local", type=click.IntRange(min=1), help="Share the clips among N ranks on this machine, one per GPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @click.pass_context
 def evaluate(
@@ -48,39 +49,39 @@ def evaluate(
     annotations: Path | None, views: str | None, predictions: Path | None, submission: tuple[str, Path] | None,
     sls: str | None, out: Path | None, local: int | None, as_json: bool,
 ) -> None:
-    """Evaluate a run (default: the newest finished) with sensors failing, or compare several on the same clips.
+    """Evaluate a run (default: the newest finished run) under missing modalities, or compare runs on the same clips.
 
-    RUN: a run folder or a weights file. Under srun or torchrun the ranks share the clips.
+    RUN: a run folder or a weights file. Under srun or torchrun, the ranks share the clips.
     """
     if local is not None:
         from karmma_dist.launching.local import launch_local, rank_command
 
         sys.exit(launch_local(local, rank_command(_without_option(context.obj, "--local"))))
-    from karmma_dist.evaluation.command import Request, answer, print_answer
+    from karmma_dist.evaluation.command import Request, evaluate_request, print_evaluation
     from karmma_dist.evaluation.exports.epic_kitchens import parse_levels
     from karmma_dist.evaluation.exports.exports import Exports
 
     exports = Exports(predictions, submission, None if sls is None else parse_levels(sls))
-    found = answer(
+    evaluation = evaluate_request(
         Request(
             runs=runs, shards=shards, split=split, drop_prob=drop_prob, modalities=modalities, subsets=subsets,
             sweep=sweep, num_seeds=seeds, corrupt=corrupt, annotations=annotations, views=views, exports=exports,
             out=out,
         )
     )
-    if found is None:
-        return  # rank 0 speaks
-    print_answer(found, as_text=not as_json)
+    if evaluation is None:
+        return  # only rank 0 prints
+    print_evaluation(evaluation, as_text=not as_json)
     if as_json:
-        print_json(found.content)
-    for line in found.export():
-        click.echo(line, err=as_json)
-    if found.is_damaged:
+        print_json(evaluation.content)
+    for line in evaluation.export():
+        print_line(line, err=as_json)
+    if evaluation.is_damaged:
         sys.exit(1)
 
 
 def _without_option(arguments: Sequence[str], name: str) -> list[str]:
-    """The command line without `name VALUE` and `name=VALUE`."""
+    """Return the command line without `name VALUE` and `name=VALUE`."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
@@ -94,16 +95,16 @@ def _without_option(arguments: Sequence[str], name: str) -> list[str]:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("clips", metavar="CLIP...", nargs=-1, required=True)
-@click.option("--shards", type=click.Path(), help="Shards folder; default: the one the run was trained on.")
-@click.option("--start", type=click.FloatRange(min=0), help="Where the clip starts in its file, seconds.")
-@click.option("--stop", type=click.FloatRange(min=0), help="Where it stops; default: the end of the file.")
-@click.option("--modalities", help="Only these, e.g. V,A; default: all that the clip has.")
+@click.option("--shards", type=click.Path(), help="Shards folder; default: the run's training shards.")
+@click.option("--start", type=click.FloatRange(min=0), help="Start of the clip in its file, in seconds.")
+@click.option("--stop", type=click.FloatRange(min=0), help="End of the clip, in seconds; default: the end of the file.")
+@click.option("--modalities", help="Use only these modalities, e.g. V,A; default: all modalities of the clip.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
     run: Path, clips: tuple[str, ...], shards: str | None, start: float | None, stop: float | None,
     modalities: str | None, as_json: bool,
 ) -> None:
-    """Say what is done in a clip. RUN: a run folder or a weights file. CLIP: a media file, or a key in the shards."""
+    """Predict the action in a clip. RUN: a run folder or a weights file. CLIP: a media file, or a key in the shards."""
     from karmma_dist.evaluation.predict.predict import predict as ask
     from karmma_dist.evaluation.predict.predict import print_predictions
     from karmma_dist.progress import Progress, silent

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they print JSON."""
+"""Options and JSON output shared by several commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 
 class Part(click.ParamType):
-    """`I/N` with 1 <= I <= N."""
+    """A parameter `I/N` with 1 <= I <= N."""
 
     name = "I/N"
 
@@ -23,7 +23,7 @@ class Part(click.ParamType):
 
 
 class Steps(click.ParamType):
-    """`START:STOP`, given on as the recipe's `[START, STOP]`."""
+    """A parameter `START:STOP`, converted to the recipe's form `[START, STOP]`."""
 
     name = "START:STOP"
 

@@ -1,4 +1,4 @@
-"""The commands of shards: shard, inspect, verify."""
+"""The commands for shards: shard, inspect and verify."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from pathlib import Path
 import click
 
 from karmma_dist.commands.options import Part, print_json, set_option
+from karmma_dist.terminal import print_line
 
 
 @click.command()
 @click.argument("spec", default="epic_kitchens")
-@click.option("--raw", type=click.Path(), help="Raw dataset folder; default: the specification's.")
-@click.option("--out", type=click.Path(), help="Folder for the shards; default: the specification's.")
+@click.option("--raw", type=click.Path(), help="Raw dataset folder; default: that of the specification.")
+@click.option("--out", type=click.Path(), help="Folder for the shards; default: that of the specification.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Packing processes.")
 @click.option("--limit", type=click.IntRange(min=1), help="Pack only the first N clips of each split.")
-@click.option("--part", type=Part(), help="Take only the I-th of N parts of the recordings.")
-@click.option("--retry-failed", is_flag=True, help="Try clips again that failed before.")
+@click.option("--part", type=Part(), help="Pack only the I-th of N parts of the recordings.")
+@click.option("--retry-failed", is_flag=True, help="Retry clips that failed before.")
 @set_option
 def shard(
     spec: str, raw: str | None, out: str | None, workers: int, limit: int | None, part: tuple[int, int] | None,
     retry_failed: bool, overrides: tuple[str, ...],
 ) -> None:
-    """Pack a raw dataset into shards. SPEC is a file of shards/ or its bare name."""
+    """Pack a raw dataset into shards. SPEC: a file in shards/, or its name without suffix."""
     from karmma_dist.packing.inspect.tables import print_summary
     from karmma_dist.packing.pack import pack
     from karmma_dist.packing.spec import load_spec
@@ -45,7 +46,7 @@ def shard(
 @click.option("--sheet", type=click.Path(path_type=Path), help="Draw a contact sheet into this PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) -> None:
-    """Show what is in a shards folder: splits, modality subsets, classes; or one clip; or a contact sheet."""
+    """Show the content of a shards folder: splits, modality subsets and classes, or one clip, or a contact sheet."""
     from karmma_dist.packing.inspect.inspect import contact_sheet, describe, describe_clip
     from karmma_dist.packing.inspect.tables import print_description
     from karmma_dist.shards.folder import ShardFolder
@@ -59,17 +60,17 @@ def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) ->
     else:
         print_description(description)
     if sheet is not None:
-        click.echo(f"contact sheet: {sheet}", err=as_json)
+        print_line(f"contact sheet: {sheet}", err=as_json)
 
 
 @click.command()
 @click.argument("shards", type=click.Path(path_type=Path))
-@click.option("--full", is_flag=True, help="Read every byte, and decode the ends of every video.")
-@click.option("--repair", "mend", is_flag=True, help="First write lost indexes and manifests again from whole tars.")
+@click.option("--full", is_flag=True, help="Read every byte, and decode the first and last frames of every video.")
+@click.option("--repair", "mend", is_flag=True, help="First rewrite lost indexes and manifests from intact tars.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Checking processes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(shards: Path, full: bool, mend: bool, workers: int, as_json: bool) -> None:
-    """Check that a shards folder is what was packed: 0 whole, 1 damaged, each shard, clip and member named."""
+    """Check that a shards folder is as it was packed, and name every damaged shard, clip and member (exit code 1)."""
     from karmma_dist.packing.inspect.tables import print_verification
     from karmma_dist.packing.verify.repair import repair
     from karmma_dist.packing.verify.verify import verify as check

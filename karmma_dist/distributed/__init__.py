@@ -1,1 +1,1 @@
-"""Ranks of a job: who they are, how they join, what they say to each other, and which of them is lost."""
+"""Ranks of a job: their numbers, process group, collectives, heartbeats and checks."""

@@ -1,4 +1,4 @@
-"""What ranks say to each other beside gradients: lists, means, a wait. Every rank must call each of these."""
+"""Collectives for anything except gradients: gathers, means, barriers. Every rank must call each function."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from karmma_dist.distributed import heartbeat
 
 
 def gather(items: list[Any]) -> list[Any]:
-    """The lists of all ranks joined in rank order, on every rank."""
+    """Return the lists of all ranks, concatenated in rank order, on every rank."""
     parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Mean of each value over the ranks."""
+    """Return the mean of each value over the ranks."""
     names = sorted(values)
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
@@ -29,7 +29,7 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 
 def store() -> dist.Store:
-    """The job's key-value store, which reaches every rank also while a collective waits."""
+    """Return the job's key-value store, which reaches every rank even while a collective blocks."""
     return dist.PrefixStore("karmma_dist", dist.distributed_c10d._get_default_store())
 
 
@@ -38,42 +38,42 @@ _POLL_S = 0.01
 
 
 def barrier(limit_s: float = heartbeat.START_S) -> None:
-    """Wait for every rank, for as long as it lives: unlike a collective it may be long about it.
+    """Wait for every rank as long as all ranks are alive, without the time limit of a collective.
 
     Args:
-        limit_s: how much later than this one the last may come.
+        limit_s: Seconds by which the last rank may arrive later than this one.
 
     Raises:
-        Stopped: a rank died or left.
+        Stopped: a rank died, hangs or left the job.
     """
     if dist.get_world_size() == 1:
         return
     heartbeat.mark("waiting for the other ranks", limit_s)
-    name, meeting = f"barrier/{next(_barriers)}", store()
-    if meeting.add(name, 1) == dist.get_world_size():
-        meeting.set(f"{name}/open", "")
-    heartbeat.wait_for(meeting, f"{name}/open")
+    name, job_store = f"barrier/{next(_barriers)}", store()
+    if job_store.add(name, 1) == dist.get_world_size():
+        job_store.set(f"{name}/open", "")
+    heartbeat.wait_for(job_store, f"{name}/open")
 
 
-def part() -> None:
-    """The last barrier of a job: rank 0, whose process holds the store, leaves when the others no longer need it.
+def leave_job() -> None:
+    """Wait at the job's last barrier; rank 0, whose process holds the store, leaves after all others.
 
     Raises:
-        Stopped: a rank died or left.
+        Stopped: a rank died, hangs or left the job.
     """
     barrier()
     if dist.get_world_size() == 1:
         return
-    meeting = store()
-    num_parted = meeting.add("parted", 1)
-    while dist.get_rank() == 0 and num_parted < dist.get_world_size():
+    job_store = store()
+    num_left = job_store.add("num_left", 1)
+    while dist.get_rank() == 0 and num_left < dist.get_world_size():
         heartbeat.raise_if_lost()
         time.sleep(_POLL_S)
-        num_parted = meeting.add("parted", 0)
+        num_left = job_store.add("num_left", 0)
 
 
 def highest(number: int) -> int:
-    """The highest of the ranks' numbers, on every rank."""
+    """Return the highest of the ranks' numbers, on every rank."""
     if dist.get_world_size() == 1:
         return number
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")

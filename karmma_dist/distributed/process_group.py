@@ -1,4 +1,4 @@
-"""Joins the ranks of a job for as long as a block lasts, and tells each the device it computes on."""
+"""The process group that joins the ranks of a job for the duration of a block, and each rank's device."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 
 from karmma_dist.distributed import heartbeat
-from karmma_dist.distributed.collectives import part, store
-from karmma_dist.distributed.heartbeat import Presence
+from karmma_dist.distributed.collectives import leave_job, store
+from karmma_dist.distributed.heartbeat import Heartbeat
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import Stopped, UserError
 
 _TIMEOUT = datetime.timedelta(minutes=15)
-"""Torch's own limit on a collective, which ends a process without a word on who was missing: `Presence` comes first."""
+"""PyTorch's limit on a collective: it ends a process without naming the missing rank, so `Heartbeat` acts earlier."""
 
 
 def device_of(world: World) -> torch.device:
-    """This rank's GPU, by its number on the node; the CPU where torch sees no GPU.
+    """Return this rank's GPU, by its local rank; the CPU if torch sees no GPU.
 
     Raises:
-        UserError: fewer GPUs are visible than this rank needs.
+        UserError: torch sees fewer GPUs than this rank needs.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -41,16 +41,16 @@ def device_of(world: World) -> torch.device:
 def process_group(
     world: World, collective_timeout_s: float = 60.0, on_loss: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Join the ranks of `world` for as long as the block lasts.
+    """Join the ranks of `world` for the duration of the block.
 
-    Ranks leave in order: without a barrier one can abort the others at exit, but after an error the others may never
-    arrive, so only a clean end or an agreed stop waits for them. A process that is alone keeps its group: DeepSpeed
-    remembers the first one it saw and cannot use another in the same process.
+    Ranks leave in order: without a barrier, one rank's exit can abort the others. After an error the other ranks may
+    never reach the barrier, so only a clean end or an agreed stop waits for them. A single process keeps its group:
+    DeepSpeed remembers the first group and cannot use another in the same process.
 
     Args:
-        world: this rank.
-        collective_timeout_s: see `TrainingRecipe`.
-        on_loss: called, in a thread, before a rank is ended that waits for one that is gone.
+        world: World of this rank.
+        collective_timeout_s: See `TrainingRecipe`.
+        on_loss: Called in a thread, before a rank that waits for a lost rank is ended.
 
     Raises:
         Stopped: another rank died, hangs or left because of an error.
@@ -67,38 +67,38 @@ def process_group(
         if world.size == 1:
             yield
             return
-        with Presence(store(), world.rank, world.size, collective_timeout_s, on_loss) as present:
-            heartbeat.begin(present)
+        with Heartbeat(store(), world.rank, world.size, collective_timeout_s, on_loss) as beating:
+            heartbeat.set_current(beating)
             try:
                 yield
-                part()
+                leave_job()
             except BaseException as error:
-                _leave(present, error)
+                _leave(beating, error)
                 raise
             finally:
-                heartbeat.begin(None)
-                if present.lost is None:
+                heartbeat.set_current(None)
+                if beating.lost is None:
                     dist.destroy_process_group()
 
 
-def _leave(present: Presence, error: BaseException) -> None:
-    """End this rank's part in good order where the others still are.
+def _leave(beating: Heartbeat, error: BaseException) -> None:
+    """Leave the job after an error, and tell the other ranks why.
 
     Raises:
-        Stopped: instead of `error`, where that is only what a collective says of another rank's end.
+        Stopped: another rank is lost, and `error` is only a collective's failure that follows from it.
     """
-    if isinstance(error, Stopped) and present.lost is None:
-        part()  # agreed: every rank comes here
+    if isinstance(error, Stopped) and beating.lost is None:
+        leave_job()  # an agreed stop: every rank gets here
         return
-    lost = present.explain(error)
-    present.leave(str(lost or error) or type(error).__name__)
+    lost = beating.explain(error)
+    beating.leave(str(lost or error) or type(error).__name__)
     if lost is not None:
         raise lost from None
 
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the length of the block."""
+    """Set environment variables for the duration of the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -1,11 +1,11 @@
-"""Who am I among the ranks: from torchrun's variables, from Slurm's, or alone.
+"""The rank of this process in its job, read from the launcher's environment variables.
 
-    torchrun     RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (all of them)
+    torchrun     RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (all five)
     srun         SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS; MASTER_ADDR and MASTER_PORT from the script, else
-                 the step's first host and a port made from the job id
+                 the step's first host and a port derived from the job id
     neither      one rank on a free port of this machine
 
-Others' variables (Open MPI's, PMI's) are not looked at: under mpirun, set torchrun's from them.
+Variables of other launchers (Open MPI, PMI) are ignored: under mpirun, set torchrun's variables from them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`."""
+    """The rank of this process among `size`, and the address at which the ranks join."""
 
     rank: int
     local_rank: int
@@ -33,31 +33,30 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes files and talks."""
+        """True on rank 0, the only rank that writes files and prints."""
         return self.rank == 0
 
 
 ALONE = World(0, 0, 1, "127.0.0.1", 0)
-"""A process that shares its work with nobody."""
+"""The world of a process that works alone."""
 
 
 def find_world(environment: Mapping[str, str]) -> World:
-    """Read the environment.
+    """Return this process's world, read from environment variables.
 
     Raises:
-        UserError: only part of what a launcher sets is there, or a value is no number or out of range.
+        UserError: some of a launcher's variables are missing, or a value is not a number or is out of range.
     """
     if "SLURM_STEP_NUM_TASKS" in environment and "RANK" not in environment:
         return _slurm_world(environment)
-    given = [name for name in _TORCHRUN if name in environment]
-    launched = [name for name in given if not name.startswith("MASTER_")]
-    if not launched:
+    present = [name for name in _TORCHRUN if name in environment]
+    if all(name.startswith("MASTER_") for name in present):
         return World(0, 0, 1, "127.0.0.1", free_port())
     missing = [name for name in _TORCHRUN if name not in environment]
     if missing:
         raise UserError(
-            f"{', '.join(given)} set but {', '.join(missing)} not: start ranks with torchrun, srun or "
-            "'karmma-dist launch', or unset them to run alone"
+            f"{', '.join(present)} set but {', '.join(missing)} missing: start ranks with torchrun, srun or "
+            "'karmma-dist launch', or unset all of them to run alone"
         )
     rank, local_rank, size, port = (
         _number(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
@@ -66,7 +65,7 @@ def find_world(environment: Mapping[str, str]) -> World:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
+    """Return a free TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -75,18 +74,18 @@ def free_port() -> int:
 def _slurm_world(environment: Mapping[str, str]) -> World:
     missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID") if name not in environment]
     if missing:
-        raise UserError(f"SLURM_STEP_NUM_TASKS set but {', '.join(missing)} not: start ranks with srun")
+        raise UserError(f"SLURM_STEP_NUM_TASKS set but {', '.join(missing)} missing: start ranks with srun")
     rank, local_rank, size = (
         _number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
     )
     address = environment.get("MASTER_ADDR") or _first_host(environment, size)
-    given = environment.get("MASTER_PORT")
-    port = _number(environment, "MASTER_PORT") if given else 20_000 + _number(environment, "SLURM_JOB_ID") % 20_000
+    has_port = bool(environment.get("MASTER_PORT"))
+    port = _number(environment, "MASTER_PORT") if has_port else 20_000 + _number(environment, "SLURM_JOB_ID") % 20_000
     return _checked(World(rank, local_rank, size, address, port), "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 
 
 def _checked(world: World, rank_name: str, size_name: str) -> World:
-    """`world`, if such a process can be; the names are those of the variables it was read from."""
+    """Return `world` if its values are valid; errors name the given variables."""
     if world.size < 1:
         raise UserError(f"{size_name}={world.size}: a job has at least one rank")
     if not 0 <= world.rank < world.size:
@@ -96,7 +95,7 @@ def _checked(world: World, rank_name: str, size_name: str) -> World:
             f"local rank {world.local_rank} of {rank_name}={world.rank}: ranks are counted from 0 on every node"
         )
     if not world.address.strip():
-        raise UserError("MASTER_ADDR is empty: it is the host of rank 0")
+        raise UserError("MASTER_ADDR is empty: set it to the host of rank 0")
     if not 0 < world.port < 2**16:
         raise UserError(f"MASTER_PORT={world.port}: a port is 1 to 65535")
     return world
@@ -109,10 +108,10 @@ def _first_host(environment: Mapping[str, str], size: int) -> str:
     scontrol = shutil.which("scontrol")
     if not nodes or not scontrol:
         raise UserError("MASTER_ADDR is not set and the first host of the Slurm step is unknown: export MASTER_ADDR")
-    listed = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, timeout=30)
-    if listed.returncode or not listed.stdout.split():
-        raise UserError(f"scontrol show hostnames {nodes} failed: export MASTER_ADDR ({listed.stderr.strip()})")
-    return listed.stdout.split()[0]
+    hostnames = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, timeout=30)
+    if hostnames.returncode or not hostnames.stdout.split():
+        raise UserError(f"scontrol show hostnames {nodes} failed: export MASTER_ADDR ({hostnames.stderr.strip()})")
+    return hostnames.stdout.split()[0]
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -1,1 +1,1 @@
-"""How a model behaves when sensors fail: conditions -> masks -> ranks of the true classes -> rows -> report."""
+"""Evaluation of models whose sensors fail: conditions -> masks -> ranks of the true classes -> rows -> report."""

@@ -1,6 +1,6 @@
-"""Carries out `karmma-dist eval`: evaluates one run, or compares several, writes reports and prints them.
+"""The command `karmma-dist eval`: evaluate one run or compare several, write reports and print them.
 
-    RUN/eval/          each run's own results and report
+    RUN/eval/          results and report of each run
     runs/comparison/   comparison.json, report.md and its plots
 """
 
@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import Console
 
 from karmma_dist.errors import UserError
@@ -40,17 +39,18 @@ from karmma_dist.models.model_card import CARD, ModelCard
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.settings import read_tree, validate
+from karmma_dist.terminal import print_line
 
 RUNS = Path("runs")
-"""Where runs are looked for, and where comparisons go."""
+"""Folder in which runs are looked up and comparisons are written."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command's options; None and empty: not given."""
+    """The options of the command; None or empty: not given."""
 
     runs: tuple[Path, ...] = ()
-    """Run folders or weights files; none: the newest finished run."""
+    """Run folders or weights files; empty: the newest finished run."""
     shards: str | None = None
     split: str | None = None
     drop_prob: float | None = None
@@ -65,7 +65,7 @@ class Request:
     out: Path | None = None
 
     def conditions(self, available: Sequence[str]) -> list[Condition]:
-        """What is there at inference, of the modalities a model has."""
+        """Return the conditions to evaluate, for a model with the modalities `available`."""
         chosen = None if self.modalities is None else parse_modalities(self.modalities, available)
         return build_conditions(
             available, modalities=chosen, drop_prob=self.drop_prob, subsets=self.subsets, sweep=self.sweep,
@@ -73,7 +73,7 @@ class Request:
         )  # fmt: skip
 
     def plans(self) -> dict[Path, Plan]:
-        """What is going to be evaluated, per run, checked before the first clip of the first is read."""
+        """Plan the evaluation of each run; everything is checked before the first clip of the first run is read."""
         runs = self.runs or (newest_finished_run(RUNS),)
         plan = partial(
             plan_evaluation, conditions=self.conditions, shards=self.shards, split=self.split,
@@ -84,45 +84,45 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came of a request."""
+class Evaluation:
+    """The evaluated runs of a request."""
 
     done: dict[str, Evaluated]
-    """Per run."""
+    """Evaluated runs by name."""
     content: dict[str, Any]
     """The JSON object."""
     report: Path | None
-    """The report.md; None: there were no labels to score."""
+    """Path of report.md; None: no clip had a label to score."""
 
     @property
     def is_damaged(self) -> bool:
-        """Whether a clip could not be read."""
-        return any(one.results.summary.num_damaged for one in self.done.values())
+        """True if a clip could not be read."""
+        return any(run.results.summary.num_damaged for run in self.done.values())
 
     def export(self) -> list[str]:
-        """Write the predictions and submissions asked for, and return a line about each file.
+        """Write the requested predictions and submissions, and return a line about each file.
 
         Raises:
-            UserError: a clip is missing from a submission; results and report are there already.
+            UserError: a submission lacks a clip; results and report are already written.
         """
-        return [line for one in self.done.values() for line in one.to_export()]
+        return [line for run in self.done.values() for line in run.to_export()]
 
 
-def answer(request: Request) -> Answer | None:
-    """Evaluate as asked, on all ranks of the job, and write reports. Every rank must call this.
+def evaluate_request(request: Request) -> Evaluation | None:
+    """Carry out the evaluation on all ranks of the job, and write reports. Every rank must call this.
 
     Returns:
-        On rank 0 what came out, on the others None.
+        The evaluation on rank 0, None on all other ranks.
 
     Raises:
         UserError: see `plan.plan_evaluation` and `run.carry_out`.
-        Stopped: another rank is gone.
+        Stopped: another rank died, hangs or left because of an error.
     """
     if len(request.runs) > 1 and request.exports.are_wanted:
-        raise UserError("eval: --predictions and --submission are of one run: name only that one")
-    together = request.out or RUNS / "comparison"
+        raise UserError("eval: --predictions and --submission take a single run: name only one")
+    comparison_folder = request.out or RUNS / "comparison"
     if len(request.runs) > 1:
-        check_folder(together, "name another folder with --out")
+        check_folder(comparison_folder, "name another folder with --out")
     with ExitStack() as stack:
         world = stack.enter_context(joined_ranks())
         plans = request.plans()
@@ -132,29 +132,30 @@ def answer(request: Request) -> Answer | None:
                 list(plans), lambda run: carry_out(plans.pop(run), report, world), writes=world.is_main
             )
             if world.is_main:
-                return Answer(done, to_dict(done, comparison), write_comparison(together, done, comparison))
+                report_path = write_comparison(comparison_folder, done, comparison)
+                return Evaluation(done, to_dict(done, comparison), report_path)
             return None
         (plan,) = plans.values()
-        one = carry_out(plan, report, world)
+        run = carry_out(plan, report, world)
         if not world.is_main:
             return None
-        return Answer({one.name: one}, one.results.to_dict(), write_one(one) if one.results.rows else None)
+        return Evaluation({run.name: run}, run.results.to_dict(), write_run(run) if run.results.rows else None)
 
 
-def print_answer(found: Answer, as_text: bool) -> None:
-    """Say what came out: on stdout the tables where it is to be text, on stderr what a person should know."""
-    for one in found.done.values():
-        if not one.results.rows:
-            split = one.data.validation_split
-            click.echo(f"split '{split}' has no labels: predictions only, nothing is scored", err=True)
-    if as_text and found.report is not None:
-        for name, one in found.done.items():
-            terminal.print_table(terminal_rows(one.results, name), Console())
-        click.echo(f"report: {found.report}")
-    for name, one in found.done.items():
-        summary = one.results.summary
+def print_evaluation(evaluation: Evaluation, as_text: bool) -> None:
+    """Print tables on stdout if `as_text`, and notes about labels and damaged clips on stderr."""
+    for run in evaluation.done.values():
+        if not run.results.rows:
+            split = run.data.validation_split
+            print_line(f"split '{split}' has no labels: only predictions are written, nothing is scored", err=True)
+    if as_text and evaluation.report is not None:
+        for name, run in evaluation.done.items():
+            terminal.print_table(terminal_rows(run.results, name), Console())
+        print_line(f"report: {evaluation.report}")
+    for name, run in evaluation.done.items():
+        summary = run.results.summary
         if summary.num_damaged:
-            click.echo(
+            print_line(
                 f"{name}: {summary.num_damaged} clips are damaged and not counted, the first: "
                 f"{summary.damage[0]} (karmma-dist verify names them all)", err=True,
             )  # fmt: skip
@@ -164,79 +165,80 @@ COMPARISON = "comparison.json"
 
 
 def plan_runs(runs: Sequence[Path], plan: Callable[[Path], Plan]) -> dict[Path, Plan]:
-    """Plan the evaluation of every run, so that what is wrong with the last is not found hours later.
+    """Plan the evaluation of every run, so that a mistake in the last one is found at once, not hours later.
 
     Args:
         runs: Run folders or weights files.
-        plan: Plans the evaluation of one of them.
+        plan: Function that plans the evaluation of one run.
 
     Raises:
-        UserError: as `plan`, or runs that cannot be compared: see `evaluate_and_compare`.
+        UserError: `plan` raises one, or the runs cannot be compared: see `evaluate_and_compare`.
     """
     _check_runs(runs)
     plans = {run: plan(run) for run in runs}
-    (first, *_), keys = plans.values(), {run: one.scored_keys for run, one in plans.items()}
-    for run, one in plans.items():
-        check_same_keys((one.name, keys[run]), (first.name, keys[runs[0]]))
-    for one, other in itertools.combinations(plans.values(), 2):
-        check_shared([one.name, other.name], set(one.conditions) & set(other.conditions))
+    keys = {run: planned.scored_keys for run, planned in plans.items()}
+    first = plans[runs[0]]
+    for run, planned in plans.items():
+        check_same_keys((planned.name, keys[run]), (first.name, keys[runs[0]]))
+    for planned, other in itertools.combinations(plans.values(), 2):
+        check_shared([planned.name, other.name], set(planned.conditions) & set(other.conditions))
     return plans
 
 
 def evaluate_and_compare(
     runs: Sequence[Path], evaluate: Callable[[Path], Evaluated], writes: bool = True
 ) -> tuple[dict[str, Evaluated], Comparison]:
-    """Evaluate every run, leave its results and report in its own folder, and compare them.
+    """Evaluate every run, write its results and report into its own folder, and compare the runs.
 
     Args:
         runs: Run folders or weights files, in the order of the report's columns.
-        evaluate: Evaluates one of them.
+        evaluate: Function that evaluates one run.
         writes: False on every rank but one.
 
     Returns:
-        What was evaluated, per name, and what `compare` says.
+        The evaluated runs by name, and their comparison.
 
     Raises:
-        UserError: a run named twice, two of the same name, runs of other classes, or evaluated on other clips.
+        UserError: a run is named twice, two runs have the same name, or the runs differ in their classes or clips.
     """
     _check_runs(runs)
     done: dict[str, Evaluated] = {}
     for run in runs:
-        one = evaluate(run)
-        done[one.name] = one
-        check_same_clips({name: of.results for name, of in done.items()})
+        evaluated = evaluate(run)
+        done[evaluated.name] = evaluated
+        check_same_clips({name: other.results for name, other in done.items()})
         if writes:
-            write_one(one)
-    return done, compare({name: one.results for name, one in done.items()})
+            write_run(evaluated)
+    return done, compare({name: evaluated.results for name, evaluated in done.items()})
 
 
-def write_one(one: Evaluated) -> Path:
+def write_run(run: Evaluated) -> Path:
     """Write results and report of one run into its folder, and return the report's path."""
-    write_results(one.results, one.folder)
-    return write_report(one.folder, ReportContent(title([one]), {one.name: one.results}))
+    write_results(run.results, run.folder)
+    return write_report(run.folder, ReportContent(title([run]), {run.name: run.results}))
 
 
 def write_comparison(folder: Path, done: dict[str, Evaluated], comparison: Comparison) -> Path:
     """Write comparison.json, report.md and plots into `folder`, and return the report's path."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / COMPARISON, to_dict(done, comparison))
-    models = {name: one.results for name, one in done.items()}
+    models = {name: run.results for name, run in done.items()}
     return write_report(folder, ReportContent(title(list(done.values())), models, comparison=comparison))
 
 
 def to_dict(done: dict[str, Evaluated], comparison: Comparison) -> dict[str, Any]:
-    """The JSON object: results per model, and the comparison."""
-    return {"models": {name: one.results.to_dict() for name, one in done.items()}, "comparison": comparison.to_dict()}
+    """Return the JSON object: results per model, and the comparison."""
+    return {"models": {name: run.results.to_dict() for name, run in done.items()}, "comparison": comparison.to_dict()}
 
 
 def title(done: Sequence[Evaluated]) -> str:
-    """The report's first line."""
-    splits = dict.fromkeys(one.data.validation_split for one in done)
-    return f"{', '.join(one.name for one in done)} on {', '.join(splits)}"
+    """Return the first line of the report."""
+    splits = dict.fromkeys(run.data.validation_split for run in done)
+    return f"{', '.join(run.name for run in done)} on {', '.join(splits)}"
 
 
 def _check_runs(runs: Sequence[Path]) -> None:
-    """Find before the first long evaluation what can be found in the runs' descriptions."""
+    """Check the runs' names and model cards before the first long evaluation."""
     seen: dict[Path, Path] = {}
     names: dict[str, Path] = {}
     cards: dict[Path, ModelCard] = {}
@@ -248,19 +250,19 @@ def _check_runs(runs: Sequence[Path]) -> None:
         name = run_name(run)
         if name in names:
             raise UserError(
-                f"{run} and {names[name]} are both called '{name}': change name: in one's recipe.yaml, or name its "
-                "weights file otherwise"
+                f"{run} and {names[name]} are both called '{name}': change the name in one recipe.yaml, or rename one "
+                "weights file"
             )
         names[name] = run
         card_path = weights.parent / CARD
         if not card_path.is_file():
-            raise UserError(f"{weights}: no {CARD} beside it, so the model to build is unknown")
+            raise UserError(f"{weights}: its folder has no {CARD}, so the model to build is unknown")
         cards[run] = validate(read_tree(card_path), ModelCard, str(card_path))
     (first, expected), *others = cards.items()
     for run, card in others:
         if card.heads != expected.heads or (card.classes and expected.classes and card.classes != expected.classes):
-            counts = [", ".join(f"{head} {num}" for head, num in of.heads.items()) for of in (card, expected)]
+            counts = [", ".join(f"{head} {num}" for head, num in each.heads.items()) for each in (card, expected)]
             raise UserError(
-                f"{run} and {first} know other classes ({counts[0]}; {counts[1]}): only models of one dataset can be "
-                "compared"
+                f"{run} and {first} have different classes ({counts[0]}; {counts[1]}): only models of one dataset can "
+                "be compared"
             )

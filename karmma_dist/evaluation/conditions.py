@@ -1,8 +1,8 @@
-"""Which sensors fail: evaluation conditions, and the modalities each clip keeps under one of them.
+"""Evaluation conditions, and the modalities that each clip keeps under a condition.
 
-A condition is a subset of the modalities and a drop probability. Which modalities a clip loses is a function of
-(seed, clip key, modality) alone: the same for every model, batch size and world size. Besides being lost, a sensor can
-be there and broken: see `corruptions`.
+A condition is a subset of the modalities and a drop probability. The modalities that a clip loses are a function of
+(seed, clip key, modality) alone, equal for every model, batch size and world size. A condition can also name a sensor
+that is present but broken: see `corruptions`.
 
 Legend: B clips, M modalities (columns in the model's order).
 """
@@ -30,21 +30,22 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Condition:
-    """What is there at inference: `modalities`, each lost with probability `drop_prob`, at least one kept.
+    """The modalities present at inference, each dropped with probability `drop_prob`; at least one is kept.
 
     Raises:
-        UserError: no modality, one named twice, a probability outside [0, 1], a negative seed, no such corruption.
+        UserError: no modality is named or one is named twice, the probability lies outside [0, 1], the seed is
+            negative, or the corruption does not exist.
     """
 
     modalities: tuple[str, ...]
     drop_prob: float = 0.0
     seed: int = 0
     corrupt: str | None = None
-    """Which sensor is broken, and how: `video:blur:3`; None: none is."""
+    """The broken sensor and its failure, such as `video:blur:3`; None: all sensors are intact."""
 
     def __post_init__(self) -> None:
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
-            raise UserError(f"condition {list(self.modalities)}: name at least one modality, each of them once")
+            raise UserError(f"condition {list(self.modalities)}: name at least one modality, and each only once")
         if not 0 <= self.drop_prob <= 1:
             raise UserError(f"drop probability {self.drop_prob:g}: it must lie between 0 and 1")
         if self.seed < 0:
@@ -63,19 +64,19 @@ def build_conditions(
     num_seeds: int = 1,
     corrupt: Sequence[str] = (),
 ) -> list[Condition]:
-    """Turn the choices of one evaluation into its conditions, in the order of the report, none of them twice.
+    """Build the conditions of one evaluation from its options, without duplicates, in the order of the report.
 
-    Without any choice there is one condition: everything in `available` present. `modalities` narrows that set.
-    `subsets` takes every non-empty subset of it, and `drop_prob` applies to each of these. `sweep` adds
-    :data:`DROP_PROBS` on the whole (narrowed) set. Only conditions that drop something are repeated per seed
+    Without options the only condition is everything in `available` present. `modalities` narrows that set.
+    `subsets` takes every non-empty subset of the set, and `drop_prob` applies to each subset. `sweep` adds
+    :data:`DROP_PROBS` on the full (narrowed) set. Only conditions that drop something are repeated for every seed
     (0 to `num_seeds` - 1).
 
-    `corrupt` repeats those conditions that have a modality it reaches with that sensor broken, per seed also where
-    nothing but the failure is random.
+    `corrupt` repeats all conditions that contain an affected modality, with that sensor broken. If the failure itself
+    is random, these are repeated for every seed even if nothing is dropped.
 
     Raises:
-        UserError: a modality that is not available, a probability or number of seeds out of range, or a corruption
-            that does not exist or reaches no modality that is evaluated.
+        UserError: a modality is not available, the probability or number of seeds is out of range, or a corruption
+            does not exist or affects no evaluated modality.
     """
     if num_seeds < 1:
         raise UserError(f"number of seeds {num_seeds}: it must be at least 1")
@@ -89,9 +90,9 @@ def build_conditions(
     broken = parse_corruptions(corrupt, base)
     if all(_drops_nothing(*pair) for pair in wanted):
         if num_seeds > 1 and not any(corruption.kind.is_random for corruption in broken):
-            _logger.warning("%d seeds were asked for, but no condition drops anything at random: one is run", num_seeds)
+            _logger.warning("%d seeds requested, but no condition drops anything at random: running one", num_seeds)
         if any(probability > 0 for _, probability in wanted):
-            _logger.warning("a drop probability has no effect on a single modality: one is always kept")
+            _logger.warning("the drop probability has no effect on a single modality: one modality is always kept")
     conditions = [
         Condition(subset, probability, seed)
         for subset, probability in dict.fromkeys(wanted)
@@ -110,22 +111,22 @@ def build_conditions(
 def keep(condition: Condition, keys: Sequence[str], present_BM: Tensor, modalities: Sequence[str]) -> Tensor:
     """Return keep_BM, bool: True = the model may use this modality of this clip.
 
-    A modality is kept if the clip has it, the condition names it, and it is not dropped. It is dropped when its
-    uniform number u(seed, key, modality) lies below the drop probability; where that would drop all, the one with
-    the largest u stays. Given that all lie below, the largest is a uniform choice, so the distribution is that of
-    independent drops with an empty draw replaced by one random modality (the paper's protocol). The masks are nested:
-    what is dropped at 0.3 is dropped at 0.4, so curves over the drop probability vary less.
+    A modality is kept if the clip has it, the condition names it, and it is not dropped. It is dropped if its uniform
+    number u(seed, key, modality) lies below the drop probability; if that would drop all modalities, the modality with
+    the largest u is kept. Given that all u lie below, the largest is a uniform choice, so the distribution equals
+    independent drops where an empty draw is replaced by one random modality (the paper's protocol). The masks are
+    nested: a modality dropped at 0.3 is also dropped at 0.4, so curves over the drop probability vary less.
 
     A clip that has none of the condition's modalities keeps none: it cannot be evaluated under this condition.
 
     Args:
-        condition: What is there.
+        condition: The condition to apply.
         keys: B clip keys.
-        present_BM: bool, True = the dataset has it; columns in the order of `modalities`.
+        present_BM: bool, True = the dataset has the modality; columns in the order of `modalities`.
         modalities: The model's modalities.
 
     Raises:
-        UserError: the condition names a modality that is not among `modalities`.
+        UserError: the condition names a modality that is missing in `modalities`.
     """
     _in_order(condition.modalities, modalities)
     named_M = torch.tensor([name in condition.modalities for name in modalities], device=present_BM.device)
@@ -140,13 +141,13 @@ def keep(condition: Condition, keys: Sequence[str], present_BM: Tensor, modaliti
 
 @lru_cache(maxsize=64)
 def _uniforms(seed: int, keys: tuple[str, ...], modalities: tuple[str, ...]) -> Tensor:
-    """uniforms_BM, float64. Cached because a sweep asks for the same batch at every drop probability."""
+    """Return uniforms_BM, float64; cached, since a sweep needs the same batch at every drop probability."""
     flat = [uniform(seed, key, modality) for key in keys for modality in modalities]
     return torch.tensor(flat, dtype=torch.float64).reshape(len(keys), len(modalities))
 
 
 def _drops_nothing(modalities: Sequence[str], drop_prob: float) -> bool:
-    """Whether the masks of such a condition are the same for every seed."""
+    """Return True if the masks of such a condition are equal for every seed."""
     return drop_prob == 0 or len(modalities) == 1
 
 

@@ -3,11 +3,12 @@
     conditions = build_conditions(model.modalities, subsets=True, sweep=True, num_seeds=3)
     results = evaluate(model, batches, conditions, device="cuda")
 
-Encoders do not see each other, so each runs once per clip and only the fusion block is run again; and since a clip
-has at most 2^M - 1 different masks, it runs that often at most, whatever the number of conditions. A broken sensor
-costs one more pass of its own encoder.
+Encoders do not see each other, so each encoder runs once per clip and only the fusion block is repeated. A clip has at
+most 2^M - 1 distinct masks, so the fusion block runs at most that often, whatever the number of conditions. A broken
+sensor costs one more pass of its own encoder.
 
-Legend: B clips of a batch, N clips of the split, M modalities, K conditions, P different masks, C classes.
+Legend: B clips of a batch, R of them runnable, N clips of the split, M modalities, K conditions, P distinct masks,
+C classes.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from karmma_dist.evaluation.corruptions.batches import (
     EncodeOnce,
     SensorModel,
     Sensors,
+    sensor_states,
     side_by_side,
     states_of,
-    variants,
 )
 from karmma_dist.evaluation.exports.predictions import PredictionCollector
 from karmma_dist.evaluation.groups import Groups
@@ -63,45 +64,46 @@ def evaluate(
 ) -> Results:
     """Run `model` over `batches` and score it under every condition.
 
-    The model is in eval mode meanwhile, and every module's own mode is restored afterwards. It must be whole on
-    each rank: a rank whose last batch is all padding makes no call, so parameters sharded over ranks would wait
-    for it. Only `gather` communicates; every rank must call it where there is more than one.
+    The model is in eval mode during the evaluation; the mode of every module is restored afterwards. Each rank must
+    hold the full model: a rank whose last batch is all padding does not call the model, so parameters sharded over
+    ranks would wait for it. Only `gather` communicates; with several ranks, every rank must call `evaluate`.
 
     Args:
-        model: What is evaluated.
-        batches: This rank's clips, inputs as the model takes them or, with `sensors`, as they leave the loader; each
-            clip on one rank only.
-        conditions: What is there (see `build_conditions`).
-        device: Where the model is.
-        drop_nouns: Clips of these classes of the head "noun" are left out (the paper: nouns never trained on).
-        progress: Called with the number of clips of each finished batch, damaged ones among them.
-        gather: Returns the lists of all ranks put together, in any order (see torch's all_gather_object), so that
+        model: The model to evaluate.
+        batches: This rank's clips, each clip on one rank only. Inputs are as the model takes them or, with `sensors`,
+            as they leave the loader.
+        conditions: Conditions to evaluate (see `build_conditions`).
+        device: Device of the model.
+        drop_nouns: Classes of the head "noun" whose clips are left out (the paper: nouns never trained on).
+        progress: Called with the number of clips of each finished batch, including damaged clips.
+        gather: Returns the concatenated lists of all ranks in any order (see torch's all_gather_object), so that
             every rank returns the same results; None: this process has all clips.
-        groups: Rare classes and unseen participants, which get figures of their own.
-        num_views: Rows of `batches` that each clip has, one after another: views whose probabilities are averaged.
-        predictions: Takes this process's predictions with whole sensors, one per clip and different mask; its
-            conditions must be those of `conditions` without a broken sensor. Clips then need no labels: where none
-            has any, there are no rows.
-        sensors: Makes of the batches what the model takes, and breaks the sensors of conditions that say so.
+        groups: Rare classes and unseen participants, which get their own figures.
+        num_views: Number of consecutive rows of each clip in `batches`: views whose probabilities are averaged.
+        predictions: Collects this process's predictions with intact sensors, one per clip and distinct mask; its
+            conditions must be those of `conditions` without a broken sensor. Clips then need no labels: if no clip
+            has labels, the results have no rows.
+        sensors: Turns the batches into the model's inputs, and breaks the sensors that the conditions name.
 
     Raises:
-        UserError: no clip, no labelled clip, a clip given twice, a label out of range, a prediction that is not a
-            number, a condition with a modality the model lacks, or one with a broken sensor but no `sensors`.
+        UserError: no clip or no labelled clip exists, a clip occurs twice, a label is out of range, a prediction is
+            NaN, a condition names a modality that the model lacks, or a sensor is to be broken without `sensors`.
     """
     if not conditions:
         raise UserError("no condition to evaluate: name at least one")
     if drop_nouns and "noun" not in model.heads:
         raise UserError(f"drop_nouns is set, but the model has no head 'noun' (it has {', '.join(model.heads)})")
     scores = []
-    states = variants(conditions)
+    states = sensor_states(conditions)
     with _eval_mode(model):
         for batch in batches:
-            whole, made = states_of(batch, states, sensors)
-            once = EncodeOnce(model, whole.inputs)
+            intact, state_batches = states_of(batch, states, sensors)
+            encode_once = EncodeOnce(model, intact.inputs)
             parts = []
-            for state, of in made:
+            for state, made in state_batches:
                 kept = predictions if state.corruption is None else None
-                parts.append((state, _score_batch(once, of, state.conditions, torch.device(device), num_views, kept)))
+                scored = _score_batch(encode_once, made, state.conditions, torch.device(device), num_views, kept)
+                parts.append((state, scored))
             scores.append(side_by_side(parts))
             if progress is not None:
                 progress(len(scores[-1].keys) + len(scores[-1].damage))
@@ -130,7 +132,7 @@ def _score_batch(
     num_views: int,
     predictions: PredictionCollector | None,
 ) -> BatchScores:
-    """Encode once, fuse once per different mask, and keep the ranks of the clips that are no padding."""
+    """Encode once, fuse once per distinct mask, and keep the scores of all clips except padding."""
     _check_labels(model, batch)
     batch = one_row_per_clip(batch, num_views)
     used = {name for condition in conditions for name in condition.modalities}
@@ -147,14 +149,14 @@ def _score_batch(
     passes = _Passes(np.zeros((0, 0), dtype=np.int64), [])
     rows = runnable_B.numpy()
     if bool((runnable_B & batch.valid_B.cpu()).any()):
-        found, lost, sure, passes = _scores_of_masks(
+        runnable_ranks, runnable_losses, runnable_confidence, passes = _scores_of_masks(
             model, batch, used_M, runnable_B, masks_BK[rows], device, num_views, predictions is not None
         )
-        for name, ranks_RK in found.items():
+        for name, ranks_RK in runnable_ranks.items():
             ranks[name][rows] = np.where(masks_BK[rows] > 0, ranks_RK, -1)
-        for head, losses_RK in lost.items():
+        for head, losses_RK in runnable_losses.items():
             losses[head][rows] = losses_RK
-        for name, confidence_RK in sure.items():
+        for name, confidence_RK in runnable_confidence.items():
             confidence[name][rows] = confidence_RK
     scores = BatchScores(
         keys=[key for key, valid in zip(batch.keys, valid_B, strict=True) if valid],
@@ -164,7 +166,7 @@ def _score_batch(
         ranks={name: ranks_BK[valid_B] for name, ranks_BK in ranks.items()},
         losses={head: losses_BK[valid_B] for head, losses_BK in losses.items()},
         confidence={name: confidence_BK[valid_B] for name, confidence_BK in confidence.items()},
-        damage=[str(one) for one in batch.damage],
+        damage=[str(damage) for damage in batch.damage],
     )
     if predictions is not None:
         masks_BP, log_probs = passes.of_clips(rows, dict(model.heads))
@@ -181,21 +183,21 @@ def _score_batch(
 
 @dataclass(frozen=True)
 class _Passes:
-    """The predictions of one batch's passes of the fusion block."""
+    """The predictions from the passes of the fusion block over one batch."""
 
     masks_RP: np.ndarray
-    """The mask of each runnable clip in each pass."""
+    """Mask of each runnable clip in each pass."""
     log_probs: list[dict[str, Tensor]]
-    """Per pass and head (R, C)."""
+    """Log-probabilities (R, C) per pass and head."""
 
     def of_clips(self, runnable_B: np.ndarray, heads: dict[str, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Masks (B, P), 0 for clips without a pass, and per head log-probabilities (B, P, C), float32."""
+        """Return masks (B, P), 0 for clips without a pass, and log-probabilities (B, P, C), float32, per head."""
         num_B, num_P = len(runnable_B), len(self.log_probs)
         masks_BP = np.zeros((num_B, num_P), dtype=np.uint8)
         log_probs = {head: np.zeros((num_B, num_P, num), dtype=np.float32) for head, num in heads.items()}
-        for number, of_pass in enumerate(self.log_probs):
+        for number, pass_log_probs in enumerate(self.log_probs):
             masks_BP[runnable_B, number] = self.masks_RP[:, number]
-            for head, values_RC in of_pass.items():
+            for head, values_RC in pass_log_probs.items():
                 log_probs[head][runnable_B, number] = values_RC.float().cpu().numpy()
         return masks_BP, log_probs
 
@@ -210,10 +212,11 @@ def _scores_of_masks(
     num_views: int,
     keep_log_probs: bool,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray], _Passes]:
-    """Ranks, losses, confidence (R, K) of the R runnable clips; entries whose mask is 0 mean nothing. And the passes.
+    """Return ranks, losses and confidence (R, K) of the runnable clips, and the passes.
 
-    Clips without any usable modality own no row of any input, so leaving them out of present_BM is all it takes.
-    Inputs of modalities that no condition uses are left out, as if nobody had them: their encoders need not run.
+    Entries whose mask is 0 are undefined. Clips without a usable modality have no row in any input, so it is enough to
+    leave them out of present_BM. Inputs of modalities that no condition uses are left out, so that their encoders do
+    not run.
     """
     present_RM = (batch.present_BM.cpu() & used_M)[runnable_B].to(device)
     used = [name for name, use in zip(model.modalities, used_M.tolist(), strict=True) if use]
@@ -231,18 +234,18 @@ def _scores_of_masks(
         passes.append((_ranks(log_probs, labels), _losses(log_probs, labels), _confidence(log_probs)))
         if keep_log_probs:
             kept.append(log_probs)
-    ranks, losses, confidence = (_per_condition(list(of), place_RK) for of in zip(*passes, strict=True))
+    ranks, losses, confidence = (_per_condition(list(scores), place_RK) for scores in zip(*passes, strict=True))
     return ranks, losses, confidence, _Passes(masks_RP, kept)
 
 
 def _per_condition(passes: list[dict[str, Tensor]], place_RK: np.ndarray) -> dict[str, np.ndarray]:
-    """From one (R,) per pass to (R, K), K conditions of which each was computed in the pass that `place_RK` names."""
-    values_RP = {name: torch.stack([one[name] for one in passes], dim=1).cpu().numpy() for name in passes[0]}
+    """Rearrange one (R,) per pass into (R, K); `place_RK` holds the pass in which each condition was computed."""
+    values_RP = {name: torch.stack([scores[name] for scores in passes], dim=1).cpu().numpy() for name in passes[0]}
     return {name: np.take_along_axis(values, place_RK, axis=1) for name, values in values_RP.items()}
 
 
 def _distinct(masks_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each clip's different non-zero masks (R, P), filled up with its first, and where each of the K stands there."""
+    """Return each clip's distinct non-zero masks (R, P), padded by repetition, and each condition's column (R, K)."""
     distinct = [np.unique(masks_K[masks_K > 0]) for masks_K in masks_RK]
     masks_RP = np.stack([np.resize(masks, max(map(len, distinct))) for masks in distinct])
     place_RK = np.stack([np.searchsorted(*pair) for pair in zip(distinct, masks_RK, strict=True)])
@@ -252,7 +255,11 @@ def _distinct(masks_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _log_probs(
     logits: Mapping[str, Tensor], batch: Batch, runnable_B: Tensor, num_views: int
 ) -> dict[str, Tensor]:
-    """Log-probabilities (R, C), float64, per head, of the mean over the views."""
+    """Return log-probabilities (R, C), float64, per head, averaged over the views.
+
+    Raises:
+        UserError: a prediction is NaN.
+    """
     log_probs = {
         head: mean_over_views(torch.log_softmax(scores.double(), dim=1), num_views) for head, scores in logits.items()
     }
@@ -265,7 +272,7 @@ def _log_probs(
 
 
 def _ranks(log_probs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ranks (R,), int64, of "action" and of each head."""
+    """Return ranks (R,), int64, for "action" and each head."""
     return {
         name: joint_ranks([log_probs[head] for head in heads], [labels[head] for head in heads])
         for name, heads in ranked(list(log_probs)).items()
@@ -273,16 +280,19 @@ def _ranks(log_probs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dic
 
 
 def _losses(log_probs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cross-entropy (R,), float64, of each head; meaningless where there is no label."""
-    return {head: -of.gather(1, labels[head].clamp(min=0)[:, None])[:, 0] for head, of in log_probs.items()}
+    """Return the cross-entropy (R,), float64, of each head; meaningless for clips without a label."""
+    return {
+        head: -log_probs_RC.gather(1, labels[head].clamp(min=0)[:, None])[:, 0]
+        for head, log_probs_RC in log_probs.items()
+    }
 
 
 def _confidence(log_probs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Probability (R,), float64, of the first place, of "action" and of each head.
+    """Return the probability (R,), float64, of the predicted class, for "action" and each head.
 
-    The likeliest combination of classes is that of each head's likeliest.
+    The most probable combination of classes consists of the most probable class of each head.
     """
-    highest = {head: of.amax(dim=1) for head, of in log_probs.items()}
+    highest = {head: log_probs_RC.amax(dim=1) for head, log_probs_RC in log_probs.items()}
     return {
         name: torch.stack([highest[head] for head in heads]).sum(dim=0).exp()
         for name, heads in ranked(list(log_probs)).items()

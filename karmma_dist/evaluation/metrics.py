@@ -1,17 +1,16 @@
-"""The table of metrics, and the averages over figures.
+"""The table of metrics, and averages over their figures.
 
-    METRIC is one registration. Its figures are called SCORED_METRIC: `action_top1`, and of each head `verb_top1`.
-
-A metric stands in `_OWN`, or another package registers it, and every result and report has it:
+Each metric gives a figure for the action and one for every head, named SCORED_METRIC: `action_top1`, `verb_top1`. A
+metric is listed in `_OWN` or registered by another package; all results and reports then include it:
 
     [project.entry-points."karmma_dist.metrics"]
     top3 = "my_package:TOP3"            # TOP3 = Metric("top3", "top-3", right=top_k(3))
 
-Metrics see ranks: a rank is the number of classes placed before the true one, 0 = right (see `scores.class_ranks`).
-Counting is in integers, percentages are float64; a figure over no clips is None. Calibration compares a model's
-confidence with how often it is right (Guo et al., On Calibration of Modern Neural Networks).
+Metrics are computed from ranks. A rank is the number of classes placed before the true one, 0 = right (see
+`scores.class_ranks`). Counts are integers and percentages float64; a figure over zero clips is None. The calibration
+error compares a model's confidence with its accuracy (Guo et al., On Calibration of Modern Neural Networks).
 
-Legend: N clips that one condition can show, of the whole split or of a group.
+Legend: N clips that can be shown under one condition, from the whole split or from a group.
 """
 
 from __future__ import annotations
@@ -28,87 +27,89 @@ from karmma_dist.errors import UserError, nearest
 from karmma_dist.plugins import with_plugins
 
 ENTRY_POINTS = "karmma_dist.metrics"
-"""Entry point group by which other packages register a `Metric`."""
+"""Entry point group in which other packages register a `Metric`."""
 
 ACTION = "action"
-"""Name of what is scored beside the heads: the combination of classes (see `scores.ranked`)."""
+"""Name under which the combination of the heads' classes is scored (see `scores.ranked`)."""
 
 GROUPS = ("tail", "unseen")
-"""Groups of clips that have metrics of their own where their lists are known (see `groups`)."""
+"""Groups of clips that have their own metrics if their lists are known (see `groups`)."""
 
 NUM_BINS = 15
-"""Bins of equal width over [0, 1], as in the field."""
+"""Number of confidence bins of equal width over [0, 1]; 15 is the usual choice."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_ci)")
 
 
 @dataclass(frozen=True)
 class ClipScores:
-    """The scores of N clips, of the action or of one head."""
+    """The scores of N clips, for the action or for one head."""
 
     ranks_N: np.ndarray
     """Rank of the true class, int32, never negative."""
     truth_N: np.ndarray
     """True class, int64."""
     confidence_N: np.ndarray
-    """Probability of the class named first, float32 in [0, 1]."""
+    """Probability of the predicted class, float32 in [0, 1]."""
     losses_N: np.ndarray | None = None
-    """Cross-entropy in nats, float64; None: an action made of several heads has none of its own."""
+    """Cross-entropy in nats, float64; None for an action made of several heads."""
 
 
 Right = Callable[[np.ndarray], np.ndarray]
-"""Marks the clips that count as right: ranks, int32 of any shape -> bool of that shape."""
+"""Function that marks the clips that count as right: ranks, int32 of any shape -> bool of that shape."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A way to score a model, on the action and on every head.
+    """A way to score a model, for the action and for every head.
 
     Raises:
-        UserError: the name is none, the group is unknown, not exactly one of `right` and `measure` is given, or an
-            interval is asked for without `right` or of a group.
+        UserError: the name is invalid, the group is unknown, `right` and `measure` are both given or both missing, or
+            `has_interval` is set for a metric without `right` or for a group.
     """
 
     name: str
-    """The end of its figures' names, such as `top1` of `action_top1`: small letters, digits, underscores."""
+    """Last part of its figures' names, such as `top1` in `action_top1`: lower-case letters, digits, underscores."""
     heading: str
-    """The words of a column after the action's or the head's name, such as `top-1`."""
+    """Column heading after the name of the action or head, such as `top-1`."""
     right: Right | None = None
-    """Marks clips that are right, where the figure is their percentage; studies and intervals need it."""
+    """Function that marks the right clips, for a figure that is their percentage. Studies and intervals need it."""
     measure: Callable[[ClipScores], float | None] | None = None
-    """Computes any other figure."""
+    """Function that computes any other figure."""
     lower_is_better: bool = False
-    """True if less is better."""
+    """True if a lower figure is better."""
     has_interval: bool = False
     """True if every figure gets a bootstrap interval."""
     is_percent: bool = True
-    """True if it is a percentage, which summaries average over subsets and drop probabilities."""
+    """True if the figure is a percentage, which summaries average over subsets and drop probabilities."""
     heads_only: bool = False
     """True if an action made of several heads has no such figure."""
     group: str | None = None
-    """One of `GROUPS`, of whose clips alone it is; None: of all clips."""
+    """Group of clips, one of `GROUPS`, to which the metric is restricted; None: all clips."""
     in_validation: bool = True
-    """True if a model in training is measured by it too."""
+    """True if validation during training reports the metric too."""
     terminal: Literal["all", "action", "none"] = "action"
-    """Whose figures the table for a terminal shows."""
+    """Figures that the table in the terminal shows: those of the action and all heads, of the action, or none."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise UserError(f"metric '{self.name}': a name is small letters, digits and underscores, without _ci")
+            raise UserError(
+                f"metric '{self.name}': use lower-case letters, digits and underscores in the name, and no final _ci"
+            )
         if (self.right is None) == (self.measure is None):
             raise UserError(f"metric '{self.name}': give either right or measure")
         if self.has_interval and not self.is_per_clip:
-            raise UserError(f"metric '{self.name}': an interval draws clips, so it needs right, and no group")
+            raise UserError(f"metric '{self.name}': has_interval resamples all clips: set right, and leave out group")
         if self.group is not None and self.group not in GROUPS:
-            raise UserError(f"metric '{self.name}': no group '{self.group}': there are {', '.join(GROUPS)}")
+            raise UserError(f"metric '{self.name}': unknown group '{self.group}': choose from {', '.join(GROUPS)}")
 
     @property
     def is_per_clip(self) -> bool:
-        """True if it says of every clip whether it is right, so that it can be resampled and tested in pairs."""
+        """True if every clip is right or wrong under the metric, so that it can be resampled and tested in pairs."""
         return self.right is not None and self.group is None
 
     def of(self, clips: ClipScores) -> float | None:
-        """Return the figure of these clips; None: there are none."""
+        """Return the figure over some clips, or None for zero clips."""
         if not len(clips.ranks_N):
             return None
         if self.right is not None:
@@ -119,10 +120,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric of the action or of a head."""
+    """A metric applied to the action or to a head."""
 
     scored: str
-    """`ACTION`, or the head's name."""
+    """`ACTION`, or the name of the head."""
     metric: Metric
 
     @property
@@ -132,24 +133,24 @@ class Figure:
 
     @property
     def heading(self) -> str:
-        """The words that head a column, such as `action top-1`."""
+        """The heading of a column, such as `action top-1`."""
         return f"{self.scored.replace('_', ' ')} {self.metric.heading}"
 
 
 def top_k(k: int) -> Right:
-    """Return what marks clips whose true class is among the first `k`; of no more than `k` classes all clips."""
+    """Return a function that marks clips whose true class is among the first `k`: all clips if C <= `k`."""
     return lambda ranks: ranks < k
 
 
 def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray, num_bins: int = NUM_BINS) -> float | None:
     """Return the expected calibration error in percent: |accuracy - mean confidence| per bin, weighted by its clips.
 
-    Bin b of B holds the confidences in (b/B, (b+1)/B], the first also 0.
+    Bin b of B holds the confidences in (b/B, (b+1)/B]; the first bin also holds 0.
 
     Args:
-        confidence_N: Probability of the class named first, in [0, 1].
-        right_N: bool, True = it is the true one.
-        num_bins: B.
+        confidence_N: Probability of the predicted class, in [0, 1].
+        right_N: bool, True = the predicted class is the true one.
+        num_bins: Number of bins B.
     """
     if not len(confidence_N):
         return None
@@ -160,7 +161,7 @@ def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray, num_bins: i
 
 
 def mean_class_accuracy(ranks_N: np.ndarray, labels_N: np.ndarray) -> float | None:
-    """Return the top-1 percentage of each class that occurs, averaged over these classes."""
+    """Return top-1 in percent, computed per class and averaged over the classes that occur (macro average)."""
     if not len(ranks_N):
         return None
     _, index_N, num_C = np.unique(labels_N, return_inverse=True, return_counts=True)
@@ -199,16 +200,16 @@ _OWN = (
 
 @cache
 def metric_table() -> Mapping[str, Metric]:
-    """Return every metric by its name: this package's first, then those of other packages by their entries' names.
+    """Return every metric by name: first this package's, then those of other packages in the order of their names.
 
     Raises:
-        UserError: an entry cannot be imported, is no `Metric`, or has a name that is taken.
+        UserError: an entry cannot be imported, is not a `Metric`, or has a name that is already taken.
     """
     return with_plugins({metric.name: metric for metric in _OWN}, ENTRY_POINTS, Metric)
 
 
 def known_figure(name: str) -> Figure | None:
-    """Return the figure of a key of results.json; None: it is none. Of metrics that fit, the longest name counts."""
+    """Return the figure that a key of results.json names, or None. If several metrics fit, the longest name wins."""
     table = metric_table()
     fitting = [metric for metric in table if name.endswith(f"_{metric}") and len(name) > len(metric) + 1]
     if not fitting:
@@ -221,7 +222,7 @@ def find_figure(name: str) -> Figure:
     """Return the figure of a key of results.json.
 
     Raises:
-        UserError: no metric of that name.
+        UserError: the name fits no metric.
     """
     figure = known_figure(name)
     if figure is None:
@@ -232,44 +233,44 @@ def find_figure(name: str) -> Figure:
 
 
 def majority_share(labels_N: np.ndarray) -> float | None:
-    """Return the percentage that is right when every clip is given the class most frequent among these clips."""
+    """Return the accuracy in percent of always predicting the class that is most frequent among these clips."""
     return 100.0 * int(np.unique(labels_N, return_counts=True)[1].max()) / len(labels_N) if len(labels_N) else None
 
 
 def average(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the figures that are known; None: none is."""
+    """Return the mean of the known figures, or None if all are None."""
     known = [value for value in values if value is not None]
     return float(np.mean(known, dtype=np.float64)) if known else None
 
 
 def relative_drop(full: float | None, value: float | None) -> float | None:
-    """Return what `value` lost of `full`, as a percentage of `full`; negative where it gained."""
+    """Return the loss from `full` to `value` as a percentage of `full`; negative for a gain."""
     return None if not full or value is None else 100.0 * (full - value) / full
 
 
 def average_relative_drop(full: float | None, values: Sequence[float | None]) -> float | None:
-    """Return the mean of :func:`relative_drop` over `values`, which do not include the full set's own."""
+    """Return the mean of :func:`relative_drop` over `values`, which exclude the value of the full set."""
     return average([relative_drop(full, value) for value in values])
 
 
 def curve_area(drop_probs: Sequence[float], values: Sequence[float | None]) -> float | None:
-    """Return the area under the drop curve by the trapezoid rule over its width: its mean height in percent."""
+    """Return the mean height of the drop curve in percent: its area by the trapezoid rule, divided by its width."""
     if len(values) < 2 or any(value is None for value in values):
         return None
     return float(curve_areas(drop_probs, np.asarray([values], dtype=np.float64))[0])
 
 
 def curve_areas(drop_probs: Sequence[float], heights_DP: np.ndarray) -> np.ndarray:
-    """Return :func:`curve_area` of D curves with P points each, (D,); nan where a point is nan."""
+    """Return the :func:`curve_area` of D curves with P points each, (D,); nan if any point of the curve is nan."""
     widths = np.diff(np.asarray(drop_probs, dtype=np.float64))
     areas: np.ndarray = (widths * (heights_DP[:, 1:] + heights_DP[:, :-1]) / 2).sum(axis=1) / widths.sum()
     return areas
 
 
 def average_ranks(values: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
-    """Return the average place of each model over the columns that all of them have, 1 = best.
+    """Return the average rank of each model over the columns that all models have, 1 = best.
 
-    Equal figures share the mean of their places: two best are both 1.5.
+    Equal figures share the mean of their ranks: two models that tie for the best have rank 1.5 each.
     """
     columns = [column for column in zip(*values.values(), strict=True) if None not in column]
     if not columns:

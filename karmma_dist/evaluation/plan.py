@@ -1,4 +1,4 @@
-"""What an evaluation is going to be of, and whether it can be: all that is known before the first clip is read."""
+"""The plan of an evaluation: model, clips and conditions, checked before the first clip is read."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
 
 Choose = Callable[[Sequence[str]], list[Condition]]
-"""Given a model's modalities, what is there at inference."""
+"""Function that returns the conditions to evaluate, given the model's modalities."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An evaluation that nothing speaks against but clips that cannot be read."""
+    """A checked evaluation, which only unreadable clips can still make fail."""
 
     name: str
-    """The run's name, or the weights file's."""
+    """Name of the run, or of the weights file."""
     folder: Path
-    """Where its results and report go."""
+    """Folder for results and report."""
     model: KarmmaModel
-    """On the CPU."""
+    """The model, on the CPU."""
     clips: EvaluationClips
-    """Those of the split that the model can be shown, and their views."""
+    """Clips of the split that the model can be shown, and their views."""
     conditions: list[Condition]
     batch_size: int
     groups: Groups | None
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def scored_keys(self) -> list[str]:
-        """Keys of the clips that the figures are of, in their order, unless some cannot be read."""
+        """Sorted keys of the clips that will be scored, as long as all of them can be read."""
         dropped = self.clips.data.drop_nouns
         return sorted(
             clip.key
@@ -68,66 +68,66 @@ def plan_evaluation(
     """Load the model, open the shards, and check everything that can be checked before an evaluation.
 
     Args:
-        run: Run folder, its best/, or weights file with its model.yaml beside it.
-        conditions: Given the model's modalities, what is there at inference.
+        run: Run folder, its best/ folder, or a weights file with a model.yaml in the same folder.
+        conditions: Function that returns the conditions, given the model's modalities.
         shards: Shards folder; None: the run's own.
         split: Split; None: the run's test split if it has one, else its validation split.
-        batch_size: Clips per batch; None: the recipe's. The answers do not depend on it.
+        batch_size: Clips per batch; None: the recipe's. The results do not depend on it.
         num_workers: Decoding processes; None: the recipe's.
         annotations: Folder with the lists of rare classes and unseen participants; None: the recipe's, if it has one.
-        views: Views of each clip, averaged; None: the recipe's.
-        exports: Predictions and submissions to make, with whole sensors. A split without labels yields these alone:
-            no rows.
-        out: Folder that results and report are for; None: eval/ beside the weights.
+        views: Views of each clip, which are averaged; None: the recipe's.
+        exports: Predictions and submissions to write, made with intact sensors. A split without labels yields only
+            these, and no rows.
+        out: Folder for results and report; None: eval/ in the folder of the weights.
 
     Raises:
-        UserError: no weights, no shards, shards of other classes than the model's, a split or modality that does not
-            exist, a split without labels and nothing to export or a sensor to break, something that cannot be
-            exported, or a folder that cannot be written.
+        UserError: weights or shards are missing, the shards have other classes than the model, a split or modality
+            does not exist, the split has no labels although nothing is exported or a sensor is to be broken, an
+            export is impossible, or the folder cannot be written.
     """
     model, card = load_model(run)
-    places, home = run_places(run)
+    weights_folder, home = run_places(run)
     recipe = read_run_recipe(home) if (home / "recipe.yaml").is_file() else None
     if recipe is None and shards is None:
-        raise UserError(f"{places}: no recipe.yaml beside the weights, so name the shards with --shards DIR")
+        raise UserError(f"{weights_folder}: no recipe.yaml with the weights: name the shards with --shards DIR")
     base = recipe.data if recipe else DataRecipe(shards=str(shards), modalities=list(card.modalities))
     changes = {"shards": shards, "validation_split": split or default_split(base), "num_workers": num_workers}
     known = {name: value for name, value in changes.items() if value is not None}
-    # A student may take fewer modalities than the clips that it was trained with brought.
+    # A student may use fewer modalities than the clips it was trained on.
     data = base.model_copy(update={**known, "modalities": list(card.modalities)})
     if data.drop_nouns and "noun" not in model.heads:
         raise UserError(
             f"{home}/recipe.yaml: data.drop_nouns is set, but the model has no head 'noun' "
             f"(it has {', '.join(model.heads)}): leave it out"
         )
-    looks = views or (recipe.evaluation.views if recipe else ViewsRecipe())
-    wanted = exports or Exports()
+    chosen_views = views or (recipe.evaluation.views if recipe else ViewsRecipe())
+    chosen_exports = exports or Exports()
     chosen = conditions(model.modalities)
-    whole = [condition for condition in chosen if condition.corrupt is None]
-    wanted.check(card.heads, whole)
+    intact = [condition for condition in chosen if condition.corrupt is None]
+    chosen_exports.check(card.heads, intact)
     shard_folder = open_shards(data)
     check_classes(card, shard_folder)
-    clips = EvaluationClips(shard_folder, data, card.inputs, data.validation_split, looks)
-    folder = places / "eval" if out is None else out
-    if _check_labels(clips, card.heads, wanted, breaks=len(whole) < len(chosen)):
+    clips = EvaluationClips(shard_folder, data, card.inputs, data.validation_split, chosen_views)
+    folder = weights_folder / "eval" if out is None else out
+    if _check_labels(clips, card.heads, chosen_exports, has_corruptions=len(intact) < len(chosen)):
         check_folder(folder, "give another with --out" if out is None else "name another folder")
-    wanted.check_clips(shard_folder.clips(data.validation_split), whole[0].modalities)
+    chosen_exports.check_clips(shard_folder.clips(data.validation_split), intact[0].modalities)
     lists = annotations or (recipe.evaluation.annotations if recipe else None)
     groups = read_groups(Path(lists), model.heads, participants(shard_folder, clips.clips)) if lists else None
     size = batch_size or (recipe.evaluation.batch_size if recipe else 16)
-    return Plan(run_name(run), folder, model, clips, chosen, size, groups, wanted)
+    return Plan(run_name(run), folder, model, clips, chosen, size, groups, chosen_exports)
 
 
 def default_split(data: DataRecipe) -> str:
-    """Return the split that a run is evaluated on unless another is named: its test split if it has one."""
+    """Return the split that a run is evaluated on by default: its test split if it has one, else validation."""
     return data.test_split or data.validation_split
 
 
 def run_name(run: Path) -> str:
-    """What a run is called in a report: as in its recipe, with /best for its best weights, or as its weights file.
+    """Return the name of a run in a report: its recipe's name, plus /best for the best weights, or the file's stem.
 
     Raises:
-        UserError: its recipe cannot be read.
+        UserError: the recipe cannot be read.
     """
     folder, home = run_places(run)
     if not (home / "recipe.yaml").is_file():
@@ -137,36 +137,36 @@ def run_name(run: Path) -> str:
 
 
 def check_classes(card: ModelCard, folder: ShardFolder) -> None:
-    """A class is a number to the model: it must mean the same in the shards.
+    """Check that every class number means the same class in the shards as in the model.
 
     Raises:
-        UserError: it does not.
+        UserError: a head is missing in the shards, or its classes differ.
     """
     for head, num in card.heads.items():
-        there, known = folder.classes.get(head), card.classes.get(head)
-        if there is None:
-            what = f"the model's head '{head}' is not among the shards' ({', '.join(folder.classes)})"
-        elif len(there) != num:
-            what = f"the shards have {len(there)} classes of '{head}', the model {num}"
-        elif known is not None and known != there:
-            number = next(number for number, (a, b) in enumerate(zip(known, there, strict=True)) if a != b)
-            what = f"class {number} of '{head}' is '{there[number]}' in the shards and '{known[number]}' to the model"
+        stored, known = folder.classes.get(head), card.classes.get(head)
+        if stored is None:
+            problem = f"the shards have no head '{head}' as the model has (they have {', '.join(folder.classes)})"
+        elif len(stored) != num:
+            problem = f"the shards have {len(stored)} classes of '{head}', the model has {num}"
+        elif known is not None and known != stored:
+            number = next(number for number, (a, b) in enumerate(zip(known, stored, strict=True)) if a != b)
+            problem = f"class {number} of '{head}' is '{stored[number]}' in the shards, '{known[number]}' in the model"
         else:
             continue
-        raise UserError(f"{folder.where}: {what}: name shards of the model's own dataset")
+        raise UserError(f"{folder.where}: {problem}: name shards of the model's own dataset")
 
 
-def _check_labels(clips: EvaluationClips, heads: Mapping[str, int], exports: Exports, breaks: bool) -> bool:
-    """Whether there is something to score; found in the index, before hours of prediction."""
+def _check_labels(clips: EvaluationClips, heads: Mapping[str, int], exports: Exports, has_corruptions: bool) -> bool:
+    """Return True if some clip can be scored; checked in the index, before hours of prediction."""
     labelled = any(_is_labelled(clip.labels, heads) for clip in clips.clips)
     if not labelled and not exports.are_wanted:
         raise UserError(
-            f"{clips.folder.where}: split '{clips.split}' has no labels, so nothing can be scored: ask for its "
+            f"{clips.folder.where}: split '{clips.split}' has no labels, so nothing can be scored: request "
             "predictions (--predictions FILE.npz or --submission FORMAT FILE), or name another split with --split"
         )
-    if not labelled and breaks:
+    if not labelled and has_corruptions:
         raise UserError(
-            f"{clips.folder.where}: split '{clips.split}' has no labels, and predictions are written with whole "
+            f"{clips.folder.where}: split '{clips.split}' has no labels, and predictions are written with intact "
             "sensors only: leave out --corrupt"
         )
     return labelled
@@ -177,16 +177,16 @@ def _is_labelled(labels: Mapping[str, int | None], heads: Mapping[str, int]) -> 
 
 
 def check_folder(folder: Path, advice: str) -> None:
-    """Check, before hours of work, that files can be put into a folder that may not be there yet; it is not made.
+    """Check, before hours of work, that files can be written to a folder; the folder may not exist, and is not made.
 
     Raises:
-        UserError: they cannot; ends with `advice`.
+        UserError: the folder cannot be written; the message ends with `advice`.
     """
     try:
-        place = next(above for above in (folder.absolute(), *folder.absolute().parents) if above.exists())
-        if not place.is_dir():
+        existing = next(above for above in (folder.absolute(), *folder.absolute().parents) if above.exists())
+        if not existing.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        with tempfile.TemporaryFile(dir=place):  # tried, since permissions alone do not tell
+        with tempfile.TemporaryFile(dir=existing):  # a trial, since permissions alone do not tell
             pass
     except OSError as error:
-        raise UserError(f"{folder}: no report can be written there ({error.strerror}): {advice}") from None
+        raise UserError(f"{folder}: the report cannot be written ({error.strerror}): {advice}") from None

@@ -1,9 +1,9 @@
-"""The typed content of results.json: a row per condition, a summary over the rows.
+"""The typed content of results.json: one row per condition, and a summary over the rows.
 
     {"rows": [{"modalities": [...], "drop_prob": 0.0, "seed": 0, "corrupt": null, "num_clips": N, ...,
                "action_top1": percent, "action_top1_ci": [low, high], ...}], "summary": {...}}
 
-`to_dict` and `parse_results` are the only writer and the only reader. Both know metrics by `metrics.metric_table`.
+`to_dict` is the only writer and `parse_results` the only reader. Both look up metrics in `metrics.metric_table`.
 
 Legend: N clips, K conditions.
 """
@@ -27,14 +27,14 @@ _INTERVAL, _NUM = "_ci", "num_"
 
 Names = tuple[str, ...]
 Interval = tuple[float, float]
-"""Low and high end."""
+"""Lower and upper end."""
 Values = dict[str, float | None]
-"""By figure, such as `action_top1`; None: no clip could be evaluated."""
+"""Values by figure, such as `action_top1`; None: no clip could be evaluated."""
 Curves = dict[str, list[float | None]]
-"""By figure, one value per drop probability."""
+"""One value per drop probability, by figure."""
 
 STRICT = ConfigDict(extra="forbid", strict=True)
-"""The `__pydantic_config__` of a dataclass that `checked` reads: no unknown field, and no value of another type."""
+"""The `__pydantic_config__` of a dataclass that `checked` reads; it refuses unknown fields and values of wrong type."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +44,30 @@ class ResultRow:
     __pydantic_config__ = STRICT
 
     modalities: Names
-    """The modalities that the condition names, in the model's order."""
+    """Modalities that the condition names, in the model's order."""
     drop_prob: float
-    """Probability in [0, 1] that each of them is dropped."""
+    """Probability in [0, 1] that each modality is dropped."""
     seed: int
-    """Seed of the drops, and of what is random in a corruption."""
+    """Seed of the drops and of random corruptions."""
     corrupt: str | None
-    """The broken sensor, such as `video:blur:3`; None: all are whole."""
+    """The broken sensor, such as `video:blur:3`; None: all sensors are intact."""
     num_clips: int
-    """Clips that could be shown."""
+    """Number of clips that could be shown."""
     num_without: int
-    """Clips that have none of the condition's modalities, and are in no figure."""
+    """Number of clips that have none of the condition's modalities; no figure counts them."""
     num_present: dict[str, int]
-    """Clips shown that the dataset has this modality of, by modality of the model."""
+    """Number of shown clips for which the dataset has the modality, by modality of the model."""
     num_kept: dict[str, int]
-    """Clips shown with this modality, by modality of the model."""
+    """Number of clips shown with the modality, by modality of the model."""
     figures: Values
-    """Percent, or the metric's own unit."""
+    """Figures in percent, or in the metric's own unit."""
     intervals: dict[str, Interval | None] = field(default_factory=dict)
-    """95 % intervals of the figures that have one; None where the figure is."""
+    """95 % intervals of the figures that have one; None if the figure is None."""
     group_sizes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Clips shown that are in a group ("tail", "unseen"), by the action or head whose group it is."""
+    """Number of shown clips in each group ("tail", "unseen"), by action and head."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object: every figure followed by its interval, the size of a group before its figures."""
+        """Return the JSON object: every figure is followed by its interval and preceded by the size of its group."""
         row: dict[str, Any] = as_json({name: getattr(self, name) for name in _ROW_FIELDS})
         waiting = list(self.group_sizes)
         for name, value in self.figures.items():
@@ -88,14 +88,14 @@ _ROW_FIELDS = tuple(
 
 @dataclass(frozen=True)
 class SubsetSummary:
-    """Averages over subsets of the modalities, with whole sensors: see `summary.summarise`."""
+    """Averages over subsets of the modalities with intact sensors: see `summary.summarise`."""
 
     __pydantic_config__ = STRICT
 
     drop_prob: float
     num_subsets: int
     full: Names | None
-    """The largest subset; None: it is not the union of all."""
+    """The largest subset; None: it is not the union of all subsets."""
     average: Values
     relative_drop: Values
     average_ci: dict[str, Interval | None] | None = None
@@ -104,7 +104,7 @@ class SubsetSummary:
 
 @dataclass(frozen=True)
 class DropCurve:
-    """Figures over the drop probability, with whole sensors: see `summary.summarise`."""
+    """Figures over the drop probability with intact sensors: see `summary.summarise`."""
 
     __pydantic_config__ = STRICT
 
@@ -125,37 +125,37 @@ class DropCurve:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of the clips, chance levels, and averages over the rows."""
+    """Clip counts, chance levels, and averages over the rows."""
 
     __pydantic_config__ = STRICT
 
     modalities: Names
     num_clips: int
-    """Clips that were scored."""
+    """Number of scored clips."""
     num_unlabelled: int
     num_damaged: int
     damage: list[str]
     """The first members that could not be read."""
     num_present: dict[str, int]
-    """Scored clips that the dataset has this modality of."""
+    """Number of scored clips for which the dataset has the modality."""
     num_pruned: int = 0
-    """Clips left out for their noun."""
+    """Number of clips left out because of their noun."""
     num_classes: dict[str, int] = field(default_factory=dict)
-    """By the action and head; empty: no clip has a label, so there are no rows."""
+    """Number of classes of the action and each head; empty: no clip has a label, so the results have no rows."""
     chance_top1: dict[str, float] = field(default_factory=dict)
-    """Percent."""
+    """Top-1 of a random guess, in percent."""
     majority_top1: Values = field(default_factory=dict)
-    """Percentage that is right when the most frequent class is named each time."""
+    """Top-1 of always predicting the most frequent class, in percent."""
     seeds: list[int] = field(default_factory=list)
     subsets: SubsetSummary | None = None
-    """None: the rows hold no subsets."""
+    """Figures over subsets; None: the rows contain no subsets."""
     drop_curve: DropCurve | None = None
-    """None: the rows hold no sweep."""
+    """Figures over the drop probability; None: the rows contain no sweep."""
     views: dict[str, int] | None = None
-    """Views of each clip, averaged; None: the caller of `evaluate` knows."""
+    """Views of each clip, which were averaged; None: not recorded."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object, without what is unknown."""
+        """Return the JSON object without unknown fields."""
         content = as_json({name: getattr(self, name) for name in _SUMMARY_ORDER})
         for name in ("subsets", "drop_curve"):
             content[name] = None if content[name] is None else _without_none(content[name])
@@ -173,35 +173,35 @@ _SUMMARY_ORDER = (
 
 @dataclass(frozen=True)
 class ClipResults:
-    """The counted clips of one model under every condition. N clips, K conditions."""
+    """The scored clips of one model under every condition. N clips, K conditions."""
 
     keys: list[str]
-    """In ascending order."""
+    """Clip keys in ascending order."""
     conditions: list[Condition]
-    """Columns of `ranks`."""
+    """Conditions, in the order of the columns of `ranks`."""
     ranks: dict[str, np.ndarray]
     """Rank of the true class, int32 (N, K), for "action" and per head; -1 = the clip has none of the modalities."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """The content of results.json, and what it was made from."""
+    """The content of results.json, and the results per clip from which it was computed."""
 
     rows: list[ResultRow]
-    """One per condition; empty: no clip has a label."""
+    """One row per condition; empty: no clip has a label."""
     summary: Summary
     clips: ClipResults | None = field(default=None, compare=False, repr=False)
-    """Clip by clip; not part of the file."""
+    """Results per clip; None if read from a file, which does not contain them."""
 
     @property
     def per_clip(self) -> ClipResults:
-        """The clip by clip results, of results that were not read from a file."""
+        """Results per clip, which exist only for results that were not read from a file."""
         assert self.clips is not None
         return self.clips
 
     @property
     def figures(self) -> list[Figure]:
-        """The figures of the rows, in their order."""
+        """Figures of the rows, in their order."""
         return [find_figure(name) for name in self.rows[0].figures] if self.rows else []
 
     def to_dict(self) -> dict[str, Any]:
@@ -210,33 +210,33 @@ class Results:
 
 
 def parse_results(value: object, where: str) -> Results:
-    """Read the object of a results.json.
+    """Parse the JSON object of a results.json.
 
     Args:
-        value: What JSON holds.
-        where: Name of the file for messages.
+        value: Parsed JSON.
+        where: Name of the file, for messages.
 
     Raises:
         UserError: a field is missing, unknown or of another type, or belongs to an unknown metric.
     """
     if not isinstance(value, dict) or value.keys() != {"rows", "summary"} or not isinstance(value["rows"], list):
-        raise UserError(f"{where}: not results of an evaluation: rows and summary expected: evaluate again")
+        raise UserError(f"{where}: not the results of an evaluation (rows and summary expected): evaluate again")
     rows = [parse_row(row, f"{where}: rows.{place}") for place, row in enumerate(value["rows"])]
     return Results(rows, checked(Summary, value["summary"], f"{where}: summary"))
 
 
 def parse_row(value: object, where: str) -> ResultRow:
-    """Read one row of a results.json.
+    """Parse one row of a results.json.
 
     Args:
-        value: What JSON holds.
-        where: Name of the row for messages.
+        value: Parsed JSON.
+        where: Name of the row, for messages.
 
     Raises:
-        UserError: as `parse_results`.
+        UserError: see `parse_results`.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a row is an object, not of type {type(value).__name__}")
+        raise UserError(f"{where}: a row must be an object, not {type(value).__name__}")
     row: dict[str, Any] = {"figures": {}, "intervals": {}, "group_sizes": {}}
     for key, content in value.items():
         if key in _ROW_FIELDS:
@@ -260,18 +260,18 @@ def _figure_name(key: str, where: str) -> str:
 T = TypeVar("T")
 
 
-def checked(kind: type[T], value: object, where: str) -> T:
-    """Return `value`, as JSON holds it, as a dataclass.
+def checked(dataclass_type: type[T], value: object, where: str) -> T:
+    """Parse a JSON value as a dataclass.
 
     Args:
-        kind: Dataclass, whose fields are checked strictly.
-        value: What JSON holds.
-        where: Name of it for messages.
+        dataclass_type: Dataclass, whose fields are checked strictly.
+        value: Parsed JSON.
+        where: Name of the value, for messages.
 
     Raises:
         UserError: a field is missing, unknown or of another type.
     """
-    adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # a class can be hashed
+    adapter: TypeAdapter[T] = _adapter(dataclass_type)  # type: ignore[arg-type]  # a class can be hashed
     try:
         return adapter.validate_json(json.dumps(value))
     except ValidationError as error:
@@ -282,12 +282,12 @@ def checked(kind: type[T], value: object, where: str) -> T:
 
 
 @cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _adapter(dataclass_type: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(dataclass_type)
 
 
 def as_json(value: Any) -> Any:
-    """Return nested dataclasses, dictionaries and sequences as JSON reads them back: dictionaries and lists."""
+    """Convert nested dataclasses, dictionaries and sequences to the dictionaries and lists that JSON reads back."""
     if is_dataclass(value):
         return {entry.name: as_json(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, dict):
@@ -296,5 +296,5 @@ def as_json(value: Any) -> Any:
 
 
 def _without_none(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out intervals that were not computed."""
+    """Return the content without intervals that were not computed."""
     return {key: value for key, value in content.items() if value is not None or not key.endswith(_INTERVAL)}

@@ -1,7 +1,7 @@
-"""Takes a run folder to its results: finds the run, plans its evaluation, streams the split, evaluates.
+"""Evaluation of a run: find the newest run, carry out a plan on one or several ranks, validate during training.
 
-With several ranks each sees its share of the clips, and all come to the same results; torch's process group is joined
-only then. `validate` is the same for a model that is being trained.
+With several ranks, each rank evaluates its share of the clips and all ranks return the same results; torch's process
+group is joined only then. `validate` does the same for a model that is being trained.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, op
 from karmma_dist.streaming.prefetch import on_device
 
 _APART_S = 3600.0
-"""How long ranks may wait at the end for the slowest: they do not meet before."""
+"""Longest wait for the slowest rank at the end: ranks do not meet before."""
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def joined_ranks() -> Iterator[World]:
     """Join the ranks that torchrun's or Slurm's variables describe. Every rank must call this.
 
     Raises:
-        UserError: the variables do not fit together.
+        UserError: the variables contradict each other.
         Stopped: another rank died, hangs or left because of an error.
     """
     world = find_world(os.environ)
@@ -58,22 +58,17 @@ def joined_ranks() -> Iterator[World]:
     from karmma_dist.distributed.process_group import process_group
 
     if not world.is_main:
-        logging.getLogger("karmma_dist").setLevel(logging.ERROR)  # rank 0 says it
+        logging.getLogger("karmma_dist").setLevel(logging.ERROR)  # rank 0 logs the rest
     with process_group(world):
         yield world
 
 
-def note_progress(doing: str) -> None:
-    """Show the other ranks that this one moves. Every rank must call this equally often."""
-    heartbeat.mark(doing, heartbeat.START_S)
-
-
-def check_same(what: str, world: World) -> None:
-    """Refuse to put results together that are not of the same evaluation. Every rank must call this.
+def check_same(description: str, world: World) -> None:
+    """Check that all ranks carry out the same evaluation. Every rank must call this.
 
     Args:
-        what: this rank evaluates, in words.
-        world: this rank.
+        description: Description of this rank's evaluation.
+        world: This rank.
 
     Raises:
         UserError: another rank evaluates something else.
@@ -82,17 +77,20 @@ def check_same(what: str, world: World) -> None:
         return
     from karmma_dist.distributed.collectives import gather
 
-    found = gather([what])
-    odd = next((rank for rank, of in enumerate(found) if of != found[0]), None)
+    descriptions = gather([description])
+    odd = next((rank for rank, other in enumerate(descriptions) if other != descriptions[0]), None)
     if odd is not None:
         raise UserError(
-            f"the ranks of this job share one evaluation, but rank {odd} was given {found[odd]} and rank 0 "
-            f"{found[0]}: start one job step per evaluation (srun --ntasks=1)"
+            f"the ranks of this job share one evaluation, but rank {odd} was given {descriptions[odd]} and rank 0 "
+            f"{descriptions[0]}: start one job step per evaluation (srun --ntasks=1)"
         )
 
 
 def gather_when_done(items: list[Any]) -> list[Any]:
-    """The lists of all ranks, in rank order. Every rank must call this, the slowest up to an hour after the first."""
+    """Return the lists of all ranks, in rank order.
+
+    Every rank must call this; the slowest may call it up to an hour after the first.
+    """
     from karmma_dist.distributed.collectives import barrier, gather
 
     barrier(_APART_S)
@@ -102,49 +100,49 @@ def gather_when_done(items: list[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation was of."""
+    """An evaluated run with its results."""
 
     name: str
-    """The run's name, or the weights file's."""
+    """Name of the run, or of the weights file."""
     folder: Path
-    """Where its results and report go."""
+    """Folder for results and report."""
     data: DataRecipe
-    """The clips it was evaluated on; `validation_split` is the split."""
+    """Data it was evaluated on; `validation_split` is the split."""
     results: Results
     to_export: Callable[[], list[str]] = list
-    """Writes the predictions and submissions that were asked for, and returns a line about each file."""
+    """Function that writes the requested predictions and submissions, and returns a line about each file."""
 
 
 def newest_finished_run(runs_dir: Path) -> Path:
-    """The run folder below `runs_dir` that finished last.
+    """Return the run folder below `runs_dir` that finished last.
 
     Raises:
-        UserError: there is none.
+        UserError: no run in the folder is finished.
     """
     states = {path.parent: read_state(path.parent) for path in runs_dir.glob(f"**/{STATE}")}
     finished = {run: state["time"] for run, state in states.items() if state.get("state") == "finished"}
     if not finished:
-        raise UserError(f"{runs_dir}: no finished run in it: name a run folder, or train one: karmma-dist train RECIPE")
+        raise UserError(f"{runs_dir}: contains no finished run: name a run folder, or train: karmma-dist train RECIPE")
     return max(finished, key=lambda run: finished[run])
 
 
 def carry_out(plan: Plan, report: Report = silent, world: World = ALONE) -> Evaluated:
-    """Evaluate what was planned; the plan's model is left on the device that it ran on.
+    """Carry out a planned evaluation; the plan's model stays on the device that it ran on.
 
-    Every rank of `world` must call this; all return the same results.
+    Every rank of `world` must call this; all ranks return the same results.
 
     Args:
-        plan: What of.
-        report: Progress.
-        world: This rank among those that share the clips; see `ranks.joined_ranks`.
+        plan: The evaluation.
+        report: Called with the progress.
+        world: This rank among the ranks that share the clips; see `joined_ranks`.
 
     Raises:
-        UserError: no clip can be read, or a prediction is not a number.
+        UserError: no clip can be read, or a prediction is NaN.
     """
     device = device_of(world)
     model = plan.model.to(device)
-    whole = [condition for condition in plan.conditions if condition.corrupt is None]
-    collector = PredictionCollector(model.modalities, whole) if plan.exports.are_wanted else None
+    intact = [condition for condition in plan.conditions if condition.corrupt is None]
+    collector = PredictionCollector(model.modalities, intact) if plan.exports.are_wanted else None
     clips = f"split '{plan.clips.split}' of {plan.clips.folder.where}"
     check_same(f"{plan.name} on {clips} ({plan.folder}): {plan.conditions}", world)
     results = _evaluate(plan, model, device, collector, report, world)
@@ -166,7 +164,7 @@ def _evaluate(
     report: Report,
     world: World,
 ) -> Results:
-    """Every rank its share of the clips."""
+    """Evaluate this rank's share of the clips and gather the results of all ranks."""
     clips, num_views = plan.clips, plan.clips.views.num
     clips.uncut = uncut_modalities(plan.conditions)
     total = len(clips.clips)
@@ -174,8 +172,8 @@ def _evaluate(
 
     def progress(num: int) -> None:
         nonlocal done
-        done = min(total, done + num * world.size)  # rank 0 speaks for all
-        note_progress(f"evaluating {plan.name}")
+        done = min(total, done + num * world.size)  # an estimate: ranks have almost equal shares
+        heartbeat.mark(f"evaluating {plan.name}", heartbeat.START_S)
         report(f"eval {plan.name}", done, total)
 
     report(f"eval {plan.name}", 0, total)
@@ -200,16 +198,16 @@ def _evaluate(
 
 
 class Validation:
-    """Measures a model that is being trained, as `training.trainer.Validate` asks for."""
+    """Validation of a model that is being trained; it fulfils the protocol `training.trainer.Validate`."""
 
     def metrics(self, heads: Collection[str]) -> dict[str, bool]:
-        """Return the names of what calling it measures, the one that models are compared by first.
+        """Return the figures that a validation measures, first the figure by which models are compared.
 
         Args:
             heads: Heads of the model.
 
         Returns:
-            True if less is better, by name.
+            True if lower is better, by name of the figure.
         """
         figures = [figure for figure in figures_of(list(heads)) if figure.metric.in_validation]
         return {figure.name: figure.metric.lower_is_better for figure in figures}
@@ -217,12 +215,12 @@ class Validation:
     def __call__(
         self, model: nn.Module, recipe: Recipe, world: World, between: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """Return every metric of a model on its validation split, everything present: see `metrics`.
+        """Return the figures of a model on its validation split with every modality present: see `metrics`.
 
-        Where that is the training split, only the clips that `data.hold_out` holds out of it are looked at.
-        Every rank must call this and takes its share of the clips; all return the same numbers. Damaged clips are left
-        out and counted in `num_damaged`. `between` is called after each batch, equally often on every rank, and may
-        raise.
+        If the validation split is the training split, only the clips that `data.hold_out` holds out are used.
+        Every rank must call this and evaluates its share of the clips; all ranks return the same numbers. Damaged
+        clips are left out and counted in `num_damaged`. `between` is called after each batch, equally often on every
+        rank, and may raise.
         """
         from karmma_dist.distributed.collectives import gather
 
@@ -252,4 +250,4 @@ class Validation:
 
 
 validate = Validation()
-"""The validation that `karmma-dist train` hands to training."""
+"""The validation that `karmma-dist train` passes to the trainer."""

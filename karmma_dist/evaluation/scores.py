@@ -1,12 +1,12 @@
-"""The ranks that evaluation keeps of each clip, and the rows and counts that follow from them.
+"""The ranks that an evaluation keeps of each clip, and the rows and counts computed from them.
 
-Ranks, not predictions: too much for results.json, but needed for intervals and paired tests.
+Ranks are kept instead of predictions. They are too many for results.json, but intervals and paired tests need them.
 
 A rank is the number of classes placed before the true one, 0 = right. Equal scores are ordered by class id, as argmax
-does: a model that scores all classes alike says class 0 of every clip, and is right where that is true. (Epic-Kitchens
-numbers its classes by frequency, so there it is as good as naming the most frequent one; the official evaluation sorts
-in an order that leaves equal scores to the sorting algorithm, and equals this one where no scores do.) What is no
-number comes before the true class, so it never helps.
+orders them: a model that gives all classes the same score predicts class 0 for every clip, and is right for clips of
+class 0. (Epic-Kitchens numbers its classes by frequency, so such a model equals always naming the most frequent class.
+The official evaluation leaves the order of equal scores to its sorting algorithm; without equal scores both agree.) A
+NaN is placed before the true class, so it never helps.
 
 Legend: B clips of a batch, N clips of the split, M modalities, K conditions, C classes.
 """
@@ -34,13 +34,13 @@ _DAMAGE_SHOWN = 20
 
 @dataclass
 class BatchScores:
-    """What is kept of one batch: small enough to hold a whole split's, and to send to other ranks."""
+    """The scores kept of one batch, small enough to hold a whole split and to send to other ranks."""
 
     keys: list[str]
     labels: dict[str, np.ndarray]
-    """Per head int64 (B,), -1 where unlabelled."""
+    """int64 (B,) per head, -1 = unlabelled."""
     present_BM: np.ndarray
-    """bool."""
+    """bool, True = the dataset has the modality for this clip."""
     masks_BK: np.ndarray
     """uint8, bit m = modality m was used; 0 = the clip has none of the condition's modalities."""
     ranks: dict[str, np.ndarray]
@@ -48,17 +48,17 @@ class BatchScores:
     losses: dict[str, np.ndarray]
     """Cross-entropy in nats, float64 (B, K), per head; meaningless where the rank is -1."""
     confidence: dict[str, np.ndarray]
-    """Probability of the first place, float32 (B, K), for "action" and per head; meaningless where the rank is -1."""
+    """Probability of the predicted class, float32 (B, K), for "action" and per head; meaningless if the rank is -1."""
     damage: list[str]
-    """What could not be read; these clips are not in `keys`."""
+    """Description of each clip that could not be read; `keys` excludes these clips."""
 
 
 _JOINT_ELEMENTS = 2**23
-"""Most pair scores held at once (64 MiB of float64)."""
+"""Maximum number of joint scores held at once (64 MiB of float64)."""
 
 
 def class_ranks(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """Return the rank of each clip's true class, int64 (B,); -1 where the label is -1, C where its score is NaN."""
+    """Return the rank of each clip's true class, int64 (B,): -1 if the label is -1, C if the true score is NaN."""
     known_B = labels_B >= 0
     truth_B1 = labels_B.clamp(min=0).unsqueeze(1)
     true_score_B1 = scores_BC.gather(1, truth_B1)
@@ -70,8 +70,8 @@ def class_ranks(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
 def joint_ranks(log_probs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
     """Return the rank of the true combination of classes among all combinations, int64 (B,); -1 where any label is -1.
 
-    With verb and noun this is Epic-Kitchens' action: all pairs of a clip, ranked by the product of the two
-    softmaxes, that is by the sum of log-probabilities (the challenge's official definition).
+    With verb and noun this is the action of Epic-Kitchens: all pairs of a clip, ranked by the product of the two
+    softmaxes, which is the sum of log-probabilities (the official definition of the challenge).
 
     Args:
         log_probs: One float64 (B, C) per head.
@@ -90,7 +90,7 @@ def joint_ranks(log_probs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor
 
 
 def joint_labels(labels: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Return the number of each clip's combination among all, last head fastest; -1 where any label is -1."""
+    """Return the index of each clip's combination of classes, int64 (B,), last head fastest; -1 if any label is -1."""
     joint_B = labels[0]
     known_B = labels[0] >= 0
     for labels_B, size in zip(labels[1:], sizes[1:], strict=True):
@@ -100,9 +100,9 @@ def joint_labels(labels: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 
 def ranked(heads: Sequence[str]) -> dict[str, list[str]]:
-    """Return the heads that each scored thing is made of: "action", then every other head.
+    """Return the heads that make up each scored name: first "action", then every other head.
 
-    The action is verb x noun where the model has these heads, else its own head "action", else all heads together.
+    The action is verb x noun if the model has both heads, else the head "action" if it exists, else all heads together.
     """
     if "verb" in heads and "noun" in heads:
         action = ["verb", "noun"]
@@ -112,46 +112,54 @@ def ranked(heads: Sequence[str]) -> dict[str, list[str]]:
 
 
 def figures_of(heads: Sequence[str]) -> list[Figure]:
-    """Return the figures of all clips that a model with these heads gets, in the order of a row."""
+    """Return the figures over all clips of a model with these heads, in the order of a row."""
     table = metric_table().values()
-    every = [metric for metric in table if metric.group is None]
-    shared = [Figure(name, metric) for name in ranked(heads) for metric in every if not metric.heads_only]
-    return shared + [Figure(head, metric) for head in heads for metric in every if metric.heads_only]
+    metrics = [metric for metric in table if metric.group is None]
+    shared = [Figure(name, metric) for name in ranked(heads) for metric in metrics if not metric.heads_only]
+    return shared + [Figure(head, metric) for head in heads for metric in metrics if metric.heads_only]
 
 
 def merge(scores: list[BatchScores]) -> BatchScores:
-    """One record of all clips, in the order of their keys."""
-    keys = [key for one in scores for key in one.keys]
+    """Merge the scores of all batches into one record, sorted by clip key.
+
+    Raises:
+        UserError: no clip was scored, or a clip was scored twice.
+    """
+    keys = [key for batch in scores for key in batch.keys]
+    damage = sorted(line for batch in scores for line in batch.damage)
     if not keys:
-        damage = sorted(line for one in scores for line in one.damage)
-        why = f"none of its {len(damage)} clips can be read, the first: {damage[0]}" if damage else "the split is empty"
-        raise UserError(f"there is no clip to evaluate: {why}")
+        reason = (
+            f"none of the split's {len(damage)} clips can be read, the first: {damage[0]}"
+            if damage
+            else "the split is empty"
+        )
+        raise UserError(f"no clip to evaluate: {reason}")
     order = np.argsort(keys, kind="stable")
     ordered = [keys[place] for place in order]
-    twice = next((a for a, b in itertools.pairwise(ordered) if a == b), None)
-    if twice is not None:
-        raise UserError(f"clip {twice} was evaluated twice: every clip must be given to one rank, and once")
+    duplicate = next((a for a, b in itertools.pairwise(ordered) if a == b), None)
+    if duplicate is not None:
+        raise UserError(f"clip {duplicate} was evaluated twice: give every clip to exactly one rank, once")
     return BatchScores(
         keys=ordered,
-        labels={head: np.concatenate([one.labels[head] for one in scores])[order] for head in scores[0].labels},
-        present_BM=np.concatenate([one.present_BM for one in scores])[order],
-        masks_BK=np.concatenate([one.masks_BK for one in scores])[order],
-        ranks={name: np.concatenate([one.ranks[name] for one in scores])[order] for name in scores[0].ranks},
-        losses={head: np.concatenate([one.losses[head] for one in scores])[order] for head in scores[0].losses},
+        labels={head: np.concatenate([batch.labels[head] for batch in scores])[order] for head in scores[0].labels},
+        present_BM=np.concatenate([batch.present_BM for batch in scores])[order],
+        masks_BK=np.concatenate([batch.masks_BK for batch in scores])[order],
+        ranks={name: np.concatenate([batch.ranks[name] for batch in scores])[order] for name in scores[0].ranks},
+        losses={head: np.concatenate([batch.losses[head] for batch in scores])[order] for head in scores[0].losses},
         confidence={
-            name: np.concatenate([one.confidence[name] for one in scores])[order] for name in scores[0].confidence
+            name: np.concatenate([batch.confidence[name] for batch in scores])[order] for name in scores[0].confidence
         },
-        damage=sorted(line for one in scores for line in one.damage),
+        damage=damage,
     )
 
 
 def is_unlabelled(scores: BatchScores) -> bool:
-    """Whether no clip has a label for every head."""
+    """Return True if no clip has a label for every head."""
     return bool(np.any([labels_N < 0 for labels_N in scores.labels.values()], axis=0).all())
 
 
 def count_unlabelled(scores: BatchScores, modalities: list[str]) -> Summary:
-    """Return the summary of clips that cannot be scored."""
+    """Return the summary of a split without labels, which cannot be scored."""
     return Summary(
         modalities=tuple(modalities),
         num_clips=0,
@@ -170,12 +178,12 @@ def score_rows(
     drop_nouns: Collection[int],
     groups: Groups | None = None,
 ) -> Results:
-    """Rows and summary over the clips whose heads are all labelled and whose noun is not left out.
+    """Return rows and summary over the clips that have all labels and whose noun is not in `drop_nouns`.
 
     `groups` adds the figures of rare classes and unseen participants.
 
     Raises:
-        UserError: no such clip.
+        UserError: no clip has all labels, or `drop_nouns` leaves no clip.
     """
     unlabelled_N = np.any([labels_N < 0 for labels_N in scores.labels.values()], axis=0)
     pruned_N = np.isin(scores.labels.get("noun", np.full(len(scores.keys), -1)), list(drop_nouns)) & ~unlabelled_N
@@ -187,8 +195,8 @@ def score_rows(
     labels = {head: labels_N[counted_N] for head, labels_N in scores.labels.items()}
     sources = ranked(list(heads))
     truth = {
-        name: joint_labels([torch.from_numpy(labels[h]) for h in of], [heads[h] for h in of]).numpy()
-        for name, of in sources.items()
+        name: joint_labels([torch.from_numpy(labels[h]) for h in parts], [heads[h] for h in parts]).numpy()
+        for name, parts in sources.items()
     }
     keys = [key for key, counted in zip(scores.keys, counted_N, strict=True) if counted]
     clips = _Clips(
@@ -196,12 +204,12 @@ def score_rows(
         masks_NK=scores.masks_BK[counted_N],
         ranks={name: ranks_NK[counted_N] for name, ranks_NK in scores.ranks.items()},
         losses={head: losses_NK[counted_N] for head, losses_NK in scores.losses.items()},
-        confidence={name: of_NK[counted_N] for name, of_NK in scores.confidence.items()},
+        confidence={name: confidence_NK[counted_N] for name, confidence_NK in scores.confidence.items()},
         truth=truth,
         groups={} if groups is None else groups.members(keys, labels, sources),
     )
     rows = [_row(condition, modalities, clips, k) for k, condition in enumerate(conditions)]
-    num_classes = {name: int(np.prod([heads[head] for head in of])) for name, of in sources.items()}
+    num_classes = {name: int(np.prod([heads[head] for head in parts])) for name, parts in sources.items()}
     seeds, subsets, drop_curve = summarise(rows)
     summary = Summary(
         modalities=tuple(modalities),
@@ -223,7 +231,7 @@ def score_rows(
 
 @dataclass(frozen=True)
 class _Clips:
-    """The counted clips: `BatchScores` without the others, their true classes, and the groups they belong to."""
+    """The scores of the counted clips, as in `BatchScores`, their true classes, and their groups."""
 
     present_NM: np.ndarray
     masks_NK: np.ndarray
@@ -234,7 +242,7 @@ class _Clips:
     groups: dict[str, dict[str, np.ndarray]]
 
     def scores(self, name: str, chosen_N: np.ndarray, k: int) -> ClipScores:
-        """Return what condition `k` gives for the chosen clips, of the action or a head."""
+        """Return the scores of the chosen clips under condition `k`, for the action or a head."""
         losses_NK = self.losses.get(name)
         return ClipScores(
             ranks_N=self.ranks[name][chosen_N, k],

@@ -1,7 +1,7 @@
-"""Figures over the rows of one model, and the standing of several models to each other.
+"""Figures over the rows of one model, and the ranking of several models.
 
-Averages over subsets, relative drop, the curve over the drop probability; average rank between models. Rows with a
-broken sensor are in none of them.
+They are the averages over subsets, the relative drop, the curve over the drop probability, and the average rank among
+models. All of them leave out rows with a broken sensor.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from karmma_dist.evaluation.metrics import find_figure
 from karmma_dist.evaluation.results import Curves, DropCurve, Interval, ResultRow, Results, SubsetSummary, Values
 
 METRIC = "action_top1"
-"""The percentage that models are compared by."""
+"""Percentage by which models are compared."""
 
 LEVEL = 0.05
-"""Corrected p-values below it are called significant."""
+"""Significance level: corrected p-values below it are called significant."""
 
 Subset = tuple[str, ...]
 
 
 def summarise(rows: Sequence[ResultRow]) -> tuple[list[int], SubsetSummary | None, DropCurve | None]:
-    """Return the seeds, and where the rows with whole sensors allow them the figures over subsets and the drop curve.
+    """Return the seeds, the figures over subsets, and the drop curve; None for what the intact rows do not contain.
 
-    * Subsets: over the rows of the lowest drop probability at which there are several subsets, mean over seeds
-      first: `average` (all of them, the full set too) and `relative_drop` (percent lost against the full set,
-      averaged over the proper subsets; None where the largest subset is not the union of all).
-    * Drop curve: over the rows of the modalities swept at the most probabilities: `mean` and `std` (population) over
-      seeds at each of `drop_prob`, `area` (mean height in percent, trapezoid rule), `fall` (points lost from the
-      first probability to the last) and `relative_fall` (the same as a percentage of the first).
+    * Subsets use the rows at the lowest drop probability with several subsets, averaged over seeds first. They have
+      `average` (over all subsets, including the full set) and `relative_drop` (loss against the full set in percent,
+      averaged over the proper subsets; None if the largest subset is not the union of all).
+    * The drop curve uses the rows of the modalities that were swept at the most probabilities. It has `mean` and `std`
+      (population) over seeds at each `drop_prob`, `area` (mean height in percent, trapezoid rule), `fall` (points lost
+      from the first probability to the last) and `relative_fall` (the fall as a percentage of the first value).
 
-    Only percentages are in them; of those of which less is better `average`, `mean` and `std` alone.
+    Both contain percentages only; metrics for which lower is better have only `average`, `mean` and `std`.
     """
     gains, errors = _percentages(rows)
     return sorted({row.seed for row in rows}), _over_subsets(rows, gains, errors), _over_drop_probs(rows, gains, errors)
 
 
 def _percentages(rows: Sequence[ResultRow]) -> tuple[list[str], list[str]]:
-    """Names of the figures in percent of which more is better, and of which less is."""
+    """Return the names of the percentages for which higher is better, and of those for which lower is better."""
     known = [find_figure(name) for name in rows[0].figures] if rows else []
     percentages = [figure for figure in known if figure.metric.is_percent]
     errors = [figure.name for figure in percentages if figure.metric.lower_is_better]
     return [figure.name for figure in percentages if figure.name not in errors], errors
 
 
-def whole_sensors(rows: Iterable[ResultRow]) -> list[ResultRow]:
+def intact_rows(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """Return the rows in which no sensor is broken."""
     return [row for row in rows if row.corrupt is None]
 
@@ -61,25 +61,25 @@ def rows_of(
 
 
 def fullest(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Return the rows (one per seed) of the lowest drop probability, and there of the most modalities."""
-    rows = whole_sensors(rows)
+    """Return the intact rows (one per seed) with the lowest drop probability, and among them the most modalities."""
+    rows = intact_rows(rows)
     first = min(rows, key=lambda row: (row.drop_prob, -len(row.modalities)), default=None)
     return [] if first is None else rows_of(rows, first.modalities, first.drop_prob)
 
 
 def mean_over_seeds(rows: Iterable[ResultRow], name: str = METRIC) -> float | None:
-    """Return the mean of one figure over rows that differ in their seed."""
+    """Return the mean of one figure over rows that differ only in their seed."""
     return metrics.average([row.figures[name] for row in rows])
 
 
 def interval_of(rows: Sequence[ResultRow], name: str = METRIC) -> Interval | None:
-    """Return the interval of the mean over seeds where it is known: a single row's own."""
+    """Return the interval of the mean over seeds; it is known only for a single row."""
     return rows[0].intervals.get(name) if len(rows) == 1 else None
 
 
 def by_subset(rows: Sequence[ResultRow]) -> tuple[float, dict[Subset, list[ResultRow]]] | None:
     """Return the lowest drop probability at which several subsets were evaluated, and its rows per subset."""
-    rows = whole_sensors(rows)
+    rows = intact_rows(rows)
     for probability in sorted({row.drop_prob for row in rows}):
         groups: dict[Subset, list[ResultRow]] = {}
         for row in rows:
@@ -93,7 +93,7 @@ def by_subset(rows: Sequence[ResultRow]) -> tuple[float, dict[Subset, list[Resul
 def by_drop_prob(rows: Sequence[ResultRow]) -> tuple[Subset, dict[float, list[ResultRow]]] | None:
     """Return the modalities evaluated at the most drop probabilities (at least two), and their rows per probability."""
     groups: dict[Subset, dict[float, list[ResultRow]]] = {}
-    for row in whole_sensors(rows):
+    for row in intact_rows(rows):
         groups.setdefault(row.modalities, {}).setdefault(row.drop_prob, []).append(row)
     swept = max(groups, key=lambda names: (len(groups[names]), len(names)), default=None)
     if swept is None or len(groups[swept]) < 2:
@@ -107,22 +107,22 @@ def subset_rows(models: Mapping[str, Results]) -> tuple[float, dict[str, dict[Su
     probability = min((group[0] for group in grouped.values() if group is not None), default=0.0)
     rows: dict[str, dict[Subset, list[ResultRow]]] = {name: {} for name in models}
     for name, results in models.items():
-        for row in whole_sensors(results.rows):
+        for row in intact_rows(results.rows):
             if row.drop_prob == probability:
                 rows[name].setdefault(row.modalities, []).append(row)
     return probability, rows
 
 
 def model_ranks(models: Mapping[str, Results], name: str = METRIC) -> dict[str, float | None]:
-    """Return the average place of each model over the subsets that all were evaluated on, 1 = best, by one figure."""
+    """Return the average rank of each model by one figure over the subsets that all models have, 1 = best."""
     rows = subset_rows(models)[1]
-    common = [subset for subset in next(iter(rows.values())) if all(subset in own for own in rows.values())]
-    values = {model: [mean_over_seeds(own[subset], name) for subset in common] for model, own in rows.items()}
+    common = [subset for subset in next(iter(rows.values())) if all(subset in groups for groups in rows.values())]
+    values = {model: [mean_over_seeds(groups[subset], name) for subset in common] for model, groups in rows.items()}
     return metrics.average_ranks(values)
 
 
 def broken_condition(results: Results) -> tuple[Subset, float] | None:
-    """Return the largest set of modalities and there the lowest drop probability with a broken sensor; None: no row."""
+    """Return the largest set of modalities with a broken sensor, and its lowest drop probability; None: no such row."""
     rows = [row for row in results.rows if row.corrupt is not None]
     if not rows:
         return None
@@ -131,7 +131,7 @@ def broken_condition(results: Results) -> tuple[Subset, float] | None:
 
 
 def by_corruption(rows: Iterable[ResultRow], condition: tuple[Subset, float]) -> dict[str | None, list[ResultRow]]:
-    """Return the rows (one per seed) per corruption under one condition; None is with whole sensors, and first."""
+    """Return the rows (one per seed) of one condition by corruption; the first key is None, for intact sensors."""
     groups: dict[str | None, list[ResultRow]] = {None: []}
     for row in rows:
         if (row.modalities, row.drop_prob) == condition:

@@ -1,51 +1,60 @@
-"""A folder of whole downloaded files named by the sha256 of their bytes, shared by all processes of a node.
+"""The cache of downloaded files, named by the sha256 of their bytes and shared by all processes of a node.
 
     CACHE/
-      3f0c...e1                 an entry: downloaded whole, checked, then renamed to its sha256 (or, where nobody
-                                said which bytes to expect, to the sha256 of its URL)
-      .3f0c...e1.partial        a download on its way
-      .3f0c...e1.lock           held (flock) by the process that downloads; the others wait for it
-      .lock                     held while entries get their names and while old ones are removed
-      weights/                  starting weights: a cache of its own, which nothing is removed from
+      3f0c...e1                 an entry: downloaded completely, checked, then renamed to its sha256 (or, if the
+                                expected bytes are unknown, to the sha256 of its URL)
+      .3f0c...e1.RANDOM.partial/  a download in progress, in a folder of its own
+      .3f0c...e1.lock           held by the process that downloads; the others wait for it (see `io.locks`)
+      .lock                     held while entries get their names and while old entries are removed
+      weights/                  starting weights: a separate cache, from which no entry is removed for space
 
-Every lock is the kernel's and goes with its process: when a downloader is killed, one of those who wait takes over.
-An entry is removed while others read it without harm, because they hold it open; the next one fetches it again.
+Every lock ends with its process: if a downloader is killed, a waiting process takes over.
+An entry may be removed while other processes read it, because they hold it open; the next reader fetches it again.
+
+The folder is made for its owner alone. A folder of another user, or one that others may write to, is refused. If others
+may only add files (the sticky bit, as in /tmp), an entry of another user or one that others may write to is refused.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import sha256_of
+from karmma_dist.io.files import remove, sha256_of
+from karmma_dist.io.locks import FileLock
 
 _ENTRY = re.compile(r"[0-9a-f]{64}")
-_PARTIAL = re.compile(r"\.([0-9a-f]{64})\.partial")
+_PARTIAL = re.compile(r"\.([0-9a-f]{64})\.(?:[0-9a-f]+\.)?partial")
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_SETTINGS = "data.cache_dir or KARMMA_DIST_CACHE"
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The cache folder of this node: the one that is given, else $KARMMA_DIST_CACHE, else ~/.cache/karmma-dist."""
+    """Return the cache folder of this node: `cache_dir`, else $KARMMA_DIST_CACHE, else ~/.cache/karmma-dist."""
     root = cache_dir or os.environ.get("KARMMA_DIST_CACHE") or "~/.cache/karmma-dist"
     return Path(root).expanduser().absolute()
 
 
 class FetchError(Exception):
-    """A file could not be had.
+    """A file that could not be downloaded.
 
     Attributes:
-        what: The reason, fit for a message: no credentials in it.
-        damaged: The server was there but this file is gone or is not the one that was packed.
-        passing: Trying again may help.
+        what: The reason, for messages; it contains no credentials.
+        damaged: True if the server responded but the file is missing or differs from the packed one.
+        passing: True if another try may help.
     """
 
     def __init__(self, what: str, damaged: bool, passing: bool = False) -> None:
@@ -55,49 +64,49 @@ class FetchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a file must hold."""
+    """The expected content of a file."""
 
     sha256: str | None
-    """Hex; None where it is not known beforehand."""
+    """Hexadecimal sha256; None if unknown."""
     size: int | None
-    """Bytes; None where it is not known beforehand."""
+    """Size in bytes; None if unknown."""
     url: str = ""
-    """Where it comes from; required where `sha256` is None."""
+    """URL of the file; required if `sha256` is None."""
 
     @property
     def name(self) -> str:
-        """Its name in the cache."""
+        """Name of the file in the cache."""
         return self.sha256 or hashlib.sha256(self.url.encode()).hexdigest()
 
     def problem(self, path: Path) -> str:
-        """What is wrong with the file at `path`, or an empty string."""
-        found = path.stat().st_size
-        if self.size is not None and found != self.size:
-            return f"{found} bytes instead of {self.size}"
+        """Return the problem of the file at `path`, or an empty string."""
+        actual_size = path.stat().st_size
+        if self.size is not None and actual_size != self.size:
+            return f"{actual_size} bytes instead of {self.size}"
         return "" if self.sha256 in (None, sha256_of(path)) else "sha256 differs from the manifest's"
 
 
 Fetch = Callable[[Path], None]
-"""Writes a whole file to the path it is given and has checked it, or raises `FetchError`."""
+"""Function that writes a complete, checked file to the given path, or raises `FetchError`."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The folder and its limit. Cheap to pickle; every process of a node opens its own on the same folder."""
+    """The cache folder and its limit. It is cheap to pickle; every process of a node opens the same folder."""
 
     root: Path
     limit_bytes: float = math.inf
-    """Entries together stay below this; downloads on their way come on top."""
+    """Limit of the total size of entries; downloads in progress are not counted."""
 
     def open(self, content: Content, fetch: Fetch) -> int:
-        """Return a descriptor of an entry, downloading it first where it is not there.
+        """Return a file descriptor of an entry, after downloading the entry if needed.
 
-        Of several processes that ask for the same entry one downloads it. Those who waited for a download that failed
-        share its failure instead of repeating it.
+        Of several processes that open the same entry, one downloads it. Processes that waited for a failed download
+        raise its error instead of repeating the download.
 
         Raises:
-            FetchError: it could not be downloaded.
-            UserError: the folder cannot be written, or its disk is full.
+            FetchError: the file could not be downloaded.
+            UserError: the folder cannot be written, its disk is full, or others may write to it.
         """
         try:
             while True:
@@ -105,77 +114,97 @@ class Cache:
                 if descriptor is None:
                     descriptor = self._download(content, fetch)
                 if descriptor is not None:
-                    os.utime(descriptor)  # the least recently used go first; file systems may not keep access times
+                    os.utime(descriptor)  # for removal in order of use: file systems may not keep access times
                     return descriptor
         except OSError as error:
             lower = f", or lower data.cache_bytes ({self.limit_bytes}) below what its disk has room for"
             raise UserError(
-                f"cache folder {self.root}: {error.strerror}: name another one (data.cache_dir or KARMMA_DIST_CACHE)"
+                f"cache folder {self.root}: {error.strerror}: name another one ({_SETTINGS})"
                 f"{lower if self.limit_bytes < math.inf else ''}"
             ) from None
 
     def remove_if_damaged(self, content: Content) -> bool:
-        """Read a whole entry and remove it if its bytes have changed since they were checked; True if so."""
+        """Read an entry and remove it if its bytes have changed since they were checked; return True if removed."""
         try:
             damaged = bool(content.problem(self.root / content.name))
         except FileNotFoundError:
-            return True  # removed by another process that found the same
+            return True  # another process has removed it
         if damaged:
             self.remove(content)
         return damaged
 
     def remove(self, content: Content) -> None:
-        """Remove an entry if it is there."""
+        """Remove an entry if it exists."""
         with self._alone():
             (self.root / content.name).unlink(missing_ok=True)
 
     def _open_entry(self, content: Content) -> int | None:
+        entry = self.root / content.name
         try:
-            descriptor = os.open(self.root / content.name, os.O_RDONLY)
+            is_shared = _is_shared(self.root)
+            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        if content.size is not None and os.fstat(descriptor).st_size != content.size:
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            self.remove(content)  # the link, not its target
+            return None
+        status = os.fstat(descriptor)
+        if is_shared and (not _is_ours(status) or status.st_mode & _OTHERS_WRITE):
+            os.close(descriptor)
+            raise UserError(f"{entry}: in the hands of another user: name another cache folder ({_SETTINGS})")
+        if content.size is not None and status.st_size != content.size:
             os.close(descriptor)
             self.remove(content)
             return None
         return descriptor
 
     def _download(self, content: Content, fetch: Fetch) -> int | None:
-        """Download an entry and open it; None where another process did, or gave up its turn, while we waited."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        entry, partial = self.root / content.name, self.root / f".{content.name}.partial"
+        """Download an entry and open it; return None if another process held the lock and released it meanwhile."""
+        _make_private(self.root)
+        _is_shared(self.root)
+        entry = self.root / content.name
         with _turn(self.root / f".{content.name}.lock") as held:
             if held is None or entry.exists():
                 return None
+            partial = self.root / f".{content.name}.{secrets.token_hex(8)}.partial"
             try:
-                fetch(partial)
-                with open(partial, "rb") as file:
-                    os.fsync(file.fileno())
+                self._remove_partials(content.name)
+                partial.mkdir(mode=0o700)  # nobody else can put a link into it between two tries
+                file = partial / "file"
+                fetch(file)
+                descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~_OTHERS_WRITE)
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
                 with self._alone():
-                    self._make_room(partial.stat().st_size)
-                    os.replace(partial, entry)
-                    return os.open(entry, os.O_RDONLY)  # before anybody can remove it
+                    self._make_room(file.stat().st_size)
+                    os.replace(file, entry)
+                    return os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)  # before anybody can remove it
             except FetchError as error:
                 held.write(json.dumps(error.args))
                 raise
             finally:
-                partial.unlink(missing_ok=True)
+                remove(partial)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with open(self.root / ".lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with FileLock(self.root / ".lock") as lock:
+            lock.take()
             yield
 
     def _make_room(self, size: int) -> None:
-        """Remove the least recently used entries until `size` bytes fit, and what dead downloads left behind."""
+        """Remove the least recently used entries until `size` bytes fit, and the partial files of dead downloads."""
         entries: list[tuple[int, int, str]] = []
         for item in os.scandir(self.root):
             if _ENTRY.fullmatch(item.name):
-                stat = item.stat()
-                entries.append((stat.st_mtime_ns, stat.st_size, item.path))
-            elif found := _PARTIAL.fullmatch(item.name):
-                self._remove_if_dead(found[1])
+                status = item.stat(follow_symlinks=False)
+                entries.append((status.st_mtime_ns, status.st_size, item.path))
+            elif match := _PARTIAL.fullmatch(item.name):
+                self._remove_if_dead(match[1])
         excess = sum(entry[1] for entry in entries) + size - self.limit_bytes
         for _, freed, path in sorted(entries):
             if excess <= 0:
@@ -183,47 +212,73 @@ class Cache:
             os.unlink(path)
             excess -= freed
 
-    def _remove_if_dead(self, sha256: str) -> None:
-        lock = self.root / f".{sha256}.lock"
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # its download is alive
-            if _is_at(file, lock):
-                (self.root / f".{sha256}.partial").unlink(missing_ok=True)
-                file.truncate(0)
-                lock.unlink()
+    def _remove_if_dead(self, name: str) -> None:
+        with FileLock(self.root / f".{name}.lock") as lock:
+            if lock.take(wait=False) and lock.is_at_its_path():  # otherwise its download is alive, or just done
+                self._remove_partials(name)
+                lock.file.truncate(0)
+                lock.path.unlink()
+
+    def _remove_partials(self, name: str) -> None:
+        """Remove what dead downloads of an entry left; the caller has its turn."""
+        for left in self.root.glob(f".{name}.*partial"):
+            remove(left)
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for this user alone."""
+    for missing in reversed([above for above in (folder, *folder.parents) if not above.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)  # raises where it is no folder
+
+
+@functools.cache
+def _is_shared(folder: Path) -> bool:
+    """Return True if others may add files to a folder, but not change those of this user.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        UserError: it is another user's, or others may write to it.
+    """
+    status = folder.stat()
+    if not _is_ours(status):
+        raise UserError(f"cache folder {folder}: belongs to another user: name one of your own ({_SETTINGS})")
+    if not status.st_mode & _OTHERS_WRITE:
+        return False
+    if not status.st_mode & stat.S_ISVTX:
+        raise UserError(
+            f"cache folder {folder}: others may write to it (mode {stat.S_IMODE(status.st_mode):04o}): "
+            f"chmod go-w {folder}, or name another one ({_SETTINGS})"
+        )
+    return True
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return status.st_uid in (os.geteuid(), 0)
 
 
 @contextmanager
-def _turn(lock: Path) -> Iterator[TextIO | None]:
-    """Wait for a lock file and yield it, or None where its holder ended properly meanwhile.
+def _turn(path: Path) -> Iterator[IO[str] | None]:
+    """Wait for a lock file and yield it, or yield None if its holder finished meanwhile.
 
-    A holder removes the file before letting go of it, so whoever finds it removed has waited for somebody who is done;
-    what that one wrote into it is its failure. A file that is still there was left by a dead process, or is new.
+    A holder removes the file before releasing the lock, so a process that finds the file removed has waited for a
+    finished holder; the file then contains the holder's error, if any. A file that still exists is new or was left by a
+    dead process.
 
     Raises:
-        FetchError: the one that was waited for failed with it.
+        FetchError: the download of the holder failed.
     """
-    with open(lock, "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not _is_at(file, lock):
-            file.seek(0)
-            if failure := file.read():
+    with FileLock(path) as lock:
+        lock.take()
+        if not lock.is_at_its_path():
+            lock.file.seek(0)
+            if failure := lock.file.read():
                 raise FetchError(*json.loads(failure))
             yield None
             return
-        file.truncate(0)
+        lock.file.truncate(0)
         try:
-            yield file
+            yield lock.file
         finally:
-            file.flush()
-            lock.unlink()
-
-
-def _is_at(file: Any, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+            lock.file.flush()
+            path.unlink()

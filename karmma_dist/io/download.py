@@ -1,6 +1,6 @@
-"""Files from a web server or an object store: tried again where that may help, checked, and no secret in a message.
+"""Downloads from a web server or an object store: repeated if that may help, checked, without secrets in messages.
 
-Shards (`streaming/remote.py`) and starting weights (`models/starting_weights.py`) come through here into a `cache`.
+Shards (`shards/remote.py`) and starting weights (`models/weights.py`) are downloaded here into a `cache`.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from karmma_dist.errors import URL, UserError, masked, one_line
 from karmma_dist.io.cache import Content, FetchError
 
 TRIES = 5
-"""Downloads of one file before giving up."""
+"""Number of tries to download one file."""
 
 FIRST_WAIT_S = 1.0
-"""Pause before the second try on average; it doubles with each further one."""
+"""Mean pause in seconds before the second try; it doubles with each further try."""
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 30.0, 60.0
-"""A web server that stays silent this long has failed; a whole shard may take as long as it takes."""
+"""Seconds of silence after which a web server counts as failed; the time for a whole file is not limited."""
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 _PASSING_STATUS = {408, 425, 429}
 
-_jitter = random.SystemRandom()  # ranks that share a seed must not all come back in the same moment
+_jitter = random.SystemRandom()  # ranks that share a seed must not all retry at the same moment
 
 T = TypeVar("T")
 
 
 def is_url(text: str) -> bool:
-    """Whether this is a URL, and not a path."""
+    """Return True if the text is a URL and not a path."""
     return URL.match(text) is not None
 
 
 def fetch(url: str, content: Content, path: Path, moved: Callable[[int, int], None] | None = None) -> None:
-    """Download a file to `path` and check it; what may pass is tried again, with growing pauses.
+    """Download a file to `path` and check it; after a passing failure it tries again, with growing pauses.
 
     Args:
-        url: Where from.
-        content: What it must hold.
-        path: Where to.
-        moved: Called now and then with the bytes that are there and those there will be (0: not known).
+        url: URL of the file.
+        content: Expected content.
+        path: Path to write.
+        moved: Callback that receives the downloaded and the total bytes from time to time (0: total unknown).
 
     Raises:
-        FetchError: it is gone or stays wrong (`damaged`), or the server refuses or cannot be reached.
+        FetchError: the file is missing or stays wrong (`damaged`), or the server refuses or cannot be reached.
         OSError: the local disk is full.
     """
 
@@ -65,37 +65,37 @@ def fetch(url: str, content: Content, path: Path, moved: Callable[[int, int], No
             _ask(url, lambda system: system.get_file(url, str(path), callback=_Moved(moved)))
         except FetchError as error:
             if path.exists() and path.stat().st_size and error.passing:
-                what = f"broke off after {path.stat().st_size} of {content.size or '?'} bytes ({error.what})"
-                raise FetchError(what, damaged=True, passing=True) from None
+                message = f"broke off after {path.stat().st_size} of {content.size or '?'} bytes ({error.what})"
+                raise FetchError(message, damaged=True, passing=True) from None
             raise
         if path.is_dir():
             path.rmdir()
         if not path.exists():
             raise FetchError("is a folder", damaged=True)
-        if wrong := content.problem(path):
-            raise FetchError(wrong, damaged=True, passing=True)
+        if problem := content.problem(path):
+            raise FetchError(problem, damaged=True, passing=True)
 
     _with_tries(attempt)
 
 
 def fetch_json(url: str) -> bytes:
-    """The text of a JSON file.
+    """Download the text of a JSON file.
 
     Raises:
-        FetchError: as `fetch`.
+        FetchError: the file is missing or is not JSON, or the server refuses or cannot be reached.
     """
     return _with_tries(partial(_read_json, url))
 
 
 class _Moved(Callback):
-    """What fsspec tells about a download, as two numbers."""
+    """An fsspec callback that passes the progress of a download on as two numbers."""
 
     def __init__(self, moved: Callable[[int, int], None] | None) -> None:
         super().__init__()
         self._moved = moved
 
     def call(self, hook_name: str | None = None, **kwargs: Any) -> None:  # noqa: ARG002 - fsspec's signature
-        """Called by fsspec after each change of `size` and `value`."""
+        """Pass on the progress; fsspec calls this after each change of `size` and `value`."""
         if self._moved:
             self._moved(self.value, self.size or 0)
 
@@ -122,7 +122,7 @@ def _with_tries(attempt: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-def _ask(url: str, what: Callable[[Any], T]) -> T:
+def _ask(url: str, request: Callable[[Any], T]) -> T:
     scheme = urlsplit(url).scheme
     try:
         system = _file_system(scheme, READ_TIMEOUT_S, os.getpid())
@@ -130,23 +130,23 @@ def _ask(url: str, what: Callable[[Any], T]) -> T:
         advice = "it needs s3fs: pip install 'karmma-dist[s3]'" if scheme in ("s3", "s3a") else str(error)
         raise UserError(f"{masked(url)}: {advice}") from None
     except ValueError:
-        raise UserError(f"{masked(url)}: '{scheme}' is no protocol that fsspec knows") from None
+        raise UserError(f"{masked(url)}: '{scheme}' is not a protocol of fsspec") from None
     try:
-        return what(system)
+        return request(system)
     except OSError as error:
         if error.errno in _DISK:
             raise
         raise _failure(error) from None
-    except Exception as error:  # every file system of fsspec has exceptions of its own
+    except Exception as error:  # every file system of fsspec raises its own exceptions
         raise _failure(error) from None
 
 
 @functools.cache
 def _file_system(scheme: str, read_timeout_s: float, pid: int) -> Any:  # noqa: ARG001
-    """The file system of a process: connections and event loops do not cross a fork, so each has its own.
+    """Return this process's file system: connections and event loops do not survive a fork, so each process has one.
 
-    It is kept for good, also by the children that inherit it and never use it: collected, it would close its
-    connections wherever the collection happens to run, and wait for an event loop that may wait for that very place.
+    It is never collected, not even in children that inherit it: collection would close its connections at an arbitrary
+    point of the program and wait for an event loop that may itself wait for that point.
     """
     if scheme not in ("http", "https"):
         return fsspec.filesystem(scheme, skip_instance_cache=True)
@@ -159,12 +159,12 @@ def _file_system(scheme: str, read_timeout_s: float, pid: int) -> Any:  # noqa: 
 
 
 def _failure(error: Exception) -> FetchError:
-    """What a file system's exception means. Its text is not shown where it may hold the URL with its secrets."""
+    """Translate a file system's exception. Its text is not shown if it may contain the URL with its secrets."""
     status = getattr(error, "status", None)
-    said = one_line(f"HTTP {status}" if status else getattr(error, "strerror", None) or type(error).__name__)
+    reason = one_line(f"HTTP {status}" if status else getattr(error, "strerror", None) or type(error).__name__)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return FetchError("not found on the server", damaged=True)
     refused = status is not None and 400 <= status < 500 and status not in _PASSING_STATUS
     if refused or isinstance(error, (PermissionError, ValueError)):
-        return FetchError(f"refused ({said})", damaged=False)
-    return FetchError(f"cannot be reached ({said})", damaged=False, passing=True)
+        return FetchError(f"refused ({reason})", damaged=False)
+    return FetchError(f"cannot be reached ({reason})", damaged=False, passing=True)

@@ -1,17 +1,44 @@
-"""Files that are whole or not there, and their hashes."""
+"""Writing of files so that each is complete or absent, and their hashes; planted names are neither followed nor kept.
+
+    .NAME.MACHINE-PID-RANDOM.partial      a file that is being written; it is renamed to NAME once it is complete
+
+Every write uses a new temporary name and creates it exclusively. If the final name is a symbolic link, the file
+replaces the link, and the link's target stays as it is. The leftover of a killed writer has a hidden name that ends in
+`.partial`, so it is never taken for data; the next process that writes into the folder removes it once its writer is
+gone from this machine, or once it has not been written to for an hour.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+import secrets
+import shutil
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from karmma_dist.errors import UserError
+from karmma_dist.processes import machine, started_at
+
+_LEFT_AFTER_S = 3600.0
+"""A temporary file of another machine that has not changed for so long was left by a killed writer."""
+_MOST_NAME_BYTES = 200
+"""Bytes of the final name that go into a temporary one: file systems allow 255 in all."""
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.partial", re.DOTALL)
+_LINK = "is a symbolic link, and what is written would go elsewhere: remove it"
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -19,32 +46,123 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
-    """Write a file so that it is whole or not there, and what was there before stays until then.
+def create(path: Path, mode: int = 0o666) -> int:
+    """Create a file and return its descriptor, open for reading and writing.
 
-    Temporary name, fsync, rename. Who may read it is what the umask says, whatever its writer thinks of that:
-    safetensors' files are their owner's alone.
-
-    Args:
-        path: The file.
-        content: What to write, or what writes it under the path it is given.
+    Raises:
+        FileExistsError: something has this name, be it a link to nowhere.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
+def append(path: Path) -> IO[bytes]:
+    """Open a file, new or not, to write at its end.
+
+    Raises:
+        UserError: it is a symbolic link.
+    """
     try:
-        temporary.write_bytes(content if isinstance(content, bytes) else b"")
-        if not isinstance(content, bytes):
-            mode = temporary.stat().st_mode
-            content(temporary)
-            temporary.chmod(mode)
-        sync(temporary)
+        return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "ab")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path}: {_LINK}") from None
+        raise
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse a folder that is to be filled and emptied where a symbolic link has its name.
+
+    Raises:
+        UserError: it is a symbolic link.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path}: {_LINK}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link, whose target stays; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name, new at every call, for what becomes `path` when it is whole; it is in the same folder.
+
+    Raises:
+        UserError: `path` is a device, a pipe or a socket, which a file would replace.
+    """
+    _refuse_device(path)
+    _tidy(path.parent)
+    short = path.name.encode(errors="surrogateescape")[:_MOST_NAME_BYTES].decode(errors="ignore")
+    return path.with_name(f".{short}.{_short_machine()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file to write, which gets the name `path` at the end of the block, and none at all if the block fails."""
+    temporary = temporary_name(path)
+    try:
+        with open(create(temporary), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
+def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write a file completely or not at all; an earlier file stays until the new one is complete.
+
+    It is written under a temporary name, synced and renamed. The umask decides who may read it, whatever mode the
+    writer sets: safetensors writes files that only their owner may read.
+
+    Args:
+        path: Path of the file.
+        content: Bytes to write, or a function that writes the file to the given path.
+    """
+    if isinstance(content, bytes):
+        with whole_file(path) as file:
+            file.write(content)
+        return
+    temporary = temporary_name(path)
+    try:
+        descriptor = create(temporary)
+        try:
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        finally:
+            os.close(descriptor)
+        content(temporary)
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)  # the writer may have made it anew
+        try:
+            os.fchmod(descriptor, mode)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder, which gets the name `path` at the end of the block, and is removed if the block fails."""
+    temporary = temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write compact JSON, whole or not at all."""
+    """Write compact JSON, completely or not at all."""
     write_whole(path, json_bytes(value))
 
 
@@ -54,6 +172,51 @@ def json_bytes(value: Any) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
+    """Return the hexadecimal sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_left(folder: Path) -> None:
+    """Remove from a folder what killed writers left in it; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match is None:
+                continue
+            with contextlib.suppress(OSError):
+                is_of_here = machine() is not None and match[1] == _short_machine()
+                is_dead = is_of_here and started_at(int(match[2])) is None
+                if is_dead or (not is_of_here and _age_s(folder, entry) > _LEFT_AFTER_S):
+                    remove(Path(entry.path))
+
+
+def _refuse_device(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # nothing there, or nothing can be written there, which the writer finds out
+    is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
+    if not is_file or path.absolute().parent == Path("/dev"):
+        raise UserError(f"{path}: a device or pipe: name a file to write")
+
+
+def _age_s(folder: Path, entry: os.DirEntry[str]) -> float:
+    """Return how long an entry has not changed, by the clock of its file system alone."""
+    probe = folder / f".{secrets.token_hex(4)}.partial"
+    os.close(create(probe))
+    try:
+        return os.stat(probe).st_mtime - entry.stat(follow_symlinks=False).st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+@functools.cache
+def _tidy(folder: Path) -> None:
+    """Remove what killed writers left, when this process first writes into a folder: scanning it each time is slow."""
+    remove_left(folder)
+
+
+@functools.cache
+def _short_machine() -> str:
+    return hashlib.sha256((machine() or socket.gethostname()).encode()).hexdigest()[:8]

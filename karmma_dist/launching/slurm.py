@@ -1,7 +1,7 @@
-"""Hand recipes to sbatch: the same scripts a user would submit, with the flags of the recipes' `slurm` sections.
+"""Submits recipes with sbatch: the scripts that a user would submit, with flags from the recipes' `slurm` sections.
 
-Several recipes make a chain: each job waits for the one before to finish (sbatch's afterok), however often that one is
-preempted and requeued on its way, and is cancelled when that one fails.
+Several recipes form a chain: each job waits until the previous job succeeds (sbatch's afterok), however often that job
+is preempted and requeued, and is cancelled if it fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from karmma_dist.runs.folder import finished_names
 from karmma_dist.settings import find_file
 
 _SHAPE_FLAGS = ("-N", "-n", "-G", "--nodes", "--ntasks", "--gpus", "--gres")
-"""Beginnings of the sbatch flags that change how many ranks there are."""
+"""Prefixes of the sbatch flags that change the number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -27,35 +27,35 @@ class SlurmJob:
     """One sbatch call."""
 
     name: str
-    """Shown by squeue and part of the log's name."""
+    """Job name, shown by squeue and contained in the name of the log file."""
     flags: list[str]
     script: list[str]
-    """The script and its arguments."""
+    """Script and its arguments."""
 
     def command(self, *more: str, after: str | None = None, kind: str = "afterok") -> list[str]:
-        """The sbatch command.
+        """Return the sbatch command.
 
         Args:
             more: further flags.
-            after: id of the job that has to finish before; several are joined by colons.
-            kind: how it waits: `afterok`, or of arrays `aftercorr`, task by task.
+            after: id of the job that must succeed first; several ids are joined by colons.
+            kind: type of dependency: `afterok`, or `aftercorr` for arrays that wait task by task.
         """
-        waits = [] if after is None else [f"--dependency={kind}:{after}", "--kill-on-invalid-dep=yes"]
-        return ["sbatch", *self.flags, *waits, *more, *self.script]
+        dependency = [] if after is None else [f"--dependency={kind}:{after}", "--kill-on-invalid-dep=yes"]
+        return ["sbatch", *self.flags, *dependency, *more, *self.script]
 
 
 def slurm_job(slurm: SlurmRecipe, name: str, arguments: Sequence[str]) -> SlurmJob:
-    """The job of a script of the slurm/ folder.
+    """Return the job that runs a script of the slurm/ folder.
 
     Args:
-        slurm: flags.
-        name: the job's.
-        arguments: passed on to the script: the recipe and its overrides.
+        slurm: settings for the flags.
+        name: name of the job.
+        arguments: arguments of the script: the recipe and its overrides.
 
     Raises:
-        UserError: no such script.
+        UserError: the script does not exist.
     """
-    # 0 GPUs are said aloud: what the command line leaves open, the script's own #SBATCH lines decide.
+    # 0 GPUs are passed explicitly: flags missing here would be taken from the script's #SBATCH lines.
     flags = [
         f"--job-name={name}", f"--nodes={slurm.nodes}", f"--gpus-per-node={slurm.gpus_per_node}",
         f"--ntasks-per-node={slurm.gpus_per_node or 1}",
@@ -69,7 +69,7 @@ def slurm_job(slurm: SlurmRecipe, name: str, arguments: Sequence[str]) -> SlurmJ
 
 
 def slurm_ranks(slurm: SlurmRecipe) -> int | None:
-    """Return the ranks of a job: one per GPU, or per node without GPUs; None: flags in `extra` decide."""
+    """Return a job's number of ranks: one per GPU, or per node without GPUs; None if flags in `extra` determine it."""
     if any(flag.startswith(_SHAPE_FLAGS) for flag in slurm.extra):
         return None
     return slurm.nodes * (slurm.gpus_per_node or 1)
@@ -78,23 +78,23 @@ def slurm_ranks(slurm: SlurmRecipe) -> int | None:
 def plan_jobs(
     recipes: Sequence[str], overrides: Sequence[str] = (), *, nodes: int | None = None, gpus_per_node: int | None = None
 ) -> list[SlurmJob]:
-    """One job per recipe, in order.
+    """Return one job per recipe, in order.
 
     Args:
         recipes: names or paths.
-        overrides: `a.b=c`; where things are holds for all of them, the others for the last alone, as in
+        overrides: `a.b=c`; overrides of locations apply to all recipes, others only to the last recipe, as in
             `recipe.load_chain`.
-        nodes: instead of the recipes' own.
-        gpus_per_node: instead of the recipes' own.
+        nodes: overrides the number of nodes of the recipes.
+        gpus_per_node: overrides the number of GPUs per node of the recipes.
 
     Raises:
-        UserError: a recipe or a script that is not there or is wrong, or a batch that the ranks do not divide.
+        UserError: a recipe or script does not exist or is invalid, or a batch does not divide over the ranks.
     """
     jobs = []
     earlier: set[str] = set()
     changes = {"nodes": nodes, "gpus_per_node": gpus_per_node}
-    for place, recipe in enumerate(recipes):
-        applied = overrides if place == len(recipes) - 1 else shared_overrides(overrides)
+    for index, recipe in enumerate(recipes):
+        applied = overrides if index == len(recipes) - 1 else shared_overrides(overrides)
         chain = load_chain(recipe, applied)
         loaded = chain[-1]
         slurm = loaded.slurm.model_copy(update={key: value for key, value in changes.items() if value is not None})
@@ -107,11 +107,11 @@ def plan_jobs(
 
 
 def shown_jobs(jobs: Sequence[SlurmJob]) -> list[str]:
-    """The shell lines that do what `submit_jobs` does."""
+    """Return shell lines that are equivalent to `submit_jobs`."""
     lines = []
     for number, job in enumerate(jobs, 1):
         words = [shlex.join(job.command())]
-        if number > 1:  # the variable has to stay outside the quotes that shlex puts around what is special
+        if number > 1:  # the variable must stay outside the quotes that shlex adds
             words = [shlex.join(job.command(after="JOB")).replace("afterok:JOB", f'afterok:"$job{number - 1}"', 1)]
         last = number == len(jobs)
         lines.append(words[0] if last else f"job{number}=$({words[0].replace('sbatch', 'sbatch --parsable', 1)})")
@@ -119,10 +119,10 @@ def shown_jobs(jobs: Sequence[SlurmJob]) -> list[str]:
 
 
 def submit_jobs(jobs: Sequence[SlurmJob]) -> list[str]:
-    """Submit them, each waiting for the one before; returns a line for each.
+    """Submit jobs, each waiting for the previous one, and return a line for each.
 
     Raises:
-        UserError: there is no sbatch here, or it refused; jobs submitted before are named.
+        UserError: sbatch is missing or refused a job; the message names the jobs submitted before.
     """
     lines: list[str] = []
     before: str | None = None
@@ -134,31 +134,31 @@ def submit_jobs(jobs: Sequence[SlurmJob]) -> list[str]:
 
 
 def submit(command: Sequence[str], before: Sequence[str]) -> str:
-    """Run an sbatch command that is to print its job's id alone, and return that id.
+    """Run an sbatch command that prints only the job id, and return the id.
 
     Args:
-        command: with --parsable.
-        before: lines about jobs submitted before, named in the error.
+        command: command with --parsable.
+        before: lines about jobs submitted before, for the error message.
 
     Raises:
-        UserError: as `submit_jobs`.
+        UserError: sbatch is missing or refused a job.
     """
     try:
-        answer = _sbatch(command).stdout
+        output = _sbatch(command).stdout
     except UserError as error:
-        left = f"; in the queue already: {', '.join(before)} (scancel takes a job out)" if before else ""
-        raise UserError(f"{error}{left}") from None
-    return answer.strip().partition(";")[0]  # "id;cluster" where there are several clusters
+        queued = f"; already in the queue: {', '.join(before)} (scancel removes a job)" if before else ""
+        raise UserError(f"{error}{queued}") from None
+    return output.strip().partition(";")[0]  # "id;cluster" with several clusters
 
 
 def ask_scheduler(jobs: Sequence[SlurmJob]) -> list[str]:
-    """Ask the scheduler whether it would take them, and when they would start; nothing is submitted.
+    """Ask the scheduler whether it would accept the jobs, and when they would start, without submitting anything.
 
     Raises:
-        UserError: as `submit_jobs`.
+        UserError: sbatch is missing or refused a job.
     """
-    answers = [_sbatch(job.command("--test-only")).stderr for job in jobs]
-    return [one_line(answer).removeprefix("sbatch: ") for answer in answers]
+    replies = [_sbatch(job.command("--test-only")).stderr for job in jobs]
+    return [one_line(reply).removeprefix("sbatch: ") for reply in replies]
 
 
 def _sbatch(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -167,7 +167,7 @@ def _sbatch(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
-        raise UserError("sbatch did not answer within 120 s: is the controller up (scontrol ping)?") from None
+        raise UserError("sbatch did not respond within 120 s: is the controller up (scontrol ping)?") from None
     if done.returncode:
         raise UserError(f"sbatch refused: {one_line(done.stderr or done.stdout)}")
     return done

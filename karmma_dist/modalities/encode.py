@@ -36,7 +36,7 @@ class Geometry:
     """Height of the stored picture."""
 
     @classmethod
-    def of(cls, width: int, height: int, spec: VideoSpec, modality: str = "video") -> Geometry:
+    def of(cls, width: float, height: float, spec: VideoSpec, modality: str = "video") -> Geometry:
         """Compute the geometry for an upright source of `width` x `height`, which is never enlarged.
 
         Raises:
@@ -48,7 +48,7 @@ class Geometry:
         stored_width, stored_height = _even(across * scale), _even(down * scale)
         if min(stored_width, stored_height) < MIN_SIDE:
             raise MediaError(
-                modality, "cut", f"{width}x{height} leaves {stored_width}x{stored_height}, below {MIN_SIDE} pixels"
+                modality, "cut", f"{width:g}x{height:g} leaves {stored_width}x{stored_height}, below {MIN_SIDE} pixels"
             )
         scaled_width = max(_even(stored_width / (right - left)), stored_width)
         scaled_height = max(_even(stored_height / (bottom - top)), stored_height)

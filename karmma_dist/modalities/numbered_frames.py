@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 
 from karmma_dist.modalities.encode import num_frames_between
-from karmma_dist.modalities.recording import ClipRecord, MediaError, media_error
+from karmma_dist.modalities.recording import CUT_TOLERANCE_S, MOST_PIXELS, ClipRecord, MediaError, media_error
 
 _NUMBER = r"(\d+)\.jpe?g$"
 _PICTURE = re.compile(rf"(?:frame_|img_|image_)?{_NUMBER}", re.IGNORECASE)
@@ -34,6 +34,10 @@ _PACKED = re.compile(rf"flow_{_NUMBER}", re.IGNORECASE)
 _COMPONENT = re.compile(r"(?<![a-z])[uvxy](?=[_/])", re.IGNORECASE)
 _COMPONENT_FOLDER = re.compile(r"(?:flow_)?[uvxy]", re.IGNORECASE)
 _EXPECTED = {"video": "frame_0000000001.jpg", "flow": "u/frame_0000000001.jpg, flow_x_00001.jpg or flow_00001.jpg"}
+
+
+_MOST_BYTES = 1 << 28
+"""Largest size in bytes of the file of one frame."""
 
 
 class NumberedFrames:
@@ -75,13 +79,18 @@ class NumberedFrames:
         if self._tar is not None:
             self._tar.close()
 
-    def clamped(self, start: int, stop: int | None) -> range:
+    def clamped(self, start: int, stop: int | None, num_lacking: int = 0) -> range:
         """Return the file numbers from start up to (not including) stop, limited to those from the first to the last.
 
         A clip whose stop is its start has one frame.
 
+        Args:
+            start: First number; 0 for the first that exists.
+            stop: Number after the last; None for all that follow.
+            num_lacking: Numbers that may be missing at either end. A partly extracted folder or tar lacks more.
+
         Raises:
-            MediaError: the clip has none of the frames.
+            MediaError: none of the frames exist, or too many are missing.
         """
         stop = self.last + 1 if stop is None else max(stop, start + 1)
         numbers = range(max(start, self.first), min(stop, self.last + 1))
@@ -89,6 +98,12 @@ class NumberedFrames:
             raise MediaError(
                 self.modality, "cut",
                 f"{self.path.name} has frames {self.first} to {self.last}, the clip is {start} to {stop - 1}",
+            )  # fmt: skip
+        if stop - numbers.stop > num_lacking or (start > 0 and numbers.start - start > num_lacking):
+            raise MediaError(
+                self.modality, "cut",
+                f"{self.path.name} ends too early or starts too late: it has frames {self.first} to {self.last}, "
+                f"the clip is {start} to {stop - 1}",
             )  # fmt: skip
         return numbers
 
@@ -111,10 +126,13 @@ class NumberedFrames:
         name = f"{self.path.name}: {self._names[component, number]}"
         data = self._bytes(member)
         # OpenCV silently fills a truncated JPEG with gray: look for the end-of-image marker.
-        if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-64:]:
+        if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data.rstrip(b"\0")[-64:]:
             raise MediaError(self.modality, "decode", f"{name} is not a complete JPEG")
         packed = self.modality == "flow" and not component
         flag = cv2.IMREAD_UNCHANGED if packed else cv2.IMREAD_GRAYSCALE if component else cv2.IMREAD_COLOR
+        width, height = _jpeg_size(data)
+        if width * height > MOST_PIXELS:
+            raise MediaError(self.modality, "decode", f"{name} declares {width}x{height} pixels: too large")
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         if picture is None:
             raise MediaError(self.modality, "decode", f"{name} does not decode")
@@ -128,11 +146,19 @@ class NumberedFrames:
 
     def _bytes(self, member: tarfile.TarInfo | Path) -> bytes:
         try:
+            size = member.stat().st_size if isinstance(member, Path) else member.size
+            if size > _MOST_BYTES:
+                problem = f"{self.path.name}: {member.name} has {size:,} bytes, too many for a frame"
+                raise MediaError(self.modality, "decode", problem)
             if isinstance(member, Path):
                 return member.read_bytes()
             assert self._tar is not None
             file = self._tar.extractfile(member)
             return file.read() if file else b""
+        except KeyError:
+            assert isinstance(member, tarfile.TarInfo)
+            problem = f"{self.path.name}: {member.name} links to {member.linkname}, which is not in the tar"
+            raise MediaError(self.modality, "decode", problem) from None
         except (OSError, tarfile.TarError) as error:
             raise media_error(error, self.modality, "decode", f"{self.path.name}: {error}") from None
 
@@ -150,7 +176,7 @@ class NumberedFrames:
         try:
             self._tar = tarfile.open(self.path, "r:")  # noqa: SIM115 - stays open for random access
             for info in self._tar:
-                if info.isfile():
+                if info.isfile() or info.islnk() or info.issym():
                     self._add(info.name, info)
             with open(self.path, "rb") as file:
                 file.seek(self._tar.offset)
@@ -177,6 +203,20 @@ class NumberedFrames:
             raise MediaError(self.modality, "open", f"{self.path.name}: {known} and {name} have the same number")
         self._layout, self._width = layout, len(digits)
         self._members[component, number] = member
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Return width and height by a JPEG's start-of-frame marker (ITU-T T.81, B.2.2); (0, 0) if it has none."""
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = (int.from_bytes(data[place + at : place + at + 2], "big") for at in (5, 7))
+            return width, height
+        # Fill bytes and markers without a length are stepped over one by one.
+        has_length = marker not in (0x01, 0xFF) and not 0xD0 <= marker <= 0xD9
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big") if has_length else 1 if marker == 0xFF else 2
+    return 0, 0
 
 
 def _parse(name: str, modality: str) -> tuple[str, str, str] | None:
@@ -216,7 +256,7 @@ def numbers_shown(
     Raises:
         MediaError: the clip has none of the frames.
     """
-    existing = frames.clamped(start, stop)
+    existing = frames.clamped(start, stop, round(CUT_TOLERANCE_S * nominal))
     stop_s = clip.start_s + len(existing) / float(nominal) if clip.stop_s is None else clip.stop_s
     wanted = [
         existing.start + int(place * nominal / fps) for place in range(num_frames_between(clip.start_s, stop_s, fps))

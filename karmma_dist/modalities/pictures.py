@@ -14,11 +14,13 @@ from karmma_dist.modalities.numbered_frames import NumberedFrames, numbers_shown
 from karmma_dist.modalities.recording import ClipRecord, MediaError, Recording
 from karmma_dist.modalities.storage import PictureSink, SinkMaker, Stored
 from karmma_dist.modalities.video import VideoSpec
-from karmma_dist.modalities.video_file import Picture, Shrinker, VideoFile, quarter_turns
+from karmma_dist.modalities.video_file import Picture, Shrinker, VideoFile, orientation_of, pixel_aspect
 from karmma_dist.modalities.yuv import ToI420, size_of
 
 EARLY_S = 2e-3
 """Delay in seconds up to which a frame counts as shown at a stored frame's moment: containers round to milliseconds."""
+
+_SQUARE = Fraction(1)
 
 
 class ClipPictures:
@@ -27,11 +29,13 @@ class ClipPictures:
     Args:
         fps: Rate of the stored pictures.
         makers: Maker of the sink, by modality.
+        aspect: Width over height of the source's pixels. Stored pixels are square; if the source's are not, entries in
+            KEY.json state it: `"pixel_aspect": "4/3"`.
     """
 
-    def __init__(self, fps: Fraction, makers: Mapping[str, SinkMaker]) -> None:
+    def __init__(self, fps: Fraction, makers: Mapping[str, SinkMaker], aspect: Fraction = _SQUARE) -> None:
         self.num_frames = 0
-        self._fps, self._makers = fps, makers
+        self._fps, self._makers, self._aspect = fps, makers, aspect
         self._sinks: dict[str, PictureSink] = {}
 
     def add(self, picture: np.ndarray, colorspace: Colorspace) -> None:
@@ -45,7 +49,10 @@ class ClipPictures:
 
     def finish(self) -> dict[str, Stored]:
         """Return the finished members, by modality."""
-        return {name: sink.finish() for name, sink in self._sinks.items()}
+        stored = {name: sink.finish() for name, sink in self._sinks.items()}
+        if self._aspect == _SQUARE:
+            return stored
+        return {name: (data, {**entry, "pixel_aspect": str(self._aspect)}) for name, (data, entry) in stored.items()}
 
 
 @dataclass(slots=True)
@@ -91,30 +98,48 @@ def _pass_over_video(
     recording: Recording, video: VideoSpec, makers: Mapping[str, SinkMaker], file: VideoFile
 ) -> Iterator[Outcome]:
     shrinker, size, decoded_size = None, None, (0, 0)
-    fps = min(file.fps, Fraction(video.max_fps).limit_denominator(1001))
+    max_fps = Fraction(video.max_fps).limit_denominator(1001)
+    aspect = _SQUARE
     waiting = sorted(recording.clips, key=lambda clip: (clip.start_s, clip.key), reverse=True)
     active: list[_ActiveClip] = []
     shown: Picture | None = None
     for time_s, frame in file.frames():
         if shown is not None:
             while waiting and waiting[-1].start_s < time_s - EARLY_S:
-                active.append(_ActiveClip(waiting.pop(), fps, makers))
+                active.append(_ActiveClip(waiting.pop(), min(file.fps, max_fps), makers, aspect))
             yield from _show_to_all(active, shown, time_s, file, size)
             if not waiting and not active:
                 return
+        elif file.blank.spans:
+            yield from _before_first(waiting, time_s, file)
         if shrinker is None or (frame.width, frame.height) != decoded_size:
-            turns, decoded_size = quarter_turns(frame), (frame.width, frame.height)
-            size = decoded_size[::-1] if turns % 2 else decoded_size
+            orientation, decoded_size = orientation_of(frame), (frame.width, frame.height)
+            aspect = pixel_aspect(file.video)
+            seen = (float(frame.width * aspect), float(frame.height))
+            size = decoded_size[::-1] if orientation.is_transposed else decoded_size
             try:
-                shrinker = Shrinker(Geometry.of(*size, video), turns, frame.colorspace)
+                geometry = Geometry.of(*(seen[::-1] if orientation.is_transposed else seen), video)
+                shrinker = Shrinker(geometry, orientation, frame.colorspace)
             except MediaError as error:
                 yield from ((clip, error) for clip in [*waiting, *(cut.clip for cut in active)])
                 return
         shown = Picture(frame, time_s, shrinker)
-    active += [_ActiveClip(clip, fps, makers) for clip in reversed(waiting)]
+    active += [_ActiveClip(clip, min(file.fps, max_fps), makers, aspect) for clip in reversed(waiting)]
     if shown is not None:
         yield from _show_to_all(active, shown, file.end_s, file, size)
     yield from ((cut.clip, cut.finish(file, size)) for cut in active)
+
+
+def _before_first(waiting: list[ClipRecord], first_s: float, file: VideoFile) -> Iterator[Outcome]:
+    """Yield and remove the clips that end before the first picture; they have no pictures."""
+    for clip in list(waiting):
+        if clip.stop_s is not None and clip.stop_s <= first_s:
+            waiting.remove(clip)
+            try:
+                file.damage.check("video", clip.start_s, clip.stop_s)
+                yield clip, CutPictures()
+            except MediaError as error:
+                yield clip, error
 
 
 def _pictures_of_frames(
@@ -139,9 +164,9 @@ def _pictures_of_frames(
 class _ActiveClip:
     """A clip that the pass is currently storing: it chooses the picture for each moment of the clip."""
 
-    def __init__(self, clip: ClipRecord, fps: Fraction, makers: Mapping[str, SinkMaker]) -> None:
+    def __init__(self, clip: ClipRecord, fps: Fraction, makers: Mapping[str, SinkMaker], aspect: Fraction) -> None:
         self.clip, self._fps = clip, float(fps)
-        self._stored = ClipPictures(fps, makers)
+        self._stored = ClipPictures(fps, makers, aspect)
         self._wanted = None if clip.stop_s is None else num_frames_between(clip.start_s, clip.stop_s, fps)
         self._first_s = clip.start_s
         self._size: tuple[int, ...] | None = None
@@ -152,7 +177,7 @@ class _ActiveClip:
         while not self.done and self.clip.start_s + self._stored.num_frames / self._fps < until_s - EARLY_S:
             image = picture.image()
             if self._stored.num_frames == 0:
-                self._first_s, self._size = picture.time_s, image.shape
+                self._first_s, self._size = min(picture.time_s, self.clip.start_s), image.shape
             elif image.shape != self._size:
                 self._problem = MediaError("video", "decode", f"picture size changes at {picture.time_s:.2f} s")
                 return
@@ -169,6 +194,7 @@ class _ActiveClip:
             if self._problem is not None:
                 raise self._problem
             file.damage.check("video", *self._span(file))
+            file.blank.check("video", *self._span(file))
             if self._stored.num_frames == 0:
                 text = f"starts at {self.clip.start_s:.2f} s, the video ends at {file.end_s:.2f} s"
                 raise MediaError("video", "cut", text)

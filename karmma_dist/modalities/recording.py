@@ -107,6 +107,9 @@ def media_error(error: BaseException, modality: str, stage: str, text: str) -> M
     return MediaError(modality, stage, text)
 
 
+MOST_PIXELS = 1 << 26
+"""Largest number of pixels of a picture, 8192 x 8192; a damaged header could declare any number."""
+
 CUT_TOLERANCE_S = 0.5
 """Seconds by which a stream may end before the end that its container declares; an earlier end counts as cut."""
 
@@ -124,6 +127,10 @@ class Stretches:
         """Start a stretch at `time_s`, unless one is open."""
         if self.open is None:
             self.open = (time_s, problem)
+
+    def end_all(self, time_s: float, problem: str) -> None:
+        """Mark everything from `time_s` on as one stretch with this problem, including an open stretch before it."""
+        self.open = (time_s if self.open is None else self.open[0], problem)
 
     def stop(self, time_s: float) -> None:
         """End the open stretch at `time_s`."""

@@ -36,7 +36,7 @@ Sections = Mapping[str, Any]
 
 
 class MediaStream(Enum):
-    """A stream of a media file, by the name that people know it by."""
+    """A stream of a media file, by its common name."""
 
     PICTURES = "video"
     SOUND = "audio"
@@ -94,11 +94,11 @@ class Storage(ABC):
     needs_pictures: ClassVar[bool] = False
     """True if cutting members from a source needs facts about the clip's pictures, for example their size."""
     media_stream: ClassVar[MediaStream | None] = None
-    """Stream of a media file that members can be made of without any other file; None: a file of its own is needed."""
+    """Stream of a media file from which members can be made; None if the modality needs a separate file."""
     media_source: ClassVar[str] = "auto"
-    """`source` of the section by which members are made of that stream."""
+    """Value of `source` that makes members from that stream."""
     has_clip_length: ClassVar[bool] = False
-    """True if a clip's moments are counted in this member, so that it is stored even where no model takes it."""
+    """True if a clip's moments are counted in this member, so that it is stored even if no model uses it."""
     entry_field: ClassVar[str] = ""
     """Name of a clip's entry (`ClipRecord.entries`) in the identity of a plan; empty if files have no entries."""
 

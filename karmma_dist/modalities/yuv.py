@@ -6,6 +6,8 @@ directly is faster than going through RGB and avoids two roundings, each of whic
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
@@ -50,9 +52,21 @@ def size_of(picture: np.ndarray) -> tuple[int, int]:
     return picture.shape[0] * 2 // 3, picture.shape[1]
 
 
-def turned(picture: np.ndarray, quarter_turns: int) -> np.ndarray:
-    """Turn an I420 picture counter-clockwise."""
-    return _joined([np.rot90(plane, quarter_turns) for plane in planes(picture)]) if quarter_turns % 4 else picture
+@dataclass(frozen=True, slots=True)
+class Orientation:
+    """The orientation of a decoded picture: to show it upright, transpose it, then mirror its axes."""
+
+    is_transposed: bool = False
+    mirrors_x: bool = False
+    mirrors_y: bool = False
+
+    def of_i420(self, picture: np.ndarray) -> np.ndarray:
+        """Return an I420 picture upright."""
+        return picture if self == Orientation() else _joined([self._of_plane(plane) for plane in planes(picture)])
+
+    def _of_plane(self, plane: np.ndarray) -> np.ndarray:
+        plane = plane.T if self.is_transposed else plane
+        return plane[:: -1 if self.mirrors_y else 1, :: -1 if self.mirrors_x else 1]
 
 
 def cropped(picture: np.ndarray, left: int, top: int, width: int, height: int) -> np.ndarray:

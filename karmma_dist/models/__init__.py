@@ -1,1 +1,1 @@
-"""Encoders, fusion block and the model of KARMMA: tensors in, logits out. No data loading, no ranks."""
+"""The KARMMA model, its encoders and fusion block: tensors in, logits out, without data loading or ranks."""

@@ -1,6 +1,6 @@
-"""FLOPs of a KARMMA model: 2 x the multiply-accumulates of convolutions, linear layers and attention products.
+"""The FLOPs of a KARMMA model: 2 x the multiply-accumulates of convolutions, linear layers and attention products.
 
-Counted on the meta device, without weights and without computing: on a CPU PyTorch's counter sees nothing of fused
+They are counted on the meta device, without weights and without computing: on a CPU PyTorch's counter misses fused
 attention.
 """
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from karmma_dist.modalities import subsets
 from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import FusionBlock, KarmmaModel
@@ -28,26 +27,26 @@ class ClipFlops:
     """Forward FLOPs of one clip, by part of the model."""
 
     encoders: dict[str, int]
-    """Per modality, of a clip that has it."""
+    """FLOPs of a clip's encoder, by modality."""
     projections: dict[str, int]
-    """Per modality, its Linear to the fusion block's width."""
-    fusion: dict[tuple[str, ...], int]
-    """Fusion block and heads, per set of modalities whose tokens are in the block."""
+    """FLOPs of the Linear to the fusion block's width, by modality."""
+    fusion: Mapping[tuple[str, ...], int]
+    """FLOPs of fusion block and heads, by set of modalities whose tokens are in the block."""
     frozen: frozenset[str]
     """Modalities whose encoder is not trained."""
     leaves_out: bool
-    """Absent tokens are left out; otherwise learnable ones stand in for them."""
+    """True if absent tokens are left out; otherwise learnable tokens replace them."""
 
     def alone(self, subset: tuple[str, ...]) -> int:
-        """FLOPs of one clip in a model of the same sizes that holds only the modalities of `subset`."""
+        """Return the FLOPs of one clip in a model of the same sizes with only the modalities of `subset`."""
         return sum(self.encoders[m] + self.projections[m] for m in subset) + self.fusion[subset]
 
     def forward(self, num_present: Mapping[str, int], num_clips: int) -> int:
-        """FLOPs of a forward pass without gradients.
+        """Return the FLOPs of a forward pass without gradients.
 
         Args:
-            num_present: Clips that have each modality.
-            num_clips: Clips of the batch.
+            num_present: Number of clips that have each modality.
+            num_clips: Number of clips in the batch.
         """
         everything = tuple(self.encoders)
         in_block = tuple(m for m in everything if num_present.get(m, 0)) if self.leaves_out else everything
@@ -55,14 +54,14 @@ class ClipFlops:
         return encoded + num_clips * self.fusion[in_block]
 
     def training(self, num_present: Mapping[str, int], num_clips: int) -> int:
-        """FLOPs of a forward and a backward pass of a model in training.
+        """Return the FLOPs of a forward and a backward pass of a model in training.
 
-        The backward pass counts as 2 x the forward pass for what is trained and nothing for frozen encoders. A
-        modality that no clip has is run on one clip of zeros, and absent tokens keep their place in the fusion block.
+        The backward pass counts as 2 x the forward pass for trained parts and as 0 for frozen encoders. The encoder of
+        a modality that no clip has runs on one clip of zeros, and absent tokens keep their place in the fusion block.
 
         Args:
-            num_present: Clips that have each modality.
-            num_clips: Clips of the batch.
+            num_present: Number of clips that have each modality.
+            num_clips: Number of clips in the batch.
         """
         total = 3 * num_clips * self.fusion[tuple(self.encoders)]
         for modality, encoder in self.encoders.items():
@@ -72,8 +71,8 @@ class ClipFlops:
 
 
 def flops_per_clip(model: KarmmaModel) -> ClipFlops:
-    """Count a model's FLOPs on a twin of it on the meta device; `model` itself may be anywhere and is not touched."""
-    # A twin that leaves absent tokens out tells what any set of modalities costs in the fusion block: stand-in tokens
+    """Count a model's FLOPs on a twin on the meta device; `model` may be on any device and is not modified."""
+    # A twin that leaves absent tokens out gives the cost of any set of modalities in the fusion block: stand-in tokens
     # are only added.
     recipe = model.recipe.model_copy(update={"missing": "leave_out"})
     twin = meta_model(recipe, model.inputs, model.modalities, model.heads).eval()
@@ -84,15 +83,29 @@ def flops_per_clip(model: KarmmaModel) -> ClipFlops:
         reduced = x.new_empty(1, twin.num_tokens[modality], encoder.width)
         encoders[modality] = count_flops(encoder, x)[1]
         tokens[modality], projections[modality] = count_flops(projection, reduced)
-    fusion = {}
-    for subset in subsets(twin.modalities):
-        present = torch.tensor([[m in subset for m in twin.modalities]])
-        fusion[subset] = count_flops(twin.fuse, {m: tokens[m] for m in subset}, present)[1]
-    return ClipFlops(encoders, projections, fusion, model.frozen, model.leaves_out)
+    return ClipFlops(encoders, projections, _FusionFlops(twin, tokens), model.frozen, model.leaves_out)
+
+
+class _FusionFlops(dict[tuple[str, ...], int]):
+    """FLOPs of fusion block and heads by set of modalities, counted at first use: training needs few of the sets.
+
+    Args:
+        twin: The model on the meta device.
+        tokens: Tokens (1, T, D) of one clip, by modality.
+    """
+
+    def __init__(self, twin: KarmmaModel, tokens: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._twin, self._tokens = twin, tokens
+
+    def __missing__(self, subset: tuple[str, ...]) -> int:
+        present_BM = torch.tensor([[m in subset for m in self._twin.modalities]])
+        self[subset] = count_flops(self._twin.fuse, {m: self._tokens[m] for m in subset}, present_BM)[1]
+        return self[subset]
 
 
 def count_flops(forward: Callable[..., T], *inputs: Any) -> tuple[T, int]:
-    """Run `forward` without gradients; returns what it returned, and its FLOPs."""
+    """Run `forward` without gradients and return its result and its FLOPs."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         out = forward(*inputs)
     return out, int(counter.get_total_flops())
@@ -101,7 +114,7 @@ def count_flops(forward: Callable[..., T], *inputs: Any) -> tuple[T, int]:
 def meta_model(
     model: ModelRecipe, inputs: InputRecipe, modalities: Sequence[str], heads: dict[str, int]
 ) -> KarmmaModel:
-    """A model that has sizes but no weights."""
+    """Build a model on the meta device: it has shapes but no weights."""
     with torch.device("meta"):
         return KarmmaModel(model, inputs, modalities, heads)
 
@@ -109,11 +122,11 @@ def meta_model(
 def meta_clip(
     inputs: InputRecipe, modalities: Sequence[str], dtype: torch.dtype = torch.float32, num_clips: int = 1
 ) -> dict[str, Tensor]:
-    """Return inputs of clips (B, ...) that have all of `modalities`, without values."""
+    """Return inputs (B, ...) without values of clips that have all `modalities`."""
     return {m: torch.empty(num_clips, *input_shape(m, inputs), dtype=dtype, device="meta") for m in modalities}
 
 
 def meta_tokens(block: FusionBlock, num_tokens: int, num_clips: int = 1) -> Tensor:
-    """Return projected tokens (B, T, D) of the block's width and dtype, without values."""
+    """Return projected tokens (B, T, D) without values, of the block's width and dtype."""
     width, dtype = block.cls_token.shape[-1], block.cls_token.dtype
     return torch.empty(num_clips, num_tokens, width, dtype=dtype, device="meta")

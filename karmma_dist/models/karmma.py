@@ -4,9 +4,9 @@
       -> M + 1 output tokens: [CLS] and the mean of each modality's -> shared FC -> one classifier per head on each,
       their predictions averaged per head (`ModelRecipe.average`)
 
-Token reduction (Sec. III-C) averages an encoder's tokens down to at most tau and has no parameters. `encode` looks at
-each modality alone and `fuse` puts them together, so that evaluation encodes a clip once and fuses it once per subset
-of modalities.
+Token reduction (Sec. III-C) averages an encoder's tokens down to at most tau and has no parameters. `encode` processes
+each modality alone and `fuse` combines them, so that evaluation encodes a clip once and fuses it once per subset of
+modalities.
 
 Legend: B clips, M modalities, N clips that have a modality, T tokens, D width, C classes.
 """
@@ -34,15 +34,15 @@ def tau_average(tokens_BTD: Tensor, tau: int, grouping: Grouping = "paper") -> T
 
     Args:
         tokens_BTD: Tokens, floating point.
-        tau: Most tokens that come out, at least 1.
-        grouping: "paper": groups of floor(T / tau) and a last one that takes the rest (784 -> 300: 299 pairs and one
-            of 186); "even": sizes differ by one at most, larger ones first.
+        tau: Largest number of tokens in the result, at least 1.
+        grouping: "paper": groups of floor(T / tau) and a last group with the rest (784 -> 300: 299 pairs and one
+            group of 186); "even": sizes differ by one at most, larger groups first.
 
     Returns:
         (B, min(T, tau), D) in the dtype of `tokens_BTD`.
 
     Raises:
-        ValueError: `tau` below 1, or an unknown grouping.
+        ValueError: `tau` is below 1, or the grouping is unknown.
     """
     if tau < 1:
         raise ValueError(f"tau is {tau}: it must be at least 1")
@@ -62,19 +62,19 @@ def tau_average(tokens_BTD: Tensor, tau: int, grouping: Grouping = "paper") -> T
 
 
 def _group_means(tokens_BTD: Tensor, num_groups: int) -> Tensor:
-    """Means of `num_groups` equal runs of tokens; no tokens where there are no groups."""
+    """Average the tokens in `num_groups` equal groups; without groups the result has no tokens."""
     if num_groups == 0:
         return tokens_BTD
     return tokens_BTD.unflatten(1, (num_groups, -1)).mean(dim=2)  # (B, num_groups, D)
 
 
 class FusionBlock(nn.Module):
-    """Pre-norm transformer with GELU and a final norm [ours: the paper names neither].
+    """A pre-norm transformer with GELU and a final norm [ours: the paper names neither].
 
     Args:
         width: D.
-        num_heads: Attention heads.
-        num_layers: Layers.
+        num_heads: Number of attention heads.
+        num_layers: Number of layers.
         feedforward: Feed-forward width.
         attention_dropout: Dropout on attention weights while training [paper: teacher 0.3, student 0].
     """
@@ -97,7 +97,7 @@ class FusionBlock(nn.Module):
 
         Args:
             tokens_BTD: Tokens of all modalities.
-            attend_BT: bool, True = attend to this token; outputs at the others mean nothing. None: to all.
+            attend_BT: bool, True = attend to this token; outputs at other tokens are meaningless. None attends to all.
 
         Returns:
             (B, 1 + T, D), [CLS] first.
@@ -112,7 +112,7 @@ class FusionBlock(nn.Module):
 
 
 class StandIn(nn.Module):
-    """`t_mod + t_tok_i`: added to a modality's tokens where it is present, and all there is where it is not.
+    """The learnable tokens `t_mod + t_tok_i`: they are added to a present modality's tokens and replace absent ones.
 
     Args:
         num_tokens: T.
@@ -127,39 +127,39 @@ class StandIn(nn.Module):
         nn.init.trunc_normal_(self.position_token, std=INIT_STD)
 
     def forward(self, tokens_BTD: Tensor) -> Tensor:
-        """Return (B, T, D); tokens of clips without the modality come in as zeros."""
+        """Return (B, T, D); tokens of clips without the modality must be zeros."""
         return tokens_BTD + (self.modality_token + self.position_token)
 
 
 class KarmmaModel(nn.Module):
-    """Encoders, fusion block and heads.
+    """The KARMMA model: encoders, fusion block and heads.
 
-    With `missing: stand_in` (student) learnable tokens take the place of an absent modality, so the fusion block's
-    length never changes. With `missing: leave_out` (teacher, Baseline) absent tokens take no part in attention nor
-    in the averages, and there are no learnable tokens but [CLS]: a modality embedding would only repeat the bias of
-    its Linear, and position tokens (0.69 M) would not fit the teacher's published 11.25 M trainable parameters. A
-    model of one modality has nothing to stand in for and makes none either (29.64 M for the student on video).
+    With `missing: stand_in` (student) learnable tokens replace an absent modality, so the fusion block's length never
+    changes. With `missing: leave_out` (teacher, Baseline) absent tokens are excluded from attention and from the
+    averages, and the only learnable token is [CLS]: a modality embedding would only repeat the bias of its Linear, and
+    position tokens (0.69 M) would not fit the teacher's published 11.25 M trainable parameters. A model of one modality
+    needs no stand-in tokens and has none either (29.64 M for the student on video).
 
-    With `fusion: mean` a model of one modality predicts from the mean of its encoder's tokens, by a linear layer per
-    head and nothing else (arXiv 2307.07483).
+    With `fusion: mean` a model of one modality predicts from the mean of its encoder's tokens with just a linear layer
+    per head (arXiv 2307.07483).
 
     Args:
         model: Architecture.
         inputs: Sizes of the inputs.
         modalities: Columns of `present_BM`; each has an encoder in `model.encoders`.
-        heads: Number of classes per head.
+        heads: Number of classes by head.
 
     Raises:
-        UserError: an encoder is missing or unknown, or its options are, or `fusion: mean` with several modalities.
+        UserError: an encoder is missing or unknown, an option is unknown, or `fusion: mean` has several modalities.
     """
 
     num_tokens: dict[str, int]
-    """Tokens each modality brings to the fusion block."""
+    """Number of tokens in the fusion block, by modality."""
     width: int
     """Width of those tokens."""
     runs_every_encoder: bool = False
-    """Run encoders of modalities that no clip has also without gradients: where ranks hold pieces of the parameters,
-    all of them must gather the same ones."""
+    """True if encoders of modalities that no clip has run even without gradients: if parameters are sharded over ranks,
+    all ranks must gather the same ones."""
     _like: Tensor
 
     def __init__(
@@ -193,7 +193,7 @@ class KarmmaModel(nn.Module):
         self.shared = None if is_pooled else nn.Linear(model.width, model.fc_width)
         features = self.width if is_pooled else model.fc_width
         self.classifiers = nn.ModuleDict({head: nn.Linear(features, num) for head, num in heads.items()})
-        # Tells device and dtype. Asking a parameter would gather it where parameters are sharded over ranks.
+        # Gives device and dtype. Reading a parameter would gather it if parameters are sharded over ranks.
         self.register_buffer("_like", torch.zeros(()), persistent=False)
         for part in (self.projections, self.shared, self.classifiers):
             if part is not None:
@@ -207,61 +207,63 @@ class KarmmaModel(nn.Module):
         """The fusion block.
 
         Raises:
-            UserError: with `fusion: mean` a model has none.
+            UserError: the model has `fusion: mean` and thus no fusion block.
         """
         if self.fusion is None:
             raise UserError("a model with model.fusion mean has no fusion block")
         return self.fusion
 
     def train(self, mode: bool = True) -> KarmmaModel:
-        """Set the mode of everything but frozen encoders, which stay in eval mode."""
+        """Set the mode of all modules except frozen encoders, which stay in eval mode."""
         super().train(mode)
         for modality in self.frozen:
             self.encoders[modality].eval()
         return self
 
     def forward(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
-        """Logits (B, C) per head. See `encode` and `fuse`."""
+        """Return logits (B, C) by head; see `encode` and `fuse`."""
         return self.fuse(self.encode(inputs, present_BM), present_BM)
 
     def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
         """Run each encoder on the clips that have its modality.
 
-        While training, and with `runs_every_encoder`, a modality that no clip has is run on one clip of zeros of which
-        nothing is kept: its parameters then get zero gradients at the same point of the backward pass as on ranks
-        where clips have it. ZeRO reduces gradients in the order in which they come, so ranks must not differ in it.
+        In training, and with `runs_every_encoder`, the encoder of a modality that no clip has runs on one clip of
+        zeros, whose tokens are discarded: its parameters then get zero gradients at the same point of the backward
+        pass as on ranks with present clips. ZeRO reduces gradients in the order of their arrival, which must be the
+        same on all ranks.
 
         Args:
-            inputs: Per modality the present clips only, in batch order, of `table.input_shape` and the dtype of the
-                parameters; a modality that nobody has may be left out. Nothing but shapes and dtypes is checked, so
-                that the device is not waited for.
+            inputs: Present clips only, in batch order, by modality, of `table.input_shape` and the dtype of the
+                parameters; a modality that no clip has may be missing. Only shapes and dtypes are checked, so that
+                the check does not wait for the device.
             present_BM: bool, True = the clip has the modality; on any device.
 
         Returns:
-            Per modality (N, T, D): after encoder, tau-average and Linear; with `fusion: mean` their mean, (N, 1, D).
+            Tokens (N, T, D) by modality, after encoder, tau-average and Linear; with `fusion: mean` their mean,
+            (N, 1, D).
 
         Raises:
-            ValueError: `present_BM` and `inputs` disagree, or an input is of another shape or dtype, or of a modality
-                that the model does not have.
+            ValueError: `present_BM` and `inputs` disagree, or an input has another shape or dtype, or a modality that
+                the model does not have.
         """
         present = self._on_cpu(present_BM, "present_BM")
         self._check_inputs(inputs)
         tokens = {}
         for modality, num in zip(self.modalities, present.sum(dim=0).tolist(), strict=True):
-            given = inputs.get(modality)
-            if (0 if given is None else len(given)) != num:
+            x = inputs.get(modality)
+            if (0 if x is None else len(x)) != num:
                 raise ValueError(
-                    f"inputs['{modality}'] holds {0 if given is None else len(given)} clips, but present_BM says {num}"
+                    f"inputs['{modality}'] holds {0 if x is None else len(x)} clips, but present_BM says {num}"
                 )
-            if given is not None and num:
-                tokens[modality] = self._encode(modality, given)
+            if x is not None and num:
+                tokens[modality] = self._encode(modality, x)
             elif self.runs_every_encoder or (self.training and torch.is_grad_enabled()):
                 zeros = self._like.new_zeros(1, *input_shape(modality, self.inputs))
                 tokens[modality] = self._encode(modality, zeros)[:0]
         return tokens
 
     def _encode(self, modality: str, x: Tensor) -> Tensor:
-        """Inputs of N clips -> (N, T, D)."""
+        """Encode one modality of N clips to (N, T, D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and modality not in self.frozen):
             tokens = self.encoders[modality](x)
             if self.fusion is None:
@@ -277,21 +279,21 @@ class KarmmaModel(nn.Module):
         """Predict from the tokens of the kept modalities.
 
         Args:
-            tokens: What `encode` returned for `present_BM`.
-            present_BM: bool, as given to `encode`.
-            keep_BM: bool, subset of `present_BM`: use only these. None: everything that is present.
+            tokens: Result of `encode` for `present_BM`.
+            present_BM: bool, the argument of `encode`.
+            keep_BM: bool, subset of `present_BM`: the modalities to use. None uses all present ones.
 
         Returns:
-            Per head logits (B, C). A clip's do not depend on its batch mates.
+            Logits (B, C) by head. A clip's logits do not depend on the other clips of the batch.
 
         Raises:
-            ValueError: a clip keeps no modality or one it does not have (named by its position), or `tokens` are not
-                those of `present_BM`.
+            ValueError: a clip keeps no modality or one it does not have (the message gives its position), or `tokens`
+                do not belong to `present_BM`.
         """
         present = self._on_cpu(present_BM, "present_BM")
         keep = present if keep_BM is None else self._on_cpu(keep_BM, "keep_BM")
         _check_keep(keep, present)
-        # Without gradients, positions that no clip attends to can go altogether; with them the graph must stay whole.
+        # Without gradients, positions that no clip attends to can be dropped; with gradients the graph must not change.
         drops = self.leaves_out and not torch.is_grad_enabled()
         used = [m for m in range(len(self.modalities)) if not drops or bool(keep[:, m].any())]
         names = [self.modalities[m] for m in used]
@@ -309,7 +311,7 @@ class KarmmaModel(nn.Module):
         return self._predict(outputs, counted / counted.sum(dim=1, keepdim=True))
 
     def _place(self, modality: str, tokens: dict[str, Tensor], present_B: Tensor, keep_B: Tensor) -> Tensor:
-        """Bring tokens of N clips into the order of the batch: (B, T, D), zeros (plus stand-ins) where not kept."""
+        """Bring tokens of N clips into batch order, (B, T, D), with zeros (plus stand-ins) for clips without them."""
         shape = (self.num_tokens[modality], self.width)
         given = tokens.get(modality, self._like.new_zeros(0, *shape))
         num = int(present_B.sum())
@@ -323,15 +325,15 @@ class KarmmaModel(nn.Module):
         return placed
 
     def _predict(self, outputs_BMD: Tensor, weights_BM: Tensor) -> dict[str, Tensor]:
-        """Average the predictions of the M + 1 output tokens with weights that sum to 1: (B, C) per head.
+        """Average the predictions of the M + 1 output tokens with weights that sum to 1: (B, C) by head.
 
-        Averaged probabilities are returned as their logarithms, whose softmax they are.
+        Averaged probabilities are returned as logarithms: their softmax gives the probabilities.
         """
         hidden = outputs_BMD if self.shared is None else F.gelu(self.shared(outputs_BMD))  # (B, M + 1, FC width)
         weights = weights_BM[:, :, None]
         if self.recipe.average == "logits":
             return {head: (classifier(hidden) * weights).sum(dim=1) for head, classifier in self.classifiers.items()}
-        log_weights = at_least_float32(weights).log()  # -inf for tokens that do not count: no gradient for them either
+        log_weights = at_least_float32(weights).log()  # -inf for tokens with weight 0: they get no gradient either
         return {
             head: torch.logsumexp(at_least_float32(logits).log_softmax(dim=-1) + log_weights, dim=1).to(hidden.dtype)
             for head, logits in ((head, classifier(hidden)) for head, classifier in self.classifiers.items())

@@ -1,8 +1,8 @@
-"""A run's weights on disk. (Where an encoder's starting weights come from: `starting_weights`.)
+"""A run's weights on disk, and the card that describes them. The starting weights of encoders are in `weights.py`.
 
     runs/NAME/
       weights.safetensors    every parameter once, frozen encoders included
-      model.yaml             the `ModelCard`: what to build before loading them
+      model.yaml             the `ModelCard`: the model to build before loading them
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ CARD = "model.yaml"
 
 
 class ModelCard(Settings):
-    """What a weights file is of."""
+    """The description of the model whose weights are in a file."""
 
     run: str = ""
-    """Name of the run that wrote it."""
+    """Name of the run that wrote the weights."""
     modalities: list[str]
     """Modalities, in the order of `present_BM`."""
     heads: dict[str, int]
-    """Number of classes per head."""
+    """Number of classes by head."""
     classes: dict[str, list[str]] = {}
-    """Class names per head, in the order of their ids; may be left out."""
+    """Class names by head, in the order of their ids; may be left out."""
     model: ModelRecipe
     """Architecture."""
     inputs: InputRecipe
@@ -55,13 +55,13 @@ def save_model(
     recipe: Recipe | None = None,
     classes: dict[str, list[str]] | None = None,
 ) -> None:
-    """Write the weights and the card into `run_dir`; each file is whole or not there, the card comes last.
+    """Write the weights and then the card into `run_dir`; each file is complete or absent. Only one rank may call this.
 
     Args:
-        model: Its parameters must be whole on this rank; only one rank may call this.
-        run_dir: Made if need be.
-        recipe: The run, for its name.
-        classes: Class names per head.
+        model: Model whose parameters are complete on this rank.
+        run_dir: Run folder, created if needed.
+        recipe: Recipe of the run, for its name.
+        classes: Class names by head.
     """
     encoders = {modality: _without_secrets(model.recipe.encoders[modality]) for modality in model.modalities}
     card = ModelCard(
@@ -79,19 +79,19 @@ def save_model(
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[KarmmaModel, ModelCard]:
-    """Build the model that a run saved, float32, in train mode but for frozen encoders. Global random state is kept.
+    """Build the model that a run saved, float32, in train mode except frozen encoders. Global random state is kept.
 
     Args:
-        path: Run folder, or a weights file with its model.yaml beside it.
-        device: Where to.
+        path: Run folder, or a weights file with its model.yaml in the same folder.
+        device: Device of the model.
 
     Raises:
-        UserError: no weights, no card, or weights that are not of the model the card describes.
+        UserError: the weights or the card are missing, or the weights do not fit the card's model.
     """
     weights = own_weights(Path(path))
     card_path = weights.parent / CARD
     if not card_path.is_file():
-        raise UserError(f"{weights}: no {CARD} beside it, so the model to build is unknown")
+        raise UserError(f"{weights}: no {CARD} in its folder, so the model to build is unknown")
     card = validate(read_tree(card_path), ModelCard, str(card_path))
     with torch.random.fork_rng(devices=[]):
         model = KarmmaModel(card.model, card.inputs, card.modalities, card.heads)
@@ -100,5 +100,5 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[KarmmaMo
 
 
 def _without_secrets(encoder: EncoderRecipe) -> EncoderRecipe:
-    """Weights are handed on with their card: a password in the URL of the starting weights must not be."""
+    """Mask the URL of the starting weights: the card is published with the weights, its passwords must not be."""
     return encoder.model_copy(update={"weights": encoder.weights and masked(encoder.weights)})

@@ -1,8 +1,8 @@
-"""Weights: files read without running any code in them, loaded key by key or not at all, and models that start there.
+"""Weights: files are read without running code in them, all keys are loaded or none, and models start from them.
 
 Starting weights of an encoder come from a run, a published checkpoint, or the URL of either. A URL is downloaded once
-per node into CACHE/weights (see `karmma_dist.io.cache`) and stays there: name its `weights_sha256` where the file
-behind a URL may change.
+per node into CACHE/weights (see `karmma_dist.io.cache`) and stays there: set `weights_sha256` if the file behind a URL
+may change.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from karmma_dist.recipe import Recipe
 def build_model(
     recipe: Recipe, classes: dict[str, list[str]], report: Report = silent, is_main: bool = True
 ) -> KarmmaModel:
-    """The recipe's model with its starting weights: a function of the recipe and the seed.
+    """Build the recipe's model with its starting weights, as a function of the recipe and the seed.
 
-    `report` shows downloads; only the main rank says which weights did not carry over.
+    `report` shows downloads; only the main rank logs a warning on weights that did not carry over.
     """
     torch.manual_seed(recipe.seed)
     heads = {head: len(names) for head, names in classes.items()}
@@ -54,13 +54,13 @@ def build_model(
         if start.weights is not None:
             source = start.weights
             if not is_url(source):
-                found = recipe.find_run(source)
-                if not found.exists():
+                run_dir = recipe.find_run(source)
+                if not run_dir.exists():
                     check_published(Path(source), f"model.encoders.{modality}.weights")
-                source = str(found)
+                source = str(run_dir)
             load_encoder_weights(
                 encoder, modality, source, ignore=start.weights_ignore, sha256=start.weights_sha256,
-                cache_dir=recipe.data.cache_dir, report=report, say=_logger.warning if is_main else _logger.debug,
+                cache_dir=recipe.data.cache_dir, report=report, log=_logger.warning if is_main else _logger.debug,
             )  # fmt: skip
     return model
 
@@ -68,24 +68,24 @@ def build_model(
 WEIGHTS = "weights.safetensors"
 """File name of a run's weights."""
 
-Say = Callable[[str], object]
-"""Takes one line that a user should read."""
+Log = Callable[[str], object]
+"""Function that logs one line for the user."""
 
 _SHOWN = 30
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every key."""
+"""Prefixes that DistributedDataParallel and torch.compile add to every key."""
 
 
 def own_weights(path: Path) -> Path:
-    """The weights file of a run folder, or `path` itself.
+    """Return the weights file of a run folder, or `path` itself if it is a file.
 
     Raises:
-        UserError: there is none.
+        UserError: the file does not exist.
     """
     if path.is_dir():
         if not (path / WEIGHTS).is_file():
-            raise UserError(f"{path}: holds no {WEIGHTS}: train that run to its end first")
+            raise UserError(f"{path}: holds no {WEIGHTS}: finish that run first")
         return path / WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: no such run folder or weights file")
@@ -93,33 +93,35 @@ def own_weights(path: Path) -> Path:
 
 
 def any_weights(path: Path) -> Path:
-    """As `own_weights`, for any folder: its weights.safetensors, else its one .safetensors, else its one .pth or .pt.
+    """Return the weights file of any folder, or `path` itself if it is a file.
+
+    It is weights.safetensors, else the only .safetensors file, else the only .pth, .pt or .bin file.
 
     Raises:
-        UserError: there is none, or several of one kind.
+        UserError: the folder has no weights file, or several of one format.
     """
     if not path.is_dir() or (path / WEIGHTS).is_file():
         return own_weights(path)
     for suffixes in ((".safetensors",), (".pth", ".pt", ".bin")):
-        found = sorted(item.name for item in path.iterdir() if item.suffix in suffixes)
-        if len(found) > 1:
-            raise UserError(f"{path}: holds several weights files ({', '.join(found)}): name one of them")
-        if found:
-            return path / found[0]
+        names = sorted(item.name for item in path.iterdir() if item.suffix in suffixes)
+        if len(names) > 1:
+            raise UserError(f"{path}: holds several weights files ({', '.join(names)}): name one of them")
+        if names:
+            return path / names[0]
     return own_weights(path)
 
 
 def read_weights(path: Path, shown: str = "") -> dict[str, Tensor]:
-    """A flat dictionary of the tensors in a .safetensors file, or in what torch.save wrote.
+    """Read the tensors of a .safetensors file, or of a file that torch.save wrote, as a flat dictionary.
 
-    What else a training checkpoint holds (epoch, optimizer) is left out; so is what wrappers put before every key.
+    The rest of a training checkpoint (epoch, optimizer) is ignored, and the prefixes of wrappers are removed.
 
     Args:
         path: The file; its content tells its format.
-        shown: What messages call it.
+        shown: Name of the file in messages.
 
     Raises:
-        UserError: it holds no tensors, or Python objects, which could run code of their own when read.
+        UserError: the file holds no tensors, or holds Python objects, which could run code when read.
     """
     shown = shown or str(path)
     try:
@@ -132,32 +134,32 @@ def read_weights(path: Path, shown: str = "") -> dict[str, Tensor]:
     while isinstance(content, dict) and (inner := _wrapped(content)) is not None:
         content = inner
     if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise UserError(f"{shown}: cannot be read as weights: not a dictionary of tensors but a {kind}")
+        type_name = type(content).__name__
+        raise UserError(f"{shown}: cannot be read as weights: not a dictionary of tensors but a {type_name}")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        found = _some(list(map(str, content))) or "nothing"
-        raise UserError(f"{shown}: cannot be read as weights: not a dictionary of tensors: it holds {found}")
+        keys = _some(list(map(str, content))) or "nothing"
+        raise UserError(f"{shown}: cannot be read as weights: not a dictionary of tensors: it holds {keys}")
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), ""):
         tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return tensors
 
 
 def load_exactly(
-    module: nn.Module, state: dict[str, Tensor], where: str, ignore: Sequence[str] = (), say: Say | None = None
+    module: nn.Module, state: dict[str, Tensor], source: str, ignore: Sequence[str] = (), log: Log | None = None
 ) -> None:
-    """`load_state_dict` that reports on one line and changes nothing unless every key and shape fits.
+    """Load a state dictionary if every key and shape fits; otherwise raise a one-line error and change nothing.
 
     Args:
-        module: Gets the weights, in place.
-        state: Its keys and tensors.
-        where: What messages call `state`.
-        ignore: Glob patterns of keys that may be missing, unknown or of another size. Those of `module` keep the values
-            they have.
-        say: Told which keys were left out, and which patterns matched none.
+        module: Module that receives the weights, in place.
+        state: Tensors by key.
+        source: Name of `state` in messages.
+        ignore: Glob patterns of keys that may be missing, unknown or of another size. The module keeps its values of
+            these keys.
+        log: Receives lines on the ignored keys, and on the patterns without a match.
 
     Raises:
-        UserError: other keys are missing, unknown or of another size, or there is nothing left to load.
+        UserError: other keys are missing, unknown or of another size, or no key is left to load.
     """
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in state]
@@ -165,53 +167,53 @@ def load_exactly(
     resized = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     tolerated = {key for key in missing + unknown + resized if any(fnmatchcase(key, pattern) for pattern in ignore)}
     parts = [
-        f"{len(keys)} {what} ({_some(keys)})"
-        for what, keys in (
+        f"{len(keys)} {problem} ({_some(keys)})"
+        for problem, keys in (
             ("keys are missing", [key for key in missing if key not in tolerated]),
             ("keys are unknown", [key for key in unknown if key not in tolerated]),
         )
         if keys
     ]
     if parts:
-        raise UserError(f"{where}: not weights of this architecture: {' and '.join(parts)}")
+        raise UserError(f"{source}: not weights of this architecture: {' and '.join(parts)}")
     other = [
         f"{key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}"
         for key in resized
         if key not in tolerated
     ]
     if other:
-        advice = "" if say is None else ": what may start at random goes into weights_ignore"
-        raise UserError(f"{where}: weights of other sizes: {_some(other)}{advice}")
+        advice = "" if log is None else ": add keys that may start at random to weights_ignore"
+        raise UserError(f"{source}: weights of other sizes: {_some(other)}{advice}")
     loaded = {key: state[key] for key in wanted if key in state and key not in tolerated}
     if wanted and not loaded:
-        raise UserError(f"{where}: nothing is left to load beside what may be left out ({', '.join(ignore)})")
-    if say is not None:
-        _say_left_out(say, where, missing, unknown, resized, tolerated, ignore)
+        raise UserError(f"{source}: weights_ignore ({', '.join(ignore)}) leaves no key to load")
+    if log is not None:
+        _log_ignored(log, source, missing, unknown, resized, tolerated, ignore)
     module.load_state_dict(loaded, strict=False)
 
 
-def _say_left_out(
-    say: Say,
-    where: str,
+def _log_ignored(
+    log: Log,
+    source: str,
     missing: list[str],
     unknown: list[str],
     resized: list[str],
     tolerated: set[str],
     ignore: Sequence[str],
 ) -> None:
-    """Tell what `ignore` let pass; every missing, unknown or resized key is one of `tolerated` by now."""
+    """Log the ignored keys; every missing, unknown or resized key is in `tolerated` by now."""
     if missing or resized:
-        why = f"{len(missing)} are not in the file, {len(resized)} of another size there"
-        say(f"{where}: these start at random: {_some(missing + resized)} ({why})")
+        reason = f"{len(missing)} are not in the file, {len(resized)} have another size there"
+        log(f"{source}: these start at random: {_some(missing + resized)} ({reason})")
     if unknown:
-        say(f"{where}: in the file and not used: {_some(unknown)}")
+        log(f"{source}: in the file and not used: {_some(unknown)}")
     idle = [pattern for pattern in ignore if not any(fnmatchcase(key, pattern) for key in tolerated)]
     if idle:
-        say(f"{where}: nothing to leave out matches {', '.join(repr(pattern) for pattern in idle)}")
+        log(f"{source}: no ignored key matches {', '.join(repr(pattern) for pattern in idle)}")
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By suffix, or by the JSON that follows the 8 bytes of its length: a file in a cache has no suffix."""
+    """Return True by suffix, or by the JSON after the 8 bytes of its length: a file in a cache has no suffix."""
     if path.suffix == ".safetensors":
         return True
     with open(path, "rb") as file:
@@ -224,18 +226,18 @@ def _load_tensors(path: Path) -> Any:
 
 
 def _wrapped(content: dict[Any, Any]) -> dict[Any, Any] | None:
-    """The dictionary inside a training checkpoint."""
+    """Return the state dictionary inside a training checkpoint, or None."""
     return next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
 
 
 def _reason(error: Exception) -> str:
     text = str(error).strip()
-    if found := re.search(r"GLOBAL ([\w.]+)", text):
+    if match := re.search(r"GLOBAL ([\w.]+)", text):
         return (
-            f"it holds a Python object ({found[1]}), and reading those can run code: "
-            "save its tensors as .safetensors where you trust it"
+            f"it holds a Python object ({match[1]}), and reading it can run code: "
+            "if you trust the file, save its tensors as .safetensors"
         )
-    # Of what is no pickle at all torch says how to load it in a way that could run code, or how its parser stumbled.
+    # For a file that is not a pickle, torch's message advises unsafe loading or shows its parser's internal error.
     if text.startswith("Weights only load failed") or isinstance(error, LookupError | TypeError | AttributeError):
         return "neither .safetensors nor tensors that torch.save wrote"
     return text.splitlines()[0] if text else type(error).__name__
@@ -253,18 +255,18 @@ PUBLISHED = {
     "swin_base_patch244_window877_kinetics400_1k.pth": "github.com/SwinTransformer/storage, release v1.0.4",
     "stlt_action_genome.pth": "github.com/gorjanradevski/revisiting-spatial-temporal-layouts (STLT, Action Genome)",
 }
-"""Where the public weights that recipes name are published, by file name."""
+"""Places where the public weights of recipes are published, by file name."""
 
 
 def check_published(source: Path, field: str) -> None:
-    """Refuse a public weights file that is not there yet, saying where to get it.
+    """Check that a public weights file exists; the error names the place where it is published.
 
     Raises:
         UserError: `source` is one of `PUBLISHED` and does not exist.
     """
     if source.name in PUBLISHED and not source.exists():
         raise UserError(
-            f"{field}: {source} is not there: {source.name} is published at {PUBLISHED[source.name]}: put it there, or "
+            f"{field}: {source} does not exist: download {source.name} from {PUBLISHED[source.name]} to this path, or "
             f"start at random with --set {field}=null"
         )
 
@@ -278,23 +280,23 @@ def load_encoder_weights(
     sha256: str | None = None,
     cache_dir: str | None = None,
     report: Report = silent,
-    say: Say = _logger.warning,
+    log: Log = _logger.warning,
 ) -> None:
     """Load starting weights into one encoder, in place and completely. Ranks need not call this together.
 
     Args:
-        encoder: What `build_encoder` made.
-        modality: Which encoder of a run to take. A run of one other modality gives its only encoder.
+        encoder: Encoder from `build_encoder`.
+        modality: Modality of the run's encoder to use. A run with one other modality gives its only encoder.
         source: Run folder, its weights.safetensors, a published checkpoint of the encoder's architecture
             (.safetensors, .pth or .pt; see the encoder's `from_published`), or the URL of such a file.
-        ignore: Glob patterns of the encoder's keys that need not fit: see `load_exactly`.
-        sha256: What the file must hash to.
-        cache_dir: As `DataRecipe.cache_dir`.
-        report: Progress of a download.
-        say: Told what did not carry over.
+        ignore: Glob patterns of the encoder's keys that need not fit; see `load_exactly`.
+        sha256: Expected sha256 of the file.
+        cache_dir: Cache folder, see `DataRecipe.cache_dir`.
+        report: Progress callback of a download.
+        log: Receives lines on weights that did not carry over.
 
     Raises:
-        UserError: nothing there, nothing that fits, another sha256, or keys and shapes that are not the encoder's.
+        UserError: the file is missing, has another sha256, or its keys and shapes do not fit the encoder.
     """
     shown, moved = masked(source), ""
     state = _download(source, sha256, cache_dir, report) if is_url(source) else _read(Path(source), sha256)
@@ -307,27 +309,27 @@ def load_encoder_weights(
         except UserError as error:
             if own.isdisjoint(state):
                 raise UserError(f"{shown}: {error}") from None
-    load_exactly(encoder, state, f"{shown} (for the {modality} encoder)", ignore, say)
+    load_exactly(encoder, state, f"{shown} (for the {modality} encoder)", ignore, log)
     if moved:
-        say(f"{shown}: {moved}")
+        log(f"{shown}: {moved}")
 
 
 def _read(source: Path, sha256: str | None) -> dict[str, Tensor]:
     path = any_weights(source)
-    if wrong := _other_sha256(path, sha256):
-        raise UserError(f"{path}: {wrong}: correct one of the two")
+    if problem := _sha256_problem(path, sha256):
+        raise UserError(f"{path}: {problem}: correct one of the two")
     return read_weights(path)
 
 
 def _download(url: str, sha256: str | None, cache_dir: str | None, report: Report) -> dict[str, Tensor]:
-    """The weights at a URL; of the processes of a node that ask, one downloads and the others wait for it."""
+    """Return the weights at a URL; one process of a node downloads the file, the others wait for it."""
     cache, content = Cache(cache_root(cache_dir) / "weights"), Content(sha256, None, url)
     if sha256:
         cache.remove_if_damaged(content)
     try:
         os.close(cache.open(content, partial(_fetch, url, sha256, report, cache)))
     except FetchError as error:
-        advice = "" if error.damaged else ": check URL, network and password, or name a file that you downloaded"
+        advice = "" if error.damaged else ": check URL, network and password, or download the file and give its path"
         raise UserError(f"{masked(url)}: {error.what}{advice}") from None
     try:
         return read_weights(cache.root / content.name, masked(url))
@@ -337,7 +339,7 @@ def _download(url: str, sha256: str | None, cache_dir: str | None, report: Repor
 
 
 def _fetch(url: str, sha256: str | None, report: Report, cache: Cache, path: Path) -> None:
-    """Download and check. A wrong hash is most likely the recipe's, so it is not tried again."""
+    """Download and check a file. A wrong hash is most likely the recipe's fault, so the download is not repeated."""
     name = Path(urlsplit(url).path).name
     _logger.warning("%s: downloading into %s", masked(url), cache.root)
 
@@ -345,19 +347,19 @@ def _fetch(url: str, sha256: str | None, report: Report, cache: Cache, path: Pat
         report(f"download {name}", done // 10**6, total // 10**6, "MB")
 
     fetch(url, Content(None, None, url), path, moved)
-    if wrong := _other_sha256(path, sha256):
-        raise FetchError(f"{wrong}: removed; correct the URL or the hash", damaged=True)
+    if problem := _sha256_problem(path, sha256):
+        raise FetchError(f"{problem}: removed; correct the URL or the hash", damaged=True)
 
 
-def _other_sha256(path: Path, expected: str | None) -> str:
-    found = sha256_of(path) if expected else None
-    return "" if found == expected else f"its sha256 is {found}, weights_sha256 says {expected}"
+def _sha256_problem(path: Path, expected: str | None) -> str:
+    actual = sha256_of(path) if expected else None
+    return "" if actual == expected else f"its sha256 is {actual}, weights_sha256 says {expected}"
 
 
 def _encoder_of_run(state: dict[str, Tensor], modality: str, source: str) -> dict[str, Tensor]:
-    found = sorted({key.split(".")[1] for key in state if key.startswith("encoders.")})
-    chosen = found[0] if len(found) == 1 else modality
-    if chosen not in found:
-        raise UserError(f"{source}: holds encoders for {', '.join(found)}, none for {modality}")
+    modalities = sorted({key.split(".")[1] for key in state if key.startswith("encoders.")})
+    chosen = modalities[0] if len(modalities) == 1 else modality
+    if chosen not in modalities:
+        raise UserError(f"{source}: holds encoders for {', '.join(modalities)}, none for {modality}")
     prefix = f"encoders.{chosen}."
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}

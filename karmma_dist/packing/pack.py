@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import write_whole
+from karmma_dist.io.files import refuse_link, remove_left, write_whole
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities import MODALITIES, letters
 from karmma_dist.modalities.recording import ClipRecord, Recording, is_of_the_machine
@@ -39,7 +39,7 @@ from karmma_dist.packing.tars.staging import Unit, cut_last, forget, load_staged
 from karmma_dist.processes import submit_all, worker_pool
 from karmma_dist.progress import Report, silent
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.shards.format import MANIFEST, DamageError
+from karmma_dist.shards.format import MANIFEST, DamageError, split_problem
 from karmma_dist.shards.manifest import DatasetHeader, Manifest, RecordedPlan
 
 
@@ -52,7 +52,11 @@ def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
     """
     for name, section in spec.sections().items():
         MODALITIES[name].storage.check_settings(section)
-    return _limited(_with_media(find_reader(spec.reader).read(spec), spec), limit)
+    plan = find_reader(spec.reader).read(spec)
+    planned = [*plan.splits, *(clip.split for recording in plan.recordings for clip in recording.clips)]
+    if problem := split_problem(dict.fromkeys(planned)):
+        raise UserError(f"{spec.raw}: reader {spec.reader}: {problem}")
+    return _limited(_with_media(plan, spec), limit)
 
 
 def _identity(clip: ClipRecord, entry_fields: Mapping[str, str]) -> dict[str, Any]:
@@ -225,6 +229,8 @@ class _Run:
         self, workers: int, part: tuple[int, int] | None, retry_failed: bool, may_assemble: Callable[[], bool]
     ) -> PackSummary:
         """Cut missing clips, then assemble unless other parts are not cut yet."""
+        refuse_link(self.staging)
+        remove_left(self.out)
         former = self._former_manifest()
         known = read_failures(self.out / FAILURES) if former else []
         finished = (
@@ -237,6 +243,7 @@ class _Run:
             shutil.rmtree(self.staging, ignore_errors=True)
             return self._summary("already packed", known)
         self.staging.mkdir(exist_ok=True)
+        remove_left(self.staging)
         packed = packed_clips(self.out, former) if former else {}
         given_up = set() if retry_failed else {failure.key for failure in known}
         needed = [unit for unit in units(self.plan, self.spec) if unit.keys - packed.keys() - given_up]

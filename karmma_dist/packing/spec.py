@@ -33,6 +33,7 @@ from karmma_dist.settings import (
     mark,
     unmarked,
 )
+from karmma_dist.shards.format import split_problem
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -105,10 +106,24 @@ class PackingSpec(Settings):
                 raise ValueError(f"'{section}' has no effect with reader '{self.reader}': remove it")
         if getattr(self, self.reader, None) is None:
             setattr(self, self.reader, reader.paths())
+        self._check_splits(self.reader)
         reader.check(self)
         if not self.modalities:
             raise ValueError("every modality's source is 'none': nothing would be stored")
         return self
+
+    def _check_splits(self, reader: str) -> None:
+        """Refuse names of splits that cannot begin the name of a shard; those that a reader takes from elsewhere later.
+
+        Raises:
+            ValueError: a field of the reader's section names such a split.
+        """
+        names: list[str] = []
+        for field in ("splits", "hold_out"):
+            named = getattr(getattr(self, reader), field, None)
+            names += named if isinstance(named, Mapping) else ()
+            if problem := split_problem(names):
+                raise ValueError(f"{reader}.{field}: {problem}")
 
     @property
     def modalities(self) -> list[str]:

@@ -1,1 +1,1 @@
-"""What a model costs: FLOPs, parameters, tokens, memory and latency per subset of modalities."""
+"""Costs of a model: FLOPs, parameters, tokens, memory and latency on every subset of modalities."""

@@ -1,7 +1,7 @@
 """Latency and memory of real forward passes on this machine, with random weights.
 
-Three figures of memory are kept apart: tensors that live at once (counted, see `memory.py`), bytes that CUDA's
-allocator had given out, and bytes that it had reserved. A CPU has no such allocator.
+Three figures of memory are reported: peak bytes of live tensors (counted, see `memory.py`), peak bytes allocated by
+CUDA's allocator, and peak bytes reserved by it. A CPU has no such allocator.
 
 Legend: B clips, M modalities, T tokens, D width.
 """
@@ -26,26 +26,26 @@ from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.encoders.transformer import INIT_STD
 from karmma_dist.models.flops import meta_model
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.profiling.costs import DTYPES, Cost, Profile, Subject, modalities_in_block
+from karmma_dist.profiling.costs import DTYPES, Cost, Profile, ProfiledModel, modalities_in_block
 from karmma_dist.profiling.memory import attention, fusion_peak, inference_peak
 from karmma_dist.progress import Report, silent
 
 _NO_ALLOCATOR = (
-    "measured on a CPU: the allocator's peaks, allocated and reserved, are CUDA's and stay empty; what was measured as "
-    "memory are live tensors"
+    "measured on a CPU: only CUDA's allocator reports peaks, allocated and reserved, so they stay empty; the measured "
+    "memory is that of live tensors"
 )
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A model or its fusion block, and clips of random numbers."""
+    """A model or its fusion block, with a random input batch."""
 
     forward: Callable[[], object]
-    """Forward pass."""
+    """Function that runs the forward pass."""
     count: Callable[[], int]
-    """Peak bytes of the tensors that live in a forward pass, weights left out."""
+    """Function that returns the peak bytes of live tensors in a forward pass, without weights."""
     inputs: list[Tensor]
-    """What goes into it."""
+    """Input tensors of the forward pass."""
 
     def run(self) -> float:
         """Return the milliseconds of one forward pass."""
@@ -57,7 +57,7 @@ class _Case:
         return 1e3 * (time.perf_counter() - began)
 
     def peak_bytes(self) -> int:
-        """Return the peak of inputs and activations: of CUDA's allocator, elsewhere of the tensors that live."""
+        """Return the peak bytes of inputs and activations: from CUDA's allocator, or on a CPU of live tensors."""
         device = self.device
         if device.type != "cuda":
             return self.count()
@@ -70,67 +70,72 @@ class _Case:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the forward pass."""
         return self.inputs[0].device
 
 
 def measure(
-    profile: Profile, subjects: Sequence[Subject], repeats: int, report: Report = silent, precision: str | None = None
+    profile: Profile,
+    profiled_models: Sequence[ProfiledModel],
+    repeats: int,
+    progress: Report = silent,
+    precision: str | None = None,
 ) -> Profile:
     """Fill the measured columns of a profile.
 
-    Every row is the recipe's whole model, or its fusion block, on a batch of clips that have the row's modalities. All
-    rows take turns, so that what else the machine does meets them alike; the first pass of each warms up and is not
-    timed. The allocator's peaks are of another model each, which holds the row's modalities only, alone on the device.
+    Latency is measured on the recipe's whole model, or its fusion block, with a batch of clips that have the row's
+    modalities. All rows take turns, so that other load of the machine affects them equally; the first pass of each row
+    is a warm-up and is not timed. The allocator's peaks are measured on a separate model per row, which holds only the
+    row's modalities and is alone on the device.
 
     Args:
-        profile: What was counted.
-        subjects: Its models.
+        profile: Counted profile.
+        profiled_models: Models of the profile.
         repeats: Timed passes per row; their median is reported.
-        report: Progress.
+        progress: Callback for progress.
         precision: "fp32", "bf16" or "fp16"; None: bf16 on a GPU, fp32 on a CPU.
 
     Raises:
-        UserError: the device has no such precision, or too little memory for the batch.
+        UserError: the device does not compute in this precision, or has too little memory for the batch.
     """
     device, load = _device(), profile.workload
     require_precision(precision)
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = DTYPES[precision]
     _require_memory(profile, device, dtype)
-    of_role = {subject.role: subject for subject in subjects}
+    models_by_role = {profiled.role: profiled for profiled in profiled_models}
     try:
         allocated = [
-            allocator_peaks(row, of_role[row.model], device, dtype) if device.type == "cuda" else {}
+            allocator_peaks(row, models_by_role[row.model], device, dtype) if device.type == "cuda" else {}
             for row in profile.rows
         ]
-        models = {role: _build(subject, load.part, device, dtype) for role, subject in of_role.items()}
+        models = {role: _build(profiled, load.part, device, dtype) for role, profiled in models_by_role.items()}
         cases = [_case(row, models[row.model]) for row in profile.rows]
-        peaks, medians = _take_turns(cases, repeats, report)
+        peaks, medians = _take_turns(cases, repeats, progress)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"profile --measure: a batch of {load.batch} in {precision} does not fit this GPU's memory: lower --batch"
         ) from error
     rows = [
-        replace(row, latency_ms=median, measured_activations_bytes=peak, **found)
-        for row, median, peak, found in zip(profile.rows, medians, peaks, allocated, strict=True)
+        replace(row, latency_ms=median, measured_activations_bytes=peak, **allocator)
+        for row, median, peak, allocator in zip(profile.rows, medians, peaks, allocated, strict=True)
     ]
     notes = profile.notes if device.type == "cuda" else [*profile.notes, _NO_ALLOCATOR]
     return replace(profile, rows=rows, notes=notes, measured=_settings(device, precision, repeats))
 
 
 def require_precision(precision: str | None) -> None:
-    """Check that the device that is measured computes in a precision; None: in its own.
+    """Check that the measured device computes in a precision; None, its default precision, always passes.
 
     Raises:
-        UserError: it does not.
+        UserError: the device does not compute in this precision.
     """
     device = _device()
     if precision is None or _computes(device, precision):
         return
     raise UserError(
-        f"profile --measure: this device ({device.type}) computes no {precision}: take --precision fp32, or count "
-        "without --measure"
+        f"profile --measure: this device ({device.type}) does not compute in {precision}: use --precision fp32, "
+        "or count without --measure"
     )
 
 
@@ -139,7 +144,7 @@ def _device() -> torch.device:
 
 
 def _computes(device: torch.device, precision: str) -> bool:
-    """True if the operators that models are made of exist on the device in that precision."""
+    """Return True if the device has the operators of the models in that precision."""
     if device.type == "cuda":
         return precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
     x = torch.ones(1, 1, 2, 2, 2, dtype=DTYPES[precision], device=device)
@@ -152,53 +157,56 @@ def _computes(device: torch.device, precision: str) -> bool:
 
 
 def _require_memory(profile: Profile, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what a CPU has no memory for before the system kills it; a GPU's allocator refuses by itself."""
+    """Refuse a batch that does not fit a CPU's memory, before the system kills the process.
+
+    A GPU's allocator raises an error by itself.
+    """
     if device.type == "cuda":
         return
     row = max(profile.rows, key=lambda row: row.activations_bytes)
     needed = row.activations_bytes * dtype.itemsize // DTYPES[row.precision].itemsize
-    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > has:
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
         raise UserError(
             f"profile --measure: {row.batch} clips of {letters(row.modalities)} take {needed / 1e9:.1f} GB of "
-            f"activations, and this machine has {has / 1e9:.1f} GB: lower --batch"
+            f"activations, and this machine has {available / 1e9:.1f} GB: lower --batch"
         )
 
 
-def _take_turns(cases: list[_Case], repeats: int, report: Report) -> tuple[list[int], list[float]]:
-    """Return the peak bytes and the median milliseconds of each."""
+def _take_turns(cases: list[_Case], repeats: int, progress: Report) -> tuple[list[int], list[float]]:
+    """Return the peak bytes and the median milliseconds of each case."""
     total = len(cases) * (repeats + 1)
     peaks, times = [], []
-    for place, case in enumerate(cases):
+    for index, case in enumerate(cases):
         peaks.append(case.peak_bytes())
-        report("measure", place + 1, total)
+        progress("measure", index + 1, total)
     for turn in range(1, repeats + 1):
         passes = []
-        for place, case in enumerate(cases):
+        for index, case in enumerate(cases):
             passes.append(case.run())
-            report("measure", turn * len(cases) + place + 1, total)
+            progress("measure", turn * len(cases) + index + 1, total)
         times.append(passes)
-    return peaks, [statistics.median(of_case) for of_case in zip(*times, strict=True)]
+    return peaks, [statistics.median(case_times) for case_times in zip(*times, strict=True)]
 
 
-def allocator_peaks(row: Cost, subject: Subject, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Ask CUDA's allocator what a forward pass takes of a model, or fusion block, that holds a row's modalities only.
+def allocator_peaks(row: Cost, profiled: ProfiledModel, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Measure the allocator's peaks in a forward pass of a model, or fusion block, that holds only a row's modalities.
 
-    The peaks are the allocator's own, not differences: weights are in them, whatever libraries take from it (cuBLAS
-    keeps a workspace of some MB), and all else that this process holds on the device, which should be nothing.
+    The peaks are totals, not differences: they include weights, the workspaces of libraries (a few MB for cuBLAS), and
+    everything else that this process holds on the device, which should be nothing.
 
     Args:
-        row: What to run: part, modalities and batch.
-        subject: Its model.
-        device: GPU.
+        row: Row whose part, modalities and batch are run.
+        profiled: Model of the row.
+        device: GPU to run on.
         dtype: Precision of weights and inputs.
 
     Returns:
-        Bytes by field of `Cost`: `peak_allocated_bytes` and `peak_reserved_bytes`, of a fusion block also unfused.
+        Bytes by field of `Cost`: `peak_allocated_bytes` and `peak_reserved_bytes`, for a fusion block also unfused.
     """
-    alone = replace(subject, modalities=row.modalities)
+    alone = replace(profiled, modalities=row.modalities)
     case = _case(row, _build(alone, row.part, device, dtype))
-    found = {}
+    peaks = {}
     for fused in (True, False) if row.part == "fusion" else (True,):
         _wait(device)
         torch.cuda.empty_cache()
@@ -206,18 +214,18 @@ def allocator_peaks(row: Cost, subject: Subject, device: torch.device, dtype: to
         with attention(fused=fused):
             case.run()
         prefix = "" if fused else "unfused_"
-        found[f"{prefix}peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
-        found[f"{prefix}peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
-    return found
+        peaks[f"{prefix}peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+        peaks[f"{prefix}peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    return peaks
 
 
-def _build(subject: Subject, part: str, device: torch.device, dtype: torch.dtype) -> KarmmaModel:
-    """Return a model with random weights; of part "fusion" only the fusion block has any, the rest stays without."""
+def _build(profiled: ProfiledModel, part: str, device: torch.device, dtype: torch.dtype) -> KarmmaModel:
+    """Return a model with random weights; for part "fusion" only the fusion block has weights."""
     if part == "model":
         with torch.device(device):
-            model = KarmmaModel(subject.model, subject.inputs, subject.modalities, subject.heads)
+            model = KarmmaModel(profiled.model, profiled.inputs, profiled.modalities, profiled.heads)
         return model.to(device=device, dtype=dtype).eval()
-    model = meta_model(subject.model, subject.inputs, subject.modalities, subject.heads).eval()
+    model = meta_model(profiled.model, profiled.inputs, profiled.modalities, profiled.heads).eval()
     model.fusion_block.to(dtype).to_empty(device=device)
     for parameter in model.fusion_block.parameters():
         nn.init.normal_(parameter, std=INIT_STD)
@@ -225,7 +233,7 @@ def _build(subject: Subject, part: str, device: torch.device, dtype: torch.dtype
 
 
 def _case(row: Cost, model: KarmmaModel) -> _Case:
-    """Return a batch of random clips that have the row's modalities, for a model or its fusion block."""
+    """Return a model or its fusion block with a batch of random clips that have the row's modalities."""
     weight = model.fusion_block.cls_token if row.part == "fusion" else next(model.parameters())
     make = partial(torch.rand, dtype=weight.dtype, device=weight.device)
     if row.part == "fusion":

@@ -1,7 +1,8 @@
 """Peak memory of a computation, counted from the tensors that PyTorch's eager operators make.
 
-It works on the meta device, where tensors have sizes but no bytes, and on any other. What an operator allocates and
-frees before it returns (a convolution's workspace) is not seen, nor is what a caching allocator keeps in reserve.
+Counting works on every device, including the meta device, where tensors have sizes but no bytes. Memory that an
+operator allocates and frees before it returns (a convolution's workspace) and memory that a caching allocator keeps in
+reserve are not counted.
 
 Legend: B clips, T tokens, D width, H heads.
 """
@@ -25,27 +26,27 @@ from karmma_dist.models.karmma import FusionBlock, KarmmaModel
 from karmma_dist.models.losses import cross_entropy
 
 FUSION_CLIPS = 32
-"""Clips of the batch at which a fusion block's memory reproduces the paper's Tab. V [fit]."""
+"""Batch size at which a fusion block's memory reproduces the paper's Tab. V [fit]."""
 
 
 def inference_peak(model: KarmmaModel, inputs: dict[str, Tensor], present_BM: Tensor) -> int:
-    """Peak bytes of inputs and activations of a forward pass without gradients; the model keeps its mode."""
+    """Count the peak bytes of inputs and activations of a forward pass without gradients; the model keeps its mode."""
     device = next(iter(inputs.values())).device
     with torch.no_grad(), FusedAttention(), PeakMemory(device) as memory:
-        _outside(memory, model, inputs)
+        _count_inputs_only(memory, model, inputs)
         model(inputs, present_BM)
     return memory.peak_bytes
 
 
 def training_peak(model: KarmmaModel, inputs: dict[str, Tensor], present_BM: Tensor) -> int:
-    """Peak bytes of inputs, activations and gradients of a forward and a backward pass on labels.
+    """Count the peak bytes of inputs, activations and gradients of a forward and a backward pass with labels.
 
     The model is left in training mode, without gradients.
     """
     device = next(iter(inputs.values())).device
     model.train()
     with FusedAttention(), PeakMemory(device) as memory:
-        _outside(memory, model, inputs)
+        _count_inputs_only(memory, model, inputs)
         logits = model(inputs, present_BM)
         labels = {head: torch.zeros(len(logit), dtype=torch.int64, device=device) for head, logit in logits.items()}
         cross_entropy(logits, labels).backward()
@@ -54,28 +55,28 @@ def training_peak(model: KarmmaModel, inputs: dict[str, Tensor], present_BM: Ten
 
 
 def fusion_peak(block: FusionBlock, tokens_BTD: Tensor, *, fused: bool = True, training: bool = False) -> int:
-    """Count peak bytes of the fusion block alone, without weights.
+    """Count the peak bytes of the fusion block alone, without weights.
 
-    Counted are the tokens given, which the caller holds all the while, and what the block makes of them: tokens with
-    [CLS] before them, normalised tokens, queries, keys and values, attention, feed-forward. With a feed-forward as
-    wide as the tokens inference has its peak in attention: 8 tensors of (B, 1 + T, D), the one given being a token
-    shorter, if attention is fused; otherwise, once T is some hundreds, 7 of them and two of (B, H, 1 + T, 1 + T), the
-    scores and the weights.
+    The count includes the given tokens, which the caller holds throughout, and every tensor that the block makes:
+    tokens with [CLS] before them, normalised tokens, queries, keys and values, attention, feed-forward. If the
+    feed-forward is as wide as the tokens, the peak of inference is in attention. Fused attention then holds 8 tensors
+    of (B, 1 + T, D), one of which, the given tokens, is one token shorter. Unfused attention, from a few hundred tokens
+    T on, holds 7 of these tensors and two of (B, H, 1 + T, 1 + T), the scores and the weights.
 
-    Not counted are the encoders' outputs, the heads, and the two more copies of all tokens that `KarmmaModel.fuse`
-    holds meanwhile, each modality's as it was encoded and in the order of the batch.
+    The count excludes the encoders' outputs, the heads, and the two further copies of all tokens that
+    `KarmmaModel.fuse` holds at the same time: each modality's tokens as encoded, and in the order of the batch.
 
-    For the paper's Tab. V (teacher on V+F+A, inference; 14.28 GB without token reduction and 2.65 GB at tau 300 are
-    published) with `FUSION_CLIPS` in fp32 that is 12.96 and 2.28 GB unfused, 1.85 and 0.71 GB fused. The 12.96 GB are
-    of the 784 tokens that Video Swin makes per modality; with the table's 785 they are 12.99. The two copies of
-    `KarmmaModel.fuse` would make it 13.42 and 2.46 GB unfused, 2.31 and 0.89 GB fused.
+    For the paper's Tab. V (teacher on V+F+A, inference; published: 14.28 GB without token reduction, 2.65 GB at tau
+    300), `FUSION_CLIPS` clips in fp32 give 12.96 and 2.28 GB unfused, 1.85 and 0.71 GB fused. The 12.96 GB are for the
+    784 tokens that Video Swin makes per modality; the table's 785 tokens give 12.99 GB. With the two copies of
+    `KarmmaModel.fuse` the figures would be 13.42 and 2.46 GB unfused, 2.31 and 0.89 GB fused.
 
     Args:
-        block: Fusion block, on any device; it is left in training mode if `training`, else in its own.
-        tokens_BTD: Projected tokens of all modalities, of the block's device and dtype.
-        fused: True if attention is one operator; False if it makes its matrix of weights, in PyTorch's own form,
-            which computes it in fp32 also where tokens are bf16 or fp16.
-        training: True to count a forward and a backward pass, gradients included; False for inference.
+        block: Fusion block, on any device; it is left in training mode if `training`, otherwise in its current mode.
+        tokens_BTD: Projected tokens of all modalities, on the block's device and in its dtype.
+        fused: True to compute attention as one operator; False to compute its matrix of weights as PyTorch's math
+            backend does, which uses fp32 even if tokens are bf16 or fp16.
+        training: True to count a forward and a backward pass with gradients; False to count inference.
     """
     if training:
         block.train()
@@ -90,28 +91,28 @@ def fusion_peak(block: FusionBlock, tokens_BTD: Tensor, *, fused: bool = True, t
 
 
 def attention(*, fused: bool) -> AbstractContextManager[object]:
-    """Return a context in which attention is one operator, on the meta device too, or PyTorch's plain products."""
+    """Return a context in which attention is one operator, also on the meta device, or PyTorch's math backend."""
     return FusedAttention() if fused else sdpa_kernel(SDPBackend.MATH)
 
 
-def _outside(memory: PeakMemory, model: KarmmaModel, inputs: dict[str, Tensor]) -> None:
+def _count_inputs_only(memory: PeakMemory, model: KarmmaModel, inputs: dict[str, Tensor]) -> None:
     memory.ignore([*model.parameters(), *model.buffers()])
     memory.hold(inputs.values())
 
 
 class PeakMemory(TorchDispatchMode):
-    """Context in which the bytes of live tensors are followed.
+    """A context that tracks the bytes of live tensors.
 
-    A storage counts once, however many views it has, from the operator that makes it until nothing refers to it.
+    A storage counts once for all its views, from the operator that makes it until its last reference is gone.
 
     Args:
-        device: Only tensors on this type of device count.
+        device: Device whose type a tensor must have to be counted.
     """
 
     live_bytes: int
-    """Bytes of the tensors that live now."""
+    """Bytes of the tensors that are alive now."""
     peak_bytes: int
-    """Most bytes that ever lived at once."""
+    """Most bytes that were alive at once."""
 
     def __init__(self, device: torch.device | str) -> None:
         super().__init__()
@@ -125,14 +126,14 @@ class PeakMemory(TorchDispatchMode):
             self._note(tensor, counted=True)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these, nor views of them: weights."""
+        """Exclude tensors and their views, such as weights, from the count."""
         for tensor in tensors:
             self._note(tensor, counted=False)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operator and count what it made."""
+        """Run an operator and count the tensors that it returns."""
         del types
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
@@ -159,18 +160,18 @@ class PeakMemory(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Context in which attention on the meta device is one operator, as it is on a GPU.
+    """A context in which attention on the meta device is one operator, as on a GPU.
 
-    Otherwise the meta device breaks `scaled_dot_product_attention` into products and a softmax and makes the whole
-    matrix of attention weights, which the fused kernels never do. Counted is the memory-efficient kernel: it takes
-    masks and additive biases, gives gradients to both, and makes its output and, for the backward pass, one float32
-    per head and query.
+    Without it, the meta device splits `scaled_dot_product_attention` into products and a softmax and makes the whole
+    matrix of attention weights, which the fused kernels never do. The memory-efficient kernel is counted: it takes
+    masks and additive biases, computes gradients of biases, and allocates its output and, for the backward pass, one
+    float32 per head and query.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replace attention on meta tensors; everything else runs as it is."""
+        """Replace attention on meta tensors; run every other function unchanged."""
         del types
         if func is F.scaled_dot_product_attention and args[0].device.type == "meta":
             return _efficient_attention(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""A profile as tables for a terminal of 80 columns, and as bars (the form of the paper's Fig. 6)."""
+"""Reports of a profile: tables for a terminal of 80 columns, and bars in the form of the paper's Fig. 6."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from karmma_dist.profiling.costs import Cost, Profile
 
 @dataclass(frozen=True)
 class _Figure:
-    """A column that every model has."""
+    """A column, shown once per model."""
 
     heading: str
     value: Callable[[Cost], float | None]
-    """The figure; None: the row has none."""
+    """Function from a row to its figure; None if the row has no such figure."""
     digits: int
     compared: bool = False
-    """True if the ratio of two models is shown."""
+    """True if the ratio of two models is shown for this figure."""
 
     def shown(self, row: Cost | None) -> str:
-        """Return the cell of a model; None: it does not take these modalities."""
+        """Return the cell of a row; None stands for a model without these modalities."""
         value = None if row is None else self.value(row)
         return "-" if value is None else f"{value:,.{self.digits}f}"
 
@@ -40,7 +40,7 @@ class _Figure:
 
 
 _Tables = dict[str, tuple[_Figure, ...]]
-"""Columns by title; titles name the batch and the precision."""
+"""Columns by table title; titles hold placeholders for the batch and the precision."""
 
 _COUNTED: _Tables = {
     "GFLOPs of one clip": (
@@ -104,28 +104,28 @@ _MEASURED: dict[str, _Tables] = {
 }
 _EXPLAINED = {
     "model": (
-        "alone: a model that holds these modalities only, as published; whole: the recipe's model on a clip that lacks "
-        "the others. Peak memory: inference counts weights, inputs and activations; training counts inputs, "
+        "alone: a model that holds only these modalities, as published; whole: the recipe's model on a clip without "
+        "the other modalities. Peak memory: inference counts weights, inputs and activations; training counts inputs, "
         "activations and gradients, but neither weights nor optimizer state."
     ),
     "fusion": (
-        "All of it is the fusion block alone, on tokens after tau-average and projection. alone: the tokens of these "
-        "modalities only; whole: in the recipe's model, with stand-in tokens if it has such. Peak memory counts "
-        "tokens and activations, in training also gradients, but no weights; unfused attention makes its matrix of "
-        "weights, in fp32 always."
+        "All figures are of the fusion block alone, on tokens after tau-average and projection. alone: only the "
+        "tokens of these modalities; whole: all tokens in the recipe's model, including its stand-in tokens if it has "
+        "any. Peak memory counts tokens and activations, in training also gradients, but no weights; unfused attention "
+        "makes its matrix of weights, always in fp32."
     ),
 }
 
 
 def print_profile(profile: Profile, console: Console | None = None) -> None:
-    """Print every row, models side by side."""
+    """Print all rows as tables, with the models in adjacent columns."""
     terminal.print_section(profile_section(profile), console or Console(highlight=False))
 
 
 def profile_section(profile: Profile) -> Section:
-    """Return every row, models side by side, and what the figures are of."""
+    """Return the tables of all rows, with the models in adjacent columns, and sentences that explain the figures."""
     load = profile.workload
-    named = {"clips": load.clips, "precision": load.precision}
+    placeholders = {"clips": load.clips, "precision": load.precision}
     figures, sentences = {**_COUNTED, **_MEMORY[load.part]}, [_EXPLAINED[load.part]]
     if profile.measured is not None:
         settings = profile.measured
@@ -134,13 +134,13 @@ def profile_section(profile: Profile) -> Section:
             f"Measured on {settings['device']} in {settings['precision']}, {settings['threads']} threads, median of "
             f"{settings['repeats']} passes."
         )
-    tables = [_table(profile, title.format(**named), columns) for title, columns in figures.items()]
+    tables = [_table(profile, title.format(**placeholders), columns) for title, columns in figures.items()]
     sentences += [f"note: {note}" for note in profile.notes]
     return Section("profile", f"{profile.recipe}: {_models(profile)}", sentences, tables)
 
 
 def _models(profile: Profile) -> str:
-    """Which run each model is of, and its tokens."""
+    """Return the run and the tokens of each model, in one line."""
     last = {row.model: row for row in profile.rows}
     shown = []
     for model, row in last.items():
@@ -171,15 +171,15 @@ def _megabytes(num_bytes: int | None) -> float | None:
 
 
 _GROUP = 0.8
-"""Width of a group of bars, of the 1 from one group to the next."""
+"""Width of a group of bars; adjacent groups are 1 apart."""
 
 
 def cost_bars(path: Path, profile: Profile) -> None:
     """Draw one group of bars per subset and one bar per model: GFLOPs on the left, memory on the right.
 
     Args:
-        path: PNG to write.
-        profile: Rows.
+        path: PNG file to write.
+        profile: Profile to draw.
     """
     num_subsets = len({row.modalities for row in profile.rows})
     num_models = len({row.model for row in profile.rows})
@@ -200,11 +200,11 @@ def _bars(axes: Axes, profile: Profile, value: Callable[[Cost], float], y_label:
     subsets = list(dict.fromkeys(row.modalities for row in profile.rows))
     models = list(dict.fromkeys(row.model for row in profile.rows))
     width = _GROUP / len(models)
-    for place, model in enumerate(models):
+    for index, model in enumerate(models):
         rows = [row for row in profile.rows if row.model == model]
-        x = [subsets.index(row.modalities) + (place - (len(models) - 1) / 2) * width for row in rows]
+        x = [subsets.index(row.modalities) + (index - (len(models) - 1) / 2) * width for row in rows]
         heights = [value(row) for row in rows]
-        bars = axes.bar(x, heights, 0.92 * width, color=COLOURS[place], label=model)
+        bars = axes.bar(x, heights, 0.92 * width, color=COLOURS[index], label=model)
         axes.bar_label(bars, [f"{height:,.0f}" for height in heights], fontsize=7, padding=2)
     axes.set_xticks(range(len(subsets)), [letters(subset) for subset in subsets])
     axes.margins(y=0.1)

@@ -1,4 +1,4 @@
-"""The typed recipe: everything a run depends on, read from YAML, checked in one place, saved with the run."""
+"""The typed recipe: every setting of a run, read from YAML, checked in one place, and saved with the run."""
 
 from karmma_dist.recipe.data import DataRecipe, InputRecipe, ModalityDropout, OrderRecipe
 from karmma_dist.recipe.fields import NOT_LEARNED

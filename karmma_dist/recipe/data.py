@@ -1,4 +1,4 @@
-"""The sections of a recipe that say which clips a model sees, and how: `data` and `inputs`."""
+"""The recipe sections that define the clips and their form: `data` and `inputs`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from karmma_dist.settings import Positive, Settings, check_other_sections
 
 
 class InputRecipe(Settings):
-    """What each modality's tensor looks like. Teacher and student of a distillation share it.
+    """Settings of each modality's input tensor. The teacher and the student of a distillation share them.
 
-    Modalities of other packages have sections of their own, checked by their `settings`.
+    Modalities of other packages have their own sections, checked by their `settings`.
     """
 
     model_config = ConfigDict(extra="allow")
 
     video: VideoInput = VideoInput()
-    """Video and flow: same frames, same crop."""
+    """Video and flow, which share frames and crop."""
     audio: AudioInput = AudioInput()
-    """Sound."""
+    """Audio."""
     detections: DetectionsInput = DetectionsInput()
-    """Boxes."""
+    """Object boxes."""
 
     @model_validator(mode="after")
     def _other_sections(self) -> InputRecipe:
@@ -36,38 +36,40 @@ class InputRecipe(Settings):
 
     def section(self, modality: str) -> Any:
         """Return the settings of a modality."""
-        kind = MODALITIES[modality]
-        found = getattr(self, kind.section, None)
-        return kind.settings() if found is None else found
+        entry = MODALITIES[modality]
+        section = getattr(self, entry.section, None)
+        return entry.settings() if section is None else section
 
 
 
 class ModalityDropout(Settings):
-    """Training-time modality dropout: decided once per clip, before decoding, for teacher and student alike."""
+    """Training-time modality dropout, drawn once per clip, before decoding, for both teacher and student."""
 
     probability: Probability = 0.0
-    """Probability that a modality is dropped; at least one that the clip has is kept [paper: 0.5]."""
+    """Probability of dropping a modality; at least one modality of each clip is kept [paper: 0.5]."""
     draw: Literal["independent", "stratified"] = "stratified"
-    """`independent`: each clip on its own [paper]. `stratified`: every run of 2^M positions holds each pattern in
-    proportion to its probability, shuffled: the same distribution per clip, no rank slower than others [ours]."""
+    """`independent`: drawn independently for each clip [paper]. `stratified`: every 2^M consecutive positions contain
+    each pattern in proportion to its probability, shuffled; the distribution per clip is the same, and no rank is
+    slower than others [ours]."""
 
 
 
 class OrderRecipe(Settings):
-    """Which clips meet in a batch: any of the split, or, where whole shards are fetched, those of a few shards.
+    """Order of the training clips: batches mix the clips of the entire split, or only those of a few shards.
 
-    Leave both at 0 where shards lie on a file system, or where every node's cache holds the whole split. On an object
-    store take the number of nodes (or a multiple) as `lanes`, so that a node fetches only its own part of the shards,
-    each once per epoch, and the `window` that the cache allows: a node holds at most 2 x window shards per lane. Mixing
-    goes by lanes x window, the shards a batch is drawn from: two clips that shared a batch share one again in the next
-    epoch as often as in a random order from 64 shards, 1.25 to 1.5 times from 16, 8 times from 4 (512 clips each).
+    Leave both at 0 if the shards are on a file system, or if every node's cache holds the entire split. On an object
+    store, set `lanes` to the number of nodes (or a multiple), so that a node fetches only its own part of the shards,
+    each once per epoch, and set `window` as large as the cache allows: a node holds at most 2 x window shards per lane.
+    A batch is drawn from lanes x window shards, which determines how well clips are mixed. From 64 shards of 512 clips,
+    two clips of a batch share a batch again in the next epoch as often as in a random order; from 16 shards, 1.25 to
+    1.5 times as often; from 4 shards, 8 times as often.
     """
 
     lanes: Annotated[int, Field(ge=0)] = 0
-    """Equal parts of every batch, each with shards of its own; must divide training.batch_size. 0: one permutation of
-    all clips [ours]."""
+    """Number of equal parts of a batch, each drawn from its own shards; must divide training.batch_size. 0: one
+    permutation of all clips [ours]."""
     window: Annotated[int, Field(ge=0)] = 0
-    """Shards of a lane whose clips are mixed with each other. Needs lanes [ours]."""
+    """Number of shards of a lane whose clips are mixed. Requires lanes [ours]."""
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> OrderRecipe:
@@ -78,52 +80,54 @@ class OrderRecipe(Settings):
 
 
 class DataRecipe(Settings):
-    """Which clips, in which form."""
+    """Clips, their modalities, and their loading."""
 
     shards: Annotated[str, SHARED]
-    """Folder of packed shards, or the URL of one: https://..., s3://..., or another that fsspec opens."""
+    """Folder of packed shards, or its URL: https://..., s3://..., or any other that fsspec opens."""
     cache_dir: Annotated[str | None, NOT_LEARNED, SHARED] = None
-    """Folder on this node that shards from a URL are kept in; None: $KARMMA_DIST_CACHE or ~/.cache/karmma-dist."""
+    """Folder on each node that caches shards from a URL; None: $KARMMA_DIST_CACHE or ~/.cache/karmma-dist."""
     cache_bytes: Annotated[ByteSize, Field(gt=0), NOT_LEARNED, SHARED] = ByteSize(200_000_000_000)
-    """Size the cache stays below: bytes, or a string such as "200 GB". The least recently used shards go first."""
+    """Maximum size of the cache: bytes, or a string such as "200 GB". The least recently used shards are removed
+    first."""
     keep_decoded: Annotated[ByteSize, NOT_LEARNED] = ByteSize(0)
-    """Bytes of decoded clips (frames at short_side, sound, boxes) that each decoding process may keep in memory, or a
-    string such as "2 GB": a dataset that fits is decoded once, and batches stay the same bit for bit. 0: none."""
+    """Memory in which each decoding process may keep decoded clips (frames at short_side, audio, boxes): bytes, or a
+    string such as "2 GB". A dataset that fits is decoded only once; batches are identical, bit for bit. 0: none."""
     train_split: str = "train"
-    """Split to learn from."""
+    """Split to train on."""
     hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the training recordings not learned from, drawn by a hash of the recording, the same in every run:
-    clips of one recording stay together. What experts are weighed on (distill.expert_weights)."""
+    """Fraction of the training recordings that are excluded from training, selected by a hash of the recording and thus
+    equal in every run; clips of one recording stay together. Experts are weighted by their loss on these clips
+    (distill.expert_weights)."""
     validation_split: str = "validation"
-    """Split to validate on during training. The training split: the clips that hold_out holds out of it."""
+    """Split to validate on during training. If it is the training split: the clips excluded by hold_out."""
     test_split: Annotated[str | None, NOT_LEARNED] = None
-    """Split that `karmma-dist eval` takes by default; None: the validation split."""
+    """Default split of `karmma-dist eval`; None: the validation split."""
     modalities: list[str] = ["video", "flow", "audio"]
-    """Modalities the model uses, of those the shards declare."""
+    """Modalities to load, out of those that the shards declare."""
     heads: Annotated[dict[str, Positive], NOT_LEARNED] = {}
-    """Number of classes per head, e.g. {verb: 97, noun: 300}: what `profile` goes by before there are shards. Training
-    refuses shards of other classes. Empty: whatever the shards have."""
+    """Number of classes per head, e.g. {verb: 97, noun: 300}, for `profile` without shards. Training refuses shards
+    with other numbers of classes. Empty: taken from the shards."""
     modality_dropout: ModalityDropout = ModalityDropout()
     """Training-time modality dropout."""
     order: OrderRecipe = OrderRecipe()
-    """How clips are mixed."""
+    """Order of the training clips."""
     num_workers: Annotated[int, Field(ge=0), NOT_LEARNED, SHARED] = 1
     """Decoding processes per rank."""
     stall_s: Annotated[float, Field(ge=0), NOT_LEARNED] = 120
-    """Seconds without a batch after which the run ends and says what the decoding process is at; 0: it waits for ever.
-    Needs num_workers of 1 or more."""
+    """Seconds without a batch after which the run ends and reports what the decoding process was doing; 0: no limit.
+    Requires num_workers of 1 or more."""
     max_damaged_fraction: Annotated[Probability, NOT_LEARNED] = 0.001
-    """Damaged clips tolerated, as a fraction of the split, before the run ends with a list."""
+    """Maximum fraction of damaged clips in the split; if it is exceeded, the run ends and lists them."""
     drop_nouns: list[int] = []
-    """Validation clips of these noun classes are left out: Epic-Kitchens nouns that never occur in training [paper]."""
+    """Noun classes whose clips are left out of validation: Epic-Kitchens nouns that never occur in training [paper]."""
 
     @model_validator(mode="after")
     def _known_modalities(self) -> DataRecipe:
         unknown = [m for m in self.modalities if m not in MODALITIES]
         if unknown:
-            raise ValueError(f"unknown modality '{unknown[0]}'; there are {', '.join(MODALITIES)}")
+            raise ValueError(f"unknown modality '{unknown[0]}'; known are {', '.join(MODALITIES)}")
         if not self.modalities:
-            raise ValueError("modalities is empty: name at least one")
+            raise ValueError("modalities is empty: list at least one")
         order = [m for m in MODALITIES if m in self.modalities]
         if order != self.modalities:
             raise ValueError(f"modalities must be listed once each and in this order: {', '.join(order)}")

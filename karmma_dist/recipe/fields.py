@@ -1,4 +1,4 @@
-"""Types and marks of the fields of a recipe."""
+"""Types and marks of recipe fields."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from karmma_dist.settings import mark
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 NOT_LEARNED = mark("not_learned")
-"""Mark of the fields and sections that change neither the weights a run ends with (but for rounding) nor those in
-best/: where things are, speed, memory, logs, checkpoints, limits, and what comes after training. They may change when a
-run is resumed, and are no part of the name of a study's run; all others are refused."""
+"""Mark of fields and sections that change neither the final weights of a run (except by rounding) nor those in best/:
+locations, speed, memory, logs, checkpoints, limits, and everything after training. Only marked fields may change when a
+run is resumed; they are not part of the name of a study's run."""
 
 SHARED = mark("shared_by_chain")
-"""Mark of the fields that say where things are: an override of one holds for every recipe of a chain."""
+"""Mark of fields that hold locations: their overrides apply to every recipe of a chain."""

@@ -1,4 +1,4 @@
-"""Recipes are read and written here: one, a chain of those that build on each other, that of a run folder."""
+"""Reads and writes recipes: a single one, a chain of recipes that build on each other, and that of a run folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.files import write_whole
 from karmma_dist.recipe.fields import SHARED
 from karmma_dist.recipe.recipe import Recipe
 from karmma_dist.settings import dump, find_file, load_settings, marked
@@ -15,27 +16,27 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by path or by name under `recipes/` (`demo/distill`), with `a.b=c` overrides applied.
 
     Raises:
-        UserError: no such file, unknown key (with the nearest), wrong value.
+        UserError: the file does not exist, a key is unknown (the nearest is suggested), or a value is invalid.
     """
     return load_settings(find_file(name, "recipes"), Recipe, list(overrides))
 
 
 
 def shared_overrides(overrides: Sequence[str]) -> list[str]:
-    """Those of `overrides` that say where things are, and so hold for every recipe of a chain."""
+    """Return the overrides of locations, which apply to every recipe of a chain."""
     names = marked(Recipe, SHARED)
     return [text for text in overrides if text.partition("=")[0].strip() in names]
 
 
 
 def load_chain(name: str, overrides: Sequence[str] = ()) -> list[Recipe]:
-    """A recipe preceded by all it comes `after`, in the order to train them, each once.
+    """Load a recipe and, before it, all recipes that it comes `after`: in training order, each once.
 
-    Overrides of where things are (`runs_dir`, `data.shards`, its cache, `data.num_workers`) hold for all of them, the
-    others for the last alone.
+    Overrides of locations (`runs_dir`, `data.shards`, its cache, `data.num_workers`) apply to all recipes, others only
+    to the last one.
 
     Raises:
-        UserError: as `load_recipe`, or recipes that wait for each other.
+        UserError: a recipe cannot be loaded (see `load_recipe`), or recipes wait for each other.
     """
     shared = shared_overrides(overrides)
     chain: list[Recipe] = []
@@ -55,16 +56,16 @@ def load_chain(name: str, overrides: Sequence[str] = ()) -> list[Recipe]:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe, every default spelled out."""
-    path.write_text(dump(recipe))
+    """Write the resolved recipe, including all defaults, completely or not at all."""
+    write_whole(path, dump(recipe).encode())
 
 
 
 def read_run_recipe(run_dir: Path) -> Recipe:
-    """The resolved recipe of a run folder.
+    """Load the resolved recipe of a run folder.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder holds no recipe.
     """
     path = run_dir / "recipe.yaml"
     if not path.is_file():

@@ -1,13 +1,13 @@
-"""How the clips of an optimizer step divide over ranks and forward passes, and what would divide where they do not.
+"""Division of an optimizer step's clips over ranks and forward passes, with suggestions if they do not divide.
 
     training.batch_size = ranks x accumulation steps x micro-batch
                      96 =    16 x 1                  x  6             with training.max_micro_batch_size 12
                      96 =     8 x 1                  x 12
                      96 =     1 x 8                  x 12
-                     96       7: does not; 91 and 98 clips would, and 6 and 8 ranks
+                     96       7: does not divide; 91 and 98 clips do, and 6 and 8 ranks do
 
-The one place where a recipe and a number of ranks become an accumulation. Which clips meet in a step does not depend on
-it (`streaming/order.py`).
+Only this module derives the number of accumulation steps from a recipe and a number of ranks. The clips of a step do
+not depend on it (`streaming/order.py`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from karmma_dist.recipe import Recipe, TrainingRecipe
 
 @dataclass(frozen=True)
 class BatchDivision:
-    """Each rank's share of an optimizer step: `accumulation` forward passes of `micro_batch_size` clips."""
+    """A rank's share of an optimizer step: `accumulation` forward passes of `micro_batch_size` clips each."""
 
     num_ranks: int
     accumulation: int
     micro_batch_size: int
     warning: str = ""
-    """A clause on what a person may want to change; empty: nothing."""
+    """Suggestion for a better setting; empty if none is needed."""
 
     def __str__(self) -> str:
         """Return the arithmetic: `96 = 8 ranks x 1 pass x 12 clips`."""
@@ -39,27 +39,27 @@ class BatchDivision:
 
 @dataclass(frozen=True)
 class Nearest:
-    """The numbers nearest to those of a batch that does not divide: one below and one above, where they exist."""
+    """The nearest divisible alternatives to a batch that does not divide: one below and one above, if they exist."""
 
     batch_sizes: list[int]
-    """Clips per optimizer step, for the same number of ranks."""
+    """Batch sizes (clips per optimizer step) for the same number of ranks."""
     num_ranks: list[int]
-    """Ranks, for the same batch."""
+    """Numbers of ranks for the same batch size."""
 
 
 def divide_batch(recipe: Recipe, num_ranks: int, before: str = "") -> BatchDivision:
-    """Return how a recipe's batch divides over a number of ranks.
+    """Divide a recipe's batch over a number of ranks.
 
-    `training.accumulation` holds where it is a number. Else the accumulation is the smallest that divides a rank's
-    clips into passes of `training.max_micro_batch_size` or fewer, and 1 without such a limit.
+    The accumulation is `training.accumulation` if set, else the smallest number that divides a rank's clips into equal
+    passes of at most `training.max_micro_batch_size` clips, or 1 without that limit.
 
     Args:
-        recipe: the run.
-        num_ranks: ranks.
-        before: words of the error before what to type.
+        recipe: the run's recipe.
+        num_ranks: number of ranks.
+        before: words of the error message before the suggested option.
 
     Raises:
-        UserError: it does not divide; see `indivisible`.
+        UserError: the batch does not divide; see `indivisible`.
     """
     training = recipe.training
     given = training.accumulation or 1
@@ -72,21 +72,21 @@ def divide_batch(recipe: Recipe, num_ranks: int, before: str = "") -> BatchDivis
 
 
 def smallest_accumulation(rank_clips: int, limit: int | None) -> int:
-    """Return the fewest equal passes of at most `limit` clips (None: any number) that a rank's clips divide into."""
+    """Return the smallest number of equal passes of at most `limit` clips (None: no limit) for a rank's clips."""
     least = 1 if limit is None else math.ceil(rank_clips / limit)
     return next(passes for passes in range(least, rank_clips + 1) if rank_clips % passes == 0)
 
 
 def check_batches(chain: Sequence[Recipe], num_ranks: int, done: Container[str] = ()) -> list[BatchDivision]:
-    """Return how the batch of each recipe of a chain divides over the ranks that train them one after the other.
+    """Divide the batch of each recipe of a chain over the ranks that train the recipes one after the other.
 
     Args:
-        chain: recipes, the last the one asked for: overrides hold for it alone.
-        num_ranks: ranks.
-        done: names of recipes that will not be trained, which are left out.
+        chain: recipes; the last is the requested recipe, the only one to which overrides apply.
+        num_ranks: number of ranks.
+        done: names of recipes to skip because they will not be trained.
 
     Raises:
-        UserError: one that does not divide, with the recipe's name, and what to type.
+        UserError: a batch does not divide; the message names the recipe and an option that helps.
     """
     divisions = []
     for recipe in chain:
@@ -101,13 +101,13 @@ def check_batches(chain: Sequence[Recipe], num_ranks: int, done: Container[str] 
 
 
 def nearest_divisible(batch_size: int, num_ranks: int, accumulation: int = 1, lanes: int = 0) -> Nearest:
-    """Return the batch sizes and the numbers of ranks next to these that divide, at most one below and one above each.
+    """Return the nearest batch sizes and numbers of ranks that divide, at most one below and one above each.
 
     Args:
         batch_size: clips per optimizer step.
-        num_ranks: ranks.
+        num_ranks: number of ranks.
         accumulation: forward passes per optimizer step and rank.
-        lanes: `data.order.lanes`, which must divide the batch size as well; 0: none.
+        lanes: `data.order.lanes`, which must also divide the batch size; 0: no lanes.
     """
     unit = math.lcm(num_ranks * accumulation, lanes or 1)
     below = (batch_size - 1) // unit * unit
@@ -121,14 +121,14 @@ def nearest_divisible(batch_size: int, num_ranks: int, accumulation: int = 1, la
 
 
 def indivisible(batch_size: int, num_ranks: int, accumulation: int = 1, lanes: int = 0, before: str = "") -> str:
-    """Return the line on a batch that does not divide: the arithmetic, the nearest that do, and what to type.
+    """Return an error message for a batch that does not divide: the arithmetic, the nearest alternatives, an option.
 
     Args:
         batch_size: clips per optimizer step.
-        num_ranks: ranks.
+        num_ranks: number of ranks.
         accumulation: forward passes per optimizer step and rank.
         lanes: see `nearest_divisible`.
-        before: words before what to type.
+        before: words before the suggested option.
     """
     nearest = nearest_divisible(batch_size, num_ranks, accumulation, lanes)
     parts = num_ranks * accumulation
@@ -144,15 +144,15 @@ def indivisible(batch_size: int, num_ranks: int, accumulation: int = 1, lanes: i
 
 
 def _warning(training: TrainingRecipe, accumulation: int, size: int) -> str:
-    """Say where a given accumulation makes passes larger than the limit, or a limit makes them much smaller than it."""
+    """Return a warning if passes exceed the limit, or are much smaller than it; empty: no warning."""
     limit = training.max_micro_batch_size
     if limit is None:
         return ""
     if size > limit:
-        return f"training.accumulation {accumulation} makes passes of {size} clips, max_micro_batch_size {limit} or not"
+        return f"training.accumulation {accumulation} makes passes of {size} clips, max_micro_batch_size is {limit}"
     if training.accumulation is None and accumulation >= 2 * math.ceil(size * accumulation / limit):
         return (
-            f"a rank's {size * accumulation} clips divide into no fewer than {accumulation} passes of {size}, though "
-            f"{limit} fit in one: another training.batch_size is faster"
+            f"a rank's {size * accumulation} clips need {accumulation} passes of {size}, although "
+            f"{limit} clips fit in one: another training.batch_size is faster"
         )
     return ""

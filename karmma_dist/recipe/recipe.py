@@ -1,9 +1,9 @@
-"""The recipe: all sections of a run, and whether they agree.
+"""The recipe: all sections of a run, with a check of their consistency.
 
     recipe = load_recipe("epic_kitchens/distill", ["training.epochs=10"])
 
-A tag says where a field's default is from: [paper], read in arXiv 2504.08578; [fit], forced by or inferred from its
-published figures; [Radevski], the code of arXiv 2307.07483, on which its authors build; [ours], our choice.
+A tag gives the source of a field's default: [paper], stated in arXiv 2504.08578; [fit], implied by or inferred from its
+published results; [Radevski], the code of arXiv 2307.07483, on which its authors build; [ours], our choice.
 """
 
 from __future__ import annotations
@@ -21,50 +21,51 @@ from karmma_dist.settings import Positive, Settings
 
 
 class ViewsRecipe(Settings):
-    """How often `karmma-dist eval` looks at a clip: temporal x spatial views, their class probabilities averaged."""
+    """Views per clip in `karmma-dist eval`: temporal x spatial views, whose class probabilities are averaged."""
 
     temporal: Positive = 1
-    """Samplings spread evenly over the clip: offsets within the segments, or places of the dense window."""
+    """Number of temporal samplings, spread evenly over the clip: offsets within the segments, or positions of the dense
+    window."""
     spatial: Literal[1, 3] = 1
-    """Crops: the centre, or the start, centre and end of the longer side."""
+    """Number of crops: 1 for the centre, 3 for the start, centre and end of the longer side."""
 
     @property
     def num(self) -> int:
-        """Views of a clip."""
+        """Number of views of a clip."""
         return self.temporal * self.spatial
 
 
 
 class EvaluationRecipe(Settings):
-    """How evaluation batches are formed."""
+    """Settings of evaluation."""
 
     batch_size: Positive = 16
-    """Clips per batch and rank; the answers do not depend on it. Where clips have several views, the views per batch
-    (at least one clip's)."""
+    """Clips per batch and rank; results do not depend on it. With several views per clip, the number of views per batch
+    (at least those of one clip)."""
     annotations: str | None = None
-    """Folder with Epic-Kitchens' lists of tail classes and unseen participants: figures over their clips are added."""
+    """Folder with Epic-Kitchens' lists of tail classes and unseen participants; adds metrics over their clips."""
     views: ViewsRecipe = ViewsRecipe()
-    """Views of a clip in `karmma-dist eval`. Validation during training looks once."""
+    """Views per clip in `karmma-dist eval`. Validation during training uses one view."""
 
 
 
 class SlurmRecipe(Settings):
-    """Flags `launch --slurm` hands to sbatch."""
+    """sbatch flags of `launch --slurm`."""
 
     script: str = "distill.sh"
-    """Script of the slurm/ folder."""
+    """Script in the slurm/ folder."""
     nodes: Positive = 2
-    """Nodes."""
+    """Number of nodes."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 8
-    """GPUs, and so ranks, per node; 0: one rank per node, on its CPUs."""
+    """GPUs per node, each with one rank; 0: one rank per node, on the CPU."""
     cpus_per_task: Positive | None = None
-    """CPU cores per rank: one for the model and data.num_workers to decode; None: the script's."""
+    """CPU cores per rank: one for the model plus data.num_workers for decoding; None: the script's value."""
     time: str | None = None
-    """Time limit as sbatch takes it, e.g. 2-00:00:00."""
+    """Time limit in sbatch's format, e.g. 2-00:00:00; None: the script's value."""
     partition: str | None = None
-    """Partition."""
+    """Partition; None: not passed to sbatch."""
     account: str | None = None
-    """Account."""
+    """Account; None: not passed to sbatch."""
     extra: list[str] = []
     """Further sbatch flags, e.g. ["--qos=high"]."""
 
@@ -74,34 +75,34 @@ class Recipe(Settings):
     """One run."""
 
     name: str
-    """The run's name: its folder under `runs_dir`."""
+    """Name of the run, and of its folder under `runs_dir`."""
     runs_dir: Annotated[str, NOT_LEARNED, SHARED] = "runs"
     """Folder of all runs."""
     stage: Literal["supervised", "teacher", "distill"]
-    """`supervised`: a model on labels alone. `teacher`: the same on frozen encoders. `distill`: a student taught online
-    by a finished teacher."""
+    """`supervised`: train a model on labels only. `teacher`: the same with frozen encoders. `distill`: train a student
+    online from a finished teacher."""
     after: Annotated[list[str], NOT_LEARNED] = []
-    """Recipes whose runs this one builds on. Those not finished yet are trained first, on the same ranks."""
+    """Recipes whose runs this run builds on. Unfinished ones are trained first, on the same ranks."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    """Every random choice of the run follows from this."""
+    """Seed of all random choices of the run."""
     data: DataRecipe
-    """Clips."""
+    """Clips, their modalities, and their loading."""
     inputs: InputRecipe = InputRecipe()
-    """Tensors."""
+    """Input tensors."""
     model: ModelRecipe
-    """The model that is trained."""
+    """Model to train."""
     distill: DistillRecipe | None = None
-    """Required by the distill stage, refused by the others."""
+    """Distillation settings; required in the distill stage, refused in other stages."""
     objective: ObjectiveRecipe | None = None
-    """What is minimised; None: distillation in the distill stage, else cross_entropy."""
+    """Objective; None: distillation in the distill stage, else cross_entropy."""
     optimizer: OptimizerRecipe = OptimizerRecipe()
-    """Optimizer."""
+    """Optimizer and learning-rate schedule."""
     training: TrainingRecipe = TrainingRecipe()
-    """Loop."""
+    """Training loop."""
     evaluation: Annotated[EvaluationRecipe, NOT_LEARNED] = EvaluationRecipe()
     """Evaluation."""
     slurm: Annotated[SlurmRecipe, NOT_LEARNED] = SlurmRecipe()
-    """Submission."""
+    """Submission to Slurm."""
 
     @property
     def run_dir(self) -> Path:
@@ -110,11 +111,11 @@ class Recipe(Settings):
 
     @property
     def modalities(self) -> list[str]:
-        """Modalities of the model that is trained: model.modalities, or all of data.modalities."""
+        """Modalities of the model to train: model.modalities, or all of data.modalities."""
         return self.data.modalities if self.model.modalities is None else self.model.modalities
 
     def find_run(self, name: str) -> Path:
-        """A run that this recipe refers to: an existing path, or a name under `runs_dir`."""
+        """Return the path of a run that this recipe refers to: an existing path, or a name under `runs_dir`."""
         return Path(name) if Path(name).exists() else Path(self.runs_dir) / name
 
     @model_validator(mode="after")
@@ -122,7 +123,7 @@ class Recipe(Settings):
         if self.stage == "distill" and self.distill is None:
             raise ValueError("stage distill needs a section 'distill' naming its teacher")
         if self.stage != "distill" and self.distill is not None:
-            raise ValueError(f"stage {self.stage} has no use for the section 'distill': remove it")
+            raise ValueError(f"stage {self.stage} does not use the section 'distill': remove it")
         self._check_modalities()
         missing = [m for m in self.modalities if m not in self.model.encoders]
         if missing:
@@ -130,8 +131,8 @@ class Recipe(Settings):
         compiled = [m for m in self.modalities if self.model.encoders[m].compile]
         if compiled and self.training.zero_stage == 3:
             raise ValueError(
-                f"model.encoders.{compiled[0]}.compile does not go with training.zero_stage 3, whose parameters come "
-                "and go while an encoder runs: switch one of them off"
+                f"model.encoders.{compiled[0]}.compile does not work with training.zero_stage 3, which gathers "
+                "and frees parameters while an encoder runs: disable one of them"
             )
         trained = [m for m in self.modalities if not self.model.encoders[m].frozen]
         if self.stage == "teacher" and trained:
@@ -141,19 +142,19 @@ class Recipe(Settings):
                 f"optimizer.warmup_epochs {self.optimizer.warmup_epochs:g} exceeds "
                 f"training.epochs {self.training.epochs}"
             )
-        if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+        if Path(self.name).is_absolute() or ".." in Path(self.name).parts or not Path(self.name).parts:
             raise ValueError(f"name '{self.name}' must stay inside runs_dir")
         return self
 
     def _check_modalities(self) -> None:
-        own, shown = self.modalities, self.data.modalities
-        if not own or own != [m for m in shown if m in own]:
+        modalities, data_modalities = self.modalities, self.data.modalities
+        if not modalities or modalities != [m for m in data_modalities if m in modalities]:
             raise ValueError(
-                f"model.modalities {', '.join(own) or 'is empty'}: name some of data.modalities, in their order: "
-                f"{', '.join(shown)}"
+                f"model.modalities {', '.join(modalities) or 'is empty'}: list some of data.modalities, in order: "
+                f"{', '.join(data_modalities)}"
             )
-        if own != shown and self.stage != "distill":
-            unused = ", ".join(m for m in shown if m not in own)
-            raise ValueError(f"stage {self.stage} has no teacher to see {unused}: take it out of data.modalities too")
-        if self.model.fusion == "mean" and len(own) > 1:
-            raise ValueError(f"model.fusion mean is for one modality, not for {', '.join(own)}")
+        if modalities != data_modalities and self.stage != "distill":
+            unused = ", ".join(m for m in data_modalities if m not in modalities)
+            raise ValueError(f"stage {self.stage} has no teacher that uses {unused}: remove it from data.modalities")
+        if self.model.fusion == "mean" and len(modalities) > 1:
+            raise ValueError(f"model.fusion mean is for one modality, not for {', '.join(modalities)}")

@@ -1,1 +1,1 @@
-"""Run folders: their files, their processes, their listing."""
+"""Run folders: their files, the processes that write them, and their listing."""

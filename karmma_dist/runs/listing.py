@@ -1,7 +1,8 @@
-"""What became of every run: its state, how far it is, how good it was, and the command that goes on with it.
+"""The listing of runs: state, progress, best metric, and the command that resumes each run.
 
-Read from the run folders alone (`recipe.yaml`, `state.json`, `metrics.jsonl`, `best/state.json`). A run that was killed
-cannot say so: state.json still says `running`, so its process, its Slurm job and its last sign of life are looked at.
+All of it is read from the run folders (`recipe.yaml`, `state.json`, `metrics.jsonl`, `best/state.json`). A killed run
+cannot update its state.json, which still says `running`, so its process, its Slurm job and its last sign of life are
+checked too.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ from karmma_dist.runs.process import is_alive
 from karmma_dist.terminal import print_table
 
 _NO_RUNS = {"checkpoints", "eval", "best", "trace"}
-"""Folders inside a run's that hold no other run."""
+"""Subfolders of a run that never hold another run."""
 _SILENT_S = 1800.0
-"""Without a word for longer than this, and for longer than twenty log lines take, a run is thought dead."""
+"""Seconds of silence after which a run is presumed dead, unless twenty log lines take longer."""
 _QUEUE_TIMEOUT_S = 10.0
+"""Seconds after which squeue is given up."""
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"}
-"""Slurm's states of a job that has not started (again) yet."""
+"""Slurm's states of a job that waits to start or restart."""
 _ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT", "gone",
 }  # fmt: skip
-"""Slurm's states of a job that will not run again; a job that it has forgotten is gone."""
+"""Slurm's states of a job that will not run again; "gone" is a job that Slurm no longer knows."""
 
 JobStates = Callable[[list[str]], dict[str, str] | None]
-"""States of Slurm jobs by id, without those that Slurm no longer knows; None: Slurm cannot be asked."""
+"""A function that returns the states of Slurm jobs by id, without forgotten jobs; None if Slurm cannot be asked."""
 
 
 @dataclass
@@ -47,17 +49,17 @@ class Run:
     name: str
     folder: str
     state: str
-    """running, preempted, interrupted, stopped, finished or failed, as the run wrote it; died: it wrote running, but
-    its process or job is gone; died?: it has been silent for long and nobody here can tell; damaged: state.json or
-    recipe.yaml cannot be read."""
+    """State of the run. running, preempted, interrupted, stopped, finished or failed: as the run wrote it; died: the
+    run wrote running, but its process or job has ended; died?: the run has long been silent, and its process cannot be
+    checked from here; damaged: state.json or recipe.yaml cannot be read."""
     why: str | None
-    """What is known of the state's cause, in one line."""
+    """Cause of the state, in one line, if known."""
     step: int | None
     total_steps: int | None
-    """None until one epoch is over: only then is its length known."""
+    """Optimizer steps of the whole run; None until its first epoch is over, when the steps per epoch are known."""
     epochs: int | None
     loss: float | None
-    """Of the last train line of metrics.jsonl."""
+    """Loss of the last train line of metrics.jsonl."""
     best: dict[str, Any] | None
     """`metric` and `value` of the best validation."""
     job_id: str | None
@@ -65,12 +67,12 @@ class Run:
     age_s: float
     """Seconds since the last sign of life."""
     resume: str | None
-    """The command that goes on with it; None: there is nothing to go on with, or it goes on by itself."""
+    """Command that resumes the run; None if the run cannot be resumed or resumes by itself."""
 
 
 @dataclass
 class _Metrics:
-    """What metrics.jsonl says in the end."""
+    """The latest values in metrics.jsonl."""
 
     step: int | None = None
     loss: float | None = None
@@ -80,44 +82,44 @@ class _Metrics:
 
 
 def find_runs(folder: Path, job_states: JobStates | None = None, now: float | None = None) -> list[Run]:
-    """All runs in and below `folder`, the latest sign of life first.
+    """Return all runs in and below `folder`, the latest sign of life first.
 
     Args:
-        folder: a folder of runs, or one run.
-        job_states: asks Slurm; None: squeue, where there is one.
-        now: `time.time()`.
+        folder: Folder of runs, or of one run.
+        job_states: Function that asks Slurm; None: `ask_squeue`.
+        now: Current time in seconds since the epoch; None: `time.time()`.
 
     Raises:
-        UserError: no such folder.
+        UserError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: name one that holds runs, or start one: karmma-dist train RECIPE")
+        raise UserError(f"{folder}: no such folder: name a folder of runs, or start a run: karmma-dist train RECIPE")
     now = time.time() if now is None else now
-    read = {run: (_read_recipe(run), _read_state(run)) for run in _run_folders(folder)}
+    files = {run: (_read_recipe(run), _read_state(run)) for run in _run_folders(folder)}
     unsettled = {
         str(state["job_id"])
-        for _, state in read.values()
+        for _, state in files.values()
         if state.get("state") in ("running", "preempted") and "job_id" in state
     }
     jobs = (job_states or ask_squeue)(sorted(unsettled)) if unsettled else None
-    runs = [_describe(folder, run, recipe, state, jobs, now) for run, (recipe, state) in read.items()]
+    runs = [_describe(folder, run, recipe, state, jobs, now) for run, (recipe, state) in files.items()]
     return sorted(runs, key=lambda run: run.age_s)
 
 
 def ask_squeue(ids: list[str]) -> dict[str, str] | None:
-    """States of these jobs, as `JobStates`."""
+    """Return the states of Slurm jobs from squeue, as `JobStates` describes."""
     command = ["squeue", "--noheader", "--format=%A %T", f"--jobs={','.join(ids)}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_QUEUE_TIMEOUT_S)
+        squeue = subprocess.run(command, capture_output=True, text=True, timeout=_QUEUE_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if done.returncode and "Invalid job id" not in done.stderr:
+    if squeue.returncode and "Invalid job id" not in squeue.stderr:
         return None
-    return {job: state for job, _, state in (line.partition(" ") for line in done.stdout.splitlines())}
+    return {job: state for job, _, state in (line.partition(" ") for line in squeue.stdout.splitlines())}
 
 
 def print_runs(runs: Iterable[Run]) -> None:
-    """Print a table, and below it what to type for each run that can go on."""
+    """Print a table of runs, and below it the cause of each state and the command that resumes each run."""
     rows: list[list[str]] = []
     footer: list[str] = []
     for run in runs:
@@ -127,13 +129,13 @@ def print_runs(runs: Iterable[Run]) -> None:
             [run.name, run.state, _progress(run), loss, best, run.job_id or "", run.host or "", _age(run.age_s)]
         )
         footer += [f"{run.name}: {run.state}: {run.why}"] if run.why else []
-        footer += [f"{run.name}: go on with: {run.resume}"] if run.resume else []
+        footer += [f"{run.name}: resume with: {run.resume}"] if run.resume else []
     headings = ["run", "state", "step", "loss", "best", "job", "host", "last sign"]
     print_table(headings, rows, right=["step", "loss", "last sign"], footer=footer)
 
 
 def to_json(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """The fields of each run."""
+    """Return the fields of each run for JSON."""
     return [asdict(run) for run in runs]
 
 
@@ -146,7 +148,7 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 
 
 def _read_state(run: Path) -> dict[str, Any]:
-    """state.json; where it is missing or cannot be read, a state that says so."""
+    """Return state.json, or a damaged state with its cause if the file is missing or cannot be read."""
     path = run / STATE
     try:
         state = json.loads(path.read_text())
@@ -154,11 +156,11 @@ def _read_state(run: Path) -> dict[str, Any]:
         return {"state": "damaged", "why": f"{path} is missing"}
     except (OSError, ValueError) as error:
         return {"state": "damaged", "why": f"{path} cannot be read: {error}"}
-    return state if isinstance(state, dict) else {"state": "damaged", "why": f"{path} holds no object"}
+    return state if isinstance(state, dict) else {"state": "damaged", "why": f"{path} is not a JSON object"}
 
 
 def _read_recipe(run: Path) -> dict[str, Any] | None:
-    """recipe.yaml as it is: recipes of other versions are shown too. None: it cannot be read."""
+    """Return recipe.yaml without validation, since recipes of other versions are listed too; None if unreadable."""
     try:
         recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -174,45 +176,46 @@ def _describe(
     epochs = training.get("epochs")
     job_id = None if state.get("job_id") is None else str(state["job_id"])
     age_s = max(0.0, now - _last_sign(run, state))
-    shown, why = _settle(state, jobs, age_s, _patience_s(training, metrics))
+    shown, cause = _settle(state, jobs, age_s, _patience_s(training, metrics))
     if recipe is None:
-        shown, why = "damaged", f"{run / 'recipe.yaml'} is missing or no recipe"
+        shown, cause = "damaged", f"{run / 'recipe.yaml'} is missing or not a recipe"
     finished = shown == "finished"
     step = state.get("step", metrics.step)
     total = step if finished else epochs * metrics.steps_per_epoch if epochs and metrics.steps_per_epoch else None
-    waits = shown == "preempted" and jobs is not None and jobs.get(job_id or "", "gone") not in _ENDED
-    goes_on = recipe is not None and not finished and shown not in ("running", "damaged") and not waits
+    is_queued = shown == "preempted" and jobs is not None and jobs.get(job_id or "", "gone") not in _ENDED
+    can_resume = recipe is not None and not finished and shown not in ("running", "damaged") and not is_queued
     return Run(
-        name=str(run.relative_to(top)) if run != top else run.resolve().name, folder=str(run), state=shown, why=why,
+        name=str(run.relative_to(top)) if run != top else run.resolve().name, folder=str(run), state=shown, why=cause,
         step=step, total_steps=total, epochs=epochs, loss=metrics.loss, best=_best(run, state) or metrics.best,
         job_id=job_id, host=state.get("host"), age_s=age_s,
-        resume=_resume_command(run, recipe, state) if goes_on and recipe else None,
+        resume=_resume_command(run, recipe, state) if can_resume and recipe else None,
     )  # fmt: skip
 
 
 def _settle(
     state: Mapping[str, Any], jobs: Mapping[str, str] | None, age_s: float, patience_s: float
 ) -> tuple[str, str | None]:
-    """The state to show and its cause, after asking who could know better than state.json."""
+    """Return the state to show and its cause, after checking state.json against the process and the Slurm job."""
     written = str(state.get("state", "damaged"))
-    why = next((one_line(state[name]) for name in ("why", "error", "reason") if state.get(name)), None)
+    cause = next((one_line(state[name]) for name in ("why", "error", "reason") if state.get(name)), None)
     job_id = state.get("job_id")
     job = None if jobs is None or job_id is None else jobs.get(str(job_id), "gone")
     if job in _WAITING and written in ("running", "preempted"):
-        lost = why if written == "preempted" else "its job was requeued while it ran"
-        return "preempted", f"{f'{lost}; ' if lost else ''}job {job_id} waits in the queue and goes on by itself"
+        if written == "running":
+            cause = "its job was requeued while the run was running"
+        return "preempted", f"{f'{cause}; ' if cause else ''}job {job_id} waits in the queue and resumes by itself"
     if written != "running":
-        return written, why
+        return written, cause
     alive = is_alive(state)
     if alive:
         return "running", None
-    where = f"{state.get('host', 'its host')}"
+    host = f"{state.get('host', 'its host')}"
     if alive is False:
-        return "died", f"process {state['pid']} on {where} is gone"
+        return "died", f"process {state['pid']} on {host} has ended"
     if job in _ENDED:
         return "died", f"its job {job_id} is {'no longer known to Slurm' if job == 'gone' else job}"
     if job is None and age_s > patience_s:
-        return "died?", f"no word for {_age(age_s)} from {where}, where its process cannot be seen from here"
+        return "died?", f"silent for {_age(age_s)}: its process on {host} cannot be checked from here"
     return "running", None
 
 
@@ -224,7 +227,7 @@ def _patience_s(training: Mapping[str, Any], metrics: _Metrics) -> float:
 
 
 def _last_sign(run: Path, state: Mapping[str, Any]) -> float:
-    """When the run last wrote: its state, or a line of metrics, which it does every few steps."""
+    """Return the time at which the run last wrote its state or a line of metrics, in seconds since the epoch."""
     written = [_modified(run / "metrics.jsonl"), float(state.get("time", 0.0))]
     return max(written) or _modified(run / "recipe.yaml")
 
@@ -233,36 +236,36 @@ def _modified(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except OSError:
-        return 0.0  # not written yet; damage is named elsewhere
+        return 0.0  # not written yet; damage is reported elsewhere
 
 
 def _read_metrics(run: Path) -> _Metrics:
-    found = _Metrics()
+    metrics = _Metrics()
     try:
         lines = (run / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
-        return found  # before the first line is written there is none
+        return metrics  # no line has been written yet
     for line in reversed(lines):
         entry = _entry(line)
         if entry.get("kind") == "train":
-            found.step, found.loss, found.clips_per_s = entry["step"], entry.get("loss"), entry.get("clips_per_s")
+            metrics.step, metrics.loss, metrics.clips_per_s = entry["step"], entry.get("loss"), entry.get("clips_per_s")
             break
     validations = [entry for line in lines if b'"validation"' in line and (entry := _entry(line))]
-    found.best = _best_of(validations)
-    if validations:  # only at the end of an epoch
-        found.steps_per_epoch = validations[0]["step"] // (validations[0]["epoch"] + 1)
-        return found
+    metrics.best = _best_of(validations)
+    if validations:  # these are written only at the end of an epoch
+        metrics.steps_per_epoch = validations[0]["step"] // (validations[0]["epoch"] + 1)
+        return metrics
     before = 0
     for entry in map(_entry, lines):
         if entry.get("epoch", 0) > 0:
-            found.steps_per_epoch = before or None
+            metrics.steps_per_epoch = before or None
             break
         before = entry.get("step", before)
-    return found
+    return metrics
 
 
 def _entry(line: bytes) -> dict[str, Any]:
-    """A line of metrics; an empty one for a line that a crash cut."""
+    """Parse a line of metrics; return an empty entry for a line cut by a crash."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -271,16 +274,16 @@ def _entry(line: bytes) -> dict[str, Any]:
 
 
 def _best_of(validations: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The highest figure of what validations log first: the percentage that models are compared by."""
-    measured = [name for entry in validations for name in entry if name not in ("kind", "step", "epoch")]
-    if not measured:
+    """Return the highest value of the first metric of validations, the percentage by which models are compared."""
+    names = [name for entry in validations for name in entry if name not in ("kind", "step", "epoch")]
+    if not names:
         return None
-    metric = measured[0]
+    metric = names[0]
     return {"metric": metric, "value": max(entry[metric] for entry in validations if metric in entry)}
 
 
 def _best(run: Path, state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the run itself holds to be its best."""
+    """Return the best validation that the run itself has recorded, or None."""
     for record in (state.get("best"), _read_state(run / "best")):
         if isinstance(record, dict) and {"metric", "value"} <= record.keys():
             return {"metric": record["metric"], "value": record["value"]}
@@ -288,7 +291,7 @@ def _best(run: Path, state: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _resume_command(run: Path, recipe: Mapping[str, Any], state: Mapping[str, Any]) -> str:
-    """Starts the run's own recipe again, in the way it was started: through Slurm, on several ranks here, or alone."""
+    """Return the command that resumes the run as it was started: through Slurm, on several local ranks, or alone."""
     words = [str(run / "recipe.yaml")]
     if (Path(recipe.get("runs_dir", "runs")) / recipe["name"]).resolve() != run.resolve():
         runs_dir = run.resolve()

@@ -1,38 +1,40 @@
-"""Which process writes a run, where it is, and whether it still lives: written into state.json, read by `runs`."""
+"""The process that writes a run: its description in state.json, and the check that it is alive for `runs`."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from karmma_dist.processes import machine, started_at
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:
-    """This machine's name: the one Slurm gave the node, inside a job step, else the host's own."""
+    """Return this machine's name: Slurm's name of the node inside a job step, otherwise the host name."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def whereabouts(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """This process: host, pid, number of ranks and, under Slurm, job and nodes.
+def process_info(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Describe this process: host, pid, number of ranks and, under Slurm, job id and number of nodes.
 
-    `machine` names the boot and the pid namespace that `pid` means something in, `started` the process that had it.
+    `machine` identifies the boot and the pid namespace in which `pid` is valid; `started`, the start time, tells the
+    process from later ones with the same pid.
     """
-    found: dict[str, Any] = {"host": node_name(environment), "pid": os.getpid(), "ranks": _num_ranks(environment)}
-    machine, started = _machine(), _started(os.getpid())
-    if machine and started:
-        found |= {"machine": machine, "started": started}
+    info: dict[str, Any] = {"host": node_name(environment), "pid": os.getpid(), "ranks": _num_ranks(environment)}
+    here, started = machine(), started_at(os.getpid())
+    if here and started:
+        info |= {"machine": here, "started": started}
     if "SLURM_JOB_ID" in environment:
-        found |= {"job_id": environment["SLURM_JOB_ID"], "nodes": _number(environment.get("SLURM_JOB_NUM_NODES"))}
-    return found
+        info |= {"job_id": environment["SLURM_JOB_ID"], "nodes": _number(environment.get("SLURM_JOB_NUM_NODES"))}
+    return info
 
 
-def is_alive(written: Mapping[str, Any]) -> bool | None:
-    """Whether the process that `whereabouts` described still runs; None where this machine cannot tell."""
-    if "started" not in written or written.get("machine") != _machine():
+def is_alive(info: Mapping[str, Any]) -> bool | None:
+    """Return True if the process that `process_info` described still runs; None if this machine cannot tell."""
+    if "started" not in info or info.get("machine") != machine():
         return None
-    return _started(int(written["pid"])) == written["started"]
+    return started_at(int(info["pid"])) == info["started"]
 
 
 def _num_ranks(environment: Mapping[str, str]) -> int:
@@ -43,20 +45,3 @@ def _num_ranks(environment: Mapping[str, str]) -> int:
 
 def _number(text: str | None) -> int:
     return int(text) if text and text.isdigit() else 1
-
-
-def _machine() -> str | None:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None  # not Linux: then nobody can tell
-
-
-def _started(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot: pids are used again, these pairs are not."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else int(fields[19])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.json_fields import JsonObject
+from karmma_dist.io.json_fields import JsonObject, shown
 from karmma_dist.modalities import MODALITIES, Description, Pictures
 
 SCHEMA = 1
@@ -29,6 +29,10 @@ MANIFEST = "manifest.json"
 
 TAR_NAME = re.compile(r"([A-Za-z0-9_-]+)-\d{6}\.tar")
 """File name of a shard; its group is the split."""
+
+_SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
+_NO_SPLIT = re.compile(r"manifest|failures|.*-\d{6}", re.IGNORECASE)
+"""Names of other files of a folder, and names that already look numbered."""
 
 CLIP_KEY = re.compile(r"[A-Za-z0-9_-]+")
 """Names that a clip can have in a tar: a dot would split them."""
@@ -201,6 +205,22 @@ def check_key(key: str) -> str:
     if not CLIP_KEY.fullmatch(key):
         raise UserError(f"clip key '{key}': only letters, digits, '_' and '-' are allowed")
     return key
+
+
+def split_problem(splits: Iterable[str]) -> str:
+    """Return the problem with names of splits, which begin the names of files, or an empty string."""
+    folded: dict[str, str] = {}
+    for split in splits:
+        if not _SPLIT.fullmatch(split):
+            return (
+                f"{shown(split)} is no name of a split: take at most 100 letters, digits, '_' and '-', not '-' first"
+            )
+        if _NO_SPLIT.fullmatch(split):
+            return f"{shown(split)} is no name of a split: other files are called so"
+        former = folded.setdefault(split.casefold(), split)
+        if former != split:
+            return f"the splits {shown(former)} and {shown(split)} differ only in case: their files could be the same"
+    return ""
 
 
 def member_name(key: str, modality: str) -> str:

@@ -20,7 +20,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.io.files import json_bytes
 from karmma_dist.io.json_fields import JsonObject, shown
 from karmma_dist.modalities import MODALITIES
-from karmma_dist.shards.format import MANIFEST, SCHEMA, TAR_NAME
+from karmma_dist.shards.format import MANIFEST, SCHEMA, TAR_NAME, split_problem
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -46,6 +46,7 @@ class RecordedPlan:
             ValueError: a field is missing or of another type.
         """
         clips = plan.nested("clips")
+        _check_splits(clips, plan.path_of("clips"))
         return cls(
             plan.whole_or_null("limit"), {split: clips.whole(split) for split in clips}, plan.text("sha256", _SHA256),
             plan.others("limit", "clips", "sha256"),
@@ -217,6 +218,7 @@ class Manifest:
             raise values.problem("schema")
         header = DatasetHeader.from_fields(values, with_extra=False)
         splits = values.nested("splits")
+        _check_splits(splits, "splits")
         counts = values.nested("label_counts")
         manifest = cls(
             header,
@@ -284,6 +286,11 @@ def _label_counts(counts: JsonObject, header: DatasetHeader) -> LabelCounts:
         if num_counts != len(names):
             raise ValueError(f"{counts.path_of(head)} has {num_counts} counts, heads.{head} {len(names)} classes")
     return label_counts
+
+
+def _check_splits(splits: JsonObject, path: str) -> None:
+    if problem := split_problem(splits):
+        raise ValueError(f"{path}: {problem}")
 
 
 def _names(splits: Any) -> str:

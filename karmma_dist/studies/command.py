@@ -1,4 +1,4 @@
-"""What `karmma-dist study` does: show the plan, hand it to Slurm, or carry it out and say what came of it."""
+"""The command `karmma-dist study`: show the plan, submit it to Slurm, or carry it out and print the table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 from rich.console import Console
 
 from karmma_dist.evaluation.report import terminal
@@ -19,15 +18,15 @@ from karmma_dist.studies.report import study_table
 from karmma_dist.studies.run import carry_out_study, check_teachers
 from karmma_dist.studies.slurm import plan_arrays, shown_arrays, submit_arrays
 from karmma_dist.studies.study import StudyFile
-from karmma_dist.terminal import print_table
+from karmma_dist.terminal import print_line, print_table
 
 _WIDTH = 140
-"""Columns of a table where stdout is not a terminal: names of runs are long."""
+"""Width of a table if stdout is not a terminal; names of runs are long."""
 
 
 @dataclass(frozen=True)
 class StudyRequest:
-    """The command's options."""
+    """The options of the command."""
 
     file: StudyFile
     seeds: int | None
@@ -38,14 +37,14 @@ class StudyRequest:
 
     @property
     def arguments(self) -> list[str]:
-        """The same study on the command line, carried out where it is started."""
+        """Command-line arguments that carry out the same study locally."""
         words = [str(self.file.path), *(f"--only={label}" for label in self.only)]
         words += [f"--set={override}" for override in self.overrides]
         optional = {"seeds": self.seeds, "out": self.out}
         return [*words, *(f"--{name}={value}" for name, value in optional.items() if value is not None)]
 
     def plan(self) -> StudyPlan:
-        """Return the runs.
+        """Plan the runs.
 
         Raises:
             UserError: see `plan_study`.
@@ -54,7 +53,7 @@ class StudyRequest:
 
 
 def shown_plan(request: StudyRequest) -> None:
-    """Print each run once with its state and cost, and the totals; needs neither shards nor weights.
+    """Print each run once with its state and cost, and the totals. Neither shards nor weights are needed.
 
     Raises:
         UserError: see `plan_costs`.
@@ -63,17 +62,17 @@ def shown_plan(request: StudyRequest) -> None:
     check_teachers(plan)
     costs = plan_costs(plan) if plan.file.study.is_measured else []
     if not costs:
-        click.echo(f"{plan.file.name}: no column needs training")
+        print_line(f"{plan.file.name}: no column needs training")
         return
     print_plan(plan, costs)
 
 
 def submitted(request: StudyRequest, is_dry: bool) -> list[str]:
-    """Submit the study and return a line per job, or with `is_dry` the shell lines that would.
+    """Submit the study and return a line per job; with `is_dry`, only return the shell commands.
 
     Args:
-        request: The options.
-        is_dry: True if nothing is to be submitted.
+        request: Options of the command.
+        is_dry: True to submit nothing.
 
     Raises:
         UserError: see `plan_study`, `plan_arrays` and `submit_arrays`.
@@ -90,27 +89,27 @@ def submitted(request: StudyRequest, is_dry: bool) -> list[str]:
 
 
 def carry_out(request: StudyRequest) -> bool:
-    """Carry a study out and print its table; return False where a run is missing.
+    """Carry out a study and print its table; return False if a run is missing.
 
     Raises:
         UserError: see `carry_out_study`.
-        Stopped: by a signal.
+        Stopped: a signal stopped the study.
     """
     plan = request.plan()
     with Progress() as progress:
         done = carry_out_study(
-            plan, request.out or plan.out, request.local, progress, lambda line: click.echo(line, err=True)
+            plan, request.out or plan.out, request.local, progress, lambda line: print_line(line, err=True)
         )
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     terminal.print_table(study_table(done.report), console, has_asides=False)
-    click.echo(f"report: {done.path}")
-    for name, why in done.report.missing.items():
-        click.echo(f"missing: {name}: {why}", err=True)
+    print_line(f"report: {done.path}")
+    for name, reason in done.report.missing.items():
+        print_line(f"missing: {name}: {reason}", err=True)
     return not done.report.missing
 
 
 def print_plan(plan: StudyPlan, costs: Sequence[RunCost]) -> None:
-    """Print a line per run, in the order to train them, and what each row and the study cost."""
+    """Print a line per run, in training order, and the cost of each row and of the study."""
     places = {cost.run.name: place for place, cost in enumerate(costs, 1)}
     rows = []
     for place, cost in enumerate(costs, 1):
@@ -125,20 +124,20 @@ def print_plan(plan: StudyPlan, costs: Sequence[RunCost]) -> None:
 
 
 def total_lines(plan: StudyPlan, costs: Sequence[RunCost]) -> list[str]:
-    """Return the cost per row, runs that rows share counted with each of them, and of the study, each run once."""
+    """Return the cost of each row, including shared runs, and of the study, which counts each run once."""
     lines = []
     for label in plan.chosen:
-        own = [cost for cost in costs if label in cost.run.labels]
-        shared = sum(len(cost.run.labels) > 1 for cost in own)
+        row_costs = [cost for cost in costs if label in cost.run.labels]
+        shared = sum(len(cost.run.labels) > 1 for cost in row_costs)
         aside = f", {shared} of them shared with other rows" if shared else ""
-        lines.append(f"{label}: {_sum(own)} in {len(own)} run{'s' * (len(own) != 1)}{aside}")
+        lines.append(f"{label}: {_sum(row_costs)} in {len(row_costs)} run{'s' * (len(row_costs) != 1)}{aside}")
     left = [cost for cost in costs if cost.state != "finished"]
     lines.append(f"study: {_sum(costs)} in {len(costs)} runs; not finished: {_sum(left)} in {len(left)}")
     return lines
 
 
 def flops_text(flops: float | None) -> str:
-    """Return FLOPs as a person reads them: 1.23e+18."""
+    """Return FLOPs as text, such as `1.23e+18`, or `?` if unknown."""
     return "?" if flops is None else f"{flops:.2e}"
 
 

@@ -1,6 +1,6 @@
-"""What a study costs before anything is trained: FLOPs of every run, and the figures of columns that need no training.
+"""The cost of a study before any training: FLOPs of every run, and the figures of columns that need no training.
 
-Counted on the meta device: neither shards nor weights are needed.
+Costs are counted on the meta device, so neither shards nor weights are needed.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ from karmma_dist.studies.study import Column, Study
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a run computes until it is finished."""
+    """The computation of a full training run."""
 
     run: StudyRun
     state: State
     clips: int | None
-    """Training clips; None: neither the shards nor the study say it."""
+    """Number of training clips; None: neither the shards nor the study give it."""
     flops: float | None
-    """All forward and backward passes, and a teacher's forward passes; None where `clips` is."""
+    """FLOPs of all forward and backward passes, including a teacher's forward passes; None if `clips` is None."""
 
 
 class Counter:
-    """Counts models of a study, each architecture once."""
+    """Counter of the costs of a study's models; each architecture is counted once."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
         self._counted: dict[str, ClipFlops] = {}
 
     def heads(self, recipe: Recipe) -> dict[str, int]:
-        """Return classes per head: of the shards where they are, else what the recipe or the study says.
+        """Return the number of classes per head, from the shards if they exist, else from the recipe or the study.
 
         Raises:
-            UserError: nobody says.
+            UserError: the number is unknown.
         """
         folder = _shards(recipe)
         known = None if folder is None else {head: len(names) for head, names in folder.classes.items()}
-        found = known or dict(recipe.data.heads) or dict(self._study.heads)
-        if not found:
+        heads = known or dict(recipe.data.heads) or dict(self._study.heads)
+        if not heads:
             raise UserError(
-                f"{recipe.name}: the number of classes is not known: there are no shards in {recipe.data.shards}, and "
-                "neither data.heads nor the study's heads say it"
+                f"{recipe.name}: the number of classes is unknown: {recipe.data.shards} has no shards, and neither "
+                "data.heads nor the study's heads are set"
             )
-        return found
+        return heads
 
     def clips(self, recipe: Recipe) -> int | None:
-        """Return the number of training clips, of the shards where they are, else what the study says."""
+        """Return the number of training clips, from the shards if they exist, else from the study; None: unknown."""
         folder = _shards(recipe)
         if folder is None:
             return self._study.clips
@@ -68,28 +68,28 @@ class Counter:
         return 0 if split is None else sum(shard.num_clips for shard in split.shards)
 
     def model(self, recipe: Recipe, modalities: Sequence[str] | None = None) -> KarmmaModel:
-        """Return a recipe's model without weights, or one that holds only some of its modalities."""
+        """Return a recipe's model on the meta device, or a model with only some of its modalities."""
         return meta_model(recipe.model, recipe.inputs, modalities or recipe.modalities, self.heads(recipe))
 
     def clip_flops(self, recipe: Recipe) -> ClipFlops:
-        """Return FLOPs of one clip, by part."""
+        """Return the FLOPs of one clip by part of the model."""
         key = repr((recipe.model.model_dump(), recipe.inputs.model_dump(), recipe.modalities, self.heads(recipe)))
         if key not in self._counted:
             self._counted[key] = flops_per_clip(self.model(recipe))
         return self._counted[key]
 
     def training_flops(self, run: StudyRun, runs: Mapping[str, StudyRun]) -> float | None:
-        """Return FLOPs of a whole training, its teachers' forward passes included; None: clips are not counted."""
+        """Return the FLOPs of a full training with its teachers' forward passes; None: the clips are not known."""
         recipe, clips = run.recipe, self.clips(run.recipe)
         if clips is None:
             return None
         present = _expected_present(recipe, clips)
-        own = self.clip_flops(recipe).training({m: present[m] for m in recipe.modalities}, clips)
+        trained = self.clip_flops(recipe).training({m: present[m] for m in recipe.modalities}, clips)
         taught = sum(_forward(self.clip_flops(runs[name].recipe), present, clips) for name in _teachers(run))
-        return float(recipe.training.epochs * (own + taught))
+        return float(recipe.training.epochs * (trained + taught))
 
     def cost_figure(self, recipe: Recipe, column: Column) -> float | None:
-        """Return the figure of a column that needs no training; None: the model lacks the modalities."""
+        """Return the figure of a column that needs no training; None: the model lacks the column's modalities."""
         modalities = recipe.modalities
         shown = column.subset or modalities
         if not set(shown) <= set(modalities):
@@ -110,10 +110,10 @@ class Counter:
 
 
 def plan_costs(plan: StudyPlan) -> list[RunCost]:
-    """Count every run of the chosen rows, in the order to train them.
+    """Return the cost of every run of the chosen rows, in training order.
 
     Raises:
-        UserError: the number of classes is not known, or a folder holds a run of another recipe.
+        UserError: the number of classes is unknown, or a folder holds a run of another recipe.
     """
     counter = Counter(plan.file.study)
     return [
@@ -123,7 +123,7 @@ def plan_costs(plan: StudyPlan) -> list[RunCost]:
 
 
 def _shards(recipe: Recipe) -> ShardFolder | None:
-    """The recipe's shards, if they lie on this machine."""
+    """Return the recipe's shards if they are on this machine."""
     folder = Path(recipe.data.shards)
     return _opened(str(folder)) if (folder / MANIFEST).is_file() else None
 
@@ -134,14 +134,17 @@ def _opened(folder: str) -> ShardFolder:
 
 
 def _expected_present(recipe: Recipe, clips: int) -> dict[str, int]:
-    """Clips of an epoch that bring each modality, on average, of clips that have all: one of the model's is kept."""
+    """Return the expected number of clips per epoch with each modality, assuming that all clips have all modalities.
+
+    Modality dropout keeps at least one modality of the model.
+    """
     p, num = recipe.data.modality_dropout.probability, len(recipe.modalities)
-    own = (1 - p) + p**num / num
-    return {m: round(clips * (own if m in recipe.modalities else 1 - p)) for m in recipe.data.modalities}
+    kept = (1 - p) + p**num / num
+    return {m: round(clips * (kept if m in recipe.modalities else 1 - p)) for m in recipe.data.modalities}
 
 
 def _teachers(run: StudyRun) -> list[str]:
-    """Names of the runs that teach it online."""
+    """Return the names of the runs that teach a run online."""
     distill = run.recipe.distill
     if distill is None:
         return []
@@ -150,7 +153,7 @@ def _teachers(run: StudyRun) -> list[str]:
 
 
 def _forward(counted: ClipFlops, present: Mapping[str, int], clips: int) -> int:
-    """A teacher's forward passes; an expert of one modality sees only the clips that have it."""
+    """Return the FLOPs of a teacher's forward passes; an expert of one modality sees only the clips that have it."""
     seen = {modality: present.get(modality, 0) for modality in counted.encoders}
     if not any(seen.values()):
         return 0

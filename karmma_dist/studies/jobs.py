@@ -1,12 +1,11 @@
-"""Train runs as child processes of this machine, some side by side, each after those it needs.
+"""Train runs as child processes on this machine, several in parallel, each after the runs that it needs.
 
-A child is `karmma-dist train RECIPE_FILE`, which resumes by itself; it dies with this process. INT, TERM and USR2 are
-passed on: children save and end. A run that another study trains at the same time is waited for.
+A child is `karmma-dist train RECIPE_FILE`, which resumes automatically and dies with this process. SIGINT, SIGTERM and
+SIGUSR2 are forwarded: children save and exit. If another study is training a run, this study waits for it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from karmma_dist.errors import ERROR_FILE, LOST_RANK, Stopped, one_line
-from karmma_dist.io.files import write_whole
+from karmma_dist.io.files import append
+from karmma_dist.io.locks import FileLock
 from karmma_dist.launching.local import rank_command
 from karmma_dist.processes import dying_with_parent, kill_sessions, signal_name
 from karmma_dist.progress import Report, silent
@@ -27,10 +26,10 @@ from karmma_dist.runs.folder import epoch_under_way
 from karmma_dist.studies.plan import StudyRun
 
 LOCK = ".study.lock"
-"""File in a run's folder that a study holds while it trains the run."""
+"""Lock file in a run's folder, held by the study that trains the run."""
 
 _GRACE_S = 60.0
-"""How long children may go on after Ctrl-C before they are killed."""
+"""Time in seconds that children have to exit after a signal before they are killed."""
 _LOOK_EVERY_S = 1.0
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _AWAITED = {signal.SIGCHLD, *_FORWARDED}
@@ -41,19 +40,19 @@ Say = Callable[[str], None]
 
 @dataclass
 class _Child:
-    """A training under way."""
+    """A training in progress."""
 
     run: StudyRun
     slot: int
     process: subprocess.Popen[bytes]
-    lock: IO[bytes]
+    lock: FileLock
     words: Path
     epoch: int = -1
     started: float = field(default_factory=time.monotonic)
 
 
 def recipe_file(folder: Path, run: StudyRun) -> Path:
-    """Return where the resolved recipe of a run is written, for a study that reports into `folder`."""
+    """Return the path of the resolved recipe of a run, for a study that reports into `folder`."""
     return folder / "recipes" / f"{run.name}.yaml"
 
 
@@ -61,7 +60,7 @@ def write_recipe(folder: Path, run: StudyRun) -> Path:
     """Write the resolved recipe of a run and return its path."""
     path = recipe_file(folder, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: save_recipe(run.recipe, temporary))
+    save_recipe(run.recipe, path)
     return path
 
 
@@ -71,18 +70,18 @@ def train_runs(
     """Train all runs that are not finished.
 
     Args:
-        runs: Each after those it needs.
-        folder: Where their recipe files and logs go.
-        num_at_once: Children side by side.
-        say: Told in one line when a run begins and ends.
-        progress: Told when a run comes to another epoch.
+        runs: Runs, each after the runs that it needs.
+        folder: Folder for recipe files and logs.
+        num_at_once: Number of children that run in parallel.
+        say: Called with one line when a run starts or ends.
+        progress: Called when a run reaches another epoch.
 
     Returns:
-        Why a run is not finished, in one line, for each that is not.
+        The reason in one line for every run that is not finished, by name.
 
     Raises:
         UserError: a folder holds a run of another recipe.
-        Stopped: by a signal, once the children have saved.
+        Stopped: a signal arrived, and the children have saved.
     """
     unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     workshop = _Workshop(folder, num_at_once, say, progress, unmasked)
@@ -94,7 +93,7 @@ def train_runs(
 
 
 class _Workshop:
-    """Children and what is left to do."""
+    """The running children and the remaining runs."""
 
     def __init__(
         self, folder: Path, num_at_once: int, say: Say, progress: Report, unmasked: set[int | signal.Signals]
@@ -108,7 +107,7 @@ class _Workshop:
         self._gpus = _visible_gpus()
 
     def train(self, runs: Sequence[StudyRun]) -> dict[str, str]:
-        """See `train_runs`."""
+        """Train the runs: see `train_runs`."""
         waiting = {run.name: run for run in runs}
         while waiting or self._children:
             self._give_up(waiting)
@@ -124,7 +123,7 @@ class _Workshop:
         return self._failed
 
     def _give_up(self, waiting: dict[str, StudyRun]) -> None:
-        """Take out what waits for a run that failed."""
+        """Mark runs as failed that need a failed run."""
         for run in list(waiting.values()):
             lost = next((need for need in run.needs if need in self._failed), None)
             if lost is not None:
@@ -135,23 +134,21 @@ class _Workshop:
         return any(child.run.name == name for child in self._children)
 
     def _start(self, run: StudyRun) -> bool | None:
-        """Start a child. False: the run is finished. None: another study trains it."""
+        """Start a child and return True; return False if the run is finished, None if another study trains it."""
         run.recipe.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run.recipe.run_dir / LOCK, "ab")  # noqa: SIM115 - held while the child runs
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
+        lock = FileLock(run.recipe.run_dir / LOCK)  # held while the child runs
+        if not lock.take(wait=False):
+            lock.release()
             return None
         if run.state() == "finished":
-            lock.close()
+            lock.release()
             return False
         path = write_recipe(self._folder, run)
         words = self._folder / "logs" / f"{run.name}.error"
         words.parent.mkdir(parents=True, exist_ok=True)
         words.unlink(missing_ok=True)
         slot = self._free.pop(0)
-        with open(words.with_suffix(".log"), "ab") as log:
+        with append(words.with_suffix(".log")) as log:
             process = subprocess.Popen(
                 rank_command(["train", str(path)]), env={**os.environ, **self._environment(slot, words)},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=self._prepare,
@@ -162,10 +159,10 @@ class _Workshop:
 
     def _environment(self, slot: int, words: Path) -> dict[str, str]:
         threads = max(1, len(os.sched_getaffinity(0)) // self._num_at_once)
-        own = {ERROR_FILE: str(words), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}
+        variables = {ERROR_FILE: str(words), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}
         if self._gpus:
-            own["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
-        return own
+            variables["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
+        return variables
 
     def _wait(self) -> None:
         received = signal.sigtimedwait(_AWAITED, _LOOK_EVERY_S)
@@ -180,7 +177,7 @@ class _Workshop:
                 self._progress(f"train {child.run.name}", epoch, child.run.recipe.training.epochs, "epochs")
 
     def _end(self, number: int) -> None:
-        """Pass a signal on, wait for the children and raise."""
+        """Forward a signal, wait for the children and raise `Stopped`."""
         for child in self._children:
             child.process.send_signal(number)
         deadline = time.monotonic() + _GRACE_S
@@ -191,7 +188,7 @@ class _Workshop:
                 self._say(f"train {child.run.name}: killed, since it had not ended {_GRACE_S:.0f} s after the signal")
         code = 130 if number == signal.SIGINT else _PREEMPTED
         names = ", ".join(child.run.name for child in self._children) or "no run"
-        raise Stopped(f"interrupted while {names} trained: run the same command again to go on", code)
+        raise Stopped(f"interrupted while {names} trained: run the same command again to resume", code)
 
     def _collect(self) -> None:
         for child in list(self._children):
@@ -200,7 +197,7 @@ class _Workshop:
                 continue
             self._children.remove(child)
             self._free.append(child.slot)
-            child.lock.close()
+            child.lock.release()
             if code == 0:
                 epochs = child.run.recipe.training.epochs
                 self._progress(f"train {child.run.name}", epochs, epochs, "epochs")
@@ -210,22 +207,22 @@ class _Workshop:
                 self._say(f"train {child.run.name}: failed: {self._failed[child.run.name]}")
 
     def kill(self) -> None:
-        """End what is left of every child's session."""
+        """Kill all remaining processes of the children's sessions."""
         kill_sessions([child.process for child in self._children])
         for child in self._children:
-            child.lock.close()
+            child.lock.release()
 
 
 def _last_words(child: _Child, code: int) -> str:
     lines = child.words.read_text().splitlines() if child.words.is_file() else []
     if lines:
         return one_line(lines[-1].removeprefix(LOST_RANK).removeprefix("error: "))
-    how = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
-    return f"{how}: see {child.words.with_suffix('.log')}"
+    cause = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
+    return f"{cause}: see {child.words.with_suffix('.log')}"
 
 
 def _visible_gpus() -> list[str]:
-    """Numbers or names of the GPUs that children may be given one each of."""
+    """Return numbers or names of the GPUs; each child gets one of them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name.strip()]

@@ -1,8 +1,8 @@
-"""The runs that a study needs, in order: each recipe with its overrides once per seed, however many rows use it.
+"""The runs that a study needs, in training order: each recipe with its overrides once per seed, shared by all rows.
 
-A run is named after its recipe, what its overrides change, and its seed: `grid_epic/teacher+epochs50-1f3a@seed1`. What
-recipes say of each other's runs (a teacher, starting weights, `after`) follows these names, so the same training is
-shared by all rows of a study, and by all studies.
+The name of a run consists of its recipe, the changes by its overrides, and its seed:
+`grid_epic/teacher+epochs50-1f3a@seed1`. References between recipes (a teacher, starting weights, `after`) are changed
+to these names, so all rows of a study, and all studies, share the same training.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class StudyRun:
     """One training."""
 
     recipe: Recipe
-    """Resolved, under the run's own name."""
+    """Resolved recipe, with the name of the run."""
     needs: tuple[str, ...]
-    """Names of the runs that have to be finished before."""
+    """Names of the runs that must be finished first."""
     group: str
-    """The name without its seed: runs of a group differ in nothing else."""
+    """Name without the seed; runs of a group differ only in their seed."""
     labels: list[str] = field(default_factory=list)
-    """Rows that it is trained for, in part or whole."""
+    """Labels of the rows that need the run, directly or indirectly."""
 
     @property
     def name(self) -> str:
@@ -48,10 +48,10 @@ class StudyRun:
         return self.recipe.name
 
     def state(self) -> State:
-        """Look whether it is finished.
+        """Return the state of the run on disk.
 
         Raises:
-            UserError: its folder holds a run of another recipe.
+            UserError: the folder holds a run of another recipe.
         """
         folder = self.recipe.run_dir
         is_finished = read_state(folder).get("state") == "finished"
@@ -68,13 +68,13 @@ class StudyPlan:
     file: StudyFile
     seeds: list[int]
     runs: dict[str, StudyRun]
-    """By name, each after those it needs."""
+    """Runs by name, each after the runs that it needs."""
     cells: dict[tuple[str, int], str]
-    """The run of each row and seed."""
+    """Name of the run for each row label and seed."""
     chosen: list[str]
-    """Labels of the rows to train; the others are reported where they are finished."""
+    """Labels of the rows to train; other rows are reported if they are finished."""
     overrides: tuple[str, ...]
-    """Of all runs, from the command line."""
+    """Overrides of all runs, from the command line."""
 
     @property
     def out(self) -> Path:
@@ -87,7 +87,7 @@ class StudyPlan:
         return [run for run in self.runs.values() if set(run.labels) & set(self.chosen)]
 
     def weights_of(self, label: str, seed: int) -> Path:
-        """Return the folder of the weights that a row shows for one seed."""
+        """Return the folder of the weights that are evaluated for a row and seed."""
         folder = self.runs[self.cells[label, seed]].recipe.run_dir
         return folder / BEST if self.file.study.row(label).weights == "best" else folder
 
@@ -99,12 +99,13 @@ def plan_study(
 
     Args:
         file: The study.
-        num_seeds: Trainings of each row; None: as the study says.
-        only: Labels of the rows to train; none: all of them.
-        overrides: `a.b=c`, of every run.
+        num_seeds: Trainings of each row; None: the study's number.
+        only: Labels of the rows to train; empty: all rows.
+        overrides: Overrides `a.b=c` of every run.
 
     Raises:
-        UserError: naming study and row: no such recipe, an unknown field, two trainings under one name.
+        UserError: a recipe is missing, a field is unknown, or two trainings have the same name; the message names study
+            and row.
     """
     chosen = choose_rows(file, only)
     planner = _Planner(tuple(overrides))
@@ -127,14 +128,14 @@ def _naming(file: StudyFile, row: Row) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Place:
-    """What a name of a recipe became."""
+    """The run to which a recipe's name was resolved."""
 
     run: str
     suffix: str
 
 
 class _Planner:
-    """Collects runs, each once."""
+    """Collector of the runs of a study, each once."""
 
     def __init__(self, overrides: tuple[str, ...]) -> None:
         self.runs: dict[str, StudyRun] = {}
@@ -151,17 +152,19 @@ class _Planner:
         name = self._visit(row.recipe, row, seed, used, waiting=()).run
         unused = next((other for other in row.set_of if other not in used), None)
         if unused is not None:
-            raise UserError(f"set_of names '{unused}', which {row.recipe} does not come after: {', '.join(used)} are")
+            raise UserError(
+                f"set_of names '{unused}', which {row.recipe} does not come after: it comes after {', '.join(used)}"
+            )
         return name
 
     def _visit(self, source: str, row: Row, seed: int, used: set[str], waiting: tuple[str, ...]) -> _Place:
         plain = load_recipe(source)
         if plain.name in waiting:
             raise UserError(f"recipes wait for each other: {' -> '.join([*waiting, plain.name])}")
-        own = row.set if not waiting else row.set_of.get(plain.name, [])
+        changes = row.set if not waiting else row.set_of.get(plain.name, [])
         used |= {plain.name} if waiting else set()
-        recipe = load_recipe(source, [*own, *self._overrides, f"seed={seed}"])
-        of_row = load_recipe(source, [*own, f"seed={seed}"]) if self._overrides else recipe
+        recipe = load_recipe(source, [*changes, *self._overrides, f"seed={seed}"])
+        row_recipe = load_recipe(source, [*changes, f"seed={seed}"]) if self._overrides else recipe
         earlier = {
             load_recipe(name).name: self._visit(name, row, seed, used, (*waiting, plain.name))
             for name in recipe.after
@@ -170,7 +173,7 @@ class _Planner:
         given = row.suffix if not waiting else None
         suffix = _suffix(plain, recipe, below) if given is None else f"+{given}"
         if given is not None:
-            suffix += _suffix(of_row, recipe, []).replace("+", "-", 1)
+            suffix += _suffix(row_recipe, recipe, []).replace("+", "-", 1)
         group = f"{plain.name}{suffix}"
         return _Place(self._enter(_referring(recipe, earlier), group, plain.name, earlier, row, seed), suffix)
 
@@ -181,22 +184,22 @@ class _Planner:
         name = self._known.setdefault(content, f"{group}@seed{seed}")
         needs = tuple(dict.fromkeys(place.run for place in earlier.values()))
         run = StudyRun(recipe.model_copy(update={"name": name}), needs, name.rpartition("@")[0])
-        there = self.runs.setdefault(name, run)
-        if there.recipe != run.recipe:
-            what = ", ".join(differing_fields(there.recipe, run.recipe)) or "settings"
+        known = self.runs.setdefault(name, run)
+        if known.recipe != run.recipe:
+            fields = ", ".join(differing_fields(known.recipe, run.recipe)) or "settings"
             raise UserError(
-                f"its run {name} is also that of row '{there.labels[0]}', with other {what}: give one of them another "
-                "suffix"
+                f"row '{known.labels[0]}' has a run of the same name {name}, but with other {fields}: give one of the "
+                "rows another suffix"
             )
-        if row.label not in there.labels:
-            there.labels.append(row.label)
+        if row.label not in known.labels:
+            known.labels.append(row.label)
         return name
 
 
 def _suffix(plain: Recipe, recipe: Recipe, below: Sequence[str]) -> str:
-    """What overrides change of what is learned, for the run's name; empty: nothing.
+    """Return a suffix for the run's name that describes changed fields that affect learning; empty without changes.
 
-    `below` are the suffixes of the runs that this one builds on.
+    `below` holds the suffixes of the runs that this run builds on.
     """
     changes = {
         key: after
@@ -212,7 +215,7 @@ def _suffix(plain: Recipe, recipe: Recipe, below: Sequence[str]) -> str:
 
 
 def _referring(recipe: Recipe, earlier: Mapping[str, _Place]) -> Recipe:
-    """The recipe with its references following the runs of the study."""
+    """Return the recipe with its references to other recipes changed to the runs of the study."""
     runs_dir = Path(recipe.runs_dir)
 
     def follow(reference: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The results of a study: results.json for scripts, report.md and report.html for people, a table for the terminal.
+"""The report of a study: results.json for scripts, report.md and report.html for people, a table for the terminal.
 
     OUT/results.json   report.md   report.html   drop_curve.png
 """
@@ -38,29 +38,29 @@ class ReportRow:
 
     row: Row
     runs: dict[int, str]
-    """The run of each seed."""
+    """Name of the run for each seed."""
     evaluated: list[int]
     """Seeds that were evaluated."""
     cells: dict[str, Summary]
-    """By column name."""
+    """Figures by column name."""
     curve: dict[float, Summary] = field(default_factory=dict)
-    """Action top-1 by drop probability, where the study sweeps."""
+    """Action top-1 by drop probability; empty without a sweep."""
 
 
 @dataclass(frozen=True)
 class StudyReport:
-    """Everything the report shows."""
+    """The content of a study's report."""
 
     name: str
     study: Study
     seeds: list[int]
     overrides: Sequence[str]
     num_clips: int
-    """Evaluated clips; 0: nothing was evaluated."""
+    """Number of evaluated clips; 0: nothing was evaluated."""
     rows: list[ReportRow]
     tests: list[Test]
     missing: dict[str, str]
-    """Why a run is not in the table, by its name."""
+    """Reason why a run is not in the table, by its name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of results.json."""
@@ -74,20 +74,20 @@ class StudyReport:
             "columns": [column.model_dump(mode="json") for column in self.study.columns],
             "rows": [
                 {
-                    "label": one.row.label,
-                    "recipe": one.row.recipe,
-                    "set": one.row.set,
-                    "weights": one.row.weights,
-                    "runs": one.runs,
-                    "evaluated": one.evaluated,
+                    "label": entry.row.label,
+                    "recipe": entry.row.recipe,
+                    "set": entry.row.set,
+                    "weights": entry.row.weights,
+                    "runs": entry.runs,
+                    "evaluated": entry.evaluated,
                     "cells": {
-                        name: {**asdict(cell), "published": one.row.published.get(name)}
-                        for name, cell in one.cells.items()
+                        name: {**asdict(cell), "published": entry.row.published.get(name)}
+                        for name, cell in entry.cells.items()
                     },
-                    "curve": [{"drop_prob": p, **asdict(point)} for p, point in one.curve.items()],
-                    "note": one.row.note,
+                    "curve": [{"drop_prob": p, **asdict(point)} for p, point in entry.curve.items()],
+                    "note": entry.row.note,
                 }
-                for one in self.rows
+                for entry in self.rows
             ],
             "tests": [asdict(test) for test in self.tests],
             "missing": self.missing,
@@ -96,68 +96,71 @@ class StudyReport:
 
 
 def write_study_report(report: StudyReport, folder: Path) -> Path:
-    """Write everything into `folder`, which is made if missing, each file whole or not at all; return report.md."""
+    """Write all files of the report into `folder`, which is created if missing, and return the path of report.md.
+
+    Each file is written whole or not at all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULTS, report.to_dict())
     return write_page(folder, study_page(report))
 
 
 def study_page(report: StudyReport) -> Page:
-    """Return the report: what came out, the curves, the table, tests and seeds."""
+    """Return the report: main result, curves, table, tests and seeds."""
     pictures = [picture] if (picture := _curve_picture(report)) is not None else []
     sections = [
         Section("table", "The table", tables=[study_table(report)], short="Table"),
         Section("tests", "Tests", tables=[_test_table(report.tests)]),
-        Section("seeds", "Every seed", tables=[_seed_table(report)]),
-        Section("missing", "Not in the table", [f"{name}: {reason}" for name, reason in report.missing.items()]),
+        Section("seeds", "Figures per seed", tables=[_seed_table(report)]),
+        Section("missing", "Missing runs", [f"{name}: {reason}" for name, reason in report.missing.items()]),
         Section("notes", "Notes", _notes(report)),
     ]
-    said = [sentence for sentence in (_headline(report), report.study.caption) if sentence]
-    return Page(report.study.title, Section("outcome", "", said, pictures=pictures), sections)
+    sentences = [sentence for sentence in (_headline(report), report.study.caption) if sentence]
+    return Page(report.study.title, Section("outcome", "", sentences, pictures=pictures), sections)
 
 
 def study_table(report: StudyReport) -> Table:
-    """Return the table: a line per row of the study, or per column where these are more."""
+    """Return the table: one line per row of the study, or per column if the study has more columns than rows."""
     header, body = _grid(report)
     return Table(report.study.title, header, body, caption=_caption(report))
 
 
 def _headline(report: StudyReport) -> str:
-    """Which row is the best, and by which figure: the first that is tested."""
+    """Return a sentence that names the best row by the first tested column."""
     column = next(iter(report.study.tested_columns), None)
-    means = {} if column is None else {one.row.label: one.cells[column.name].mean for one in report.rows}
+    means = {} if column is None else {entry.row.label: entry.cells[column.name].mean for entry in report.rows}
     known = {label: mean for label, mean in means.items() if mean is not None}
     if column is None or not known:
         return ""
     ranked = sorted(known, key=lambda label: known[label], reverse=not column.lower_is_better)
-    best = next(one.cells[column.name] for one in report.rows if one.row.label == ranked[0])
-    shown = f"{_short(best)} {interval(best.ci)}".strip()
+    best = next(entry.cells[column.name] for entry in report.rows if entry.row.label == ranked[0])
+    figure = f"{_short(best)} {interval(best.ci)}".strip()
     if len(ranked) == 1:
-        return f"“{ranked[0]}” has {column.name} {shown}."
+        return f"“{ranked[0]}”: {column.name} {figure}."
     certainty = _certainty(report, column, *ranked[:2])
-    return f"Of {len(ranked)} rows, “{ranked[0]}” has the best {column.name}: {shown}{certainty}."
+    return f"Of {len(ranked)} rows, “{ranked[0]}” is best in column “{column.name}”: {figure}{certainty}."
 
 
 def _certainty(report: StudyReport, column: Column, best: str, second: str) -> str:
-    """Whether the lead in a column would hold with other seeds and clips."""
+    """Return whether the lead in a column is significant over seeds and clips, in words; empty without a test."""
     tests = [test for test in report.tests if test.column == column.name]
     test = next((test for test in tests if {test.first, test.second} == {best, second}), None)
     if test is None or test.p_holm is None:
         return ""
-    hold = "is within the sampling error" if test.p_holm >= LEVEL else "would hold with other seeds and clips"
-    return f"; its lead over “{second}” {hold}, {p_equals(test.p_holm)}"
+    certainty = "is not significant" if test.p_holm >= LEVEL else "is significant"
+    return f"; its lead over “{second}” {certainty}, {p_equals(test.p_holm)}"
 
 
 def _grid(report: StudyReport) -> tuple[list[str], list[TableLine]]:
-    """Header and lines: a line per row of the study, or per column where these are more; published beside ours."""
-    columns = report.study.columns
-    ours = [[_cell(one.cells[column.name]) for column in columns] for one in report.rows]
+    """Return header and lines of the table, with published figures next to ours: see `study_table`."""
+    columns, rows = report.study.columns, report.rows
+    ours = [[_cell(entry.cells[column.name]) for column in columns] for entry in rows]
     for c, column in enumerate(columns):
-        _mark_best([line[c] for line in ours], [one.cells[column.name].mean for one in report.rows], column, ours, c)
-    published = [[_number(one.row.published.get(column.name)) for column in columns] for one in report.rows]
-    labels, names = [one.row.label for one in report.rows], [column.name for column in columns]
+        _mark_best([line[c] for line in ours], [entry.cells[column.name].mean for entry in rows], column, ours, c)
+    published = [[_number(entry.row.published.get(column.name)) for column in columns] for entry in rows]
+    labels, names = [entry.row.label for entry in rows], [column.name for column in columns]
     if len(columns) > len(labels):
-        ours, published = [[*line] for line in zip(*ours, strict=True)], [[*of] for of in zip(*published, strict=True)]
+        ours, published = list(map(list, zip(*ours, strict=True))), list(map(list, zip(*published, strict=True)))
         labels, names = names, labels
     has_published = [any(line[place] for line in published) for place in range(len(names))]
     header = ["", *(text for name, has in zip(names, has_published, strict=True)
@@ -179,7 +182,7 @@ def _grid(report: StudyReport) -> tuple[list[str], list[TableLine]]:
 def _mark_best(
     cells: Sequence[Cell], means: Sequence[float | None], column: Column, ours: list[list[Cell]], place: int
 ) -> None:
-    """Mark the best of a column, where there are several to choose from and it is no cost."""
+    """Mark the best cell of a column in `ours`, unless the column is a cost or its values do not differ."""
     known = [mean for mean in means if mean is not None]
     if len(known) < 2 or column.is_cost or _number(min(known)) == _number(max(known)):
         return
@@ -190,15 +193,15 @@ def _mark_best(
 
 
 def _seed_table(report: StudyReport) -> Table:
-    """Each seed's own figures, where there are several seeds."""
+    """Return the figures of each seed; empty for a single seed."""
     columns = [column for column in report.study.columns if not column.is_cost]
     body = [
-        [f"{one.row.label}, seed {seed}", *(_number(one.cells[c.name].per_seed.get(seed)) or NONE for c in columns)]
-        for one in report.rows
-        for seed in one.evaluated
+        [f"{entry.row.label}, seed {seed}", *(_number(entry.cells[c.name].per_seed.get(seed)) or NONE for c in columns)]
+        for entry in report.rows
+        for seed in entry.evaluated
         if len(report.seeds) > 1 and columns
     ]
-    return Table("Every seed", ["", *(column.name for column in columns)], body)
+    return Table("Figures per seed", ["", *(column.name for column in columns)], body)
 
 
 def _test_table(tests: Sequence[Test]) -> Table:
@@ -218,34 +221,34 @@ def _caption(report: StudyReport) -> str:
     parts = []
     if report.num_clips:
         several = len(report.seeds) > 1
-        spread = "mean over seeds ± their standard deviation; intervals hold 95 % over seeds and clips"
-        only = "one seed: intervals are over clips only, and do not hold how much another training would differ"
+        spread = "mean ± standard deviation over seeds; 95 % intervals over seeds and clips"
+        only = "95 % intervals over clips only, without the variation between trainings"
         parts = [f"{len(report.seeds)} seed{'s' * several}, {report.num_clips:,} clips", spread if several else only]
     if report.overrides:
-        parts.append(f"every run with {', '.join(report.overrides)}")
+        parts.append(f"all runs with {', '.join(report.overrides)}")
     return "; ".join(parts)
 
 
 def _notes(report: StudyReport) -> list[str]:
-    rows = [f"{one.row.label}: {one.row.note}" for one in report.rows if one.row.note]
+    rows = [f"{entry.row.label}: {entry.row.note}" for entry in report.rows if entry.row.note]
     tests = []
     if report.tests:
         tests.append(
-            "Tests are paired on clips and seeds, and corrected by Holm over all tests of the study. The bootstrap "
-            "draws seeds and clips together; the t-test compares the rows' figures seed by seed."
+            "Tests are paired on clips and seeds, and p-values are corrected with Holm's method over all tests of the "
+            "study. The bootstrap draws both seeds and clips; the t-test compares the figures of two rows seed by seed."
         )
-    fewer = [one.row.label for one in report.rows if one.evaluated and len(one.evaluated) < len(report.seeds)]
+    fewer = [entry.row.label for entry in report.rows if 0 < len(entry.evaluated) < len(report.seeds)]
     if fewer:
-        tests.append(f"Fewer seeds than the others have: {', '.join(fewer)}.")
+        tests.append(f"Rows with fewer seeds than planned: {', '.join(fewer)}.")
     return [*report.study.notes, *rows, *tests]
 
 
 def _curve_picture(report: StudyReport) -> Picture | None:
-    """The rows over the drop probability, with their intervals as bands; None: nothing was swept."""
+    """Return the plot of the rows over the drop probability, with intervals as bands; None: nothing was swept."""
     lines: dict[str, Line] = {
-        one.row.label: {100 * p: Point(point.mean, *(point.ci or ())) for p, point in one.curve.items()}
-        for one in report.rows
-        if one.curve
+        entry.row.label: {100 * p: Point(point.mean, *(point.ci or ())) for p, point in entry.curve.items()}
+        for entry in report.rows
+        if entry.curve
     }
     if not lines:
         return None
@@ -274,7 +277,7 @@ def _short(summary: Summary) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Two digits after the point, of large and small figures as many as tell something; empty where there is none."""
+    """Return a figure with two decimals (one from 1,000 on, three significant digits below 0.1); empty for None."""
     if value is None:
         return ""
     size = abs(value)

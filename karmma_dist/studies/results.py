@@ -1,8 +1,8 @@
-"""Evaluate the runs of a study under its conditions, each once: what was evaluated before is read again.
+"""Evaluate the runs of a study under its conditions, each run once: earlier results are read from disk.
 
     RUN/eval-study/KEY/      KEY: a hash of conditions, split and views
-      results.json           as `karmma-dist eval` writes it
-      outcomes.npz           clip by clip, which intervals over seeds and clips need
+      results.json           the format of `karmma-dist eval`
+      outcomes.npz           results per clip, needed for intervals over seeds and clips
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ OUTCOMES = "outcomes.npz"
 
 
 def evaluate_run(weights: Path, recipe: Recipe, study: Study, report: Report) -> ClipResults:
-    """Evaluate a finished run, or read what was found when its weights were as they are now.
+    """Evaluate a finished run, or read the stored results if they are newer than its weights.
 
     Args:
-        weights: Run folder, or its best/.
-        recipe: Its recipe.
-        study: What says under which conditions.
-        report: Progress.
+        weights: Run folder, or its best/ folder.
+        recipe: Recipe of the run.
+        study: Study that defines the conditions.
+        report: Called with the progress.
 
     Raises:
         UserError: see `plan_evaluation` and `carry_out`.
     """
     split = default_split(recipe.data)
     chosen = partial(conditions, study.evaluate)
-    asked = [study.evaluate.model_dump(mode="json"), split, recipe.data.drop_nouns, recipe.data.shards,
-             recipe.evaluation.views.model_dump(mode="json")]  # fmt: skip
-    folder = weights / FOLDER / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    options = [study.evaluate.model_dump(mode="json"), split, recipe.data.drop_nouns, recipe.data.shards,
+               recipe.evaluation.views.model_dump(mode="json")]  # fmt: skip
+    folder = weights / FOLDER / hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
     stored = folder / OUTCOMES
     if stored.is_file() and stored.stat().st_mtime_ns >= own_weights(weights).stat().st_mtime_ns:
-        with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):  # cut or of another layout: anew
+        with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):  # cut or outdated: evaluate again
             return read_outcomes(stored)
     plan = plan_evaluation(weights, chosen, shards=recipe.data.shards, split=split, out=folder)
     results = carry_out(plan, report).results
@@ -64,18 +64,18 @@ def evaluate_run(weights: Path, recipe: Recipe, study: Study, report: Report) ->
 
 
 def conditions(evaluate: Evaluate, available: Sequence[str]) -> list[Condition]:
-    """Return what is there at inference, of the modalities a model has; everything present is always among it."""
-    asked = evaluate.modalities
-    shown = None if asked is None else parse_modalities(",".join(asked), available)
-    found = build_conditions(
+    """Return the conditions for a model with the modalities `available`; all modalities present is always included."""
+    names = evaluate.modalities
+    shown = None if names is None else parse_modalities(",".join(names), available)
+    built = build_conditions(
         available, modalities=shown, subsets=evaluate.subsets, sweep=evaluate.sweep and len(shown or available) > 1,
         num_seeds=evaluate.drop_seeds if evaluate.sweep else 1,
     )  # fmt: skip
-    return list(dict.fromkeys([*found, Condition(shown or tuple(available))]))
+    return list(dict.fromkeys([*built, Condition(shown or tuple(available))]))
 
 
 def write_outcomes(path: Path, outcomes: ClipResults) -> None:
-    """Write them, whole or not at all."""
+    """Write the results per clip, whole or not at all."""
     listed = json.dumps([asdict(condition) for condition in outcomes.conditions])
     arrays: dict[str, Any] = {f"ranks_{name}": ranks_NK for name, ranks_NK in outcomes.ranks.items()}
     arrays |= {"keys": np.array(outcomes.keys), "conditions": np.array(listed)}
@@ -89,9 +89,9 @@ def write_outcomes(path: Path, outcomes: ClipResults) -> None:
 
 
 def read_outcomes(path: Path) -> ClipResults:
-    """Read what `write_outcomes` wrote."""
+    """Read the results per clip that `write_outcomes` wrote."""
     with np.load(path, allow_pickle=False) as file:
         stored = json.loads(str(file["conditions"]))
-        listed = [Condition(**one | {"modalities": tuple(one["modalities"])}) for one in stored]
+        listed = [Condition(**fields | {"modalities": tuple(fields["modalities"])}) for fields in stored]
         ranks = {name.removeprefix("ranks_"): file[name] for name in file.files if name.startswith("ranks_")}
         return ClipResults([str(key) for key in file["keys"]], listed, ranks)

@@ -1,4 +1,4 @@
-"""Carry a study out: train what is not finished, evaluate it, write the report."""
+"""Carry out a study: train the unfinished runs, evaluate all runs, write the report."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from karmma_dist.studies.study import Column
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a study."""
+    """A study that was carried out."""
 
     report: StudyReport
     path: Path
-    """The report.md."""
+    """Path of report.md."""
 
 
 def carry_out_study(plan: StudyPlan, out: Path, num_at_once: int, progress: Report, say: Callable[[str], None]) -> Done:
-    """Train, evaluate and report; what is done is not done again.
+    """Train, evaluate and report; finished trainings and evaluations are reused.
 
     Args:
-        plan: The runs.
-        out: Folder of the report, recipes and logs.
-        num_at_once: Runs that train side by side.
-        progress: Progress of evaluations.
-        say: Told in one line what happens to runs.
+        plan: Planned runs.
+        out: Folder for report, recipes and logs.
+        num_at_once: Number of runs that train in parallel.
+        progress: Called with the progress of trainings and evaluations.
+        say: Called with one line about the state of a run.
 
     Raises:
         UserError: a folder holds a run of another recipe, or the report cannot be written.
-        Stopped: by a signal, after the runs in training have saved.
+        Stopped: a signal arrived, and the runs in training have saved.
     """
     check_folder(out, "give another with --out")
     check_teachers(plan)
@@ -57,10 +57,10 @@ def carry_out_study(plan: StudyPlan, out: Path, num_at_once: int, progress: Repo
 
 
 def check_teachers(plan: StudyPlan) -> None:
-    """Refuse finished teachers of other classes before anything is trained.
+    """Check, before anything is trained, that finished teachers have the same classes as the clips.
 
     Raises:
-        UserError: one is, named with its run and the student's.
+        UserError: the classes of a teacher differ; the message names the student and the teacher.
     """
     counter = Counter(plan.file.study)
     for run in plan.chosen_runs:
@@ -72,7 +72,7 @@ def check_teachers(plan: StudyPlan) -> None:
             heads = counter.heads(run.recipe)
             if card.heads != heads:
                 raise UserError(
-                    f"{run.name}: the classes of its teacher {path} are {_listed(card.heads)}, those of the clips "
+                    f"{run.name}: its teacher {path} has the classes {_listed(card.heads)}, but the clips have "
                     f"{_listed(heads)}"
                 )
 
@@ -84,8 +84,8 @@ def _listed(heads: dict[str, int]) -> str:
 def _evaluate(
     plan: StudyPlan, progress: Report, missing: dict[str, str], say: Callable[[str], None]
 ) -> dict[str, dict[int, ClipResults]]:
-    """ClipResults per label and seed; why a chosen run has none is added to `missing`."""
-    found: dict[str, dict[int, ClipResults]] = {}
+    """Return the results per label and seed; for chosen runs without results, add the reason to `missing`."""
+    outcomes: dict[str, dict[int, ClipResults]] = {}
     known: dict[Path, ClipResults] = {}
     for (label, seed), name in plan.cells.items():
         run, weights = plan.runs[name], plan.weights_of(label, seed)
@@ -98,14 +98,14 @@ def _evaluate(
             missing[name] = str(error)
             say(f"eval {name}: failed: {error}")
             continue
-        found.setdefault(label, {})[seed] = known[weights]
-    return found
+        outcomes.setdefault(label, {})[seed] = known[weights]
+    return outcomes
 
 
 def _report(plan: StudyPlan, outcomes: dict[str, dict[int, ClipResults]], missing: dict[str, str]) -> StudyReport:
     study = plan.file.study
     measured = [column for column in study.columns if not column.is_cost]
-    swept = [p for of in outcomes.values() for one in of.values() for p in curve_points(one.conditions)]
+    swept = [p for seeds in outcomes.values() for clips in seeds.values() for p in curve_points(clips.conditions)]
     sweep = [Column(name=f"drop {p:g}", at=f"drop {p:g}") for p in sorted(set(swept))] if study.evaluate.sweep else []
     inner = [column.model_copy(update={"name": f"sweep {column.name}"}) for column in sweep]
     resampled = Resampled(outcomes, [*measured, *inner]) if outcomes else None

@@ -1,6 +1,7 @@
-"""Hand a study to Slurm: per training an array with one task per seed, each task after the same seed of what it needs.
+"""Submit a study to Slurm: one array per training with one task per seed.
 
-A last job, after all arrays, is `karmma-dist study` itself: it finds every run finished, evaluates and reports.
+A task starts after the tasks of the same seed in the arrays that it needs. The last job, after all arrays, is
+`karmma-dist study` itself, which finds every run finished, evaluates the runs and writes the report.
 """
 
 from __future__ import annotations
@@ -21,30 +22,31 @@ SCRIPT = "study.sh"
 
 @dataclass(frozen=True)
 class ArrayJob:
-    """One sbatch call and what it waits for."""
+    """One sbatch call and its dependencies."""
 
     job: SlurmJob
     waits: list[int]
-    """Places, in the list of jobs, of those to finish before."""
-    kind: str
-    """`aftercorr`: a task after the same task; `afterok`: after all of them."""
+    """Indices, in the list of jobs, of the jobs that must finish first."""
+    dependency: str
+    """`aftercorr`: each task waits for the same task of the other arrays; `afterok`: the job waits for all tasks."""
 
     def command(self, ids: Sequence[str], *more: str) -> list[str]:
-        """Return the sbatch command, given the ids of the jobs before it."""
+        """Return the sbatch command, given the ids of the earlier jobs."""
         after = ":".join(ids[place] for place in self.waits)
-        return self.job.command(*more, after=after or None, kind=self.kind)
+        return self.job.command(*more, after=after or None, kind=self.dependency)
 
 
 def plan_arrays(plan: StudyPlan, out: Path, arguments: Sequence[str]) -> list[ArrayJob]:
-    """Return the jobs of what is not finished, each after those it needs; the last one reports.
+    """Return the jobs for all unfinished runs, each after the jobs that it needs; the last job writes the report.
 
     Args:
-        plan: The runs.
-        out: Folder of the report and recipes.
-        arguments: Of the `karmma-dist study` that reports.
+        plan: Planned runs.
+        out: Folder for report and recipes.
+        arguments: Arguments of the `karmma-dist study` that writes the report.
 
     Raises:
-        UserError: no such script, a folder holds a run of another recipe, or ranks that do not divide a batch.
+        UserError: the script is missing, a folder holds a run of another recipe, or the number of ranks does not
+            divide a batch.
     """
     groups: dict[str, list[StudyRun]] = {}
     for run in plan.chosen_runs:
@@ -61,7 +63,7 @@ def plan_arrays(plan: StudyPlan, out: Path, arguments: Sequence[str]) -> list[Ar
         files = [str(recipe_file(out, run)) for run in runs]
         inner = slurm_job(slurm, group.replace("/", "-"), files)
         seeds = [run.recipe.seed for run in runs]
-        # A seed that is finished ends at once, and so every task has its counterpart in the arrays it waits for.
+        # Finished seeds are submitted too and end at once, so every task has its counterpart in dependent arrays.
         flags = [*inner.flags, f"--array=0-{len(seeds) - 1}"]
         job = SlurmJob(inner.name, flags, [script, *inner.script])
         needs = dict.fromkeys(plan.runs[need].group for run in runs for need in run.needs)
@@ -75,7 +77,7 @@ def plan_arrays(plan: StudyPlan, out: Path, arguments: Sequence[str]) -> list[Ar
 
 
 def shown_arrays(jobs: Sequence[ArrayJob]) -> list[str]:
-    """Return the shell lines that do what `submit_arrays` does."""
+    """Return shell commands equivalent to `submit_arrays`."""
     marks = [f"JOB{number}JOB" for number in range(len(jobs))]
     lines = []
     for number, job in enumerate(jobs):
@@ -88,10 +90,10 @@ def shown_arrays(jobs: Sequence[ArrayJob]) -> list[str]:
 
 
 def submit_arrays(jobs: Sequence[ArrayJob]) -> list[str]:
-    """Submit them and return a line for each.
+    """Submit the jobs and return a line about each.
 
     Raises:
-        UserError: there is no sbatch here, or it refused; jobs submitted before are named.
+        UserError: sbatch is missing or refused a job; the message names the jobs already submitted.
     """
     ids: list[str] = []
     lines: list[str] = []

@@ -1,11 +1,11 @@
-"""Over seeds and clips: how far a table's figures would move with other trainings and other clips, and paired tests.
+"""Intervals of a study's figures over seeds (other trainings) and clips, and paired tests between its rows.
 
-Seeds and clips are crossed: every training of every row is evaluated on the same clips. A draw of the bootstrap takes
+Seeds and clips are crossed: every training of every row is evaluated on the same clips. Each bootstrap draw samples
 seeds with replacement and, independently, clips with replacement, the same ones for every row, so differences between
-rows are paired on both (the two-way bootstrap of Owen 2007, arXiv 0712.1111). S seeds drawn from S vary by (S - 1) / S
-of what S other trainings would; the part of the seeds is widened by the square root of the inverse. What depends on
-seed and clip together is counted in both draws: intervals err on the wide side (in simulated worlds of 150 clips and 2
-to 10 seeds they held the truth in 97 to 99 of 100).
+rows are paired on both (the two-way bootstrap of Owen 2007, arXiv 0712.1111). The variance of S seeds drawn from S is
+(S - 1) / S of that of S new trainings, so the deviation due to seeds is scaled by the square root of S / (S - 1).
+Effects that depend on seed and clip together are counted in both draws, so intervals are conservative (in simulations
+with 150 clips and 2 to 10 seeds, 97 to 99 of 100 intervals contained the true value).
 
 Legend: N clips, K conditions, D draws, S seeds.
 """
@@ -32,51 +32,52 @@ NUM_DRAWS = 2000
 _DRAWS_AT_ONCE = 100
 
 Figure = Callable[[np.ndarray, Sequence[Condition]], np.ndarray]
-"""Given accuracy per draw and condition (D, K) and the K conditions, the figure of each draw (D,)."""
+"""Function of accuracy per draw and condition (D, K) and the K conditions that returns the figure of each draw (D,)."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A row's figure in one column."""
+    """The figure of a row in one column."""
 
     mean: float | None
-    """Over seeds, of all clips."""
+    """Mean over seeds, on all clips."""
     ci: Interval | None
     """95 % interval over seeds and clips; with one seed over clips only."""
     sd: float | None
-    """Standard deviation over seeds (S - 1); None: fewer than two."""
+    """Standard deviation over seeds (with S - 1); None: fewer than two seeds."""
     per_seed: dict[int, float | None]
 
 
 @dataclass(frozen=True)
 class Test:
-    """One row against another in one column."""
+    """The tests of one row against another in one column."""
 
     column: str
     first: str
     second: str
     difference: float | None
-    """Second minus first, mean over the seeds that both have."""
+    """Second minus first, averaged over the seeds that both rows have."""
     ci: Interval | None
     """95 % interval of the difference."""
     num_seeds: int
-    """Seeds that both have."""
+    """Number of seeds that both rows have."""
     p: float | None
-    """Two-sided, of the bootstrap over seeds and clips (with one seed over clips only)."""
+    """Two-sided p-value of the bootstrap over seeds and clips (with one seed over clips only)."""
     p_holm: float | None
-    """The same, corrected for all tests of the study."""
+    """Bootstrap p-value corrected for all tests of the study."""
     t_p: float | None
-    """Two-sided paired t-test over the seeds' differences; None: fewer than two seeds, or no spread."""
+    """Two-sided p-value of the paired t-test over seeds; None: fewer than two seeds, or all differences are equal."""
     t_p_holm: float | None
+    """p-value of the t-test corrected for all tests of the study."""
 
 
 class Resampled:
-    """Figures of several rows and seeds, on all clips and on the same draws of clips and seeds.
+    """The figures of several rows and seeds, on all clips and on shared draws of clips and seeds.
 
     Args:
-        outcomes: Clip by clip results per label and seed. Clips that one of them lacks count as not shown to it.
-        columns: Columns to resample; `accuracy_figure` must have one for each.
-        num_draws: D.
+        outcomes: Results per clip, by label and seed. A clip that a result lacks counts as not shown.
+        columns: Columns to resample, all of them accuracies (see `figure_of`).
+        num_draws: Number of draws D.
         seed: Seed of the draws.
     """
 
@@ -87,22 +88,22 @@ class Resampled:
         num_draws: int = NUM_DRAWS,
         seed: int = 0,
     ) -> None:
-        self.seeds = sorted({seed for of in outcomes.values() for seed in of})
-        keys = sorted({key for of in outcomes.values() for one in of.values() for key in one.keys})
+        self.seeds = sorted({seed for by_seed in outcomes.values() for seed in by_seed})
+        keys = sorted({key for by_seed in outcomes.values() for clips in by_seed.values() for key in clips.keys})
         self.num_clips = len(keys)
         random = bootstrap_generator(seed)
         num_S = len(self.seeds)
         self._seeds_DS = random.multinomial(num_S, np.full(num_S, 1 / max(1, num_S)), num_draws) if num_S else None
         metrics = list(dict.fromkeys(column.metric for column in columns))
         counts = [
-            (label, seed, metric, _counts(one, metric, keys), one.conditions)
-            for label, of in outcomes.items()
-            for seed, one in of.items()
+            (label, seed, metric, _counts(clips, metric, keys), clips.conditions)
+            for label, by_seed in outcomes.items()
+            for seed, clips in by_seed.items()
             for metric in metrics
-            if find_figure(metric).scored in one.ranks
+            if find_figure(metric).scored in clips.ranks
         ]
         self.values: dict[tuple[str, str], dict[int, float | None]] = {}
-        """Per label and column: the figure of each seed on all clips."""
+        """Figure of each seed on all clips, by label and column."""
         self._draws: dict[tuple[str, str], dict[int, np.ndarray]] = {}
         parts: dict[tuple[str, int, str], list[np.ndarray]] = {}
         all_1N = np.ones((1, len(keys)), dtype=np.float32)
@@ -113,13 +114,13 @@ class Resampled:
                     if column.metric == metric:
                         figure_D = figure_of(column)(accuracy_DK, conditions)
                         parts.setdefault((label, seed, column.name), []).append(figure_D)
-        for (label, seed, name), of in parts.items():
-            value = float(of[0][0])
+        for (label, seed, name), (all_clips, *draws) in parts.items():
+            value = float(all_clips[0])
             self.values.setdefault((label, name), {})[seed] = None if math.isnan(value) else value
-            self._draws.setdefault((label, name), {})[seed] = np.concatenate(of[1:])
+            self._draws.setdefault((label, name), {})[seed] = np.concatenate(draws)
 
     def summary(self, label: str, column: str) -> Summary:
-        """Return mean, interval and spread of a row's figure."""
+        """Return mean, interval and standard deviation of a row's figure."""
         per_seed = self.values.get((label, column), {})
         known = [value for value in per_seed.values() if value is not None]
         if not known:
@@ -129,12 +130,12 @@ class Resampled:
         return Summary(float(np.mean(known)), interval(draws_D), sd, per_seed)
 
     def tests(self, pairs: Sequence[tuple[str, str]], columns: Sequence[str]) -> list[Test]:
-        """Test the second row of each pair against the first, p-values corrected by Holm over all of them."""
-        found = [self._test(pair, column) for column in columns for pair in pairs]
-        p_holm, t_p_holm = (_corrected([getattr(test, name) for test in found]) for name in ("p", "t_p"))
+        """Test the second row of each pair against the first; p-values are corrected with Holm over all tests."""
+        tests = [self._test(pair, column) for column in columns for pair in pairs]
+        p_holm, t_p_holm = (_corrected([getattr(test, name) for test in tests]) for name in ("p", "t_p"))
         return [
             Test(**{**test.__dict__, "p_holm": p, "t_p_holm": t_p})
-            for test, p, t_p in zip(found, p_holm, t_p_holm, strict=True)
+            for test, p, t_p in zip(tests, p_holm, t_p_holm, strict=True)
         ]
 
     def _test(self, pair: tuple[str, str], column: str) -> Test:
@@ -146,8 +147,8 @@ class Resampled:
         }
         if not differences:
             return Test(column, *pair, None, None, 0, None, None, None, None)
-        of_first, of_second = (self._draws[label, column] for label in pair)
-        draws_D = self._over_seeds({seed: of_second[seed] - of_first[seed] for seed in differences})
+        first_draws, second_draws = (self._draws[label, column] for label in pair)
+        draws_D = self._over_seeds({seed: second_draws[seed] - first_draws[seed] for seed in differences})
         known = draws_D[~np.isnan(draws_D)]
         fewer = min(int((known <= 0).sum()), int((known >= 0).sum()))
         p = min(1.0, 2.0 * (fewer + 1) / (len(known) + 1))
@@ -157,7 +158,7 @@ class Resampled:
         )
 
     def _over_seeds(self, draws: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Mean over the drawn seeds (D,), of those that there are."""
+        """Return the mean over the drawn seeds (D,), out of the seeds in `draws`."""
         places = [self.seeds.index(seed) for seed in draws]
         figures_DS = np.stack(list(draws.values()), axis=1)
         num_S = figures_DS.shape[1]
@@ -174,7 +175,7 @@ class Resampled:
 
 
 def figure_of(column: Column) -> Figure:
-    """Return what a column shows, as a function of the accuracy under each condition; nan where there is none."""
+    """Return the function that computes a column's figure from the accuracies; nan if conditions are missing."""
     if column.at == "average":
         return lambda top1_DK, conditions: _mean([top1_DK[:, k] for k in _subsets(conditions).values()], top1_DK)
     if column.at == "relative drop":
@@ -189,13 +190,13 @@ def figure_of(column: Column) -> Figure:
 
 
 def curve_points(conditions: Sequence[Condition]) -> list[float]:
-    """Return the drop probabilities that all modalities were evaluated at."""
+    """Return the drop probabilities at which the full set of modalities was evaluated."""
     full = _full(conditions)
-    return sorted({one.drop_prob for one in conditions if one.modalities == full})
+    return sorted({condition.drop_prob for condition in conditions if condition.modalities == full})
 
 
 def paired_t(differences: Sequence[float]) -> float | None:
-    """Return the two-sided p-value of a paired t-test; None: fewer than two pairs, or they do not differ in spread."""
+    """Return the two-sided p-value of a paired t-test; None: fewer than two pairs, or all differences are equal."""
     num = len(differences)
     if num < 2:
         return None
@@ -214,7 +215,7 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
     """Return the regularised incomplete beta function I_x(a, b), by its continued fraction (Lentz's method)."""
     if x <= 0 or x >= 1:
         return 0.0 if x <= 0 else 1.0
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges fast
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast only below this point
         return 1.0 - incomplete_beta(b, a, 1 - x)
     log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
     tiny = 1e-300
@@ -235,13 +236,13 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
 
 
 def _corrected(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's correction of those that there are."""
+    """Return Holm's correction of all p-values that are not None."""
     known = iter(holm([p for p in p_values if p is not None]))
     return [None if p is None else next(known) for p in p_values]
 
 
 def _counts(outcomes: ClipResults, metric: str, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """right_NK and shown_NK, float32, over all clips of the study."""
+    """Return right_NK and shown_NK, float32, over all clips of the study."""
     figure = find_figure(metric)
     place = {key: n for n, key in enumerate(keys)}
     ranks_NK = np.full((len(keys), len(outcomes.conditions)), -1, dtype=np.int32)
@@ -250,19 +251,19 @@ def _counts(outcomes: ClipResults, metric: str, keys: Sequence[str]) -> tuple[np
 
 
 def _clip_draws(num_clips: int, num_draws: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """How often each clip is in each draw, float32 (some draws, N)."""
+    """Yield the number of times that each clip is drawn, float32 (some draws, N)."""
     for first in range(0, num_draws if num_clips else 0, _DRAWS_AT_ONCE):
         size = min(_DRAWS_AT_ONCE, num_draws - first)
         yield random.multinomial(num_clips, np.full(num_clips, 1 / num_clips), size).astype(np.float32)
 
 
 def _full(conditions: Sequence[Condition]) -> tuple[str, ...]:
-    return max((one.modalities for one in conditions), key=len)
+    return max((condition.modalities for condition in conditions), key=len)
 
 
 def _subsets(conditions: Sequence[Condition]) -> dict[tuple[str, ...], int]:
-    """Places of the subsets with nothing dropped at random."""
-    return {one.modalities: k for k, one in enumerate(conditions) if one.drop_prob == 0 and one.corrupt is None}
+    """Return the column of each subset without random drops."""
+    return {c.modalities: k for k, c in enumerate(conditions) if c.drop_prob == 0 and c.corrupt is None}
 
 
 def _none(top1_DK: np.ndarray) -> np.ndarray:
@@ -275,7 +276,7 @@ def _of_subset(top1_DK: np.ndarray, conditions: Sequence[Condition], subset: tup
 
 
 def _mean(columns: Sequence[np.ndarray], top1_DK: np.ndarray) -> np.ndarray:
-    """Mean of those with a figure, draw by draw."""
+    """Return the mean over the columns that are not nan, per draw."""
     if not columns:
         return _none(top1_DK)
     return weighted(np.stack(columns, axis=1), np.ones(len(columns)))
@@ -285,20 +286,20 @@ def _relative_drop(top1_DK: np.ndarray, conditions: Sequence[Condition]) -> np.n
     full, places = _full(conditions), _subsets(conditions)
     if full not in places:
         return _none(top1_DK)
-    whole_D = top1_DK[:, places[full]]
+    full_D = top1_DK[:, places[full]]
     with np.errstate(invalid="ignore", divide="ignore"):
-        drops = [100.0 * (whole_D - top1_DK[:, k]) / whole_D for subset, k in places.items() if subset != full]
+        drops = [100.0 * (full_D - top1_DK[:, k]) / full_D for subset, k in places.items() if subset != full]
     return _mean([np.where(np.isfinite(drop), drop, np.nan) for drop in drops], top1_DK)
 
 
 def _curve(top1_DK: np.ndarray, conditions: Sequence[Condition]) -> dict[float, np.ndarray]:
-    """Mean over the random draws at each drop probability."""
+    """Return the mean over the random draws at each drop probability."""
     full = _full(conditions)
     places: dict[float, list[int]] = {}
-    for k, one in enumerate(conditions):
-        if one.modalities == full and one.corrupt is None:
-            places.setdefault(one.drop_prob, []).append(k)
-    return {p: _mean([top1_DK[:, k] for k in of], top1_DK) for p, of in sorted(places.items())}
+    for k, condition in enumerate(conditions):
+        if condition.modalities == full and condition.corrupt is None:
+            places.setdefault(condition.drop_prob, []).append(k)
+    return {p: _mean([top1_DK[:, k] for k in columns], top1_DK) for p, columns in sorted(places.items())}
 
 
 def _area(top1_DK: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The typed study: the rows and columns of one table, read from recipes/DATASET/studies/NAME.yaml.
+"""The typed study: rows and columns of one table, read from recipes/DATASET/studies/NAME.yaml.
 
     title: KARMMA on GRID
     rows:
@@ -25,11 +25,11 @@ from karmma_dist.modalities import LETTERS
 from karmma_dist.settings import Settings, find_file, load_settings
 
 FOLDER = "studies"
-"""Folder of a dataset's studies beside its recipes, and of all reports below `runs_dir`."""
+"""Name of the folder of studies among a dataset's recipes, and of the folder of their reports in `runs_dir`."""
 
 COSTS = {"gflops": "GFLOPs", "params": "parameters (M)", "trainable": "trainable (M)", "memory": "memory (GB)",
          "fusion_memory": "fusion block (GB)", "fusion_memory_unfused": "fusion block (GB)"}  # fmt: skip
-"""Metrics that need no training, and their headings."""
+"""Metrics that need no training, with their headings."""
 
 OVER = ("average", "relative drop", "area", "fall")
 """Figures over several conditions."""
@@ -43,40 +43,40 @@ class Column(Settings):
     """A column of the table."""
 
     name: str
-    """Heading, and the key of the published figures."""
+    """Heading, and key of the published figures."""
     metric: str = "action_top1"
     """An accuracy in percent (`action_top1`, `verb_top5`, ...), or a cost that needs no training: `gflops` of a forward
     pass, `params` and `trainable` in millions, `memory` of inference with one clip in fp32 in GB (weights and
     activations), `fusion_memory` of the fusion block's tokens and activations with 32 clips in fp32 in GB, and
-    `fusion_memory_unfused` of the same with attention that makes its matrix of weights."""
+    `fusion_memory_unfused` of the same with attention that materializes its weight matrix."""
     at: str = "all"
-    """What is there: `all` modalities of the model, a subset such as `V+F`, or `drop 0.5`: each is lost with that
-    probability. Over several conditions: `average` over all subsets, `relative drop` (average loss of the proper
-    subsets against the full set, in percent of it), `area` and `fall` of the curve over the drop probability."""
+    """Modalities present: `all` of the model, a subset such as `V+F`, or `drop 0.5`: each is dropped with that
+    probability. Figures over several conditions: `average` over all subsets, `relative drop` (average loss of the
+    proper subsets against the full set, in percent of it), `area` and `fall` of the curve over the drop probability."""
     tested: bool = False
-    """True if rows are tested against each other on this column. No column: the first accuracy."""
+    """True if rows are tested against each other on this column. If no column sets it, the first accuracy is tested."""
 
     @property
     def is_cost(self) -> bool:
-        """True if the figure follows from the architecture alone."""
+        """True if the figure depends only on the architecture."""
         return self.metric in COSTS
 
     @property
     def lower_is_better(self) -> bool:
-        """True if less is better."""
+        """True if a lower figure is better."""
         if self.is_cost:
             return True
         return find_figure(self.metric).metric.lower_is_better != (self.at in ("relative drop", "fall"))
 
     @property
     def drop_prob(self) -> float | None:
-        """Drop probability of `drop P`; None: it is another kind of column."""
-        found = _DROP.fullmatch(self.at)
-        return None if found is None else float(found[1])
+        """Drop probability of `drop P`; None for other columns."""
+        match = _DROP.fullmatch(self.at)
+        return None if match is None else float(match[1])
 
     @property
     def subset(self) -> tuple[str, ...] | None:
-        """Modalities of a subset such as `V+F`; None: it is another kind of column."""
+        """Modalities of a subset such as `V+F`; None for other columns."""
         parts = self.at.split("+")
         return tuple(LETTERS[part] for part in parts) if all(part in LETTERS for part in parts) else None
 
@@ -95,7 +95,7 @@ class Column(Settings):
                 + ("" if self.is_cost else f", 'drop 0.5', or one of {', '.join(OVER)}")
             )
         if self.is_cost and self.tested:
-            raise ValueError(f"column '{self.name}': a cost has no spread that could be tested: remove 'tested'")
+            raise ValueError(f"column '{self.name}': a cost does not vary, so it cannot be tested: remove 'tested'")
         return self
 
 
@@ -107,53 +107,53 @@ class Row(Settings):
     recipe: str
     """Recipe of the model: a name under recipes/, or a path."""
     set: list[str] = []
-    """Overrides `a.b=c` of that recipe alone."""
+    """Overrides `a.b=c` of this recipe only."""
     set_of: dict[str, list[str]] = {}
-    """Overrides of recipes that it comes after, by their names."""
+    """Overrides of recipes that must be trained first, by their names."""
     suffix: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
-    """Ends the run's name where overrides change what is learned; None: made from the overrides."""
+    """Suffix of the run's name if overrides change what is learned; None: derived from the overrides."""
     weights: Literal["last", "best"] = "last"
-    """Which weights are evaluated: those of the last epoch, or of the best validation."""
+    """Weights to evaluate: those of the last epoch, or of the best validation."""
     published: dict[str, float] = {}
     """Published figures by column name."""
     note: str | None = None
-    """Said below the table."""
+    """Note below the table."""
 
 
 class Evaluate(Settings):
-    """What every run is evaluated under. Everything present is always among it."""
+    """The conditions under which every run is evaluated; all modalities present is always one of them."""
 
     subsets: bool = False
-    """Every subset of the modalities."""
+    """True to evaluate every subset of the modalities."""
     sweep: bool = False
-    """Drop probabilities 0.0, 0.1, ... 0.9, with a figure."""
+    """True to evaluate the drop probabilities 0.0, 0.1, ... 0.9 and to plot them."""
     drop_seeds: Positive = 3
-    """Random draws per drop probability."""
+    """Number of random draws per drop probability."""
     modalities: list[str] | None = None
-    """Letters or names of the modalities that are shown to the models; None: all of theirs."""
+    """Letters or names of the modalities shown to the models; None: all modalities of each model."""
 
 
 class Study(Settings):
-    """One table."""
+    """A study: one table."""
 
     title: str
     """First line of the report."""
     caption: str = ""
-    """Where the table is published, and what it is of."""
+    """Source and content of the table."""
     seeds: Positive = 1
-    """Trainings of each row, from seed 0 on; `--seeds` wins."""
+    """Number of trainings of each row, from seed 0 on; `--seeds` overrides it."""
     clips: Positive | None = None
-    """Training clips, for the cost of a plan made where the shards are not."""
+    """Number of training clips, used for the cost of a plan if the shards are not available."""
     heads: dict[str, Positive] = {}
-    """Classes per head, likewise, where the recipes do not say them."""
+    """Number of classes per head, used for the cost of a plan if neither shards nor recipes give them."""
     rows: Annotated[list[Row], Field(min_length=1)]
     """Rows, in the order of the table."""
     evaluate: Evaluate = Evaluate()
-    """Conditions."""
+    """Conditions of the evaluation."""
     columns: Annotated[list[Column], Field(min_length=1)]
     """Columns, in the order of the table."""
     tests: list[tuple[str, str]] | None = None
-    """Pairs of labels to test, the second against the first; None: every row against every earlier one."""
+    """Pairs of labels to test, the second against the first; None: every row against every earlier row."""
     notes: list[str] = []
     """Sentences below the table."""
 
@@ -170,31 +170,31 @@ class Study(Settings):
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Labels of the rows that are tested, the second of a pair against the first."""
+        """Pairs of labels to test, the second against the first."""
         if self.tests is not None:
             return self.tests
         labels = [row.label for row in self.rows]
         return [(labels[i], label) for j, label in enumerate(labels) for i in range(j)]
 
     def row(self, label: str) -> Row:
-        """Return the row of a label."""
+        """Return the row with this label."""
         return next(row for row in self.rows if row.label == label)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Study:
         labels = [row.label for row in self.rows]
         names = [column.name for column in self.columns]
-        for kind, values in (("rows", labels), ("columns", names)):
-            twice = next((value for value in values if values.count(value) > 1), None)
-            if twice is not None:
-                raise ValueError(f"two {kind} are called '{twice}'")
+        for plural, values in (("rows", labels), ("columns", names)):
+            duplicate = next((value for value in values if values.count(value) > 1), None)
+            if duplicate is not None:
+                raise ValueError(f"two {plural} are called '{duplicate}'")
         for row in self.rows:
-            odd = next((name for name in row.published if name not in names), None)
-            if odd is not None:
-                raise ValueError(f"row '{row.label}': published names no column '{odd}'{nearest(odd, names)}")
+            unknown = next((name for name in row.published if name not in names), None)
+            if unknown is not None:
+                raise ValueError(f"row '{row.label}': published: no column '{unknown}'{nearest(unknown, names)}")
         for label in (label for pair in self.tests or () for label in pair):
             if label not in labels:
-                raise ValueError(f"tests name no row '{label}'{nearest(label, labels)}")
+                raise ValueError(f"tests: no row '{label}'{nearest(label, labels)}")
         for column in self.columns:
             self._check_conditions(column)
         return self
@@ -211,14 +211,14 @@ class Study(Settings):
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A study and where it was found."""
+    """A study and its path."""
 
     path: Path
     study: Study
 
     @property
     def name(self) -> str:
-        """`DATASET/NAME` of recipes/DATASET/studies/NAME.yaml; of any other file its bare name."""
+        """`DATASET/NAME` for recipes/DATASET/studies/NAME.yaml; for any other file its stem."""
         parent = self.path.resolve().parent
         return f"{parent.parent.name}/{self.path.stem}" if parent.name == FOLDER else self.path.stem
 
@@ -227,22 +227,22 @@ def load_study(name: str) -> StudyFile:
     """Load a study by path, or as DATASET/NAME from recipes/DATASET/studies/NAME.yaml.
 
     Raises:
-        UserError: no such file, an unknown key, a wrong value, two rows or columns of one name.
+        UserError: the file is missing, a key is unknown, a value is wrong, or two rows or columns have the same name.
     """
     path = _find(name)
     return StudyFile(path, load_settings(path, Study))
 
 
 def choose_rows(file: StudyFile, labels: tuple[str, ...]) -> list[str]:
-    """Return the labels asked for, or all of them where none was.
+    """Return the requested labels in the order of the table, or all labels if `labels` is empty.
 
     Raises:
-        UserError: no such row.
+        UserError: a row does not exist.
     """
     known = [row.label for row in file.study.rows]
     for label in labels:
         if label not in known:
-            raise UserError(f"{file.path}: no row '{label}'{nearest(label, known)}; there are {', '.join(known)}")
+            raise UserError(f"{file.path}: no row '{label}'{nearest(label, known)}; choose from {', '.join(known)}")
     return [label for label in known if not labels or label in labels]
 
 

@@ -1,1 +1,1 @@
-"""Batches -> checkpoints and weights, through DeepSpeed. Only `engine.py` imports it."""
+"""Training: batches -> checkpoints and weights, through DeepSpeed, which only `engine.py` imports."""

@@ -1,9 +1,9 @@
-"""Objectives: the loss of a batch that training minimises, and the table that other packages add theirs to.
+"""Objectives: the loss that training minimises, and the table of objectives, which other packages can extend.
 
     cross_entropy   on labels: unimodal encoders, teachers, Baseline, Baseline with modality dropout
-    distillation    alpha * cross-entropy + (1 - alpha) * KL(teacher || student); the teacher runs online, frozen
+    distillation    alpha * cross-entropy + (1 - alpha) * KL(teacher || student); the frozen teacher runs online
 
-A recipe names one in its section `objective`; without it, its stage does.
+A recipe selects one in its section `objective`; without that section, the stage determines it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from karmma_dist.training.tracking import accuracies, agreements, entropies
 
 SoftTargets = Callable[[Batch], dict[str, Tensor]]
 """Returns the soft targets of a batch: the frozen teacher's log-probabilities (B, C) per head, at distill.temperature.
-Every rank must call it for every batch, and whatever it returns carries no gradient."""
+Every rank must call it for every batch; the result carries no gradient."""
 
 
 class Objective(ABC):
@@ -37,11 +37,11 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimise, which must depend on every head, and figures for the log; all 0-d tensors.
+        """Return the loss to minimise, which must depend on every head, and metrics for the log; all 0-d tensors.
 
         Args:
             logits: logits_BC per head of the model in training.
-            batch: What they were computed from.
+            batch: The batch that the logits were computed from.
         """
 
 
@@ -69,23 +69,23 @@ class Distillation(Objective):
 
     Args:
         recipe: alpha and temperature.
-        soft_targets: What the teacher says of a batch.
+        soft_targets: Returns the teacher's soft targets for a batch.
     """
 
     def __init__(self, recipe: DistillRecipe, soft_targets: SoftTargets) -> None:
         self.recipe, self.soft_targets = recipe, soft_targets
 
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, its parts, and the accuracy and entropy of both models, as the KL compares them."""
-        taught = self.soft_targets(batch)
+        """Return the loss, its parts, and the accuracy and entropy of both models; entropies are at the temperature."""
+        targets = self.soft_targets(batch)
         hard = cross_entropy(logits, batch.labels)
-        soft = distillation(logits, taught, self.recipe.temperature)
+        soft = distillation(logits, targets, self.recipe.temperature)
         loss = self.recipe.alpha * hard + (1 - self.recipe.alpha) * soft
         softened = {head: logits_BC.detach().float() / self.recipe.temperature for head, logits_BC in logits.items()}
         return loss, {
             "loss": loss.detach(), "cross_entropy": hard.detach(), "kl": soft.detach(),
-            **accuracies("train", logits, batch.labels), **accuracies("teacher", taught, batch.labels),
-            **agreements(logits, taught), **entropies("train", softened), **entropies("teacher", taught),
+            **accuracies("train", logits, batch.labels), **accuracies("teacher", targets, batch.labels),
+            **agreements(logits, targets), **entropies("train", softened), **entropies("teacher", targets),
         }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ class NoOptions(Settings):
 
 def _distillation(_options: NoOptions, recipe: Recipe, soft_targets: SoftTargets | None) -> Objective:
     if recipe.distill is None or soft_targets is None:
-        raise UserError(f"objective.name: 'distillation' needs a teacher, which stage {recipe.stage} has not")
+        raise UserError(f"objective.name: 'distillation' needs a teacher, which stage {recipe.stage} does not have")
     return Distillation(recipe.distill, soft_targets)
 
 
@@ -107,19 +107,19 @@ _OWN = {
 
 @cache
 def objective_table() -> dict[str, ObjectiveType]:
-    """Return every objective by name: ours, and the entry points `karmma_dist.objectives` of other packages."""
+    """Return all objectives by name: ours, and the entry points `karmma_dist.objectives` of other packages."""
     return with_plugins(_OWN, "karmma_dist.objectives", ObjectiveType)
 
 
 def build_objective(recipe: Recipe, soft_targets: SoftTargets | None) -> Objective:
-    """Build the recipe's objective: the one it names, else its stage's.
+    """Build the objective that the recipe names, or else the default of its stage.
 
     Args:
-        recipe: The run.
-        soft_targets: The teacher's, in the distill stage.
+        recipe: The run's recipe.
+        soft_targets: The teacher's soft targets, in the distill stage.
 
     Raises:
-        UserError: an unknown objective, options that it does not know, or a stage that it does not fit.
+        UserError: the objective or one of its options is unknown, or the objective does not fit the stage.
     """
     if recipe.objective is None:
         name, options = ("cross_entropy" if recipe.distill is None else "distillation"), {}
@@ -135,7 +135,7 @@ def build_objective(recipe: Recipe, soft_targets: SoftTargets | None) -> Objecti
 
 
 def soft_targets_of(teacher: Teacher | ShardedModule) -> SoftTargets:
-    """Return the soft targets that a frozen teacher gives."""
+    """Return a function that computes the soft targets of a frozen teacher."""
 
     def soft_targets(batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():

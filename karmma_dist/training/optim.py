@@ -1,6 +1,6 @@
-"""The optimizer, in parameter groups with and without weight decay, and its learning rate at each step.
+"""The optimizer, with parameter groups for weight decay, and the learning rate of each step.
 
-Learning rate: linear warm-up, then cosine to the start value or linear to zero (paper, Sec. IV).
+Learning rate: linear warm-up, then a cosine or linear decay back to the start value (paper, Sec. IV).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from karmma_dist.recipe import OptimizerRecipe, Recipe
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trainable parameters, in groups with and without weight decay."""
+    """Build AdamW or SGD over the trainable parameters, in groups with and without weight decay."""
     settings = recipe.optimizer
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    plain = [] if settings.decay_norms else [name for name, p in trained.items() if _is_undecayed(name, p)]
+    undecayed = [] if settings.decay_norms else [name for name, p in trained.items() if _is_undecayed(name, p)]
     groups = [
-        {"params": [p for name, p in trained.items() if name not in plain], "weight_decay": settings.weight_decay},
-        {"params": [trained[name] for name in plain], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if name not in undecayed], "weight_decay": settings.weight_decay},
+        {"params": [trained[name] for name in undecayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
@@ -29,17 +29,17 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _is_undecayed(name: str, parameter: nn.Parameter) -> bool:
-    """Norms, biases, learnable tokens and position tables."""
+    """Return True for norms, biases, learnable tokens and position tables."""
     return parameter.ndim < 2 or any(word in name for word in ("token", "position", "pos_embed"))
 
 
 def learning_rate(
     recipe: OptimizerRecipe, step: int, steps_per_epoch: int, total_steps: int, batch_size: int
 ) -> float:
-    """Return the rate of optimizer step `step` (0-based).
+    """Return the learning rate of optimizer step `step` (0-based).
 
-    start_lr -> lr over the warm-up, then down to start_lr at the last step, along `recipe.schedule`; both rates are
-    scaled to `batch_size` (clips per optimizer step) as the recipe says.
+    The rate rises from start_lr to lr over the warm-up, then falls to start_lr at the last step along
+    `recipe.schedule`. Both rates are scaled to `batch_size` (clips per optimizer step) as `recipe.lr_scaling` says.
     """
     return recipe.rate_factor(batch_size) * _unscaled(recipe, step, steps_per_epoch, total_steps)
 

@@ -1,9 +1,9 @@
-"""The frozen teacher of a distillation: one model, or several experts of some of the modalities each, averaged.
+"""The frozen teacher of a distillation: one model, or the average of several experts, each for some modalities.
 
-Experts follow Radevski et al., ICCV 2023 (arXiv 2307.07483): per head the weight of an expert is softmin(loss /
-temperature), the loss being that on training clips which no expert learned from, or on the clip itself, or all weigh
-the same. There each expert sees every clip; here a clip may lack an expert's modality, so weights are normalised over
-the experts that can judge the clip.
+Experts follow Radevski et al., ICCV 2023 (arXiv 2307.07483). The weight of an expert for a head is softmin(loss /
+temperature), where the loss is measured on training clips that no expert learned from, or on the clip itself;
+alternatively all experts have equal weights. In that paper each expert sees every clip; here a clip may lack an
+expert's modality, so weights are normalised over the experts that have a modality of the clip.
 
 Legend: B clips, M modalities, E experts, C classes.
 """
@@ -32,20 +32,20 @@ from karmma_dist.runs.folder import ENSEMBLE, run_places
 from karmma_dist.training.engine import Engine, ShardedModule
 
 Measure = Callable[[KarmmaModel, Recipe], dict[str, float]]
-"""Validates a model on a recipe's validation split (of the training split, on the clips held out of it); every rank
-calls it and gets the same numbers."""
+"""Returns the metrics of a model on a recipe's validation split (for the training split, on the clips held out of it).
+Every rank must call it and gets the same numbers."""
 
 _logger = logging.getLogger(__name__)
 
 
 class Teacher(nn.Module):
-    """Class distributions of one frozen model, or of several averaged.
+    """One frozen model, or the weighted average of several.
 
     Args:
-        members: the models, frozen and in eval mode; each judges the clips that have one of its modalities.
-        modalities: columns of `present_BM`; every one of them is some member's.
-        losses: per head the members' losses that they are weighed by; all the same where they are not.
-        recipe: temperatures and what is averaged.
+        members: the models, frozen and in eval mode; each classifies the clips that have one of its modalities.
+        modalities: columns of `present_BM`; each must belong to at least one member.
+        losses: per head, the members' losses, from which their weights follow; equal losses give equal weights.
+        recipe: temperatures, and the quantity that is averaged.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class Teacher(nn.Module):
         self.members = nn.ModuleList(members)
         self.recipe = recipe
         self._columns = [[list(modalities).index(name) for name in member.modalities] for member in members]
-        # No buffer: it stays float32 where the members' parameters are cast.
-        self._scores = {head: -torch.tensor(of) / recipe.weight_temperature for head, of in losses.items()}
+        # Not a buffer, so that it stays float32 when the members' parameters are cast.
+        self._scores = {head: -torch.tensor(loss_E) / recipe.weight_temperature for head, loss_E in losses.items()}
 
     def run_everything(self) -> None:
-        """From now on run every encoder of every member in each call, as parameters in pieces over the ranks need."""
+        """Make every call run every encoder of every member, as parameters sharded over the ranks require."""
         for member in self.members:
             assert isinstance(member, KarmmaModel)
             member.runs_every_encoder = True
 
     def weights(self) -> dict[str, list[float]]:
-        """Return per head the members' weights on a clip that has all modalities, before its labels are looked at."""
+        """Return, per head, the members' weights for a clip with all modalities, without regard to its labels."""
         return {head: scores_E.softmax(dim=0).tolist() for head, scores_E in self._scores.items()}
 
     def forward(
@@ -75,41 +75,45 @@ class Teacher(nn.Module):
         """Return log-probabilities (B, C) per head, float32 or more, at the recipe's temperature.
 
         Args:
-            inputs: per modality the present clips only; see `KarmmaModel.encode`.
-            present_BM: bool, True = the clip has the modality.
-            labels: per head int64 (B,); needed where experts are weighed `per_sample`.
+            inputs: per modality, the present clips only; see `KarmmaModel.encode`.
+            present_BM: bool, True if the clip has the modality.
+            labels: per head, int64 (B,); required if experts are weighted `per_sample`.
         """
         present_BM = present_BM.cpu()
         seen_BE = torch.stack([present_BM[:, columns].any(dim=1) for columns in self._columns], dim=1)
-        outputs = [self._judge(e, inputs, present_BM, seen_BE[:, e]) for e in range(len(self.members))]
-        taught = {}
+        outputs = [self._member_logits(e, inputs, present_BM, seen_BE[:, e]) for e in range(len(self.members))]
+        log_probs = {}
         for head in self._scores:
             logits_BEC = torch.stack([output[head] for output in outputs], dim=1)
-            taught[head] = self._average(logits_BEC, self._scores_of(head, logits_BEC, labels), seen_BE)
-        return taught
+            log_probs[head] = self._average(logits_BEC, self._scores_of(head, logits_BEC, labels), seen_BE)
+        return log_probs
 
-    def _judge(self, e: int, inputs: dict[str, Tensor], present_BM: Tensor, seen_B: Tensor) -> dict[str, Tensor]:
-        """Logits (B, C) per head of one member, float32 or more, zeros for the clips that it does not see."""
+    def _member_logits(
+        self, e: int, inputs: dict[str, Tensor], present_BM: Tensor, seen_B: Tensor
+    ) -> dict[str, Tensor]:
+        """Return one member's logits (B, C) per head, float32 or more, with zeros for the clips it does not see."""
         member = self.members[e]
         assert isinstance(member, KarmmaModel)
         device = member._like.device
-        judged = {}
+        seen_logits = {}
         if bool(seen_B.any()):
-            given = {name: inputs[name] for name in member.modalities if name in inputs}
-            judged = member(given, present_BM[seen_B][:, self._columns[e]])
+            member_inputs = {name: inputs[name] for name in member.modalities if name in inputs}
+            seen_logits = member(member_inputs,  present_BM[seen_B][:, self._columns[e]])
         elif member.runs_every_encoder:
             member(*_blank_clip(member))
         if bool(seen_B.all()):
-            return {head: at_least_float32(logits) for head, logits in judged.items()}
+            return {head: at_least_float32(logits) for head, logits in seen_logits.items()}
         rows = seen_B.nonzero().flatten().to(device)
         blank = at_least_float32(member._like)
-        whole = {head: blank.new_zeros(len(seen_B), num) for head, num in member.heads.items()}
+        logits = {head: blank.new_zeros(len(seen_B), num) for head, num in member.heads.items()}
+        if not seen_logits:
+            return logits
         return {
-            h: zeros.index_copy(0, rows, at_least_float32(judged[h])) if judged else zeros for h, zeros in whole.items()
+            head: zeros.index_copy(0, rows, at_least_float32(seen_logits[head])) for head, zeros in logits.items()
         }
 
     def _scores_of(self, head: str, logits_BEC: Tensor, labels: dict[str, Tensor] | None) -> Tensor:
-        """Return (B, E), the logarithms of the members' weights on each clip, up to a constant."""
+        """Return scores (B, E): the logarithms of the members' weights for each clip, up to a constant."""
         if self.recipe.expert_weights == "per_sample" and len(self.members) > 1:
             assert labels is not None
             rows_BE1 = labels[head][:, None, None].expand(-1, len(self.members), 1)
@@ -117,7 +121,7 @@ class Teacher(nn.Module):
         return self._scores[head].to(logits_BEC.device).expand(logits_BEC.shape[:2])
 
     def _average(self, logits_BEC: Tensor, scores_BE: Tensor, seen_BE: Tensor) -> Tensor:
-        """Return log-probabilities (B, C) of the members that see the clip."""
+        """Return log-probabilities (B, C), averaged over the members that see each clip."""
         unseen_BE = ~seen_BE.to(scores_BE.device)
         log_weights_BE1 = scores_BE.masked_fill(unseen_BE, -torch.inf).log_softmax(1)[:, :, None]
         logits_BEC = logits_BEC / self.recipe.temperature
@@ -127,7 +131,7 @@ class Teacher(nn.Module):
 
 
 def _blank_clip(member: KarmmaModel) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs of one clip of zeros that has everything."""
+    """Return the inputs of one all-zero clip with every modality."""
     inputs = {m: member._like.new_zeros(1, *input_shape(m, member.inputs)) for m in member.modalities}
     return inputs, torch.ones(1, len(member.modalities), dtype=torch.bool)
 
@@ -135,18 +139,18 @@ def _blank_clip(member: KarmmaModel) -> tuple[dict[str, Tensor], Tensor]:
 def build_teacher(
     recipe: Recipe, heads: dict[str, int], engine: Engine, world: World, measure: Measure
 ) -> Teacher | ShardedModule:
-    """Load a distill recipe's teacher, in the precision and on the device of `engine`. Every rank must call this.
+    """Load the teacher of a distill recipe, in the precision and on the device of `engine`. Every rank must call this.
 
     Args:
-        recipe: the distillation.
+        recipe: the student's recipe.
         heads: number of classes per head.
-        engine: the student's.
+        engine: the student's engine.
         world: this rank.
-        measure: called for experts that are weighed by their loss on the clips that they held out.
+        measure: called for experts that are weighted by their loss on held-out clips.
 
     Raises:
-        UserError: a teacher is missing, was trained on other classes, modalities or inputs, or held out nothing that
-            it could be weighed on.
+        UserError: a teacher is missing, was trained on other classes, modalities or inputs, or held out no clips to
+            determine its weight from.
     """
     assert recipe.distill is not None
     paths = [recipe.find_run(name) for name in recipe.distill.names]
@@ -169,44 +173,45 @@ def build_teacher(
 
 
 def members_of(teacher: Teacher | ShardedModule) -> list[KarmmaModel]:
-    """Return the frozen models that a teacher asks."""
+    """Return the frozen models of a teacher."""
     module = teacher.module if isinstance(teacher, ShardedModule) else teacher
     assert isinstance(module, Teacher)
     return [member for member in module.members if isinstance(member, KarmmaModel)]
 
 
 def _undropped(paths: Sequence[Path], recipe: Recipe) -> list[str]:
-    """Return a line about each teacher of several modalities trained without dropout, where the student has it."""
+    """Return a warning for each multimodal teacher that was trained without dropout although the student uses it."""
     if not recipe.data.modality_dropout.probability:
         return []
     known = {path: data for path in paths if (data := _data_of(path)) is not None}
     return [
-        f"{path}: this teacher was trained without modality dropout, but teaches under it: it has not seen most of the "
-        "subsets that it judges (data.modality_dropout of its recipe)"
+        f"{path}: this teacher was trained without modality dropout, but its student is trained with it: the "
+        "teacher has not seen most of the subsets that it will be given (data.modality_dropout of its recipe)"
         for path, data in known.items()
         if len(data.modalities) > 1 and not data.modality_dropout.probability
     ]
 
 
 def _data_of(path: Path) -> DataRecipe | None:
-    """The data that weights were trained on; None: no recipe of their run lies there."""
-    _, home = run_places(path)
-    return read_run_recipe(home).data if (home / "recipe.yaml").is_file() else None
+    """Return the data section that weights were trained with; None if their folder holds no recipe."""
+    _, run_dir = run_places(path)
+    return read_run_recipe(run_dir).data if (run_dir / "recipe.yaml").is_file() else None
 
 
 def load_member(path: Path, recipe: Recipe, heads: dict[str, int]) -> KarmmaModel:
-    """A teacher or expert, frozen and in eval mode, checked against the student's data."""
+    """Load a teacher or expert, frozen and in eval mode, and check it against the student's data."""
     assert recipe.distill is not None
     member, card = load_model(path)
-    mine, shown = list(member.modalities), recipe.data.modalities
+    modalities, data_modalities = list(member.modalities), recipe.data.modalities
     if dict(member.heads) != heads:
-        raise UserError(f"{path}: the teacher's heads {dict(member.heads)} are not the shards' {heads}")
-    if not set(mine) <= set(shown) if recipe.distill.teachers else mine != shown:
+        raise UserError(f"{path}: the teacher's heads {dict(member.heads)} differ from the heads of the shards {heads}")
+    is_subset = set(modalities) <= set(data_modalities)
+    if not is_subset if recipe.distill.teachers else modalities != data_modalities:
         raise UserError(
-            f"{path}: the teacher's modalities {', '.join(mine)} are not those of data.modalities, {', '.join(shown)}"
-            " (a student of fewer: model.modalities)"
+            f"{path}: the teacher's modalities {', '.join(modalities)} are not those of data.modalities, "
+            f"{', '.join(data_modalities)} (for a student with fewer modalities, set model.modalities)"
         )
-    differing = [name for name in mine if card.inputs.section(name) != recipe.inputs.section(name)]
+    differing = [name for name in modalities if card.inputs.section(name) != recipe.inputs.section(name)]
     if differing:
         raise UserError(
             f"{path}: the teacher was trained on other inputs: "
@@ -220,8 +225,8 @@ def _check_every_modality(members: Sequence[KarmmaModel], recipe: Recipe) -> Non
     unknown = [name for name in recipe.data.modalities if name not in known]
     if unknown:
         raise UserError(
-            f"distill.teachers: none knows {unknown[0]}, which the clips have: add an expert of it, or leave it out "
-            "of data.modalities"
+            f"distill.teachers: no expert takes {unknown[0]}, a modality of the clips: add an expert for it, or remove "
+            "it from data.modalities"
         )
 
 
@@ -229,29 +234,36 @@ def _held_out_losses(
     paths: Sequence[Path], members: Sequence[KarmmaModel], recipe: Recipe, heads: dict[str, int],
     device: torch.device, measure: Measure,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Per head the experts' losses on training clips that none learned from: those a resumed run began with."""
-    before = recipe.run_dir / ENSEMBLE
-    losses: dict[str, list[float]] = json.loads(before.read_text())["losses"] if before.is_file() else {}
-    barrier()  # every rank has looked before the main rank writes
+    """Return, per head, the experts' losses on training clips that no expert learned from.
+
+    A resumed run returns the losses that it started with.
+    """
+    path = recipe.run_dir / ENSEMBLE
+    losses: dict[str, list[float]] = json.loads(path.read_text())["losses"] if path.is_file() else {}
+    barrier()  # every rank must read the file before the main rank writes it
     if losses:
         return losses
-    fraction = min(_hold_out(path) for path in paths)  # what a smaller fraction holds out, a larger one does, too
+    fraction = min(_hold_out(path) for path in paths)  # a larger fraction holds out a superset of these clips
     changes = {"validation_split": recipe.data.train_split, "hold_out": fraction}
     model = recipe.model.model_copy(update={"modalities": None})
     measured = []
     for member in members:
         data = recipe.data.model_copy(update={**changes, "modalities": list(member.modalities)})
         measured.append(measure(member.to(device), recipe.model_copy(update={"data": data, "model": model})))
-        member.cpu()  # one at a time: all of them may not fit on the device
+        member.cpu()  # one at a time: the device may not hold all experts
     return {head: [scores[f"{head}_loss"] for scores in measured] for head in heads}
 
 
 def _hold_out(path: Path) -> float:
-    """The fraction of the training recordings that an expert did not learn from."""
+    """Return the fraction of the training recordings that an expert held out.
+
+    Raises:
+        UserError: the expert held out no training clips.
+    """
     data = _data_of(path)
     if data is None or not data.hold_out:
         raise UserError(
-            f"{path}: this expert held out no training clip that it could be weighed on: train it with data.hold_out, "
-            "or weigh experts otherwise: distill.expert_weights per_sample or equal"
+            f"{path}: this expert held out no training clips to determine its weight from: train it with "
+            "data.hold_out, or set distill.expert_weights to per_sample or equal"
         )
     return data.hold_out

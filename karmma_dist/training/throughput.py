@@ -1,4 +1,4 @@
-"""What the devices really compute: FLOPs of the clips that are there, the share of their peak, and peak memory."""
+"""Throughput of training: FLOPs of the present clips, model FLOPs utilisation (MFU), and peak memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PEAK_TFLOPS = {
     "A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
     "V100": 125.0,
 }  # fmt: skip
-"""Dense bf16 tensor-core peak (V100: fp16) in 1e12 FLOP/s by a part of the device's name, as the makers state it; the
-more particular name comes first."""
+"""Dense bf16 tensor-core peak (V100: fp16) in 1e12 FLOP/s, as published by the vendors, by a part of the device's name;
+more specific names come first."""
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Peak of a GPU by the name that torch gives it, in 1e12 FLOP/s in bf16; None: not known."""
+    """Return a GPU's bf16 peak in 1e12 FLOP/s by the name that torch reports; None if unknown."""
     words = device_name.replace("-", " ").split()
     for name, peak in _PEAK_TFLOPS.items():
         if all(word in words for word in name.split()):
@@ -33,20 +33,20 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 class Throughput:
-    """FLOPs of what a rank computes, and what that is of its device.
+    """The FLOPs that one rank computes, and their share of the device's peak.
 
     Args:
         student: the model in training.
-        teachers: frozen models that run beside it.
-        device: of this rank.
-        precision: of the model in training.
-        peak: in 1e12 FLOP/s; None: looked up.
-        say: whether this rank says once that there will be no MFU.
+        teachers: frozen models that run in every step.
+        device: this rank's device.
+        precision: dtype of the model in training.
+        peak: peak of the device in 1e12 FLOP/s; None: looked up by its name.
+        verbose: True if this rank warns, once, that no MFU can be computed.
     """
 
     def __init__(
         self, student: KarmmaModel, teachers: Sequence[KarmmaModel], device: torch.device, precision: torch.dtype,
-        peak: float | None, say: bool,
+        peak: float | None, verbose: bool,
     ) -> None:  # fmt: skip
         self._student = flops_per_clip(student)
         self._teachers = [(model, flops_per_clip(model)) for model in teachers]
@@ -54,34 +54,34 @@ class Throughput:
         on_gpu = device.type == "cuda"
         if peak is None and on_gpu and precision != torch.float32:
             peak = peak_tflops(torch.cuda.get_device_name(device))
-        if peak is None and on_gpu and say:
+        if peak is None and on_gpu and verbose:
             _logger.warning(
-                "no MFU: the peak of %s in %s is not known: set training.peak_tflops",
+                "MFU is not logged: the peak of %s in %s is unknown: set training.peak_tflops",
                 torch.cuda.get_device_name(device), str(precision).removeprefix("torch."),
             )  # fmt: skip
         self._peak = peak
 
     def flops(self, batch: Batch) -> float:
-        """FLOPs of one forward and backward pass, the teacher's forward pass included; nothing is waited for."""
+        """Return the FLOPs of a forward and backward pass and of the teacher's forward pass, without synchronising."""
         num_present = {modality: len(clips) for modality, clips in batch.inputs.items()}
         num_clips = len(batch.keys)
-        taught = sum(_forward(model, counted, num_present, num_clips) for model, counted in self._teachers)
-        return float(self._student.training(num_present, num_clips) + taught)
+        teaching = sum(_forward(model, counted, num_present, num_clips) for model, counted in self._teachers)
+        return float(self._student.training(num_present, num_clips) + teaching)
 
     def metrics(self, flops: float, seconds: float) -> dict[str, float]:
-        """`tflops_per_s` of a device that computed `flops` in `seconds`, and `mfu` (0 to 1) where its peak is known."""
+        """Return `tflops_per_s` for `flops` computed in `seconds`, and `mfu` (0 to 1) if the device's peak is known."""
         reached = flops / seconds / 1e12
         return {"tflops_per_s": reached, **({} if self._peak is None else {"mfu": reached / self._peak})}
 
     def peak_memory_gb(self) -> float:
-        """Most memory that this rank ever held, in 1e9 bytes: tensors on the GPU, or the process's resident set."""
+        """Return this rank's peak memory in 1e9 bytes: allocated GPU memory, or the process's resident set on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def _forward(model: KarmmaModel, counted: ClipFlops, num_present: dict[str, int], num_clips: int) -> int:
-    """FLOPs of a teacher's forward pass; an expert of one modality sees only the clips that have it."""
+    """Return the FLOPs of a teacher's forward pass; a unimodal expert sees only the clips that have its modality."""
     seen = {name: num_present.get(name, 0) for name in model.modalities}
     if not any(seen.values()):
         return 0

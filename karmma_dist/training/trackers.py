@@ -1,7 +1,7 @@
-"""Where a run's figures go: metrics.jsonl in the run folder, and every tracker that the recipe names.
+"""Writes a run's metrics to metrics.jsonl in the run folder and to every tracker that the recipe names.
 
     training:
-      trackers: [tensorboard]     # the default; another package adds its own under `karmma_dist.trackers`
+      trackers: [tensorboard]     # the default; other packages register theirs under `karmma_dist.trackers`
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from functools import cache
 from typing import Any
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.io.files import append, write_whole
 from karmma_dist.plugins import with_plugins
 from karmma_dist.recipe import Recipe
 from karmma_dist.runs.folder import step_of
 
 
 class Tracker(ABC):
-    """Receives the figures of one run, on the main rank."""
+    """A receiver of a run's metrics, on the main rank."""
 
     @abstractmethod
     def write(self, kind: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Take the figures of a finished optimizer step.
+        """Record the metrics after an optimizer step.
 
         Args:
             kind: `train` or `validation`.
-            step: Finished optimizer steps since the beginning of the run.
-            epoch: Counted from 0.
-            values: Figures by name.
+            step: Number of optimizer steps done since the beginning of the run.
+            epoch: Number of the epoch, counted from 0.
+            values: Metrics by name.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Write out what is buffered; nothing more comes."""
+        """Flush all buffers; called once, at the end."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class TrackerType:
     """An entry of the table of trackers."""
 
     build: Callable[[Recipe, int], Tracker]
-    """Called with the recipe and the optimizer step that the run continues from: a resumed run repeats the steps after
-    it, so what an earlier process told of them is to be replaced."""
+    """Called with the recipe and the optimizer step that the run continues from. A resumed run repeats the steps after
+    that step, so metrics of those steps from an earlier process must be replaced."""
 
 
 class TensorBoard(Tracker):
-    """TensorBoard's event files in the run folder."""
+    """A tracker that writes TensorBoard event files into the run folder."""
 
     def __init__(self, recipe: Recipe, resumed: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -56,7 +57,7 @@ class TensorBoard(Tracker):
         self._events = SummaryWriter(str(recipe.run_dir), purge_step=resumed + 1)
 
     def write(self, kind: str, step: int, epoch: int, values: Mapping[str, float]) -> None:  # noqa: ARG002
-        """Add a scalar KIND/NAME per figure."""
+        """Add a scalar KIND/NAME for each metric."""
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
@@ -70,16 +71,16 @@ _OWN = {"tensorboard": TrackerType(TensorBoard)}
 
 @cache
 def tracker_table() -> dict[str, TrackerType]:
-    """Return every tracker by name: ours, and the entry points `karmma_dist.trackers` of other packages."""
+    """Return all trackers by name: ours, and the entry points `karmma_dist.trackers` of other packages."""
     return with_plugins(_OWN, "karmma_dist.trackers", TrackerType)
 
 
 class RunLog:
-    """Writes a run's figures to metrics.jsonl and to its trackers; only the main rank has one.
+    """The log of a run: metrics.jsonl and the run's trackers; it exists only on the main rank.
 
     Args:
-        recipe: The run.
-        resumed: Optimizer step that it continues from; lines of later steps are removed, as they will be written again.
+        recipe: The run's recipe.
+        resumed: Optimizer step that the run continues from; lines of later steps, which it repeats, are removed.
 
     Raises:
         UserError: the recipe names an unknown tracker.
@@ -96,19 +97,19 @@ class RunLog:
         self.path = recipe.run_dir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= resumed]
-            self.path.write_text("".join(line + "\n" for line in kept if resumed))
+            write_whole(self.path, "".join(line + "\n" for line in kept if resumed).encode())
         self._trackers = [table[name].build(recipe, resumed) for name in recipe.training.trackers]
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Append one line `{"kind", "step", "epoch", ...values}`; `step` counts finished optimizer steps."""
+        """Append one line `{"kind", "step", "epoch", ...values}`; `step` is the number of optimizer steps done."""
         self.write_event(kind, step, epoch, **values)
         for tracker in self._trackers:
             tracker.write(kind, step, epoch, values)
 
     def write_event(self, kind: str, step: int, epoch: int, **values: Any) -> None:
-        """Append one line that holds other things than figures; trackers are not told."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+        """Append one line of other values than metrics, which trackers do not receive."""
+        with append(self.path) as file:
+            file.write((json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n").encode())
 
     def close(self) -> None:
         """Close the trackers."""

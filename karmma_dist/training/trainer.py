@@ -1,10 +1,10 @@
-"""Trains: joins the ranks, and for each recipe of a chain streams batches, steps, validates, saves, writes weights.
+"""The trainer: joins the ranks, and for each recipe of a chain streams batches, updates, validates and saves.
 
     runs/NAME/
       recipe.yaml  state.json  metrics.jsonl  events.out.tfevents.*  damage.jsonl  ensemble.json  trace/
-      checkpoints/step-N/      to resume from
-      weights.safetensors      model.yaml         to evaluate and to teach with
-      best/                    the same, of the best validation
+      checkpoints/step-N/      for resuming
+      weights.safetensors      model.yaml         for evaluation, and for use as a teacher
+      best/                    the same files for the best validation
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from karmma_dist.distributed.collectives import barrier, gather, highest, mean_over_ranks, store
-from karmma_dist.distributed.graph_check import Guard
+from karmma_dist.distributed.graph_check import GraphCheck
 from karmma_dist.distributed.heartbeat import START_S, mark
 from karmma_dist.distributed.process_group import process_group
 from karmma_dist.distributed.world import World, find_world
@@ -44,14 +44,14 @@ from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, check_heads, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule
 from karmma_dist.streaming.prefetch import on_device
-from karmma_dist.training.checkpoint.async_saver import Saver
+from karmma_dist.training.checkpoint.async_saver import AsyncSaver
 from karmma_dist.training.checkpoint.best import BestWeights
 from karmma_dist.training.checkpoint.checkpoint import data_state, load_checkpoint
 from karmma_dist.training.checkpoint.resume import prepare_run_dir
-from karmma_dist.training.engine import Engine, Update, whole_model
+from karmma_dist.training.engine import Engine, Update, full_model
 from karmma_dist.training.fault_tolerance.damaged_clips import DamageLog
-from karmma_dist.training.fault_tolerance.preemption import Interruption, Stop, refuse_stop_file
-from karmma_dist.training.fault_tolerance.skipped_steps import Skips, Suspect, describe
+from karmma_dist.training.fault_tolerance.preemption import PreemptionHandler, Stop, refuse_stop_file
+from karmma_dist.training.fault_tolerance.skipped_steps import RankStep, SkippedSteps, describe
 from karmma_dist.training.objectives import build_objective, soft_targets_of
 from karmma_dist.training.optim import learning_rate
 from karmma_dist.training.profiler import tracing
@@ -64,15 +64,15 @@ _logger = logging.getLogger(__name__)
 
 
 class Validate(Protocol):
-    """Measures a model on the recipe's validation split."""
+    """A function that measures a model on the recipe's validation split."""
 
     def metrics(self, heads: Collection[str]) -> Mapping[str, bool]:
-        """Return the names of what it measures, the one that models are compared by first; True if less is better."""
+        """Return the metrics by name, the one that models are compared by first; True if lower is better."""
 
     def __call__(self, model: nn.Module, recipe: Recipe, world: World, between: Callable[[], None]) -> dict[str, float]:
-        """Return the metrics in that order; every rank calls it and gets the same numbers.
+        """Return the metrics in that order. Every rank must call this, and gets the same numbers.
 
-        It calls `between` now and then, equally often on every rank, and lets through what that raises.
+        It calls `between` from time to time, equally often on every rank, and does not catch its exceptions.
         """
 
 
@@ -84,25 +84,25 @@ def train(
     *,
     resume: str = "auto",
     report: Report = silent,
-    interruption: Interruption | None = None,
+    preemption: PreemptionHandler | None = None,
 ) -> dict[str, float]:
-    """Train to the end of the recipe, resuming where an earlier call was cut off. Every rank must call this.
+    """Train to the end of the recipe, resuming an earlier, interrupted call. Every rank must call this.
 
     Args:
-        recipe: the run.
-        world: this rank; `engine.process_group` must be open.
+        recipe: the run's recipe.
+        world: this rank; `process_group` must be open.
         validate: measures the model.
         resume: "auto" continues from the newest checkpoint, "never" starts over, a path resumes from that checkpoint.
-        report: progress, on the main rank.
-        interruption: what may stop it early; None: only a file STOP.
+        report: receives progress, on the main rank.
+        preemption: reasons to stop early; None: only a file STOP.
 
     Returns:
-        The last validation's metrics.
+        The metrics of the last validation.
 
     Raises:
-        UserError: bad shards, another recipe in the run folder, a teacher that does not fit, too much damage, too many
-            steps that are not finite, ranks whose graphs differ, a file STOP in the run folder.
-        Stopped: interrupted, after saving.
+        UserError: the shards are bad, the run folder holds another recipe or a file STOP, the teacher does not fit, too
+            many clips are damaged, too many steps are not finite, or the ranks' graphs differ.
+        Stopped: the run was stopped, after saving.
     """
     refuse_stop_file(recipe.run_dir)
     folder = open_shards(recipe.data)
@@ -111,7 +111,8 @@ def train(
     if start == "finished":
         report(f"train {recipe.name}", 1, 1, "already finished (start over with --resume never)")
         return dict(read_state(recipe.run_dir).get("metrics", {}))
-    trainer = Trainer(recipe, world, folder, validate, report, interruption or Interruption(world.rank, None, highest))
+    preemption = preemption or PreemptionHandler(world.rank, None, highest)
+    trainer = Trainer(recipe, world, folder, validate, report, preemption)
     if start:
         trainer.resume(Path(start))
     try:
@@ -125,8 +126,8 @@ def train(
         trainer.saver.close()
 
 
-class _StopAsked(Exception):
-    """Leaves validation, on every rank at the same batch."""
+class _StopRequested(Exception):
+    """Raised to leave validation, on every rank at the same batch."""
 
     def __init__(self, stop: Stop) -> None:
         self.stop = stop
@@ -134,16 +135,16 @@ class _StopAsked(Exception):
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What one forward and backward pass leaves behind."""
+    """The results of one forward and backward pass."""
 
     keys: list[str]
     values: dict[str, Any]
-    """For the log: floats and 0-d tensors, `loss` among them."""
+    """Values for the log: floats and 0-d tensors, including `loss`."""
     update: Update
 
 
 class Trainer:
-    """Everything one rank holds while it trains."""
+    """The state of one rank during training."""
 
     def __init__(
         self,
@@ -152,10 +153,10 @@ class Trainer:
         folder: ShardFolder,
         validate: Validate,
         report: Report,
-        interruption: Interruption,
+        preemption: PreemptionHandler,
     ) -> None:
         self.recipe, self.world, self.validate, self.report = recipe, world, validate, report
-        self.interruption = interruption
+        self.preemption = preemption
         if recipe.training.threads:
             torch.set_num_threads(recipe.training.threads)
         self.clips = TrainingClips(
@@ -181,15 +182,15 @@ class Trainer:
         assert isinstance(self.engine.model, KarmmaModel)
         self.throughput = Throughput(
             self.engine.model, [] if teacher is None else members_of(teacher), self.engine.device, self.engine.dtype,
-            recipe.training.peak_tflops, say=world.is_main,
+            recipe.training.peak_tflops, verbose=world.is_main,
         )  # fmt: skip
         self.position = Position(0, 0)
         self._is_warm = False
-        self.saver = Saver(recipe, world, self.steps_per_epoch, self.data_state)
+        self.saver = AsyncSaver(recipe, world, self.steps_per_epoch, self.data_state)
         self.damage = DamageLog(recipe.run_dir, len(self.clips.clips), recipe.data.max_damaged_fraction, world.rank)
         self.averages = Averages()
-        self.skips = Skips(recipe.training.max_skipped_steps, gather, self.engine.dtype == torch.float16)
-        self.guard = Guard(
+        self.skips = SkippedSteps(recipe.training.max_skipped_steps, gather, self.engine.dtype == torch.float16)
+        self.graph_check = GraphCheck(
             self.engine.model, store(), world.rank, world.size, recipe.training.guard_every_steps,
             gathers=recipe.training.zero_stage == 3,
         )  # fmt: skip
@@ -197,7 +198,7 @@ class Trainer:
         self.resumed = ""
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint."""
+        """Load a checkpoint, so that `run` continues from there."""
         saved = load_checkpoint(self.engine, checkpoint, self.recipe, self.world, self.data_state)
         self.position, self.metrics = saved.position, saved.state["metrics"]
         accumulation = self.schedule.accumulation
@@ -208,27 +209,27 @@ class Trainer:
         self.damage.remember(gather(self.damage.written() if self.world.is_main else []))
 
     def run(self) -> dict[str, float]:
-        """Train from the current position to the end; returns the last validation's metrics."""
+        """Train from the current position to the end, and return the metrics of the last validation."""
         done = self.position.epoch * self.steps_per_epoch + self.position.step
         self.log = RunLog(self.recipe, done) if self.world.is_main else None
-        left_out = self.schedule.dropped_clips
-        notes = [f"{left_out} of {self.schedule.num_clips} clips left out of each epoch"] if left_out else []
+        num_dropped = self.schedule.dropped_clips
+        notes = [f"{num_dropped} of {self.schedule.num_clips} clips are left out of each epoch"] if num_dropped else []
         notes += [f"batch {self.division}"] if self.division.accumulation > 1 else []
         notes += [note for note in (self.division.warning, self.resumed) if note]
-        self._say(done, f"({'; '.join(notes)})" if notes else "")
+        self._report_progress(done, f"({'; '.join(notes)})" if notes else "")
         loaded = training_batches(
             self.clips, self.schedule, self.world.rank, self.position, self.recipe.training.epochs
         )
         self.engine.model.train()
         try:
-            self._catch_up(done)
+            self._restore_validation(done)
             traced = self.recipe.training.profile_steps if self.world.is_main else None
             with (
                 tracing(traced, self.recipe.run_dir, done, self.total_steps) as trace,
                 on_device(loaded, self.engine.device) as batches,
             ):
                 for step in range(done, self.total_steps):
-                    trace.at(step)
+                    trace.before_step(step)
                     self._step(batches, step, self.schedule.accumulation)
         finally:
             self.damage.flush()
@@ -243,61 +244,61 @@ class Trainer:
         return self.metrics
 
     def _step(self, batches: Iterator[Batch], step: int, accumulation: int) -> None:
-        """One optimizer step and what is due after it."""
+        """Run one optimizer step and what is due after it."""
         began = time.perf_counter()
         waited = flops = 0.0
         passes = []
         for micro in range(accumulation):
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             self._mark(f"waiting for a batch of step {step + 1}")
             batch = next(batches)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - requested
             self._mark(f"in the forward pass of step {step + 1}")
             self.damage.note(batch)
             self.averages.add(loading_sums(batch, self.recipe.data.modalities))
             flops += self.throughput.flops(batch)
             passes.append(self._forward_backward(batch, step * accumulation + micro, step))
         self._is_warm = True
-        self._account(passes, step)
+        self._record(passes, step)
         seconds = time.perf_counter() - began
         self.averages.add({"wait_s": waited, "step_s": seconds, "flops": flops})
-        self.interruption.took(step_s=seconds)
+        self.preemption.record_durations(step_s=seconds)
         self._after_step(step + 1)
 
     def _mark(self, doing: str) -> None:
-        """Say what this rank does; a process's first step may take long: kernels are compiled, connections made."""
+        """Publish what this rank does; the first step may take long, since kernels are compiled and ranks connect."""
         mark(doing, None if self._is_warm else START_S)
 
-    def _account(self, passes: list[ForwardPass], step: int) -> None:
-        """Take the passes of an optimizer step into the averages, or write down that it was skipped.
+    def _record(self, passes: list[ForwardPass], step: int) -> None:
+        """Add the forward passes of an optimizer step to the averages, or record that the step was skipped.
 
         Raises:
-            UserError: too many in a row were.
+            UserError: too many consecutive steps were skipped.
         """
         if not passes[-1].update.skipped:
-            self.skips.applied()
-            for one in passes:
-                self.averages.add(one.values)
+            self.skips.record_update()
+            for forward_pass in passes:
+                self.averages.add(forward_pass.values)
             return
-        bad = [one for one in passes if not math.isfinite(float(one.values["loss"]))]
-        clips = [key for one in bad or passes for key in one.keys]
-        event = self.skips.note(Suspect(self.world.rank, not bad, clips))
+        bad = [forward_pass for forward_pass in passes if not math.isfinite(float(forward_pass.values["loss"]))]
+        clips = [key for forward_pass in bad or passes for key in forward_pass.keys]
+        event = self.skips.record_skip(RankStep(self.world.rank, not bad, clips))
         if self.log:
             self.log.write_event("skipped", step + 1, step // self.steps_per_epoch, **event)
-            self._say(step + 1, f"skipped: {describe(event)}")
+            self._report_progress(step + 1, f"skipped: {describe(event)}")
         self.skips.give_up_after_too_many(event)
 
     def _forward_backward(self, raw: Batch, forward: int, step: int) -> ForwardPass:
-        """One forward and backward pass; the last of an accumulation updates the parameters."""
+        """Run one forward and backward pass; the last of an accumulation also updates the parameters."""
         torch.manual_seed(forward_seed(self.recipe.seed, forward, self.world.rank, self.world.size))
         batch = prepare(raw, self.recipe.inputs, self.engine.device, self.engine.dtype)
-        guarded = self.guard.is_due(step)
-        with self.guard.forward() if guarded else contextlib.nullcontext():
+        checked = self.graph_check.is_due(step)
+        with self.graph_check.forward() if checked else contextlib.nullcontext():
             logits = self.engine.forward(*batch.only(self.recipe.modalities, self.recipe.data.modalities))
         loss, parts = self.objective.loss(logits, batch)
-        if guarded:
-            self.guard.check(loss)
-        self._mark(f"reducing the gradients of step {step + 1}")  # a rank that is not here yet keeps the others waiting
+        if checked:
+            self.graph_check.check(loss)
+        self._mark(f"reducing the gradients of step {step + 1}")  # a slower rank keeps the others waiting here
         self.engine.backward(loss)
         lr = learning_rate(
             self.recipe.optimizer, step, self.steps_per_epoch, self.total_steps, self.recipe.training.batch_size
@@ -309,19 +310,19 @@ class Trainer:
         return ForwardPass(raw.keys, {"loss": loss.detach(), **parts, **present, **extra}, update)
 
     def _after_step(self, done: int) -> None:
-        """Log, validate and save where they are due after `done` optimizer steps.
+        """Log, validate and save if due after `done` optimizer steps.
 
         Raises:
-            Stopped: interrupted, after saving.
+            Stopped: the run was stopped, after saving.
         """
         training = self.recipe.training
         epoch, step = divmod(done, self.steps_per_epoch)
         self._mark(f"after step {done}")
-        self.saver.look()
-        stop = self.interruption.agree(self.recipe.run_dir)
+        self.saver.poll()
+        stop = self.preemption.agree(self.recipe.run_dir)
         if done % training.log_every_steps == 0 or step == 0:
             self._write_metrics(done)
-        self._say(done)
+        self._report_progress(done)
         if stop:
             self._stop(stop, done)
         every_steps = training.checkpoint_every_steps
@@ -340,42 +341,43 @@ class Trainer:
         every = self.recipe.training.validate_every_epochs
         return step == 0 and (done == self.total_steps or bool(every and epoch and epoch % every == 0))
 
-    def _catch_up(self, done: int) -> None:
-        """On resuming where a validation is due: take its numbers from the log, or do it, if that was cut off."""
+    def _restore_validation(self, done: int) -> None:
+        """Read the metrics of a validation due at the resumed step from the log, or else run that validation."""
         if not done or not self._is_validated_after(done):
             return
-        known = gather([validation_at(self.recipe.run_dir, done)] if self.world.is_main else [])[0]
-        if known is None:
+        logged = gather([validation_at(self.recipe.run_dir, done)] if self.world.is_main else [])[0]
+        if logged is None:
             self._validate(done)
         else:
-            self.metrics = known
+            self.metrics = logged
 
     def save_now(self, done: int, *, wait: bool = False) -> None:
-        """Save after `done` optimizer steps, between any two of them. Every rank must call this.
+        """Save after `done` optimizer steps; allowed between any two steps. Every rank must call this.
 
         Args:
             done: optimizer steps since the beginning of the run.
-            wait: return when the checkpoint is whole; else it is written while training goes on.
+            wait: True to return only when the checkpoint is complete; otherwise it is written while training continues.
         """
         began = time.monotonic()
         mark("saving", START_S)
-        self.damage.share(gather(self.damage.take()))  # a resumed run does not meet these clips again
+        self.damage.share(gather(self.damage.take()))  # a resumed run does not read these clips again
         passes = {"accumulation": self.schedule.accumulation}
         state = {"metrics": self.metrics, "checkpoint_s": self.saver.total_s, **passes}
         self.saver.save(self.engine, done, self.averages.state(), state)
         if wait:
             self.saver.finish()
-        self.interruption.took(save_s=time.monotonic() - began)
+        self.preemption.record_durations(save_s=time.monotonic() - began)
 
     def _stop(self, stop: Stop, done: int) -> NoReturn:
-        """Save and leave, on every rank."""
+        """Save, and raise `Stopped` on every rank."""
         self.save_now(done, wait=True)
-        why = f"{stop.reason} on rank {stop.rank}"
+        reason = f"{stop.reason} on rank {stop.rank}"
         if self.log:
             self.log.close()
-            write_state(self.recipe.run_dir, stop.state, why=why, reason=stop.reason, rank=stop.rank, step=done)
+            write_state(self.recipe.run_dir, stop.state, why=reason, reason=stop.reason, rank=stop.rank, step=done)
         raise Stopped(
-            f"{self.recipe.name}: {stop.state} by {why} after step {done} of {self.total_steps}, saved: {stop.advice}",
+            f"{self.recipe.name}: {stop.state} by {reason} after step {done} of {self.total_steps}, saved: "
+            f"{stop.advice}",
             stop.exit_code,
         )
 
@@ -402,36 +404,36 @@ class Trainer:
             self.log.write("train", done, (done - 1) // self.steps_per_epoch, values)
 
     def _validate(self, done: int) -> None:
-        """Measure the model and write its weights.
+        """Validate the model and write its weights.
 
         Raises:
-            Stopped: interrupted; the validation is done when the run is resumed.
+            Stopped: the run was stopped; the validation is repeated when the run is resumed.
         """
-        model = whole_model(self.engine, self.recipe, self.classes)
+        model = full_model(self.engine, self.recipe, self.classes)
         try:
             self.metrics = self.validate(model, self.recipe, self.world, self._between_batches)
-        except _StopAsked as asked:
-            self._stop(asked.stop, done)
+        except _StopRequested as request:
+            self._stop(request.stop, done)
         if self.log:
             self.log.write("validation", done, (done - 1) // self.steps_per_epoch, self.metrics)
             save_model(model, self.recipe.run_dir, recipe=self.recipe, classes=self.classes)
-            self.best.offer(model, self.metrics, done, (done - 1) // self.steps_per_epoch)
+            self.best.save_if_better(model, self.metrics, done, (done - 1) // self.steps_per_epoch)
         barrier()
         self.engine.model.train()
 
     def _between_batches(self) -> None:
         mark("validating", START_S)
-        if stop := self.interruption.agree(self.recipe.run_dir):
-            raise _StopAsked(stop)
+        if stop := self.preemption.agree(self.recipe.run_dir):
+            raise _StopRequested(stop)
 
-    def _say(self, done: int, also: str = "") -> None:
+    def _report_progress(self, done: int, details: str = "") -> None:
         if not self.world.is_main:
             return
         loss = getattr(self, "latest", {}).get("loss")
-        seen = f"epoch {done // self.steps_per_epoch}/{self.recipe.training.epochs}"
+        epoch = f"epoch {done // self.steps_per_epoch}/{self.recipe.training.epochs}"
         scores = " ".join(f"{name} {value:.1f}" for name, value in itertools.islice(self.metrics.items(), 1))
-        note = f"{seen} loss {loss:.3f} {scores}" if loss is not None else seen
-        self.report(f"train {self.recipe.name}", done, self.total_steps, f"{note} {also}".rstrip())
+        note = f"{epoch} loss {loss:.3f} {scores}" if loss is not None else epoch
+        self.report(f"train {self.recipe.name}", done, self.total_steps, f"{note} {details}".rstrip())
 
 
 def train_chain(
@@ -443,51 +445,52 @@ def train_chain(
 ) -> dict[str, dict[str, float]]:
     """Train recipes one after the other on the ranks that the environment describes. Every rank must call this.
 
-    What an earlier recipe of the chain has finished is taken as it is, whatever the settings it was trained with;
-    `resume` holds for the last recipe.
+    Finished runs of the earlier recipes are used as they are, regardless of the settings they were trained with.
+    `resume` applies to the last recipe.
 
     Args:
-        chain: recipes, each after those it builds on.
+        chain: recipes, each after the recipes it builds on.
         validate: measures a model in training.
-        resume: "auto", "never" or a checkpoint.
-        report: progress; None: this process's own. Only rank 0 reports.
-        deadline: `time.monotonic()` by which the ranks should have saved and ended; None: no limit.
+        resume: "auto", "never" or the path of a checkpoint.
+        report: receives progress on rank 0; None: a progress display of this process.
+        deadline: `time.monotonic()` by which the ranks must have saved and ended; None: no limit.
 
     Returns:
-        Each run's last validation, on rank 0; nothing on the others.
+        The metrics of each run's last validation, by run, on rank 0; an empty dict on other ranks.
 
     Raises:
-        UserError: bad input, see `loop.train`; or a batch that the ranks do not divide.
-        Stopped: by a signal, the deadline or a file STOP, after saving; or another rank is gone.
+        UserError: the input is bad (see `train`), or the ranks do not divide a batch evenly.
+        Stopped: a signal, the deadline or a file STOP stopped the run, after saving; or another rank is lost.
     """
     world = find_world(os.environ)
     last = chain[-1]
-    taken = finished_names(chain) if resume == "auto" else finished_names(chain[:-1])
-    check_batches(chain, world.size, taken)  # before the first is trained, and before any rank waits for another
+    finished = finished_names(chain) if resume == "auto" else finished_names(chain[:-1])
+    check_batches(chain, world.size, finished)  # before training starts, and before any rank waits for another
     with contextlib.ExitStack() as stack:
-        stack.enter_context(process_group(world, last.training.collective_timeout_s, partial(_note_loss, chain, world)))
-        interruption = stack.enter_context(Interruption(world.rank, deadline, highest))
-        shown = silent if not world.is_main else report or stack.enter_context(Progress())
+        on_loss = partial(_record_lost_rank, chain, world)
+        stack.enter_context(process_group(world, last.training.collective_timeout_s, on_loss))
+        preemption = stack.enter_context(PreemptionHandler(world.rank, deadline, highest))
+        rank_report = silent if not world.is_main else report or stack.enter_context(Progress())
         scores = {}
         for recipe in chain[:-1]:
-            scores[recipe.name] = _train_unless_finished(recipe, world, validate, shown, interruption)
-        scores[last.name] = train(last, world, validate, resume=resume, report=shown, interruption=interruption)
+            scores[recipe.name] = _train_unless_finished(recipe, world, validate, rank_report, preemption)
+        scores[last.name] = train(last, world, validate, resume=resume, report=rank_report, preemption=preemption)
         return scores if world.is_main else {}
 
 
-def _note_loss(chain: Sequence[Recipe], world: World, why: str) -> None:
-    """Write down in the run that is being trained that another rank is gone."""
+def _record_lost_rank(chain: Sequence[Recipe], world: World, reason: str) -> None:
+    """Record in the state of the current run that another rank is lost."""
     for recipe in chain if world.is_main else ():
         if read_state(recipe.run_dir).get("state") == "running":
-            write_state(recipe.run_dir, "failed", error=why)
+            write_state(recipe.run_dir, "failed", error=reason)
 
 
 def _train_unless_finished(
-    recipe: Recipe, world: World, validate: Validate, report: Report, interruption: Interruption
+    recipe: Recipe, world: World, validate: Validate, report: Report, preemption: PreemptionHandler
 ) -> dict[str, float]:
     state = read_state(recipe.run_dir)
-    barrier()  # every rank has looked before any trains
+    barrier()  # every rank must read the state before any rank trains
     if state.get("state") == "finished":
         report(f"train {recipe.name}", 1, 1, f"already finished in {recipe.run_dir}")
         return dict(state["metrics"])
-    return train(recipe, world, validate, report=report, interruption=interruption)
+    return train(recipe, world, validate, report=report, preemption=preemption)

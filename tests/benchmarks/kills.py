@@ -14,7 +14,6 @@ import argparse
 import json
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,9 +26,8 @@ from karmma_dist.packing.spec import load_spec
 from karmma_dist.packing.synthetic.kitchen import write_kitchen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests are no package that is installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
-from kits.ranks import ADAMW, outcome, start
+from kits.ranks import ADAMW, Rank, outcome, start
 
 _SETTINGS = (*ADAMW, "training.checkpoint_every_steps=1", "training.log_every_steps=2", "training.epochs=12")
 _STEPS = 60
@@ -84,16 +82,14 @@ def _kill_one(
     first = _steps(checkpoints)
     ranks = start(run, shards, num_ranks, *settings)
     after, wait_s = first + draw.randrange(1, 20), draw.random() * 0.05
-    while ranks[0].poll() is None and _steps(checkpoints) < min(after, _STEPS - 3):
+    while ranks[0].is_running and _steps(checkpoints) < min(after, _STEPS - 3):
         time.sleep(0.001)
     time.sleep(wait_s)
-    while in_save and ranks[0].poll() is None and not list(checkpoints.glob(".step-*[0-9].partial")):
+    while in_save and ranks[0].is_running and not list(checkpoints.glob(".step-*[0-9].partial")):
         pass
-    ended = ranks[0].poll() is not None
+    ended = not ranks[0].is_running
     for rank in ranks:
         rank.kill()
-    for rank in ranks:
-        rank.communicate()
     if ended:
         _finish(start(run, shards, num_ranks, *settings))  # it had just ended, or all of it but its last words
         return None
@@ -110,10 +106,10 @@ def _steps(checkpoints: Path) -> int:
     return int(max(names).removeprefix("step-")) if names else 0
 
 
-def _finish(ranks: list[subprocess.Popen[str]]) -> None:
-    said = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        sys.exit("\n".join(said))
+def _finish(ranks: list[Rank]) -> None:
+    codes = [rank.wait() for rank in ranks]
+    if any(codes):
+        sys.exit("\n".join(rank.stdout + rank.stderr for rank in ranks))
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ from karmma_dist.streaming.loader import TrainingClips
 from karmma_dist.streaming.order import Slice
 from karmma_dist.training import trainer as loop
 from karmma_dist.training.engine import Engine
-from karmma_dist.training.fault_tolerance.preemption import Interruption
-from karmma_dist.training.objectives import Distillation, soft_targets_of
+from karmma_dist.training.fault_tolerance.preemption import PreemptionHandler
+from karmma_dist.training.objectives import Distillation, SoftTargets
 
 SHORT_CLIPS = ["inputs.video.num_frames=8", "inputs.video.short_side=56", "inputs.video.crop=56",
                "inputs.audio.num_windows=8"]  # fmt: skip
@@ -114,6 +114,17 @@ class Dense(nn.Module):
         return self.model.fuse(self.model.encode(whole, everything), everything, keep_BM=present_BM)
 
 
+def targets_of(teacher: nn.Module, recipe: DistillRecipe) -> SoftTargets:
+    """Return the soft targets of one model, or of one that is called like it."""
+
+    def soft_targets(batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            logits = teacher(batch.inputs, batch.present_BM)
+        return {head: (logits_BC.float() / recipe.temperature).log_softmax(-1) for head, logits_BC in logits.items()}
+
+    return soft_targets
+
+
 def bench_skip(repeats: int) -> None:
     """Present clips only against dense and masked."""
     recipe = epic_recipe("training.batch_size=8", *SHORT_CLIPS)
@@ -125,8 +136,8 @@ def bench_skip(repeats: int) -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
     batch = synthetic_batch(recipe, 8, device, torch.float32)
     arms: dict[str, tuple[nn.Module, Distillation]] = {
-        "present clips only": (student, Distillation(recipe.distill, soft_targets_of(teacher))),
-        "dense, masked": (Dense(student), _distill(Dense(teacher), recipe.distill)),
+        "present clips only": (student, Distillation(recipe.distill, targets_of(teacher, recipe.distill))),
+        "dense, masked": (Dense(student), Distillation(recipe.distill, targets_of(Dense(teacher), recipe.distill))),
     }
     _check_same(arms, student, batch)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -138,10 +149,6 @@ def bench_skip(repeats: int) -> None:
     share = float(batch.present_BM.float().mean())
     print(f"distillation step, batch 8, {share:.0%} of (clip, modality) pairs present, {repeats} repeats in turn")
     _print_ratio(seconds, "present clips only", "dense, masked")
-
-
-def _distill(teacher: nn.Module, recipe: DistillRecipe) -> Distillation:
-    return Distillation(recipe, soft_targets_of(teacher))  # type: ignore[arg-type]  # called like the model that it wraps
 
 
 def _check_same(arms: dict[str, tuple[nn.Module, Distillation]], student: nn.Module, batch: Batch) -> None:
@@ -233,7 +240,7 @@ def bench_loop(repeats: int, world: World) -> None:
         pack(spec)
         recipe = _loop_recipe(folder, repeats)
         shards = ShardFolder(folder / "shards")
-        undisturbed = Interruption(world.rank, None, highest)
+        undisturbed = PreemptionHandler(world.rank, None, highest)
         trainer = loop.Trainer(recipe, world, shards, validate, lambda *_: None, undisturbed)
         clips = TrainingClips(shards, recipe.data, recipe.inputs, recipe.seed, 8)
         in_turn = InTurn(trainer, [clips.batch(Slice(0, step, step * 8, step * 8 + 8)) for step in range(BLOCK)])
@@ -308,7 +315,8 @@ def _gpu_step(size: int, repeats: int, world: World) -> tuple[float, float]:
     assert recipe.distill is not None
     torch.manual_seed(0)
     engine = Engine(KarmmaModel(recipe.model, recipe.inputs, recipe.data.modalities, HEADS), recipe, world)
-    objective = Distillation(recipe.distill, soft_targets_of(make_teacher(recipe).to(engine.device, engine.dtype)))
+    teacher = make_teacher(recipe).to(engine.device, engine.dtype)
+    objective = Distillation(recipe.distill, targets_of(teacher, recipe.distill))
     batches = [synthetic_batch(recipe, size, engine.device, engine.dtype, seed) for seed in range(2)]
     engine.model.train()
 

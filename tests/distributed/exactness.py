@@ -2,8 +2,9 @@
 
     python tests/distributed/exactness.py [--zero-stages 0,1,2,3] [--out DIR]       every case, as a table
 
-The ranks of one ZeRO stage train all its cases in one job, through `training.loop.train`; the reference knows neither
-ranks nor DeepSpeed and takes each global batch at once. The model is the real one with every kind of encoder, small.
+Two ranks train all cases at all stages one after the other, through `training.trainer.train`; the reference knows
+neither ranks nor DeepSpeed and takes each global batch at once. The model is the real one with every kind of encoder,
+small.
 """
 
 from __future__ import annotations
@@ -61,21 +62,21 @@ def _both(*patterns: list[bool]) -> list[bool]:
 
 
 PRESENCE: dict[str, list[list[bool]]] = {
-    # Of each batch: the first rank's six clips, then the second's.
+    # The first six clips of each batch are the first rank's, the other six the second's.
     "disjoint": [V, _both(V, FL), FL, V, FL, _both(V, FL), A, _both(A, D), D, D, A, _both(A, D)],
     "absent": [_both(V, A), A, _both(V, FL, A, D), _both(A, D), FL, V, V, _both(V, D), FL, _both(FL, D), D, V],
     "equal sizes": [V, V, V, V, V, V, FL, FL, FL, FL, FL, FL],
 }
-"""Which modalities clips keep by their place in the batch; "dropped" is the recipe's own modality dropout.
+"""The modalities that clips keep, by their place in the batch; "dropped" is the recipe's own modality dropout.
 
-`absent`: the second rank never hears anything. `equal sizes`: branches of equal sizes alone differ, so that ranks that
-skipped them would reduce the wrong gradients instead of failing.
+In `absent` the second rank never has audio. In `equal sizes` only branches of equal sizes differ, so ranks that skipped
+them would reduce the wrong gradients instead of failing.
 """
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run."""
+    """A run."""
 
     stage: str
     optimizer: str
@@ -84,7 +85,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.stage}-{self.optimizer}-{self.accumulation}-{self.presence}".replace(" ", "_")
 
 
@@ -95,13 +96,13 @@ CASES = [
     Case("distill", "adamw", 1, "absent"),
     Case("teacher", "adamw", 1, "absent"),
 ]
-"""What the test of ZeRO stage 1 runs. Of the others only `FEW`: the table has all combinations."""
+"""The cases that are tested at ZeRO stage 1; the others run only `FEW`, and the table has all combinations."""
 
 FEW = CASES[1:3]
-"""Two that hold every stage of training but `teacher`, optimizer, accumulation and presence."""
+"""Two cases with every optimizer, accumulation and presence, and every stage of training but `teacher`."""
 
 BROKEN = Case("supervised", "sgd", 1, "equal sizes")
-"""Exact as it is, and wrong where branches are skipped."""
+"""A case that is exact as it is, and wrong where branches are skipped."""
 
 EVERY_CASE = [
     Case(*combination)
@@ -112,7 +113,7 @@ EVERY_CASE = [
 
 
 def make_recipe(case: Case, shards: Path, folder: Path) -> Recipe:
-    """The recipe of a case, its run in `folder`; a teacher is expected in folder/teacher."""
+    """Return the recipe of a case with its run in `folder`; a teacher is expected in folder/teacher."""
     teaches = case.stage == "teacher"
     swin = {"name": "swin3d_small", "options": {"width": 12, "depths": [1, 1], "heads": [1, 2], "drop_path": 0.0}}
     stlt = {"spatial_layers": 1, "temporal_layers": 1, "width": 8, "heads": 2, "dropout": 0.0}
@@ -163,7 +164,7 @@ def make_recipe(case: Case, shards: Path, folder: Path) -> Recipe:
 
 
 def make_shards(folder: Path) -> Path:
-    """Pack 36 synthetic clips that have video, flow and sound, and give each of them boxes as well."""
+    """Pack 36 synthetic clips that have video, flow and audio, and give each of them boxes as well."""
     write_kitchen(folder / "raw", seed=0, train_recordings=3, validation_recordings=1, clips_per_recording=12)
     packed, out = folder / "packed", folder / "shards"
     pack(load_spec("demo", raw=str(folder / "raw"), out=str(packed), overrides=["clips_per_shard=12"]))
@@ -185,7 +186,7 @@ def make_shards(folder: Path) -> Path:
 
 
 def _with_boxes(folder: ShardFolder, clip: Clip) -> dict[str, bytes]:
-    """A clip's members and five frames of two boxes made from its key."""
+    """Return a clip's members and five frames of two boxes made from its key."""
     corners = np.random.default_rng(zlib.crc32(clip.key.encode())).uniform(0, 0.5, (5, 2, 2)).round(3)
     frames = [[[*xy, *(xy + 0.4), kind, 0.9] for kind, xy in enumerate(frame, 1)] for frame in corners]
     boxes = json.dumps({"width": 96, "height": 72, "frames": frames}).encode()
@@ -197,7 +198,7 @@ def _with_boxes(folder: ShardFolder, clip: Clip) -> dict[str, bytes]:
 
 
 def make_teacher(shards: Path, folder: Path) -> None:
-    """A teacher with random weights in folder/teacher."""
+    """Write a teacher with random weights to folder/teacher."""
     recipe = make_recipe(Case("teacher", "sgd", 1, "absent"), shards, folder)
     classes = ShardFolder(shards).classes
     torch.manual_seed(1)
@@ -207,7 +208,7 @@ def make_teacher(shards: Path, folder: Path) -> None:
 
 @contextmanager
 def presence(case: Case) -> Iterator[None]:
-    """Modality dropout that keeps what the case says."""
+    """Replace modality dropout by the case's own pattern."""
     rows = PRESENCE.get(case.presence)
     if rows is None:
         yield
@@ -223,34 +224,35 @@ def presence(case: Case) -> Iterator[None]:
 
 @dataclass
 class Outcome:
-    """What a run did."""
+    """The batches, losses and final weights of a run."""
 
     seen: list[list[Any]]
-    """Per clip, in the order of places: step, key, the modalities it brought."""
+    """Step, key and present modalities of each clip, in the order of places."""
     losses: list[float]
-    """Per optimizer step, over the global batch."""
+    """The loss of the global batch at each optimizer step."""
     weights: dict[str, Tensor]
-    """At the end."""
+    """The weights at the end."""
 
 
 def seen_in(batch: Batch) -> list[list[Any]]:
-    """`Outcome.seen` of one batch."""
+    """Return `Outcome.seen` of one batch."""
     flags = batch.present_BM.tolist()
-    brought = [[m for m, there in zip(MODALITIES, row, strict=True) if there] for row in flags]
-    return [[batch.step, key, modalities] for key, modalities in zip(batch.keys, brought, strict=True)]
+    present = [[m for m, is_present in zip(MODALITIES, row, strict=True) if is_present] for row in flags]
+    return [[batch.step, key, modalities] for key, modalities in zip(batch.keys, present, strict=True)]
 
 
 @dataclass
 class Reference(Outcome):
-    """What plain PyTorch does in one process."""
+    """The outcome of plain PyTorch in one process."""
 
     start: dict[str, Tensor]
     """Weights before the first step."""
     is_noise: dict[str, Tensor]
-    """Under AdamW, per parameter the elements whose gradient (after clipping) was never above `NOISE` but not 0.
+    """Under AdamW, the elements of each parameter whose gradient (after clipping) was never above `NOISE` but not 0.
 
-    Its true value is 0: above all that of the keys' biases, since adding the same to all keys changes no attention.
-    What rounding leaves of it differs between any two ways to add up, and AdamW scales it up to parts of a step.
+    The true value of such a gradient is 0: above all that of the keys' biases, since adding the same to all keys
+    changes no attention. Its rounding error differs between any two orders of summation, and AdamW scales it up to
+    parts of a step.
     """
 
 
@@ -306,7 +308,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _loss(model: nn.Module, teacher: nn.Module | None, batch: Batch) -> Tensor:
-    """Cross-entropy, or 0.7 of it and 0.3 of the KL to the teacher; means over heads and clips."""
+    """Return the cross-entropy, or 0.7 of it and 0.3 of the KL to the teacher; means over heads and clips."""
     logits = model(batch.inputs, batch.present_BM)
     hard = torch.stack([F.cross_entropy(logits[head], batch.labels[head]) for head in logits]).mean()
     if teacher is None:
@@ -320,28 +322,37 @@ def _loss(model: nn.Module, teacher: nn.Module | None, batch: Batch) -> Tensor:
     return 0.7 * hard + 0.3 * torch.stack(soft).mean()
 
 
-def launch_ranks(cases: list[Case], zero_stage: int, shards: Path, folder: Path, skip_branches: bool = False) -> int:
-    """Train cases one after the other on two ranks; returns their exit code. Results: see `read_outcome`."""
-    job = {
-        "cases": [asdict(case) for case in cases], "zero_stage": zero_stage, "shards": str(shards),
-        "folder": str(folder), "skip_branches": skip_branches,
-    }  # fmt: skip
-    return launch_local(NUM_RANKS, [sys.executable, __file__, "--rank-job", json.dumps(job)])
+@dataclass(frozen=True)
+class Job:
+    """Cases that two ranks train at one ZeRO stage; `read_outcome` reads what they leave in `folder`."""
+
+    cases: list[Case]
+    zero_stage: int
+    folder: Path
+    skip_branches: bool = False
+    """True if the ranks run no branch of a modality that none of their clips has: the mistake to be noticed."""
 
 
-def run_rank(job: dict[str, Any]) -> None:
-    """What every rank of `launch_ranks` does."""
+def launch_ranks(jobs: list[Job], shards: Path) -> int:
+    """Train all jobs one after the other on two ranks, with a teacher in each job's folder; return their exit code."""
+    for job in jobs:
+        make_teacher(shards, job.folder)
+    told = json.dumps({"jobs": [asdict(job) for job in jobs], "shards": shards}, default=str)
+    return launch_local(NUM_RANKS, [sys.executable, __file__, "--rank-jobs", told])
+
+
+def run_rank(jobs: list[Job], shards: Path) -> None:
+    """Train all jobs as one rank of `launch_ranks`."""
     from karmma_dist.distributed.process_group import process_group
     from karmma_dist.distributed.world import find_world
     from karmma_dist.training import trainer as loop
 
     world = find_world(os.environ)
-    folder = Path(job["folder"])
     make_batch = TrainingClips.batch
     with process_group(world):
-        for case in (Case(**fields) for fields in job["cases"]):
-            recipe = make_recipe(case, Path(job["shards"]), folder)
-            recipe.training.zero_stage = job["zero_stage"]
+        for job, case in [(each, case) for each in jobs for case in each.cases]:
+            recipe = make_recipe(case, shards, job.folder)
+            recipe.training.zero_stage = job.zero_stage
             seen: list[list[Any]] = []
 
             def batch(self: TrainingClips, part: Slice, *rest: Any, seen: list[list[Any]] = seen) -> Batch:
@@ -350,11 +361,11 @@ def run_rank(job: dict[str, Any]) -> None:
                 return made
 
             with presence(case), mock.patch.object(TrainingClips, "batch", batch):
-                if job["skip_branches"]:
-                    # The guard, which would stop the ranks at the first step, looks away.
+                if job.skip_branches:
+                    # The graph check would stop the ranks at the first step.
                     with (
-                        mock.patch.object(KarmmaModel, "encode", encode_only_what_is_there),
-                        mock.patch.object(loop.Guard, "is_due", return_value=False),
+                        mock.patch.object(KarmmaModel, "encode", encode_present_only),
+                        mock.patch.object(loop.GraphCheck, "is_due", return_value=False),
                     ):
                         loop.train(recipe, world, validate)
                 else:
@@ -365,9 +376,7 @@ def run_rank(job: dict[str, Any]) -> None:
 _encode = KarmmaModel.encode
 
 
-def encode_only_what_is_there(
-    self: KarmmaModel, inputs: dict[str, Tensor], present_BM: Tensor
-) -> dict[str, Tensor]:
+def encode_present_only(self: KarmmaModel, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
     """Break the rule: run no branch of a modality that no clip of this rank has."""
     before, self.training = self.training, False
     try:
@@ -377,7 +386,7 @@ def encode_only_what_is_there(
 
 
 def read_outcome(case: Case, folder: Path) -> Outcome:
-    """What the ranks of a job did in one case."""
+    """Return what the ranks of a job did in one case."""
     run = folder / case.name
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     per_rank = [json.loads((run / f"seen-{rank}.json").read_text()) for rank in range(NUM_RANKS)]
@@ -388,29 +397,29 @@ def read_outcome(case: Case, folder: Path) -> Outcome:
 
 @dataclass
 class Difference:
-    """How far a run is from its reference."""
+    """The distance of a run from its reference."""
 
     same_clips: bool
-    """Same keys with the same modalities at every place of every step."""
+    """True if every place of every step had the same key with the same modalities."""
     loss: float
     """Largest difference of a step's loss."""
     weight: float
-    """Largest difference of a weight at the end, leaving out `Reference.is_noise`."""
+    """Largest difference of a weight at the end, without `Reference.is_noise`."""
     cosine: float
-    """Smallest cosine of a parameter's update with what it should have been."""
+    """Smallest cosine of a parameter's update with the reference's."""
     worst: str
-    """The parameter that has it."""
+    """The parameter with that cosine."""
     noise_share: float
-    """Share of all weights that are left out."""
+    """Share of `Reference.is_noise` in all weights."""
     noise: float
-    """Largest difference among those."""
+    """Largest difference of a weight that is noise."""
 
 
-def compare(got: Outcome, reference: Reference) -> Difference:
+def compare(outcome: Outcome, reference: Reference) -> Difference:
     """Compare a run with its reference."""
     cosines, weight, num, num_noise, noise = {}, 0.0, 0, 0, 0.0
     for name, start in reference.start.items():
-        off = (got.weights[name] - reference.weights[name]).abs()
+        off = (outcome.weights[name] - reference.weights[name]).abs()
         is_noise = reference.is_noise.get(name, torch.zeros_like(off, dtype=torch.bool))
         num, num_noise = num + off.numel(), num_noise + int(is_noise.sum())
         noise = max(noise, float(off[is_noise].max() if is_noise.any() else 0))
@@ -419,12 +428,12 @@ def compare(got: Outcome, reference: Reference) -> Difference:
         weight = max(weight, float(off[~is_noise].max()))
         should = (reference.weights[name].double() - start.double())[~is_noise]
         if float(should.norm()) > 1e-6:
-            moved = (got.weights[name].double() - start.double())[~is_noise]
+            moved = (outcome.weights[name].double() - start.double())[~is_noise]
             cosines[name] = float(F.cosine_similarity(moved, should, dim=0))
     worst = min(cosines, key=cosines.__getitem__)
     return Difference(
-        same_clips=got.seen == reference.seen,
-        loss=max(abs(a - b) for a, b in zip(got.losses, reference.losses, strict=True)),
+        same_clips=outcome.seen == reference.seen,
+        loss=max(abs(a - b) for a, b in zip(outcome.losses, reference.losses, strict=True)),
         weight=weight,
         cosine=cosines[worst],
         worst=worst,
@@ -434,15 +443,19 @@ def compare(got: Outcome, reference: Reference) -> Difference:
 
 
 def main() -> None:
-    """Run what one rank runs, or print the table of every case."""
+    """Run as one rank, or print the table of every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zero-stages", default="0,1,2,3")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--rank-job", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--rank-jobs", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.rank_job:
-        run_rank(arguments.rank_job)
+    if arguments.rank_jobs:
+        jobs = [
+            Job(**{**job, "cases": [Case(**case) for case in job["cases"]], "folder": Path(job["folder"])})
+            for job in arguments.rank_jobs["jobs"]
+        ]
+        run_rank(jobs, Path(arguments.rank_jobs["shards"]))
         return
     with tempfile.TemporaryDirectory() as temporary:
         out: Path = arguments.out or Path(temporary)
@@ -453,15 +466,14 @@ def main() -> None:
         print(f"{'ZeRO':4} {'case':34} {'clips':6} {titles}")
         for zero_stage in map(int, arguments.zero_stages.split(",")):
             folder = out / f"zero-{zero_stage}"
-            make_teacher(shards, folder)
-            if launch_ranks(EVERY_CASE, zero_stage, shards, folder):
+            if launch_ranks([Job(EVERY_CASE, zero_stage, folder)], shards):
                 raise SystemExit(f"the ranks of ZeRO stage {zero_stage} failed")
             for case in EVERY_CASE:
-                found = compare(read_outcome(case, folder), references[case])
-                same = "same" if found.same_clips else "OTHER"
+                off = compare(read_outcome(case, folder), references[case])
+                same = "same" if off.same_clips else "OTHER"
                 print(
-                    f"{zero_stage:4} {case.name:34} {same:6} {found.loss:9.1e} {found.weight:9.1e} "
-                    f"{found.cosine:11.8f} {found.noise_share:9.2%} {found.noise:8.1e}  {found.worst}"
+                    f"{zero_stage:4} {case.name:34} {same:6} {off.loss:9.1e} {off.weight:9.1e} "
+                    f"{off.cosine:11.8f} {off.noise_share:9.2%} {off.noise:8.1e}  {off.worst}"
                 )
 
 

@@ -1,11 +1,9 @@
-"""Signals, dead ranks and ranks that differ, on real processes: two gloo ranks started without a launcher."""
+"""Signals, dead ranks and ranks that differ: two gloo ranks, each a process."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from karmma_dist.distributed.world import free_port
-from kits.patience import HANGS_S
+from kits.ranks import run_ranks
 from kits.recipes import tiny_recipe
 
 RECIPE = tiny_recipe(
@@ -29,8 +26,7 @@ RECIPE = tiny_recipe(
 )
 
 PRELUDE = """
-import os, signal, sys, threading
-from karmma_dist.cli import main
+import os, signal, threading
 from karmma_dist.training import trainer
 from karmma_dist.training.objectives import CrossEntropy
 rank = int(os.environ["RANK"])
@@ -38,28 +34,17 @@ rank = int(os.environ["RANK"])
 
 
 def run(folder: Path, shards: Path, changes: str = "", *overrides: str) -> list[tuple[int, str]]:
-    """Train on two ranks whose program `changes` first; returns exit status and stderr of each."""
+    """Train on two ranks whose program `changes` first; return exit code and standard error of each."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     places = [f"runs_dir={folder / 'runs'}", f"data.shards={shards}"]
-    arguments = ["train", "recipe.yaml", *(f"--set={text}" for text in (*places, *overrides))]
-    script = f"{PRELUDE}{changes}\nsys.exit(main({arguments!r}))"
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank}
-        command = [sys.executable, "-c", script]
-        ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        said = [process.communicate(timeout=HANGS_S)[1] for process in ranks]
-        return [(process.returncode, text) for process, text in zip(ranks, said, strict=True)]
-    finally:
-        for process in ranks:
-            process.kill()
+    train = ["train", "recipe.yaml", *(f"--set={text}" for text in (*places, *overrides))]
+    ended = run_ranks(folder, train, train, scripts=[PRELUDE + changes] * 2)
+    return [(code, errors) for code, _, errors in ended]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says, without what a clock decides."""
+    """Return the lines of metrics.jsonl without the fields that a clock decides."""
     timed = ("_s", "_share", "queue_depth", "_gb")
     read = [json.loads(line) for line in (folder / "runs/student/metrics.jsonl").read_text().splitlines()]
     return [
@@ -69,8 +54,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "runs/student/state.json").read_text())
-    return found
+    """Return the content of state.json."""
+    content: dict[str, Any] = json.loads((folder / "runs/student/state.json").read_text())
+    return content
 
 
 RANK_1_IS_NOT_FINITE_AT_STEP_2 = """
@@ -105,25 +91,26 @@ trainer.Trainer._between_batches = signalled
 """
 
 
-def test_a_run_stopped_in_an_epoch_and_in_validation_ends_as_the_undisturbed_one_bit_for_bit(
-    shards: Path, tmp_path: Path
-) -> None:
-    """One rank is told each time; all save at the same step and exit with 85. A step that was skipped stays skipped."""
+def test_a_run_stopped_by_signals_ends_as_undisturbed(shards: Path, tmp_path: Path) -> None:
+    """One rank gets a signal, in an epoch and in validation: all save at the same step, and exit with 85.
+
+    A step that was skipped stays skipped.
+    """
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for status, said in run(whole, shards, RANK_1_IS_NOT_FINITE_AT_STEP_2):
-        assert status == 0, said
-    for status, said in run(cut, shards, RANK_1_IS_NOT_FINITE_AT_STEP_2 + SIGNAL_AT_STEP_3):
-        assert (status, said.count("Traceback")) == (85, 0), said
-        assert "preempted by SIGUSR2 on rank 1 after step 3 of" in said
+    for code, errors in run(whole, shards, RANK_1_IS_NOT_FINITE_AT_STEP_2):
+        assert code == 0, errors
+    for code, errors in run(cut, shards, RANK_1_IS_NOT_FINITE_AT_STEP_2 + SIGNAL_AT_STEP_3):
+        assert (code, errors.count("Traceback")) == (85, 0), errors
+        assert re.search(r"SIGUSR2 .*rank 1 .*step 3\b", errors)
     assert (state(cut)["state"], state(cut)["step"]) == ("preempted", 3)
-    for status, said in run(cut, shards, SIGNAL_IN_VALIDATION):
-        assert status == 85, said
-        assert "preempted by SIGTERM on rank 0 after step 7 of 14" in said
-    for status, said in run(cut, shards):
-        assert status == 0, said
+    for code, errors in run(cut, shards, SIGNAL_IN_VALIDATION):
+        assert code == 85, errors
+        assert re.search(r"SIGTERM .*rank 0 .*step 7\b", errors)
+    for code, errors in run(cut, shards):
+        assert code == 0, errors
     assert lines(cut) == lines(whole)
     (skipped,) = [line for line in lines(cut) if line["kind"] == "skipped"]
-    assert (skipped["step"], skipped["cause"], [one["rank"] for one in skipped["suspects"]]) == (2, "loss", [1])
+    assert (skipped["step"], skipped["cause"], [suspect["rank"] for suspect in skipped["suspects"]]) == (2, "loss", [1])
     assert len(skipped["suspects"][0]["clips"]) == 2
     assert sum(line["kind"] == "validation" for line in lines(cut)) == 2
     weights = [load_file(folder / "runs/student/weights.safetensors") for folder in (cut, whole)]
@@ -139,10 +126,10 @@ CrossEntropy.loss = partly
 """
 
 
-def test_a_rank_that_skips_a_branch_is_stopped_with_the_names_of_its_parameters(shards: Path, tmp_path: Path) -> None:
-    for status, said in run(tmp_path, shards, LEAVE_A_HEAD_OUT):
-        assert (status, said.count("Traceback")) == (2, 0), said
-        assert "error: rank 1 leaves out classifiers.noun.bias, classifiers.noun.weight" in said
+def test_a_rank_that_skips_a_branch_is_named_with_parameters(shards: Path, tmp_path: Path) -> None:
+    for code, errors in run(tmp_path, shards, LEAVE_A_HEAD_OUT):
+        assert (code, errors.count("Traceback")) == (2, 0), errors
+        assert re.search(r"rank 1 .*classifiers\.noun\.bias, classifiers\.noun\.weight", errors)
 
 
 END_RANK_1 = """
@@ -155,16 +142,17 @@ trainer.Trainer._forward_backward = ends
 """
 
 
-@pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGKILL)", "threading.Event().wait()"])
-def test_a_dead_or_hanging_rank_ends_the_others_with_its_name_in_one_line(
-    shards: Path, tmp_path: Path, how: str
-) -> None:
-    (status, said), (other, _) = run(tmp_path, shards, END_RANK_1.format(how=how), "training.collective_timeout_s=6")
-    assert status == 1, said
-    assert other == (1 if "wait" in how else -9)
-    told = [line for line in said.splitlines() if "died or hangs" in line]
-    assert len(told) == 1, said
-    assert "rank 1 (" in told[0]
-    assert "no sign of life" in told[0] or "while it is in the forward pass of step 3" in told[0]
-    assert "Traceback" not in said
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize("how", [KILLED, "threading.Event().wait()"], ids=["dead", "hanging"])
+def test_a_dead_or_hanging_rank_is_named_in_one_line(shards: Path, tmp_path: Path, how: str) -> None:
+    (code, errors), (other, _) = run(tmp_path, shards, END_RANK_1.format(how=how), "training.collective_timeout_s=6")
+    assert code == 1, errors
+    assert other == (-9 if how == KILLED else 1)
+    lines_of_rank_1 = [line for line in errors.splitlines() if "rank 1 (" in line]
+    assert len(lines_of_rank_1) == 1, errors
+    (line,) = lines_of_rank_1
+    assert "no sign of life" in line or "forward pass of step 3" in line
+    assert "Traceback" not in errors
     assert state(tmp_path)["state"] == "failed"

@@ -1,4 +1,4 @@
-"""A teacher in pieces over the ranks teaches what a whole one teaches: real processes, gloo, DeepSpeed."""
+"""A teacher that is sharded over the ranks teaches as a whole one does: processes, gloo, DeepSpeed."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def logged(folder: Path, name: str) -> list[dict[str, float]]:
     return [line for line in lines if line["kind"] == "train"]
 
 
-def test_a_sharded_ensemble_on_two_ranks_teaches_what_a_whole_one_teaches_on_one(folder: Path) -> None:
-    """Ranks miss different modalities, so one runs an encoder, or a whole expert, that the other has no clip for."""
+def test_a_teacher_sharded_over_ranks_teaches_as_a_whole_one(folder: Path) -> None:
+    """The ranks lack different modalities: one runs an encoder, or a whole expert, for which the other has no clip."""
     karmma_dist(folder, "train", "student.yaml", "--set=name=whole")
     flags = ["--set=name=pieces", "--set=distill.shard_teacher=true"]
-    karmma_dist(folder, "launch", "student.yaml", "--local", "2", *flags)
+    karmma_dist(folder, "train", "student.yaml", *flags, num_ranks=2)
     whole, sharded = logged(folder, "whole"), logged(folder, "pieces")
     for name in ("loss", "kl", "teacher_entropy_verb", "teacher_accuracy", "agreement_noun"):
         assert [line[name] for line in sharded] == pytest.approx([line[name] for line in whole], abs=1e-6)

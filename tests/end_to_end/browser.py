@@ -23,10 +23,10 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Browser:
-    """A page of a headless browser that keeps every complaint of it in `complaints`.
+    """A page of a headless browser; what the browser logs, errors above all, is kept in `complaints`.
 
     Args:
-        profile: Folder for what the browser writes.
+        profile: Folder for the browser's own files.
     """
 
     def __init__(self, profile: Path) -> None:
@@ -51,7 +51,7 @@ class Browser:
         os.close(from_browser)
 
     def __enter__(self) -> Browser:
-        pages = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
+        pages = [target for target in self.call("Target.getTargets")["targetInfos"] if target["type"] == "page"]
         self._session = self.call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
@@ -65,7 +65,7 @@ class Browser:
         os.close(self._read)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Result of one method of the protocol."""
+        """Call a method of the protocol and return its result."""
         number = next(self._ids)
         message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
         if self._session is not None:
@@ -74,13 +74,13 @@ class Browser:
         while data:
             data = data[os.write(self._write, data) :]
         while True:
-            answer = self._receive()
-            if answer.get("id") == number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                return answer["result"]
+            response = self._receive()
+            if response.get("id") == number:
+                assert "error" not in response, f"{method}: {response['error']}"
+                return response["result"]
 
     def open(self, path: Path, width: int, height: int = 800, dark: bool = False, script: bool = True) -> None:
-        """Load a file at a window's size in CSS pixels and colour scheme, and wait until it is complete."""
+        """Load a file in a window of a size in CSS pixels and with a colour scheme; wait until the page is complete."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
@@ -96,10 +96,10 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
 
     def run(self, expression: str) -> Any:
-        """Value of a JavaScript expression in the page, or what its promise gives."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
+        """Return the value of a JavaScript expression in the page, or of its promise."""
+        response = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in response, response["exceptionDetails"]
+        return response["result"].get("value")
 
     def click(self, element: str) -> None:
         """Press the mouse in the middle of an element given by a JavaScript expression."""
@@ -111,9 +111,9 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
-        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(answer["data"]))
+        """Save the whole page as PNG."""
+        response = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(response["data"]))
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:

@@ -1,4 +1,4 @@
-"""report.html in a real browser: no complaint, no sideways scrolling, sorting, dark, paper, and no foreign script."""
+"""report.html in a browser: no error, no sideways scrolling, sorting, dark mode, print, and no foreign script."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PICTURES = "[...document.querySelectorAll('svg.plot')]"
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as one:
-        yield one
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
 @pytest.mark.parametrize("dark", [False, True])
-def test_the_page_fits_its_window_and_the_browser_has_nothing_to_complain_of(browser, report, width, dark, tmp_path):
+def test_the_page_fits_its_window_without_errors(browser, report, width, dark, tmp_path):
     browser.open(report, width, dark=dark)
     browser.run("document.querySelectorAll('details').forEach(part => { part.open = true; })")
     assert browser.run("document.documentElement.scrollWidth") == browser.run("window.innerWidth") == width
     assert browser.complaints == []
     widths = browser.run(f"{PICTURES}.map(e => e.getBoundingClientRect().width)")
     assert len(widths) == 3
-    assert all(300 <= one <= 620 for one in widths)
+    assert all(300 <= width <= 620 for width in widths)
     lead = browser.run("document.querySelector('p.lead').getBoundingClientRect().top")
     assert lead < browser.run(f"{PICTURES}[0].getBoundingClientRect().top") < 800
     assert browser.run("document.body.innerText").count("action top-1 (%)") >= 3
@@ -68,7 +68,7 @@ def test_no_text_of_a_plot_is_cut_or_tiny(browser, report, width):
         " }); })"
     )
     assert len(texts) > 50
-    assert [one for one in texts if min(one[1:5]) < -0.5 or one[5] < 9] == []
+    assert [text for text in texts if min(text[1:5]) < -0.5 or text[5] < 9] == []
 
 
 @pytest.mark.parametrize("width", [360, 1280])
@@ -81,7 +81,7 @@ def test_no_name_in_a_table_runs_into_the_next(browser, report, width):
         " return [th.textContent, c.left - b.left, b.right - c.right]; })"
     )
     assert sum(LONG in name for name, *_ in names) > 3
-    assert [one for one in names if min(one[1:]) < -0.5] == []
+    assert [name for name in names if min(name[1:]) < -0.5] == []
 
 
 def test_a_name_that_holds_markup_is_shown_and_never_run(browser, report):
@@ -89,35 +89,36 @@ def test_a_name_that_holds_markup_is_shown_and_never_run(browser, report):
     assert HOSTILE in browser.run("document.body.innerText")
     assert browser.run("typeof window.smuggled") == "undefined"
     assert browser.run("document.images.length") == 0
-    # And where escaping fails, the page's policy still holds.
+    # Where escaping fails, the page's policy still holds.
     browser.run("document.body.append(Object.assign(document.createElement('script'), {text: 'window.smuggled = 2'}))")
     assert browser.run("typeof window.smuggled") == "undefined"
     assert "Content Security Policy" in browser.complaints.pop()
     assert browser.complaints == []
 
 
-def first_column(browser: Browser, table: str, column: int) -> list[str]:
+def cells_of(browser: Browser, table: str, column: int) -> list[str]:
+    """Return the texts of a column of a table."""
     return browser.run(f"[...{table}.tBodies[0].rows].map(row => row.cells[{column}].textContent)")
 
 
-def test_a_click_sorts_by_number_the_next_turns_it_round_and_the_third_restores(browser, report):
+def test_clicks_sort_by_number_reverse_and_restore(browser, report):
     browser.open(report, 1280)
     column = browser.run(f"[...{SUBSETS}.tHead.rows[0].cells].findIndex(c => c.textContent === 'KARMMA student')")
     button = f"{SUBSETS}.tHead.rows[0].cells[{column}].querySelector('button')"
     state = f"{SUBSETS}.tHead.rows[0].cells[{column}].getAttribute('aria-sort')"
-    original = first_column(browser, SUBSETS, 0)
+    original = cells_of(browser, SUBSETS, 0)
     foot = browser.run(f"{SUBSETS}.tFoot.textContent")
-    expected = sorted(first_column(browser, SUBSETS, column), key=lambda text: -float(text.split()[0]))
+    expected = sorted(cells_of(browser, SUBSETS, column), key=lambda text: -float(text.split()[0]))
     browser.click(button)
     assert browser.run(state) == "descending"
-    assert first_column(browser, SUBSETS, column) == expected
-    assert first_column(browser, SUBSETS, 0) != original
+    assert cells_of(browser, SUBSETS, column) == expected
+    assert cells_of(browser, SUBSETS, 0) != original
     browser.click(button)
     assert browser.run(state) == "ascending"
-    assert first_column(browser, SUBSETS, column) == expected[::-1]
+    assert cells_of(browser, SUBSETS, column) == expected[::-1]
     browser.click(button)
     assert browser.run(state) is None
-    assert first_column(browser, SUBSETS, 0) == original
+    assert cells_of(browser, SUBSETS, 0) == original
     assert browser.run(f"{SUBSETS}.tFoot.textContent") == foot
 
 
@@ -129,13 +130,13 @@ def test_numbers_with_separators_sort_by_value_and_dashes_come_last(browser, rep
     column = browser.run(f"[...{counts}.tHead.rows[0].cells].findIndex(c => c.textContent === 'audio used')")
     for turn in (-1, 1):
         browser.click(f"{counts}.tHead.rows[0].cells[{column}].querySelector('button')")
-        shown = first_column(browser, counts, column)
+        shown = cells_of(browser, counts, column)
         known = [int(text.replace(",", "")) for text in shown if text != "–"]
         assert known == sorted(known, key=lambda value: turn * value)
         assert min(known) < 1000 < max(known)
         assert shown[len(known) :] == ["–"] * (len(shown) - len(known)) != []
     browser.click(f"{ALL_ROWS}.tHead.rows[0].cells[0].querySelector('button')")
-    assert first_column(browser, ALL_ROWS, 0)[0] == "A"
+    assert cells_of(browser, ALL_ROWS, 0)[0] == "A"
 
 
 def test_without_scripts_the_page_shows_the_same(browser, report):
@@ -165,7 +166,7 @@ def test_dark_and_light_differ_and_paper_is_light_and_unfolded(browser, report):
     assert len(browser.call("Page.printToPDF")["data"]) > 10_000
 
 
-def test_pictures_have_a_name_and_a_description_for_those_who_hear_the_page(browser, report):
+def test_pictures_have_a_name_and_a_description(browser, report):
     browser.open(report, 1280)
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
     images = [node for node in nodes if node.get("role", {}).get("value") == "image"]

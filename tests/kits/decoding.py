@@ -1,4 +1,4 @@
-"""Decoders of single members, for tests that make the members themselves."""
+"""Decoders of single members, for tests that make their own members."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CENTRE = View(np.array([0.5]), 0.5, 0.5, False, np.ones(3, np.float32))
 
 
 def described(num_frames: int, fps: Fraction | int) -> FlowDescription:
-    """What packing writes beside video and flow."""
+    """Return the description that packing writes for video and flow."""
     return FlowDescription(64, 48, round(float(fps), 6), num_frames, 2.0, "files")
 
 
 def decode_video(
     data: bytes, description: FlowDescription, moments_s: np.ndarray, settings: VideoInput, view: View
 ) -> np.ndarray:
-    """uint8 (F, crop, crop, 3)."""
+    """Decode video to uint8 (F, crop, crop, 3)."""
     views = [replace(view, times_F=moments_s)]
     return MODALITIES["video"].decoder.decode_views(data, description, settings, views, 1.0)[0]
 
@@ -33,13 +33,13 @@ def decode_video(
 def decode_flow(
     data: bytes, description: FlowDescription, moments_s: np.ndarray, settings: VideoInput, view: View
 ) -> np.ndarray:
-    """uint8 (F, crop, crop, 2)."""
+    """Decode flow to uint8 (F, crop, crop, 2)."""
     views = [replace(view, times_F=moments_s)]
     return MODALITIES["flow"].decoder.decode_views(data, description, settings, views, 1.0)[0]
 
 
 def decode_audio(data: bytes, num_samples: int, moments_s: np.ndarray, settings: AudioInput) -> np.ndarray:
-    """int16 (windows, samples)."""
+    """Decode audio to int16 (windows, samples)."""
     views, description = [replace(CENTRE, times_F=moments_s)], AudioDescription(16_000, num_samples)
     return MODALITIES["audio"].decoder.decode_views(data, description, settings, views, 1.0)[0]
 
@@ -47,14 +47,14 @@ def decode_audio(data: bytes, num_samples: int, moments_s: np.ndarray, settings:
 def break_arrays(
     modality: str, effect: str, amount: float, arrays_N: Tensor, keys: Sequence[str], seed: int
 ) -> Tensor:
-    """What a broken sensor gives of N clips."""
+    """Return the arrays of N clips from a broken sensor."""
     breaker = MODALITIES[modality].breaker
     assert isinstance(breaker, ArraysBreaker)
     return breaker.break_arrays(effect, amount, arrays_N, keys, seed)
 
 
 def break_sound(effect: str, amount: float, samples: np.ndarray, key: str, seed: int) -> np.ndarray:
-    """What a broken microphone gives of a whole clip, int16."""
+    """Return a whole clip's audio from a broken microphone, int16."""
     breaker = MODALITIES["audio"].breaker
     assert isinstance(breaker, SignalBreaker)
     return breaker.break_uncut(effect, amount, samples, key, seed)

@@ -1,4 +1,4 @@
-"""A small set of packed movies and untrained runs, for tests of evaluation and prediction."""
+"""A small set of packed videos and untrained runs, for tests of evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ INPUTS = InputRecipe.model_validate(
 
 
 def save_run(folder: Path, modalities: list[str], missing: str = "stand_in") -> Path:
-    """An untrained model of a run folder without a recipe."""
+    """Write an untrained model as a run folder without a recipe."""
     names = {m: "small_audio" if m == "audio" else "small_video" for m in modalities}
     encoders = {m: {"name": name, "options": {"width": 4}} for m, name in names.items()}
     sizes = {"width": 16, "num_heads": 2, "feedforward": 16, "fc_width": 16, "missing": missing}
@@ -37,7 +37,7 @@ def save_run(folder: Path, modalities: list[str], missing: str = "stand_in") -> 
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = KarmmaModel(recipe, INPUTS, modalities, {"verb": len(VERBS), "noun": len(NOUNS)})
-        for parameter in model.parameters():  # far from zero, so that every input has a say
+        for parameter in model.parameters():  # far from zero, so that every input matters
             parameter.data += 0.3 * torch.randn_like(parameter)
     save_model(model, folder, classes={"verb": VERBS, "noun": NOUNS})
     return folder
@@ -81,7 +81,7 @@ def flat(value: Any, place: str = "") -> dict[str, Any]:
 
 
 def but_for_rounding(value: Any) -> Any:
-    """Return what `flat` of equal figures is equal to: batches of other sizes may be summed in another order."""
+    """Return `flat` with a tolerance: batches of other sizes may be summed in another order."""
     return pytest.approx(flat(value))
 
 

@@ -1,4 +1,4 @@
-"""Experts, teachers and students of the distillation, finished in no time."""
+"""Experts, teachers and students of the distillation, made instantly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOSSES = {"verb": 1.5, "noun": 2.5}
 
 
 class Device:
-    """What `build_teacher` asks the student's engine for."""
+    """The part of the student's engine that `build_teacher` needs."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -72,7 +72,7 @@ def save_run(folder: Path, name: str, modalities: Sequence[str], seed: int = 0, 
 
 
 def clips(present_BM: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of the clips that are there."""
+    """Return random inputs of the present clips."""
     torch.manual_seed(seed)
     inputs = make_recipe(Path()).inputs
     counts = dict(zip(MODALITIES, present_BM.sum(dim=0).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""A small model whose answers are exact, its batches, and its figures computed clip by clip."""
+"""A small model with exact logits, its batches, and its metrics computed clip by clip."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH = 6
 
 
 class Fusion(nn.Module):
-    """A linear model with small integer weights: its answers are exact, whatever the batch."""
+    """A linear model with small integer weights, whose logits are exact for any batch."""
 
     def __init__(self, modalities: list[str] = MODALITIES, heads: dict[str, int] = HEADS) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Fusion(nn.Module):
 
 
 def make_batches(num: int = 37, batch_size: int = 8, heads: dict[str, int] = HEADS, seed: int = 0) -> list[Batch]:
-    """Clips of any non-empty presence, each a function of its number alone; the last batch is padded."""
+    """Return batches of clips with any non-empty presence, each a function of its number; the last batch is padded."""
     clips = []
     for number in range(num):
         generator = np.random.default_rng([seed, number])
@@ -90,7 +90,7 @@ def make_batch(clips: list, batch_size: int, heads: dict[str, int]) -> Batch:
 
 
 def singles(batches: list[Batch]) -> list[Batch]:
-    """The same clips, each a batch of its own, without padding."""
+    """Return the same clips, one per batch, without padding."""
     found = []
     for batch in batches:
         for row in range(len(batch.keys)):
@@ -138,7 +138,7 @@ CONDITIONS = build_conditions(MODALITIES, subsets=True, sweep=True, num_seeds=2)
 def make_results(
     skill: float, seed: int, num_clips: int = 400, conditions: list[Condition] = CONDITIONS, **changes: object
 ) -> Results:
-    """A model that is right with probability `skill` x the share of the modalities it keeps."""
+    """A model that is right with probability `skill` times the share of kept modalities."""
     random = np.random.default_rng(seed)
     keys = changes.pop("keys", None) or [f"clip_{number:04d}" for number in range(num_clips)]
     heads = changes.pop("heads", HEADS)
@@ -164,7 +164,7 @@ def make_results(
 
 
 def predict(num: int = 37, batch_size: int = 8) -> tuple[Predictions, Results]:
-    """Predictions of exact models, and the rows that were counted with them."""
+    """Return predictions of exact models and the rows computed from them."""
     collector = PredictionCollector(MODALITIES, CONDITIONS)
     batches = make_batches(num, batch_size)
     results = evaluate(Fusion(), batches, CONDITIONS, device="cpu", predictions=collector)

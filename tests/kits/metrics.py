@@ -1,4 +1,4 @@
-"""Another package that registers metrics, as pip would have installed it."""
+"""Another package that registers metrics, installed as by pip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that claim to be on another device and hold their values on the CPU: what a GPU would refuse fails here too.
+"""Tensors that claim to be on another device but are on the CPU: operations that fail on a GPU fail here too.
 
     with OtherDevice():
         model.to(DEVICE)(x.to(DEVICE))      # the CPU's values
@@ -77,7 +77,7 @@ def _values(of: Any) -> Any:
 
 
 class OtherDevice(TorchDispatchMode):
-    """For the length of a block there is one more device."""
+    """Provide the other device inside the block."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         return _carry_out(operation, arguments, named or {})

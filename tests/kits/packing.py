@@ -1,4 +1,4 @@
-"""What the packing tests make for themselves: movies whose every frame says its own number, and tiny kitchens."""
+"""Media for packing tests: videos whose frames show their number, and tiny kitchens."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _CLOCK = Fraction(1, 90_000)
 
 
 def number_picture(number: int, width: int = 80, height: int = 48) -> np.ndarray:
-    """A picture of ten bars that spell `number` in binary."""
+    """Return a picture of ten bars that show `number` in binary."""
     bars = np.array([(number >> bit) & 1 for bit in range(BITS)], np.uint8) * 200 + 20
     row = np.repeat(bars, width // BITS)
     return np.repeat(np.tile(row, (height, 1))[..., None], 3, axis=2)
 
 
 def read_number(picture: np.ndarray) -> int:
-    """The number spelled by a picture of any size."""
+    """Read the number that a picture of any size shows."""
     gray = picture if picture.ndim == 2 else picture[..., 0]
     width = gray.shape[1] / BITS
     middle = gray[gray.shape[0] // 4 : 3 * gray.shape[0] // 4]
@@ -42,18 +42,18 @@ def read_number(picture: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Beeps:
-    """A movie's sound: silence, and a chirp of 0.1 s at each of these times in seconds."""
+    """A video's audio: silence, and a chirp of 0.1 s at each of these times in seconds."""
 
     at: Sequence[float] = ()
     codec: str = "aac"
     rate: int = 24_000
     layout: str = "mono"
     start_s: float = 0.0
-    """Where the stream begins; what would be heard before is not written."""
+    """Start of the stream in seconds; earlier audio is not written."""
     lost: Sequence[tuple[float, float]] = ()
-    """Spans whose packets never reached the file: the timestamps jump over them."""
+    """Spans whose packets are missing in the file: the timestamps skip them."""
     level: float = 0.5
-    """Peak of every channel, of 1."""
+    """Peak of every channel, in (0, 1]."""
 
 
 def chirp(times: np.ndarray, at: float) -> np.ndarray:
@@ -63,7 +63,7 @@ def chirp(times: np.ndarray, at: float) -> np.ndarray:
 
 
 def heard_late_s(samples: np.ndarray, at: float, within: float = 0.3) -> float:
-    """How much later than `at` seconds a chirp is heard in samples at 16 kHz; it is looked for `within` of it."""
+    """Return the delay in seconds of a chirp after `at` in samples at 16 kHz, searched `within` seconds of it."""
     rate = 16_000
     first = round((at - within) * rate)
     window = np.arange(first, first + round((2 * within + _BEEP_S) * rate))
@@ -147,7 +147,7 @@ def _write_sound(container: Any, stream: Any, beeps: Beeps, end_s: float) -> Non
 
 
 def write_cover_song(path: Path, beeps: Beeps, seconds: float) -> Path:
-    """Write a file of sound whose only picture is its cover."""
+    """Write an audio file whose only picture is its cover."""
     with av.open(str(path), "w") as container:
         sound = container.add_stream(beeps.codec, rate=beeps.rate, layout=beeps.layout)
         cover = container.add_stream("mjpeg", rate=1)
@@ -162,13 +162,13 @@ def write_cover_song(path: Path, beeps: Beeps, seconds: float) -> Path:
 
 
 def decode(data: bytes, pixels: str = "rgb24") -> list[np.ndarray]:
-    """All frames of a stored member."""
+    """Decode all frames of a stored member."""
     with av.open(io.BytesIO(data)) as container:
         return [frame.to_ndarray(format=pixels) for frame in container.decode(video=0)]
 
 
 def decode_sound(data: bytes) -> np.ndarray:
-    """All samples of a stored FLAC."""
+    """Decode all samples of a stored FLAC."""
     with av.open(io.BytesIO(data)) as container:
         return np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
 
@@ -198,7 +198,7 @@ COLUMNS = ["narration_id", "participant_id", "video_id", "narration_timestamp", 
 def row(
     key: str, video: str = "P01_01", start: str = "00:00:00.10", stop: str = "00:00:01.10", **other: object
 ) -> dict:
-    """One annotation with every column."""
+    """Return one annotation with every column."""
     base = {
         "narration_id": key, "participant_id": video.split("_")[0], "video_id": video, "narration_timestamp": start,
         "start_timestamp": start, "stop_timestamp": stop, "start_frame": 7, "stop_frame": 67, "narration": "take cup",
@@ -225,18 +225,18 @@ def write_epic(
 
 
 def movie_path(root: Path, video: str = "P01_01") -> Path:
-    """Where Epic-Kitchens keeps a movie."""
+    """Return the path of a video file in Epic-Kitchens' layout."""
     return root / "EPIC-KITCHENS" / video.split("_")[0] / "videos" / f"{video}.MP4"
 
 
 def epic_spec(root: Path, out: Path | None = None, **fields: object) -> PackingSpec:
-    """A specification for a small Epic-Kitchens."""
+    """Return a specification for a small Epic-Kitchens."""
     base = {"reader": "epic_kitchens", "dataset": "test", "raw": str(root), "out": str(out or root / "out")}
     return PackingSpec.model_validate(base | fields)
 
 
 def folder_bytes(folder: Path) -> dict[str, str]:
-    """sha256 of every visible file."""
+    """Return the sha256 of every visible file."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())

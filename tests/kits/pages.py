@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "wbr"}
 OPTIONAL = {"thead", "tbody", "tfoot", "tr", "th", "td", "li", "p"}
-"""Elements that HTML lets end where the next one begins."""
+"""Elements that HTML closes implicitly at the next one."""
 
 
 class Page(HTMLParser):

@@ -1,4 +1,4 @@
-"""Models with the encoders that are really trained, at sizes that run in milliseconds, and clips for them."""
+"""Models with the real encoders, at sizes that run in milliseconds, and clips for them."""
 
 from __future__ import annotations
 

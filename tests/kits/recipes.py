@@ -7,7 +7,7 @@ from typing import Any
 
 
 def tiny_recipe(modalities: Sequence[str], **sections: Any) -> dict[str, Any]:
-    """Return the tree of a recipe without shards; what `sections` hold is put into the recipe's, field by field."""
+    """Return the tree of a recipe without shards, with `sections` merged into it field by field."""
     kinds = {modality: "small_audio" if modality == "audio" else "small_video" for modality in modalities}
     recipe: dict[str, Any] = {
         "stage": "supervised",

@@ -22,7 +22,7 @@ EXTRA = ("verb_top1_tail", "noun_top1_tail", "action_top1_tail", "action_top1_un
 def row_of(
     condition: Condition, figures: dict[str, float | None], modalities: Sequence[str] = MODALITIES, num_clips: int = 1
 ) -> ResultRow:
-    """A row whose clips all have every modality of the model."""
+    """Return a row whose clips all have every modality of the model."""
     clips = dict.fromkeys(modalities, num_clips)
     names = (condition.modalities, condition.drop_prob, condition.seed, condition.corrupt)
     return ResultRow(*names, num_clips, 0, clips, clips, figures)

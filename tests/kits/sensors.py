@@ -36,7 +36,7 @@ shares = st.floats(0.01, 1)
 
 
 def pixels(modality: str, num: int = 3, seed: int = 0, num_frames: int = 6) -> Tensor:
-    """Moving pictures of which no two are alike."""
+    """Return moving pictures that all differ."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (num, num_frames, 24, 24, 3 if modality == "video" else 2), generator=generator).byte()
 
@@ -73,7 +73,7 @@ def sample(number: int, has: list[str]) -> Sample:
 
 
 def make_batches(num: int = 10, batch_size: int = 4) -> list[Batch]:
-    """Every clip lacks another modality or none; the last batch is padded."""
+    """Return batches of clips that lack different modalities or none; the last batch is padded."""
     clips: list[Sample | None] = []
     for number in range(num):
         lacking = MODALITIES[number % 5] if number % 5 < 4 else None
@@ -83,7 +83,7 @@ def make_batches(num: int = 10, batch_size: int = 4) -> list[Batch]:
 
 
 class Average(nn.Module):
-    """Tokens are a few random projections of a whole input."""
+    """An encoder whose tokens are a few random projections of a whole input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ EVERY = [f"{name}:3" for name in KINDS]
 
 
 def recorded_with(batch: Batch, condition: Condition) -> Batch:
-    """A prepared batch whose sensors were broken clip by clip, by hand."""
+    """Return a prepared batch whose sensors are broken explicitly, clip by clip."""
     spoiled = dict(batch.inputs)
     corruption = None if condition.corrupt is None else parse_corruption(condition.corrupt)
     for modality, effect in {} if corruption is None else corruption.kind.effects.items():
@@ -137,5 +137,5 @@ def recorded_with(batch: Batch, condition: Condition) -> Batch:
             spoiled[modality] = torch.from_numpy(np.stack(changed))
         else:
             spoiled[modality] = break_arrays(modality, effect, amount, clips, names, seed)
-    return SENSORS.whole(replace(batch, inputs=spoiled))
+    return SENSORS.intact(replace(batch, inputs=spoiled))
 

@@ -14,7 +14,7 @@ FOLDER = "kitchen"
 """Path of its URLs."""
 
 Fault = Callable[["Handler", bytes], None]
-"""Answers one request in place of the file it asked for."""
+"""Function that answers one request in place of the requested file."""
 
 
 class Server(ThreadingHTTPServer):
@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, *_: object) -> None:
-        """Tests are quiet."""
+        """Log nothing."""
 
 
 def status(code: int) -> Fault:
@@ -88,7 +88,7 @@ def short(handler: Handler, body: bytes) -> None:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
-    """A server of a folder, for as long as the block lasts."""
+    """Serve a folder inside the block."""
     running = Server(folder)
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

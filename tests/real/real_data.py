@@ -1,4 +1,4 @@
-"""Where the real media are; tests are skipped where they are not."""
+"""The place of the real media; tests are skipped where they are missing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ DATA = Path(os.environ.get("KARMMA_DIST_REAL_DATA", Path(__file__).resolve().par
 
 
 def real(name: str) -> Path:
-    """A file or folder of the real data."""
+    """Return a file or folder of the real data, or skip the test."""
     path = DATA / name
     if not path.exists():
-        pytest.skip(f"no real data: {path} is not there (set KARMMA_DIST_REAL_DATA)")
+        pytest.skip(f"no real data: {path} is missing (set KARMMA_DIST_REAL_DATA)")
     return path

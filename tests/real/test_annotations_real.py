@@ -1,4 +1,4 @@
-"""The official annotation lists: every row is read as it stands. Skipped where the data is not there."""
+"""The official annotation lists: every row becomes its clip. Skipped where the data is missing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _seconds(text: str) -> float:
 
 @pytest.fixture(scope="module")
 def epic_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """The official lists, with an empty file for every movie."""
+    """The plan of the official lists, with an empty file for every video."""
     raw = tmp_path_factory.mktemp("epic")
     (raw / "annotations").mkdir()
     for path in real("annotations/epic100").glob("*.csv*"):
@@ -77,7 +77,7 @@ def test_every_row_of_epic_kitchens_becomes_its_clip(
         assert clip.narration == row.get("narration", "")
 
 
-def test_frame_numbers_of_epic_kitchens_count_from_1_at_the_nominal_rate(
+def test_epic_frame_numbers_start_at_1_at_nominal_rate(
     epic_clips: dict[str, tuple[Recording, ClipRecord]],
 ) -> None:
     for recording, clip in epic_clips.values():
@@ -88,7 +88,7 @@ def test_frame_numbers_of_epic_kitchens_count_from_1_at_the_nominal_rate(
             assert abs(frame - max(1, math.floor(seconds * recording.nominal_fps + 1e-6))) <= 1, clip.key
 
 
-def test_no_clip_of_epic_kitchens_lies_beyond_its_pictures_or_its_flow(
+def test_no_epic_clip_ends_after_its_pictures_or_flow(
     epic_clips: dict[str, tuple[Recording, ClipRecord]],
 ) -> None:
     with open(real("annotations/epic100") / "EPIC_100_frame_counts.csv", newline="") as file:

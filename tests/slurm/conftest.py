@@ -60,7 +60,7 @@ def _recipe(frozen: bool) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The cluster, with `karmma-dist` on its PATH. Jobs see no GPU: two nodes on one machine would share it."""
+    """The cluster with `karmma-dist` on its PATH. Its jobs see no GPU: two nodes on one machine would share it."""
     reason = slurm_cluster.missing()
     if reason is not None:
         if os.environ.get(slurm_cluster.REQUIRE) == "1":
@@ -73,7 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     started.environment |= {
         "PATH": f"{program.parent}:{started.environment['PATH']}", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
-        "KARMMA_DIST_PREFLIGHT": "0",  # it takes as long as these trainings; one test has it
+        "KARMMA_DIST_PREFLIGHT": "0",  # it takes as long as these trainings; the chain of two jobs has it
     }  # fmt: skip
     try:
         started.start()
@@ -84,7 +84,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """A user's folder: a teacher's recipe and a student's, 100 steps of six clips each."""
+    """A user's folder with a teacher's recipe, and a student's of 100 steps of six clips."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "keys").mkdir()
     teacher = _recipe(frozen=True) | {"name": "teacher", "stage": "teacher", "training": {**_TRAINING, "epochs": 1}}

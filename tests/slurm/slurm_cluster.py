@@ -54,17 +54,17 @@ FirstJobId={first_job}
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, or None."""
+    """Return the reason why no cluster can be started on this machine, or None."""
     programs = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "setpriv") if _which(name) is None]
     if programs:
-        return f"no {', '.join(programs)} here: apt-get install slurm-wlm munge"
+        return f"no {', '.join(programs)}: apt-get install slurm-wlm munge"
     if os.geteuid() != 0:
         return "slurmd starts other people's jobs and must run as root"
     return None
 
 
 def wait_for(condition: Callable[[], bool], what: str, limit_s: float, show: Callable[[], str]) -> None:
-    """Return as soon as `condition` holds; fail with `show()` when it does not within `limit_s`."""
+    """Return as soon as `condition` holds; fail with `show()` where it does not within `limit_s`."""
     end = time.monotonic() + limit_s
     pause = threading.Event()
     while not condition():
@@ -74,11 +74,11 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float, show: Cal
 
 
 class Cluster:
-    """Daemons, and the commands of somebody who uses them."""
+    """The daemons of a cluster, and the commands of its users."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        others = ("SLURM_", "SBATCH_", "SRUN_")  # of a job that the tests themselves run in
+        others = ("SLURM_", "SBATCH_", "SRUN_")  # variables of a job in which the tests themselves may run
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -115,7 +115,7 @@ class Cluster:
         self._start(node, ["slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")], SLURMD_NODENAME=node)
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL everything that runs on a node: its slurmd, its step daemons and its tasks."""
+        """Kill everything that runs on a node: its slurmd, its step daemons and its tasks."""
         self._daemons[node].kill()
         self._daemons[node].wait()
         for pid in self._processes(node):
@@ -148,35 +148,35 @@ class Cluster:
         return done.stdout.strip()
 
     def sbatch(self, *arguments: str, cwd: Path, **variables: str) -> str:
-        """Submit; returns the job id."""
+        """Submit a job; return its id."""
         return self.command("sbatch", "--parsable", *arguments, cwd=cwd, **variables)
 
     def job(self, job: str) -> dict[str, str]:
-        """`scontrol show job` as a dictionary."""
+        """Return the fields of `scontrol show job`."""
         shown = self.command("scontrol", "--oneliner", "show", "job", job)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def state(self, job: str) -> str:
-        """The job's state, e.g. RUNNING."""
+        """Return the job's state, e.g. RUNNING."""
         return self.job(job)["JobState"]
 
     def node_states(self) -> list[str]:
-        """The state of each node in order, e.g. idle; a node that does not answer has a star."""
+        """Return the state of each node in order, e.g. idle; that of a node that does not answer ends in a star."""
         shown = self.command("sinfo", "--noheader", "--Node", "--format=%t", check=False)
         return shown.split()
 
     def wait(self, condition: Callable[[], bool], what: str, limit_s: float = 60.0, log: Path | None = None) -> None:
-        """Wait until `condition` holds; fail with all logs when it does not."""
+        """Wait until `condition` holds; fail with all logs where it does not."""
         wait_for(condition, what, limit_s, lambda: self.logs(log))
 
     def wait_until_ended(self, job: str, log: Path | None = None, limit_s: float = 200.0) -> str:
-        """Wait for a job to end for good; returns its last state."""
+        """Wait until a job has ended and is not requeued; return its last state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self.wait(lambda: self.state(job) in ended, f"job {job} has ended", limit_s, log)
         return self.state(job)
 
     def logs(self, log: Path | None = None) -> str:
-        """The ends of the daemons' logs, the queue, and a job's log."""
+        """Return the ends of the daemons' logs and of a job's log, and the state of nodes and jobs."""
         paths = [*sorted(self.folder.glob("slurm*.log")), *([log] if log else [])]
         ends = [f"== {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in paths if path.is_file()]
         shown = [self.command(*words, check=False) for words in (("sinfo", "-N"), ("scontrol", "show", "job"))]
@@ -193,13 +193,13 @@ class Cluster:
             )  # fmt: skip
 
     def _processes(self, node: str | None = None) -> Iterator[int]:
-        """Processes of the cluster's jobs and of its step daemons, on one node or on all."""
+        """Yield the ids of the processes of jobs and step daemons, on one node or on all."""
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit() or int(folder.name) == os.getpid():
                 continue
             try:
                 variables = (folder / "environ").read_bytes().split(b"\0")
-            except OSError:  # it has ended meanwhile
+            except OSError:  # the process has ended meanwhile
                 continue
             if f"SLURM_CONF={self.folder}/slurm.conf".encode() not in variables:
                 continue
@@ -212,7 +212,7 @@ def _which(program: str) -> str | None:
 
 
 def _free_ports(num: int) -> list[int]:
-    """TCP ports that nobody listens on, all different."""
+    """Return different TCP ports on which nobody listens."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(num)]
         for probe in probes:

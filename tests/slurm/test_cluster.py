@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -28,14 +29,14 @@ pytestmark = pytest.mark.slurm
 
 
 def launch(cluster: Cluster, home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`karmma-dist launch` on the cluster's login node."""
+    """Run `karmma-dist launch` as on the cluster's login node."""
     command = [sys.executable, "-m", "karmma_dist", "launch", *arguments]
     environment = {**cluster.environment, **variables}
     return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=HANGS_S)
 
 
 def train(cluster: Cluster, home: Path, name: str) -> tuple[str, Path]:
-    """Submit distill.sh for the student under another name; returns job id and log."""
+    """Submit distill.sh for the student under another name; return the job id and the path of its log."""
     log = home / f"{name}.log"
     job = cluster.sbatch(
         *CPU, f"--output={log}", str(SCRIPTS / "distill.sh"), "student.yaml", "--set", f"name={name}",
@@ -45,29 +46,29 @@ def train(cluster: Cluster, home: Path, name: str) -> tuple[str, Path]:
 
 
 def steps_done(home: Path, name: str) -> int:
-    """The last training step in the run's metrics."""
+    """Return the last training step in the run's metrics."""
     path = home / "runs" / name / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # after the last newline a line is unfinished
     return max((json.loads(line)["step"] for line in lines), default=0)
 
 
 def losses(home: Path, name: str) -> list[float]:
-    """The loss of every training step."""
+    """Return the loss of every training step."""
     lines = [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
 def batches(home: Path, job: str, start: int, killed: bool = False) -> list[list[str]]:
-    """Clip keys of every global batch that one start of a job trained on, in order.
+    """Return the clip keys of every global batch that one start of a job trained on, in order.
 
-    Ranks that were killed may have got further than each other; only what both began is a batch.
+    One killed rank may have got further than the other: only what both began is a batch.
     """
     ranks = [(home / "keys" / f"{job}-{start}-{rank}").read_text().splitlines() for rank in (0, 1)]
     return [json.loads(first) + json.loads(second) for first, second in zip(*ranks, strict=not killed)]
 
 
 def seen_twice_and_never(steps: list[list[str]], shards: Path) -> tuple[int, int]:
-    """Over epochs of five steps: clips seen more than once in an epoch, and clips not seen in an epoch."""
+    """Count, over epochs of five steps, the clips seen more than once in an epoch and those not seen in it."""
     all_keys = {clip.key for clip in ShardFolder(shards).clips("train")}
     epochs = [Counter(key for step in steps[place : place + 5] for key in step) for place in range(0, len(steps), 5)]
     twice = sum(count > 1 for epoch in epochs for count in epoch.values())
@@ -75,7 +76,7 @@ def seen_twice_and_never(steps: list[list[str]], shards: Path) -> tuple[int, int
 
 
 def impostor(folder: Path, does: str) -> dict[str, str]:
-    """The PATH of a job whose karmma-dist is the shell script `does`."""
+    """Return the PATH of a job whose karmma-dist is the shell script `does`."""
     program = folder / "karmma-dist"
     program.write_text(f"#!/bin/bash\n{does}\n")
     program.chmod(0o755)
@@ -84,7 +85,7 @@ def impostor(folder: Path, does: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def chain(cluster: Cluster, home: Path) -> tuple[str, str]:
-    """Teacher and student as a chain of two jobs, submitted and ended; their ids."""
+    """The ids of two jobs that have ended: a teacher's, and a student's that was submitted to follow it."""
     variables = {"KEYS_FOLDER": str(home / "keys"), "KARMMA_DIST_PREFLIGHT": "1"}
     done = launch(cluster, home, "teacher.yaml", "--then", "student.yaml", **variables)
     assert done.returncode == 0, done.stderr
@@ -106,8 +107,8 @@ def test_a_student_starts_when_its_teacher_has_finished(
     assert teacher["NodeList"] == student["NodeList"] == "n[1-2]"
     assert teacher["EndTime"] <= student["StartTime"]
     for log, job in zip(logs, chain, strict=True):
-        assert f"job {job} on 2 nodes (n[1-2]), restart 0 of at most 20: " in log
-        assert "all-reduce" in log  # of the ranks' preflight
+        assert re.search(rf"job {job} .*n\[1-2\].*restart 0 .* 20", log)
+        assert "all-reduce" in log  # from the ranks' preflight
         assert f"job {job} ended with status 0" in log
     assert len(losses(home, "student")) == STEPS
     assert seen_twice_and_never(batches(home, chain[1], 0), shards) == (0, 0)
@@ -124,15 +125,16 @@ def test_a_student_whose_teacher_fails_leaves_the_queue(cluster: Cluster, home: 
     assert not (home / f"student_{student}.log").exists()
 
 
-def test_a_job_whose_recipe_is_wrong_fails_at_once_with_the_reason_in_its_log(cluster: Cluster, home: Path) -> None:
+def test_a_job_with_a_wrong_recipe_fails_with_the_reason(cluster: Cluster, home: Path) -> None:
     log = home / "wrong.log"
     (home / "wrong.yaml").write_text("extends: student.yaml\ntraining: {epoch: 3}\n")
     job = cluster.sbatch(*CPU, f"--output={log}", str(SCRIPTS / "teacher.sh"), "wrong.yaml", cwd=home)
     assert cluster.wait_until_ended(job, log) == "FAILED"
-    said = log.read_text()
-    assert "unknown key 'training.epoch' (did you mean 'epochs'?)" in said
-    assert "Traceback" not in said
-    assert f"job {job} ended with status 2" in said
+    text = log.read_text()
+    assert "'training.epoch'" in text
+    assert "'epochs'" in text
+    assert "Traceback" not in text
+    assert f"job {job} ended with status 2" in text
     assert cluster.job(job)["Restarts"] == "0"
     assert cluster.job(job)["ExitCode"] == "2:0"
 
@@ -169,16 +171,16 @@ def test_a_run_is_evaluated(cluster: Cluster, home: Path) -> None:
     assert [row["modalities"] for row in rows] == [["video", "audio"]]
 
 
-def test_the_scheduler_is_asked_and_nothing_submitted(cluster: Cluster, home: Path) -> None:
+def test_a_test_only_launch_submits_nothing(cluster: Cluster, home: Path) -> None:
     before = cluster.command("squeue", "--noheader")
     done = launch(cluster, home, "teacher.yaml", "--then", "student.yaml", "--test-only")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
-    assert all("to start at" in line and "on nodes n[1-2]" in line for line in done.stdout.splitlines())
+    assert all("n[1-2]" in line for line in done.stdout.splitlines())
     assert cluster.command("squeue", "--noheader") == before
 
 
-def test_a_study_trains_in_arrays_over_seeds_and_ends_with_its_report(
+def test_a_study_trains_in_arrays_and_ends_with_its_report(
     cluster: Cluster, shards: Path, tmp_path: Path
 ) -> None:
     write_study(tmp_path, shards=shards)
@@ -198,56 +200,52 @@ def test_a_study_trains_in_arrays_over_seeds_and_ends_with_its_report(
     assert results["missing"] == {}
 
 
-def test_what_sbatch_refuses_is_one_line(cluster: Cluster, home: Path) -> None:
+def test_an_error_of_sbatch_is_one_line(cluster: Cluster, home: Path) -> None:
     done = launch(cluster, home, "teacher.yaml", "--slurm", "--set", "slurm.partition=nowhere")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: sbatch refused: ")
-    assert "invalid partition specified: nowhere" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: sbatch ")
+    assert "partition" in line
+    assert "nowhere" in line
 
 
 @pytest.mark.usefixtures("chain")
-def test_a_preempted_run_goes_on_at_the_exact_step(cluster: Cluster, home: Path, shards: Path) -> None:
-    """Warned by USR2, then taken out by `scontrol requeue`: as if nothing had happened, no clip twice, none never."""
-    job, log = train(cluster, home, "preempted")
-    cluster.wait(lambda: steps_done(home, "preempted") > 3, "training is under way", 120, log)
+def test_a_preempted_and_robbed_run_ends_as_undisturbed(cluster: Cluster, home: Path, shards: Path) -> None:
+    """Warn a run by USR2, take it out by `scontrol requeue`, then kill a node: it trains on every clip once an epoch.
+
+    The warned run goes on at the exact step, the robbed one at its newest checkpoint.
+    """
+    job, log = train(cluster, home, "disturbed")
+    cluster.wait(lambda: steps_done(home, "disturbed") > 3, "training is under way", 120, log)
     cluster.command("scancel", "--signal=USR2", job)
-    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the job is requeued", 120, log)
-    saved = steps_done(home, "preempted")
-    cluster.wait(lambda: steps_done(home, "preempted") > saved, "training goes on", 120, log)
-    cluster.command("scontrol", "requeue", job)
-    assert cluster.wait_until_ended(job, log) == "COMPLETED", log.read_text()
-    assert cluster.job(job)["Restarts"] == "2"
-    starts = [batches(home, job, start) for start in range(3)]
-    assert all(starts)
-    assert sum(len(steps) for steps in starts) == STEPS
-    assert seen_twice_and_never([step for steps in starts for step in steps], shards) == (0, 0)
-    assert losses(home, "preempted") == losses(home, "student")
-    weights, expected = (load_file(home / "runs" / name / "weights.safetensors") for name in ("preempted", "student"))
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-    assert log.read_text().count(f"job {job} ended with status 85, saved: requeued") == 1
-
-
-@pytest.mark.usefixtures("chain")
-def test_a_run_that_loses_a_node_goes_on_from_its_newest_checkpoint(
-    cluster: Cluster, home: Path, shards: Path
-) -> None:
-    job, log = train(cluster, home, "robbed")
-    saved = home / "runs" / "robbed" / "checkpoints"
-    cluster.wait(lambda: any(saved.glob("step-*")), "a checkpoint is there", 120, log)
+    for restarts in (1, 2):
+        cluster.wait(lambda: cluster.job(job)["Restarts"] == str(restarts), "the job is requeued", 120, log)  # noqa: B023
+        saved = steps_done(home, "disturbed")
+        cluster.wait(lambda: steps_done(home, "disturbed") > saved, "training goes on", 120, log)  # noqa: B023
+        if restarts == 1:
+            cluster.command("scontrol", "requeue", job)
+    checkpoints = home / "runs" / "disturbed" / "checkpoints"
+    boundary = checkpoints / f"step-{(saved // STEPS_PER_CHECKPOINT + 1) * STEPS_PER_CHECKPOINT:08d}"
+    cluster.wait(boundary.exists, f"{boundary.name} is saved", 120, log)
     cluster.kill_node("n2")
-    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the job is requeued", 120, log)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "3", "the job is requeued", 120, log)
     cluster.start_node("n2")
     assert cluster.wait_until_ended(job, log) == "COMPLETED", log.read_text()
-    assert losses(home, "robbed") == losses(home, "student")
-    first, second = batches(home, job, 0, killed=True), batches(home, job, 1)
-    kept = STEPS - len(second)
-    assert 0 < kept <= len(first)
-    assert kept % STEPS_PER_CHECKPOINT == 0
-    assert seen_twice_and_never(first[:kept] + second, shards) == (0, 0)
+    assert log.read_text().count(f"job {job} ended with status 85, saved: requeued") == 1
+
+    starts = [batches(home, job, start, killed=start == 2) for start in range(4)]
+    assert all(starts)
+    exact, robbed, last = [*starts[0], *starts[1]], starts[2], starts[3]
+    kept = STEPS - len(exact) - len(last)
+    assert 0 < kept <= len(robbed)
+    assert (len(exact) + kept) % STEPS_PER_CHECKPOINT == 0
+    assert seen_twice_and_never([*exact, *robbed[:kept], *last], shards) == (0, 0)
+    assert losses(home, "disturbed") == losses(home, "student")
+    weights, expected = (load_file(home / "runs" / name / "weights.safetensors") for name in ("disturbed", "student"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_run_that_is_always_preempted_stops_at_the_restart_limit(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_run_always_preempted_stops_at_the_restart_limit(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "log"
     job = cluster.sbatch(
         *CPU, f"--output={log}", str(SCRIPTS / "distill.sh"), cwd=tmp_path, KARMMA_DIST_MAX_RESTARTS="1",
@@ -255,7 +253,7 @@ def test_a_run_that_is_always_preempted_stops_at_the_restart_limit(cluster: Clus
     )  # fmt: skip
     assert cluster.wait_until_ended(job, log) == "FAILED"
     assert cluster.job(job)["Restarts"] == "1"
-    assert "ended with status 85, saved: not requeued after 1 restarts; submit it again to go on" in log.read_text()
+    assert re.search("status 85, saved: not requeued after 1 restart", log.read_text())
 
 
 def test_a_run_that_is_cancelled_saves_and_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
@@ -264,7 +262,7 @@ def test_a_run_that_is_cancelled_saves_and_is_not_requeued(cluster: Cluster, tmp
     job = cluster.sbatch(*CPU, f"--output={log}", str(SCRIPTS / "distill.sh"), cwd=tmp_path, **path)
     cluster.wait(lambda: log.is_file() and log.read_text().count(": ready") == 2, "both ranks are up", 60, log)
     cluster.command("scancel", job)
-    cluster.wait(lambda: "ended with" in log.read_text(), "the script says its last line", 60, log)
+    cluster.wait(lambda: "ended with" in log.read_text(), "the script writes its last line", 60, log)
     assert cluster.wait_until_ended(job, log) == "CANCELLED"
     assert log.read_text().count(": saved") == 2
     assert f"job {job} ended with status 85\n" in log.read_text()

@@ -1,6 +1,6 @@
-"""The sbatch scripts are sound shell, run what was recorded, and requeue what was preempted or lost a node only.
+"""The sbatch scripts are sound shell, run what was recorded, and requeue only what was preempted or lost a node.
 
-`KARMMA_DIST_RECORD=1 pytest tests/slurm/test_scripts.py` writes the records again; look at their difference.
+`KARMMA_DIST_RECORD=1 pytest tests/slurm/test_scripts.py` writes the records again; then look at the difference.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ esac
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job's environment and checkout, with srun, squeue and scontrol that write down how they were called."""
+    """A job's environment and checkout, with an srun, a squeue and a scontrol that record their calls."""
     for name, body in _COMMANDS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -64,12 +64,13 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of slurm/ with bash."""
     command = ["bash", str(ROOT / "slurm" / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=HANGS_S)
 
 
 def compare(name: str, text: str) -> None:
-    """`text` is what was recorded under `name`."""
+    """Check that `text` is what was recorded under `name`."""
     path = RECORDED / f"{name}.txt"
     if os.environ.get("KARMMA_DIST_RECORD") == "1":
         path.write_text(text)
@@ -86,7 +87,7 @@ def test_every_script_is_sound_shell(script: Path) -> None:
         assert checked.returncode == 0, checked.stdout
 
 
-def test_teacher_and_student_are_submitted_alike_and_trained_by_one_script() -> None:
+def test_teacher_and_student_are_trained_by_one_script() -> None:
     teacher, student = ((ROOT / "slurm" / name).read_text().splitlines() for name in ("teacher.sh", "distill.sh"))
     differing = [line for line, other in zip(teacher, student, strict=True) if line != other]
     assert [line for line in differing if not line.startswith("#")] == [
@@ -95,9 +96,7 @@ def test_teacher_and_student_are_submitted_alike_and_trained_by_one_script() -> 
     assert not [line for line in (ROOT / "slurm/train.sh").read_text().splitlines() if line.startswith("#SBATCH")]
 
 
-def test_a_script_launched_from_an_installation_finds_what_lies_beside_it(
-    job: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_of_an_installation_finds_its_train_script(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (job / "slurm").unlink()
     copied = job / "spool" / "slurm_script"
     copied.parent.mkdir()
@@ -110,14 +109,16 @@ def test_a_script_launched_from_an_installation_finds_what_lies_beside_it(
 
 @pytest.mark.parametrize("name", ["distill.sh", "teacher.sh"])
 @pytest.mark.parametrize("submitted", ["", "/gone/slurm/distill.sh"])
-def test_a_script_submitted_from_elsewhere_says_in_one_line_where_to_submit_it(
+def test_a_script_submitted_from_elsewhere_ends_with_one_line(
     job: Path, monkeypatch: pytest.MonkeyPatch, name: str, submitted: str
 ) -> None:
     (job / "slurm").unlink()
     monkeypatch.setenv("SUBMITTED", submitted)
     done = run_script(name)
     assert done.returncode == 2
-    assert done.stderr == f"error: {job}: no slurm/train.sh: submit from the checkout\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {job}: ")
+    assert "slurm/train.sh" in line
     assert (job / "calls").read_text() == ""
 
 
@@ -138,39 +139,39 @@ def test_a_script_submitted_from_elsewhere_says_in_one_line_where_to_submit_it(
 def test_a_script_runs_what_was_recorded(job: Path, record: str, script: str, arguments: list[str]) -> None:
     done = run_script(script, *arguments)
     assert done.returncode == 0, done.stderr
-    said = re.sub(r"^\d{4}-\S+ ", "DATE ", done.stdout, flags=re.MULTILINE)
-    compare(record, f"{said}---\n{(job / 'calls').read_text()}")
+    printed = re.sub(r"^\d{4}-\S+ ", "DATE ", done.stdout, flags=re.MULTILINE)
+    compare(record, f"{printed}---\n{(job / 'calls').read_text()}")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said", "requeued"),
+    ("changes", "last_line", "requeued"),
     [
-        ({"STATUS": "85"}, "ended with status 85, saved: requeued", True),
-        ({"STATUS": "85", "SLURM_RESTART_COUNT": "19"}, "ended with status 85, saved: requeued", True),
-        ({"STATUS": "85", "SLURM_RESTART_COUNT": "20"}, "saved: not requeued after 20 restarts", False),
-        ({"STATUS": "85", "STATE": "CANCELLED"}, "ended with status 85\n", False),
-        ({"STATUS": "85", "STATE": "PENDING"}, "ended with status 85\n", False),
-        ({"STATUS": "140"}, "ended with status 140, warned before it had begun: requeued", True),
-        ({"STATUS": "2"}, "ended with status 2\n", False),
+        ({"STATUS": "85"}, "status 85, saved: requeued", True),
+        ({"STATUS": "85", "SLURM_RESTART_COUNT": "19"}, "status 85, saved: requeued", True),
+        ({"STATUS": "85", "SLURM_RESTART_COUNT": "20"}, "saved: not requeued after 20 ", False),
+        ({"STATUS": "85", "STATE": "CANCELLED"}, "status 85\n", False),
+        ({"STATUS": "85", "STATE": "PENDING"}, "status 85\n", False),
+        ({"STATUS": "140"}, "status 140, .*: requeued", True),
+        ({"STATUS": "2"}, "status 2\n", False),
         ({"STATUS": "1"}, "ended with status 1\n", False),
-        ({"STATUS": "137"}, "ended with status 137\n", False),
-        ({"STATUS": "137", "GONE": "1"}, "ended with status 137, a node is gone: requeued", True),
-        ({"GONE": "1"}, "ended with status 0\n", False),
+        ({"STATUS": "137"}, "status 137\n", False),
+        ({"STATUS": "137", "GONE": "1"}, "status 137, .*node.*: requeued", True),
+        ({"GONE": "1"}, "status 0\n", False),
     ],
 )
-def test_what_was_preempted_or_lost_a_node_is_requeued_and_nothing_else(
-    job: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], said: str, requeued: bool
+def test_only_preempted_jobs_and_lost_nodes_are_requeued(
+    job: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], last_line: str, requeued: bool
 ) -> None:
     for name, value in changes.items():
         monkeypatch.setenv(name, value)
     done = run_script("distill.sh")
     assert done.returncode == int(changes.get("STATUS", "0"))
-    assert said in done.stdout
+    assert re.search(last_line, done.stdout)
     assert ("scontrol requeue 40123" in (job / "calls").read_text()) is requeued
 
 
-def test_nothing_is_trained_where_the_ranks_do_not_fit_together(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the job is not started again: the next time it would be no better."""
+def test_nothing_is_trained_where_ranks_do_not_fit_together(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job is not requeued either: a second start would fail as well."""
     monkeypatch.setenv("UNFIT", "1")
     done = run_script("distill.sh", "demo/distill", "--resume", "never", "--set", "a=b c", "--set=seed=1")
     assert done.returncode == 1
@@ -187,30 +188,30 @@ def test_the_preflight_can_be_left_out(job: Path, monkeypatch: pytest.MonkeyPatc
     assert "doctor" not in (job / "calls").read_text()
 
 
-def test_a_job_that_slurm_has_restarted_too_often_does_not_start(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_restarted_too_often_does_not_start(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "21")
     done = run_script("distill.sh")
     assert done.returncode == 1
-    assert "not started: it was restarted 21 times and may be 20 times" in done.stdout
+    assert re.search(r"\b21\b.*\b20\b", done.stdout)
     assert (job / "calls").read_text() == ""
 
 
 @pytest.mark.parametrize("numbers", [("7", "7", "1"), ("0", "3", "4"), ("1", "7", "4")])
-def test_an_array_with_gaps_is_refused_before_a_part_is_left_out(
+def test_an_array_with_gaps_is_refused(
     job: Path, monkeypatch: pytest.MonkeyPatch, numbers: tuple[str, str, str]
 ) -> None:
     for name, value in zip(("MIN", "MAX", "COUNT"), numbers, strict=True):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     done = run_script("shard.sh")
     assert done.returncode == 2
-    assert "the array's numbers must be 1-N without gaps" in done.stdout
+    assert "--array=1-8" in done.stdout
     assert (job / "calls").read_text() == ""
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2])
 @pytest.mark.parametrize("tasks_per_node", [1, 2, 4])
 def test_tasks_of_a_step_are_the_ranks_of_one_world(num_nodes: int, tasks_per_node: int) -> None:
-    """As srun numbers them: node by node, from 0 on each."""
+    """Tasks are numbered as srun does it: node by node, with local ids from 0 on each."""
     size = num_nodes * tasks_per_node
     worlds = [
         find_world({
@@ -257,10 +258,10 @@ def test_launch_prints_what_was_recorded(
     compare(record, capsys.readouterr().out.replace(f"{ROOT}/", ""))
 
 
-def test_the_lines_of_a_chain_do_what_they_say(
+def test_a_dry_run_prints_the_submission_as_shell_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pasted into a shell, they submit what `launch` without --dry-run submits."""
+    """Pasted into a shell, the lines submit what `launch` without --dry-run submits."""
     (tmp_path / "sbatch").write_text(
         '#!/bin/bash\nfor word in "$@"; do [ "$word" = --parsable ] || echo "$word" >> calls; done\n'
         'echo >> calls\n[[ " $* " != *" --parsable "* ]] || grep -c "^$" calls\n'
@@ -284,7 +285,7 @@ def test_the_lines_of_a_chain_do_what_they_say(
     assert submitted.count("--set=seed=1") == 1
 
 
-def test_a_chain_that_breaks_off_names_the_jobs_that_are_queued(
+def test_a_chain_that_breaks_off_names_the_queued_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sbatch").write_text(
@@ -292,20 +293,20 @@ def test_a_chain_that_breaks_off_names_the_jobs_that_are_queued(
     )
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(UserError, match=r"sbatch refused: .*full; in the queue already: job 77: demo-teacher"):
+    with pytest.raises(UserError, match=r"sbatch .*full.*job 77: demo-teacher"):
         submit_jobs(plan_jobs(["demo/teacher", "demo/distill"]))
 
 
-def test_submitting_where_there_is_no_slurm_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_submitting_without_slurm_names_sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="sbatch is not on this machine's PATH"):
+    with pytest.raises(UserError, match=r"sbatch .*PATH"):
         submit_jobs(plan_jobs(["demo/teacher"]))
 
 
 @pytest.mark.parametrize("option", [["--slurm"], ["--then", "demo/distill"], ["--nodes", "2"], ["--test-only"]])
-def test_what_only_slurm_can_do_is_refused_here(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_slurm_are_refused_with_local_ranks(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "demo/teacher", "--local", "2", *option]) == 2
-    assert "not with --local" in capsys.readouterr().err
+    assert "--local" in capsys.readouterr().err
 
 
 def test_the_last_job_of_a_study_is_the_study_itself(job: Path) -> None:

@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, how full a folder may be, where a modality may be named."""
+"""Tests of the package's structure: allowed imports, the size of folders, and the places that name a modality."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMELESS = (
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Names, below the package, that a module imports from it anywhere."""
+    """Return the names, below the package, that a module imports anywhere."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "karmma_dist":
             for alias in node.names:
@@ -35,7 +35,7 @@ def room(name: str) -> str:
     return name.split(".")[0]
 
 
-def test_no_two_packages_import_each_other_on_any_way() -> None:
+def test_no_two_packages_import_each_other() -> None:
     needs: dict[str, set[str]] = defaultdict(set)
     for name, path in MODULES.items():
         needs[room(name)] |= {room(other) for other in imported(path)} - {room(name)}
@@ -48,14 +48,14 @@ def test_no_two_packages_import_each_other_on_any_way() -> None:
         assert start not in reached, f"{start} imports itself through others"
 
 
-def test_no_folder_has_more_files_than_one_reads_at_a_glance() -> None:
+def test_no_folder_has_too_many_files() -> None:
     counts = {folder: len(list(folder.glob("*.py"))) for folder in PACKAGE.rglob("*") if folder.is_dir()}
     crowded = {str(folder.relative_to(PACKAGE)): count for folder, count in counts.items() if count > MOST_FILES + 1}
     assert not crowded  # __init__.py is not counted
 
 
 def constants(path: Path) -> Iterator[str]:
-    """String literals of a module that are not docstrings."""
+    """Return a module's string literals that are not docstrings."""
     tree = ast.parse(path.read_text())
     described = (ast.Module, ast.ClassDef, ast.FunctionDef)
     docstrings = {id(node.body[0]) for node in ast.walk(tree) if isinstance(node, described) and node.body}
@@ -82,7 +82,7 @@ def test_a_room_that_serves_every_modality_names_none(name: str) -> None:
         ("karmma_dist.recipe", {"torch", "numpy", "av", "cv2"}),
         ("karmma_dist.packing.pack", {"torch", "deepspeed"}),
         ("karmma_dist.launching.local", {"torch", "deepspeed"}),
-        ("karmma_dist.evaluation.command", {"deepspeed"}),
+        ("karmma_dist.evaluation.command", {"deepspeed", "timm"}),
         ("karmma_dist.profiling.costs", {"deepspeed"}),
     ],
 )
@@ -90,3 +90,64 @@ def test_a_module_loads_no_library_that_it_does_not_need(module: str, absent: se
     code = f"import sys; import {module}; print(*sorted(set(sys.modules) & {absent!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+WRITERS = {
+    "io.files": "the place for it",
+    "io.locks": "lock files",
+    "errors": "last words, below io",
+    "evaluation.exports.epic_kitchens": "a member of a zip, into the temporary file of write_whole",
+    "evaluation.exports.predictions": "into the temporary file of write_whole",
+    "evaluation.predict.media": "into a temporary folder",
+    "distributed.preflight.probes": "a file that io.files creates",
+    "launching.doctor.machine": "into a temporary folder",
+    "launching.doctor.probes": "its own stdout",
+    "modalities.audio.store": "into memory",
+    "modalities.encode": "into memory",
+    "packing.synthetic.kitchen": "into a folder that is not there yet",
+    "studies.results": "into the temporary file of write_whole",
+}
+"""Modules that open files for writing themselves, and why a link can lead none of them elsewhere."""
+
+PRINTERS = {
+    "terminal": "the place for it",
+    "cli": "help",
+    "commands.diagnostics": "a recipe, as YAML that escapes what is not harmless",
+    "commands.options": "JSON in ASCII",
+    "distributed.preflight.preflight": "JSON in ASCII",
+    "evaluation.report.terminal": "by rich_text",
+    "launching.doctor.probes": "JSON in ASCII",
+    "packing.inspect.tables": "JSON, line by line harmless",
+}
+"""Modules that print without `terminal.print_line`, and what."""
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Yield every call of a module with the last name of what is called."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            yield node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id, node
+
+
+def writes(name: str, call: ast.Call) -> bool:
+    """Return True for a call that opens a file to write into it."""
+    words = [each.value for each in [*call.args, *(k.value for k in call.keywords)] if isinstance(each, ast.Constant)]
+    opens = name in ("open", "fdopen") and any(
+        isinstance(word, str) and set(word) & set("wax+") and set(word) <= set("rwaxbt+") for word in words
+    )
+    return opens or name in ("write_text", "write_bytes", "touch", "mkstemp")
+
+
+def test_files_are_written_where_no_link_leads_elsewhere() -> None:
+    found = {module for module, path in MODULES.items() if any(writes(*call) for call in calls(path))}
+    assert found == set(WRITERS)
+
+
+def test_locks_are_taken_in_one_place() -> None:
+    assert [module for module, path in MODULES.items() if "fcntl" in path.read_text()] == ["io.locks"]
+
+
+def test_what_is_printed_is_harmless() -> None:
+    prints = ("print", "echo", "secho")
+    found = {module for module, path in MODULES.items() if any(name in prints for name, _ in calls(path))}
+    assert found == set(PRINTERS)

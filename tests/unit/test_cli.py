@@ -1,4 +1,4 @@
-"""The command line starts at once, explains itself, and is what the documents say it is."""
+"""Tests of the command line: it starts fast, explains itself, and agrees with the documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "shards/README.md", *sorted(ROOT.glob("r
 
 
 def commands() -> list[list[str]]:
-    """Every command and sub-command, by its words."""
+    """Return every command and subcommand, as a list of words."""
     found = []
     for name, command in cli.commands.items():
         found.append([name])
@@ -31,7 +31,7 @@ def commands() -> list[list[str]]:
 
 
 def documented() -> list[str]:
-    """Every karmma-dist command line inside a fenced block of a document."""
+    """Return every karmma-dist command line in a fenced block of a document."""
     lines = []
     for document in DOCUMENTS:
         for block in re.findall(r"```\n(.*?)```", document.read_text(), flags=re.DOTALL):
@@ -87,7 +87,7 @@ def test_an_unknown_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(("steps", "said"), [("10", "is not START:STOP"), ("15:10", "start must come before stop")])
-def test_steps_to_trace_that_make_no_sense_are_one_line(
+def test_invalid_steps_to_trace_are_one_line(
     steps: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "demo/video", "--profile", steps]) == 2
@@ -115,7 +115,7 @@ def test_a_full_disk_is_one_line() -> None:
     assert done.stderr == "error: output: No space left on device\n"
 
 
-def test_output_that_nobody_reads_any_more_is_no_error() -> None:
+def test_a_closed_output_pipe_is_not_an_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     words = [sys.executable, "-m", "karmma_dist", "recipe", "show", "demo/video"]

@@ -1,4 +1,4 @@
-"""An error is one line, and no line shows what may be secret."""
+"""Tests that an error is one line and shows no secrets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from karmma_dist.errors import masked, one_line
 
 
 @given(st.text(), st.integers(0, 50))
-def test_the_text_of_an_error_is_one_line_within_its_limit(text: str, limit: int) -> None:
+def test_an_errors_text_is_one_line_within_its_limit(text: str, limit: int) -> None:
     assert len(one_line(ValueError(text)).splitlines()) <= 1
     assert len(one_line(text, limit)) <= limit
 
@@ -28,12 +28,12 @@ def test_the_text_of_an_error_is_one_line_within_its_limit(text: str, limit: int
         ("see https://host/page: it says how", "see https://host/page: it says how"),
     ],
 )
-def test_urls_in_an_error_are_shown_without_user_password_and_query(text: str, shown: str) -> None:
+def test_urls_in_an_error_are_shown_without_secrets(text: str, shown: str) -> None:
     assert one_line(RuntimeError(text)) == shown
     assert one_line(shown) == shown
 
 
-def test_a_url_that_is_none_is_masked_whole() -> None:
+def test_an_invalid_url_is_masked_completely() -> None:
     assert masked("https://user:hush@[x/y") == "https://***"
 
 

@@ -1,4 +1,4 @@
-"""The examples of property tests: the same in every process and on every machine."""
+"""Tests that the examples of property tests are the same in every process and on every machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ print(drawn)
 
 
 def test_examples_do_not_depend_on_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither on a module of ours nor on one with a constant that Hypothesis would take up."""
+    """Check it with a module of ours and with one that has a constant that Hypothesis would use."""
     monkeypatch.delenv("HYPOTHESIS_PROFILE", raising=False)
     (tmp_path / "constants.py").write_text(f"SIZE, SHARE, NAME = {CONSTANT}, 0.7071, 'a shard'\n")
     (tmp_path / "draw.py").write_text(DRAW)

@@ -1,4 +1,4 @@
-"""On a pipe, progress is plain lines: the first, the last, and few between."""
+"""Tests of progress on a pipe: plain lines, the first, the last, and few between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of random draw is, bit for bit, what it was when runs, shards and reports were made with it."""
+"""Tests that every random draw is bit for bit stable, as existing runs, shards and reports require."""
 
 from __future__ import annotations
 
@@ -144,29 +144,29 @@ DRAWS: dict[str, tuple[Callable[[], np.ndarray], str]] = {
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_a_draw_is_what_it_always_was(name: str) -> None:
+def test_a_draw_never_changes(name: str) -> None:
     draw, digest = DRAWS[name]
     assert hashlib.sha256(np.ascontiguousarray(draw()).tobytes()).hexdigest()[:16] == digest
 
 
-def test_the_intervals_of_a_study_are_what_they_always_were() -> None:
+def test_the_intervals_of_a_study_never_change() -> None:
     first, second = resampled_study()
     assert first == pytest.approx([34.39258696909824, 52.705503778329216], abs=1e-9)
     assert second == pytest.approx([33.63419768529073, 52.637754061129336], abs=1e-9)
 
 
-def test_the_modality_kept_where_all_are_dropped_is_chosen_as_it_always_was() -> None:
+def test_the_fallback_modality_never_changes() -> None:
     words = [16408275900817160502, 6219059701758472499, 11582579634710342968]
     assert fallback_words(3, seed=11, epoch=40).tolist() == words
     assert fallback_words(2, 2**62 - 1, 0).tolist() == [17120665681290883597, 16659307649847462856]
 
 
-def test_dropout_inside_the_model_starts_from_the_seed_it_always_started_from() -> None:
+def test_the_seed_of_dropout_in_the_model_never_changes() -> None:
     seeds = [forward_seed(11, forward, rank, world_size=4) for forward, rank in ((0, 0), (3, 2), (1_000_000, 3))]
     assert seeds == [1171529959058969227, 7478159418059516550, 2419571274802135215]
 
 
-def test_recordings_that_packing_holds_out_are_those_it_always_held_out(tmp_path: Path) -> None:
+def test_recordings_held_out_in_packing_never_change(tmp_path: Path) -> None:
     write_epic(tmp_path, [row(f"P01_{video:02d}_0", f"P01_{video:02d}") for video in range(1, 41)])
     hold_out = {"validation": 0.1, "other": 0.15}
     splits = {"train": "annotations/EPIC_100_train.csv"}
@@ -180,14 +180,14 @@ def test_recordings_that_packing_holds_out_are_those_it_always_held_out(tmp_path
     assert videos["other"] == [2, 4, 7, 14, 16, 21, 22, 26, 27, 31, 33]
 
 
-def test_the_synthetic_kitchen_has_the_actions_it_always_had(tmp_path: Path) -> None:
+def test_the_actions_of_the_synthetic_kitchen_never_change(tmp_path: Path) -> None:
     write_kitchen(tmp_path, seed=5, train_recordings=1, validation_recordings=1, clips_per_recording=6)
     tables = [tmp_path / "annotations" / f"EPIC_100_{split}.csv" for split in ("train", "validation")]
     written = b"".join(table.read_bytes() for table in tables)
     assert hashlib.sha256(written).hexdigest()[:16] == "01f95572239925b5"
 
 
-def test_random_numbers_and_hashes_for_them_are_made_in_one_module_only() -> None:
+def test_random_numbers_are_made_in_one_module_only() -> None:
     package = Path(karmma_dist.__file__).parent
     makers = re.compile(r"blake2|shake_|Philox|PCG64|default_rng|SeedSequence|RandomState|random_raw|np\.random\.seed")
     assert makers.search((package / "seeding.py").read_text())

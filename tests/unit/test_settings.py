@@ -1,4 +1,4 @@
-"""Typed YAML: inheritance, variables, overrides, and errors a person can act on."""
+"""Tests of typed YAML: inheritance, variables, overrides, and helpful errors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_override_wins_over_the_file_and_reaches_into_sections(tmp_path: Path
     assert loaded == Outer(title="b", inner=Inner(rate=3), table={"x": Inner(names=["p", "q"])})
 
 
-def test_what_is_dumped_loads_to_the_same_settings(tmp_path: Path) -> None:
+def test_dumped_settings_load_to_equal_settings(tmp_path: Path) -> None:
     settings = Outer(title="x: 'y'", inner=Inner(rate=0.1), table={"z": Inner(names=["ü"])})
     assert load_settings(write(tmp_path, "d.yaml", dump(settings)), Outer) == settings
 
@@ -81,7 +81,7 @@ def test_a_wrong_file_is_one_line_naming_file_and_key(tmp_path: Path, text: str,
     assert "\n" not in str(caught.value)
 
 
-def test_overrides_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+def test_invalid_overrides_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", "title: a")
     with pytest.raises(UserError, match="expected KEY=VALUE"):
         load_settings(path, Outer, ["title"])
@@ -89,7 +89,7 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         load_settings(path, Outer, ["title.x=1"])
 
 
-def test_a_file_is_found_by_its_name_in_the_folder_and_the_nearest_is_suggested(
+def test_a_file_is_found_by_name_or_the_nearest_suggested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -132,7 +132,7 @@ class MarkedWhole(Settings):
     """Marked."""
 
 
-def test_marked_fields_are_left_out_wherever_they_are() -> None:
+def test_marked_fields_are_left_out_at_any_depth() -> None:
     outer = MarkedWhole(sections={"a": MarkedPart(), "b": MarkedPart(kept=5)}, sizes={"width": 3})
     assert unmarked(outer, MARK) == {
         "sections": {"a": {"kept": 1}, "b": {"kept": 5}}, "section": {"kept": 1}, "sizes": {"width": 3},
@@ -144,7 +144,7 @@ def test_marked_fields_are_left_out_wherever_they_are() -> None:
     assert flat(unmarked(MarkedWhole(), MARK)) == {"sections": {}, "section.kept": 1, "sizes": {}}
 
 
-def test_a_mark_shows_in_the_schema_beside_the_fields_bounds_and_meaning() -> None:
+def test_a_mark_is_shown_in_the_schema() -> None:
     field = MarkedWhole.model_json_schema()["$defs"]["MarkedPart"]["properties"]["left_out"]
     assert (field["marked"], field["exclusiveMinimum"], field["description"]) == (True, 0, "Marked.")
     with pytest.raises(ValueError, match="greater than 0"):

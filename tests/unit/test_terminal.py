@@ -1,4 +1,4 @@
-"""A table for the terminal shows text as it is, within its width, and its footer line by line."""
+"""Tests of terminal tables: literal text within the width, and a footer line by line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_table_is_title_headings_rows_and_footer(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("text", ["[bold]a[/bold]", "audio:mute:3", "[/]", ":smile:", "a\\[b]"])
-def test_text_of_a_user_is_shown_as_it_is(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_text_is_shown_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     print_table([text, "other"], [[text, "1"]], title=text, footer=[text])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].rstrip() == lines[-1] == text
@@ -36,7 +36,7 @@ def test_text_of_a_user_is_shown_as_it_is(text: str, capsys: pytest.CaptureFixtu
 
 @given(words=st.lists(st.text("abcdefgh/", min_size=1, max_size=150), min_size=1, max_size=4))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
-def test_what_does_not_fit_goes_on_in_the_next_line_and_nothing_is_cut_off(
+def test_long_cells_are_wrapped_and_never_cut_off(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_table(["run", "steps"], [[word, "1,234/5,678"] for word in words], right=["steps"])

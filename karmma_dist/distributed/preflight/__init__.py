@@ -1,1 +1,1 @@
-"""Checks of a job before it trains: every rank, the folders they share, the collectives."""
+"""Checks of a job before training: every rank, the shared folders, the collectives."""

@@ -1,4 +1,4 @@
-"""Probes of a job before it trains: a folder that all nodes share, one all-reduce, the node planned for each rank."""
+"""Probes of a job before training: a folder shared by all nodes, one all-reduce, the planned node of each rank."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ import torch.distributed as dist
 from karmma_dist.distributed.process_group import device_of
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
+from karmma_dist.io.files import create
 
 
-class MeetingFolder:
-    """Rank 0 makes it and removes it, with what it had to make above it; the others write and look.
+class SharedFolderProbe:
+    """A temporary folder that shows whether all ranks see the same parent folder.
+
+    Rank 0 creates and removes it, with any parents that it had to create; the other ranks write into it and read it.
 
     Args:
-        parent: the folder in question; it need not exist yet.
-        token: of this meeting, equal on all ranks.
+        parent: Folder to probe; it need not exist yet.
+        token: Token of this preflight, equal on all ranks.
     """
 
     def __init__(self, parent: Path, token: str) -> None:
         self.parent = parent.absolute()
         self._token = token
         self._folder = self.parent / f".preflight-{token}"
-        self._made: list[Path] = []
+        self._created: list[Path] = []
 
-    def make(self) -> None:
-        """Make it, with rank 0's file.
+    def create(self) -> None:
+        """Create the folder, with rank 0's file in it.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the folder cannot be written.
         """
-        self._made = [path for path in (self.parent, *self.parent.parents) if not path.exists()]
+        self._created = [path for path in (self.parent, *self.parent.parents) if not path.exists()]
         try:
             self._folder.mkdir(parents=True)
         except OSError as error:
@@ -47,13 +50,13 @@ class MeetingFolder:
         self.write(0)
 
     def write(self, rank: int) -> None:
-        """Write a rank's file, down to the disk.
+        """Write a rank's file and flush it to the disk.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         try:
-            with open(self._folder / str(rank), "w") as file:
+            with open(create(self._folder / str(rank)), "w") as file:
                 file.write(f"{self._token} {rank}")
                 file.flush()
                 os.fsync(file.fileno())
@@ -61,45 +64,52 @@ class MeetingFolder:
             raise self._unwritable(error) from None
 
     def sees(self, rank: int) -> bool:
-        """Whether a rank's file is there, with what it wrote."""
+        """Return True if a rank's file exists with this preflight's token."""
         try:
             return (self._folder / str(rank)).read_text() == f"{self._token} {rank}"
         except OSError:
             return False
 
     def join(self, rank: int) -> bool:
-        """Look for rank 0's file and write one's own.
+        """Check rank 0's file and write this rank's file; always return True.
 
         Raises:
-            UserError: one of them is impossible.
+            UserError: rank 0's file is not visible here, or this rank's file cannot be written.
         """
         if not self.sees(0):
             raise UserError(
-                f"{self.parent}: does not show what rank 0 wrote into it, so it is not the same folder on all nodes: "
-                "set runs_dir to one on a shared file system"
+                f"{self.parent}: the file that rank 0 wrote is not visible here, so this is not the same folder on all "
+                "nodes: set runs_dir to a folder on a shared file system"
             )
         if rank:
             self.write(rank)
         return True
 
     def remove(self) -> None:
-        """Leave nothing that was not there before, except what others put there meanwhile."""
+        """Remove the folder and the parents that this probe created, unless others have put files into them."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        for path in self._made:
+        for path in self._created:
             try:
                 path.rmdir()
             except OSError:
                 return
 
     def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self.parent}: cannot be written ({error.strerror}): change its rights or set runs_dir")
+        return UserError(f"{self.parent}: cannot be written ({error.strerror}): change its permissions or set runs_dir")
 
 
 ALL_REDUCE_BYTES = 64 * 2**20
+"""Size of the probed all-reduce."""
 
 
 def connect(world: World, timeout_s: float, *, keep: bool) -> dist.Store:
-    """A connection of its own to the job's store, at the address where training will meet; `keep`: it is kept here."""
+    """Connect to a preflight store at the address that training will use.
+
+    Args:
+        world: World of this rank.
+        timeout_s: Seconds after which a connection or a wait fails.
+        keep: True if this process hosts the store.
+    """
     store = dist.TCPStore(
         world.address, world.port, is_master=keep, wait_for_workers=False,
         timeout=datetime.timedelta(seconds=timeout_s),
@@ -108,7 +118,7 @@ def connect(world: World, timeout_s: float, *, keep: bool) -> dist.Store:
 
 
 def time_all_reduce(world: World, limit_s: float) -> float | None:
-    """Sum 64 MB over the ranks as training would; returns the bus bandwidth in GB/s, None for a single rank.
+    """Sum 64 MiB over the ranks as training would; return the bus bandwidth in GB/s, or None for a single rank.
 
     Raises:
         UserError: a sum is wrong.
@@ -118,14 +128,15 @@ def time_all_reduce(world: World, limit_s: float) -> float | None:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    store = dist.PrefixStore("group", connect(world, limit_s, keep=False))  # waits in it must not block the others
+    # A connection of its own: a wait in it must not block the other connections.
+    store = dist.PrefixStore("group", connect(world, limit_s, keep=False))
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=store, rank=world.rank, world_size=world.size,
-        timeout=datetime.timedelta(seconds=10 * limit_s),  # torch's own limit ends the process: ours comes first
+        timeout=datetime.timedelta(seconds=10 * limit_s),  # torch's limit ends the process: keep it later
     )  # fmt: skip
     values = torch.empty(ALL_REDUCE_BYTES // 4, device=device)
     fastest_s = float("inf")
-    for _ in range(3):  # the first one also connects
+    for _ in range(3):  # the first all-reduce also connects
         values.fill_(world.rank + 1)
         if cuda:
             torch.cuda.synchronize()
@@ -143,12 +154,12 @@ def time_all_reduce(world: World, limit_s: float) -> float | None:
 
 
 def planned_hosts(environment: Mapping[str, str], size: int, arrived: Mapping[int, str]) -> dict[int, str]:
-    """Host by rank, from Slurm's variables, or from torchrun's and the ranks that are there; may be empty.
+    """Return the planned host of each rank, from Slurm's variables or from torchrun's; may be empty.
 
     Args:
-        environment: of any rank.
-        size: number of ranks.
-        arrived: hosts of the ranks that came.
+        environment: Environment variables of any rank.
+        size: World size.
+        arrived: Host by rank, for the ranks that arrived.
     """
     local = environment.get("LOCAL_WORLD_SIZE", "")
     if local.isdigit() and int(local):
@@ -164,9 +175,9 @@ def planned_hosts(environment: Mapping[str, str], size: int, arrived: Mapping[in
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """`2(x3),1` -> [2, 2, 2, 1]: how SLURM_STEP_TASKS_PER_NODE is written."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [int(count) for count, times in found for _ in range(int(times or 1))]
+    """Parse the format of SLURM_STEP_TASKS_PER_NODE: `2(x3),1` gives [2, 2, 2, 1]."""
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(count) for count, times in groups for _ in range(int(times or 1))]
 
 
 def _step_hosts(environment: Mapping[str, str]) -> list[str]:
@@ -175,7 +186,7 @@ def _step_hosts(environment: Mapping[str, str]) -> list[str]:
         return []
     command = ["scontrol", "show", "hostnames", nodes]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        hostnames = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return done.stdout.split()
+    return hostnames.stdout.split()

@@ -1,6 +1,6 @@
-"""One batch of clips under several states of the sensors: whole, and once more per corruption.
+"""One batch of clips under several sensor states: with intact sensors, and once more for each corruption.
 
-Only what a corruption reaches is made and encoded again; the tokens of everything else are those of the whole batch.
+Only the modalities that a corruption affects are prepared and encoded again; all other tokens are reused.
 
 Legend: B clips of a batch, M modalities, C classes.
 """
@@ -25,49 +25,49 @@ from karmma_dist.streaming.batch import Batch, prepare
 
 
 class SensorModel(Protocol):
-    """`karmma_dist.models.karmma.KarmmaModel` is one."""
+    """A model with separate encoders and fusion block, such as `karmma_dist.models.karmma.KarmmaModel`."""
 
     @property
     def modalities(self) -> Sequence[str]:
-        """Columns of present_BM."""
+        """Modalities, in the order of the columns of present_BM."""
 
     @property
     def heads(self) -> Mapping[str, int]:
         """Number of classes per head."""
 
     def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
-        """Tokens of the present clips, per modality."""
+        """Return the tokens of the present clips, per modality."""
 
     def fuse(self, tokens: dict[str, Tensor], present_BM: Tensor, keep_BM: Tensor) -> dict[str, Tensor]:
-        """Logits (B, C) per head from the tokens of the kept modalities; every clip keeps at least one."""
+        """Return logits (B, C) per head from the tokens of the kept modalities; every clip keeps at least one."""
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        """All modules, the model itself among them."""
+        """Return all modules, including the model itself."""
 
     def eval(self) -> Any:
         """Switch to evaluation mode."""
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A state of the sensors, and the conditions under it."""
+class SensorState:
+    """A state of the sensors, and the conditions that share it."""
 
     corruption: Corruption | None
-    """None: all sensors are whole."""
+    """The broken sensor; None: all sensors are intact."""
     seed: int
     places: list[int]
-    """Of its conditions among all."""
+    """Indices of its conditions among all conditions."""
     conditions: list[Condition]
 
 
-def variants(conditions: Sequence[Condition]) -> list[Variant]:
-    """The conditions by what they do to the sensors: each is done once per batch."""
+def sensor_states(conditions: Sequence[Condition]) -> list[SensorState]:
+    """Group the conditions by sensor state: each batch is prepared once per state."""
     groups: dict[tuple[str | None, int], list[int]] = {}
     for place, condition in enumerate(conditions):
         is_random = condition.corrupt is not None and parse_corruption(condition.corrupt).kind.is_random
         groups.setdefault((condition.corrupt, condition.seed if is_random else 0), []).append(place)
     return [
-        Variant(
+        SensorState(
             None if corrupt is None else parse_corruption(corrupt), seed, places, [conditions[k] for k in places]
         )
         for (corrupt, seed), places in groups.items()
@@ -75,7 +75,7 @@ def variants(conditions: Sequence[Condition]) -> list[Variant]:
 
 
 def uncut_modalities(conditions: Sequence[Condition]) -> set[str]:
-    """Return the modalities of which the conditions need whole signals."""
+    """Return the modalities whose uncut signals the conditions need."""
     return {
         modality
         for condition in conditions
@@ -87,43 +87,43 @@ def uncut_modalities(conditions: Sequence[Condition]) -> set[str]:
 
 @dataclass(frozen=True)
 class Sensors:
-    """From batches as they leave the loader to what a model takes, with whole sensors or with a broken one."""
+    """Preparation of loader batches for a model, with intact sensors or with a broken sensor."""
 
     modalities: Sequence[str]
-    """Columns of present_BM."""
+    """Modalities, in the order of the columns of present_BM."""
     inputs: InputRecipe
     device: torch.device | str
     dtype: torch.dtype = torch.float32
 
-    def whole(self, batch: Batch) -> Batch:
-        """The batch as it is."""
+    def intact(self, batch: Batch) -> Batch:
+        """Prepare the batch with intact sensors."""
         return prepare(batch, self.inputs, self.device, self.dtype)
 
-    def broken(self, batch: Batch, whole: Batch, corruption: Corruption, seed: int) -> Batch:
-        """The batch with a broken sensor.
+    def broken(self, batch: Batch, intact: Batch, corruption: Corruption, seed: int) -> Batch:
+        """Prepare the batch with a broken sensor.
 
         Args:
-            batch: As it left the loader; with the whole signals that `uncut_modalities` names.
-            whole: What `whole` made of it: inputs that the corruption does not reach are taken from there.
-            corruption: What is broken.
-            seed: Of what is random in it.
+            batch: Batch as it left the loader, with the uncut signals that `uncut_modalities` names.
+            intact: Result of `intact` for this batch; inputs that the corruption does not affect are taken from it.
+            corruption: The broken sensor.
+            seed: Seed of the random part of the corruption.
         """
-        spoiled = {
+        broken = {
             modality: self._break(modality, effect, corruption.amount, batch, seed)
             for modality, effect in corruption.kind.effects.items()
             if modality in batch.inputs
         }
-        made = prepare(replace(batch, inputs=spoiled), self.inputs, self.device, self.dtype)
-        return replace(whole, inputs=whole.inputs | made.inputs)
+        made = prepare(replace(batch, inputs=broken), self.inputs, self.device, self.dtype)
+        return replace(intact, inputs=intact.inputs | made.inputs)
 
     def _break(self, modality: str, effect: str, amount: float, batch: Batch, seed: int) -> Tensor:
-        there_B = batch.present_BM[:, list(self.modalities).index(modality)].tolist()
-        keys = [key for key, there in zip(batch.keys, there_B, strict=True) if there]
+        present_B = batch.present_BM[:, list(self.modalities).index(modality)].tolist()
+        keys = [key for key, present in zip(batch.keys, present_B, strict=True) if present]
         breaker = MODALITIES[modality].breaker
         if isinstance(breaker, ArraysBreaker):
             return breaker.break_arrays(effect, amount, batch.inputs[modality], keys, seed)
         assert isinstance(breaker, SignalBreaker)
-        # Views of a clip share its signal, which is broken once.
+        # All views of a clip share its signal, which is broken once.
         signals = dict(zip(keys, batch.uncut[modality], strict=True))
         broken = {
             key: breaker.break_uncut(effect, amount, signal.decoded, key, seed) for key, signal in signals.items()
@@ -137,11 +137,11 @@ class Sensors:
 
 
 class EncodeOnce:
-    """A model that knows the tokens of one batch's whole inputs, and encodes only others.
+    """A model that remembers the tokens of one batch's intact inputs, and encodes only other inputs again.
 
     Args:
-        model: Whose encoders run.
-        inputs: The tensors whose tokens are kept once they are made; known by identity.
+        model: The model whose encoders run.
+        inputs: Tensors whose tokens are kept after their first use; they are recognized by identity.
     """
 
     def __init__(self, model: SensorModel, inputs: Mapping[str, Tensor]) -> None:
@@ -150,23 +150,23 @@ class EncodeOnce:
         self.modalities, self.heads = model.modalities, model.heads
 
     def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
-        """Tokens of the present clips, per modality."""
-        is_whole = {name: x is self._inputs.get(name) for name, x in inputs.items()}
-        known = {name: self._tokens[name] for name, whole in is_whole.items() if whole and name in self._tokens}
+        """Return the tokens of the present clips, per modality."""
+        is_intact = {name: x is self._inputs.get(name) for name, x in inputs.items()}
+        known = {name: self._tokens[name] for name, intact in is_intact.items() if intact and name in self._tokens}
         new = {name: x for name, x in inputs.items() if name not in known}
         if not new:
             return known
         columns_M = torch.tensor([name in new for name in self.modalities], device=present_BM.device)
         made = self._model.encode(new, present_BM & columns_M)
-        self._tokens |= {name: of for name, of in made.items() if is_whole.get(name)}
-        return known | {name: of for name, of in made.items() if name in new}
+        self._tokens |= {name: tokens for name, tokens in made.items() if is_intact.get(name)}
+        return known | {name: tokens for name, tokens in made.items() if name in new}
 
     def fuse(self, tokens: dict[str, Tensor], present_BM: Tensor, keep_BM: Tensor) -> dict[str, Tensor]:
-        """Logits (B, C) per head."""
+        """Return logits (B, C) per head."""
         return self._model.fuse(tokens, present_BM, keep_BM)
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        """All modules of the model."""
+        """Return all modules of the model."""
         return self._model.modules()
 
     def eval(self) -> Any:
@@ -175,31 +175,31 @@ class EncodeOnce:
 
 
 def states_of(
-    batch: Batch, states: Sequence[Variant], sensors: Sensors | None
-) -> tuple[Batch, Iterator[tuple[Variant, Batch]]]:
-    """The whole batch as the model takes it, and the batch in each state, made when it is asked for.
+    batch: Batch, states: Sequence[SensorState], sensors: Sensors | None
+) -> tuple[Batch, Iterator[tuple[SensorState, Batch]]]:
+    """Return the intact batch as the model takes it, and an iterator that makes the batch in each state.
 
-    Without `sensors` the batch is what the model takes already, and no state may have a corruption.
+    Without `sensors` the batch is prepared already, and no state may have a corruption.
 
     Raises:
-        UserError: it does.
+        UserError: a state has a corruption, but `sensors` is None.
     """
-    whole = batch if sensors is None else sensors.whole(batch)
+    intact = batch if sensors is None else sensors.intact(batch)
 
-    def made() -> Iterator[tuple[Variant, Batch]]:
+    def state_batches() -> Iterator[tuple[SensorState, Batch]]:
         for state in states:
             if state.corruption is None:
-                yield state, whole
+                yield state, intact
             elif sensors is None:
-                raise UserError(f"corruption '{state.corruption}': prepared batches show no sensor to break")
+                raise UserError(f"corruption '{state.corruption}': prepared batches have no sensor to break")
             else:
-                yield state, sensors.broken(batch, whole, state.corruption, state.seed)
+                yield state, sensors.broken(batch, intact, state.corruption, state.seed)
 
-    return whole, made()
+    return intact, state_batches()
 
 
-def side_by_side(parts: Sequence[tuple[Variant, BatchScores]]) -> BatchScores:
-    """One batch's scores in its different states, put together in the order of the conditions."""
+def side_by_side(parts: Sequence[tuple[SensorState, BatchScores]]) -> BatchScores:
+    """Join the scores of one batch in its states, in the order of the conditions."""
     first = parts[0][1]
     if len(parts) == 1:
         return first
@@ -211,7 +211,7 @@ def side_by_side(parts: Sequence[tuple[Variant, BatchScores]]) -> BatchScores:
 
     changed: dict[str, Any] = {"masks_BK": joined(lambda scores: scores.masks_BK)}
     for name in (field.name for field in fields(BatchScores)):
-        of = getattr(first, name)
-        if isinstance(of, dict) and all(values.ndim == 2 for values in of.values()):  # (B, K) per head
-            changed[name] = {key: joined(lambda scores, n=name, k=key: getattr(scores, n)[k]) for key in of}
+        value = getattr(first, name)
+        if isinstance(value, dict) and all(array.ndim == 2 for array in value.values()):  # (B, K) per head
+            changed[name] = {key: joined(lambda scores, n=name, k=key: getattr(scores, n)[k]) for key in value}
     return replace(first, **changed)

@@ -1,9 +1,9 @@
-"""Sensors that are there but broken: which ways there are, how bad each can be, and how they are named.
+"""The kinds of corruption: sensors that are present but broken, their names and severities.
 
     video:blur:3      SENSOR:KIND:SEVERITY, severity 1 (slight) to 5 (severe)
 
-Each modality lists its own (`Modality.breakages`) and says what happens to its signal. Severities are monotone: what 2
-spoils, 3 spoils too or more so.
+Each modality lists its own corruptions (`Modality.breakages`) and defines their effect on its signal. Severities are
+monotone: severity 3 corrupts at least as much as severity 2.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ SUITE = "suite"
 
 SUITE_SEVERITIES = (1, 3, 5)
 
+
 @dataclass(frozen=True)
 class Kind:
     """One way in which a sensor breaks."""
 
     effects: dict[str, str]
-    """What happens to each modality that it reaches: the name of an effect of its breaker."""
+    """Effect on each modality that it affects: the name of an effect of the modality's breaker."""
     amounts: tuple[float, ...]
-    """Per severity."""
-    says: str
-    """What an amount is, as a format of it."""
+    """Strength at each severity."""
+    meaning: str
+    """Description of an amount, as a format string with the amount as its only argument."""
     is_random: bool
-    """Whether the outcome depends on the seed."""
+    """True if the result depends on the seed."""
 
 
 def _kinds() -> dict[str, Kind]:
-    """Collect every modality's breakages; sensors behind several modalities come first."""
+    """Collect the breakages of all modalities; sensors that feed several modalities come first."""
     kinds: dict[str, Kind] = {}
     breakages = [(modality.name, breakage) for modality in MODALITIES.values() for breakage in modality.breakages]
     for name, breakage in sorted(breakages, key=lambda item: item[1].sensor == item[0]):
@@ -50,7 +51,7 @@ def _kinds() -> dict[str, Kind]:
 
 
 KINDS: dict[str, Kind] = _kinds()
-"""`SENSOR:KIND` -> what it does. A sensor behind several modalities, such as the camera, breaks them at once."""
+"""Kinds by `SENSOR:KIND`. A sensor that feeds several modalities, such as the camera, breaks all of them at once."""
 
 
 @dataclass(frozen=True)
@@ -63,46 +64,46 @@ class Corruption:
     """1 to 5."""
 
     def __str__(self) -> str:
-        """As it is written on the command line."""
+        """Return the corruption as it is written on the command line."""
         return f"{self.name}:{self.severity}"
 
     @cached_property
     def kind(self) -> Kind:
-        """What it does."""
+        """The kind of the corruption."""
         return KINDS[self.name]
 
     @property
     def amount(self) -> float:
-        """How much of it."""
+        """The strength at this severity."""
         return self.kind.amounts[self.severity - 1]
 
     @property
     def meaning(self) -> str:
-        """What the severity means: `20% of the clip, from a random moment on`."""
-        return self.kind.says.format(self.amount)
+        """The severity in words: `20% of the clip, from a random moment on`."""
+        return self.kind.meaning.format(self.amount)
 
     @property
     def modalities(self) -> list[str]:
-        """The modalities it reaches."""
+        """The modalities that the corruption affects."""
         return list(self.kind.effects)
 
 
 def parse_corruption(text: str) -> Corruption:
-    """`video:blur:3`, or `V:blur:3`.
+    """Read a corruption such as `video:blur:3` or `V:blur:3`.
 
     Raises:
-        UserError: no such sensor, kind or severity.
+        UserError: the sensor, kind or severity does not exist.
     """
     sensor, _, rest = text.strip().partition(":")
     kind, _, severity = rest.partition(":")
     sensor = LETTERS.get(sensor.upper(), sensor.lower())
     name = f"{sensor}:{kind.lower()}"
     if name not in KINDS:
-        of_sensor = [known for known in KINDS if known.startswith(f"{sensor}:")]
-        known = ", ".join(of_sensor or KINDS)
+        sensor_kinds = [known for known in KINDS if known.startswith(f"{sensor}:")]
+        known = ", ".join(sensor_kinds or KINDS)
         raise UserError(
-            f"corruption '{text}': no '{name.rstrip(':')}'{nearest(name, list(KINDS))}; there are {known} "
-            f"(as SENSOR:KIND:SEVERITY, severity 1 to {NUM_SEVERITIES}), and '{SUITE}'"
+            f"corruption '{text}': no '{name.rstrip(':')}'{nearest(name, list(KINDS))}; choose from {known} "
+            f"(as SENSOR:KIND:SEVERITY, severity 1 to {NUM_SEVERITIES}), or '{SUITE}'"
         )
     if not severity.isdecimal() or not 1 <= int(severity) <= NUM_SEVERITIES:
         raise UserError(
@@ -113,19 +114,19 @@ def parse_corruption(text: str) -> Corruption:
 
 
 def parse_corruptions(texts: Sequence[str], available: Sequence[str]) -> list[Corruption]:
-    """Each named corruption once, `suite` in full.
+    """Read several corruptions without duplicates; `suite` stands for many.
 
     Args:
-        texts: As on the command line.
-        available: The modalities to break.
+        texts: Corruptions as on the command line.
+        available: The modalities that are evaluated.
 
     Raises:
-        UserError: as `parse_corruption`, or one that reaches none of `available`.
+        UserError: a corruption does not exist (see `parse_corruption`), or affects none of `available`.
     """
-    found: list[Corruption] = []
+    corruptions: list[Corruption] = []
     for text in texts:
         if text.strip().lower() == SUITE:
-            found += _suite(available)
+            corruptions += _suite(available)
             continue
         corruption = parse_corruption(text)
         if not set(corruption.modalities) & set(available):
@@ -133,13 +134,11 @@ def parse_corruptions(texts: Sequence[str], available: Sequence[str]) -> list[Co
             raise UserError(
                 f"corruption '{corruption}' breaks {breaks}, which is not evaluated here: {', '.join(available)}"
             )
-        found.append(corruption)
-    return list(dict.fromkeys(found))
-
-
+        corruptions.append(corruption)
+    return list(dict.fromkeys(corruptions))
 
 
 def _suite(available: Sequence[str]) -> list[Corruption]:
-    """Of a sensor behind several modalities only where all of them are there: else it would repeat one of them."""
+    """Return every kind whose modalities are all available: otherwise the camera would repeat a single modality."""
     names = [name for name, kind in KINDS.items() if set(kind.effects) <= set(available)]
     return [Corruption(name, severity) for name in names for severity in SUITE_SEVERITIES]

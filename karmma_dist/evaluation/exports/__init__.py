@@ -1,1 +1,1 @@
-"""Files for other programs: predictions and submissions to the official challenges."""
+"""Exports for other programs: predictions, and submissions to the official challenges."""

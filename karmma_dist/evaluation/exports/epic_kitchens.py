@@ -2,16 +2,16 @@
 
 Formats: https://github.com/epic-kitchens/C1-Action-Recognition (README, "Result data formats" and submission files).
 
-* `PATH.zip`: what the leaderboard takes, a zip holding `test.json`:
+* `PATH.zip`: the submission to the leaderboard, a zip with the member `test.json`:
   {"version": "0.2", "challenge": "action_recognition", "sls_pt": 0..5, "sls_tl": 0..5, "sls_td": 0..5,
   "results": {narration_id: {"verb": {"0": score, ...}, "noun": {"0": score, ...}, "action": {"v,n": score, ...}}}}.
-  Actions may be left out, for all segments or for none; where given there are exactly 100 per segment. Verb and noun
-  scores go through a softmax there, so they are log-probabilities here: their softmax is the model's probability.
-  Action scores are only ranked: the probability of the pair.
-* `PATH.pkl`: what the official `evaluate.py` and `create_submission.py` read: a pickled
+  Actions may be left out for all segments; otherwise each segment has exactly 100. The leaderboard applies a softmax to
+  verb and noun scores, so these are log-probabilities: their softmax is the model's probability. Action scores are only
+  ranked; they are the probability of the pair.
+* `PATH.pkl`: the input of the official `evaluate.py` and `create_submission.py`, a pickled
   {"verb_output": float32 (N, 97), "noun_output": float32 (N, 300), "narration_id": str (N,)}.
 
-A clip's key is its narration id.
+The key of a clip is its narration id.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_whole
 
 NUM_CLASSES = {"verb": 97, "noun": 300}
-"""Classes of Epic-Kitchens-100."""
+"""Number of classes of Epic-Kitchens-100, per head."""
 
 NUM_ACTIONS = 100
-"""Actions listed per segment."""
+"""Number of actions listed per segment."""
 
 _MEMBER = "test.json"
 
 
 @dataclass(frozen=True)
 class SupervisionLevels:
-    """What the submitted model was trained with (https://github.com/epic-kitchens/sls), each from 0 to 5."""
+    """Supervision levels of the submitted model, each from 0 to 5 (https://github.com/epic-kitchens/sls)."""
 
     pretraining: int = 2
     """`sls_pt`: 2 = public images and videos."""
@@ -54,7 +54,7 @@ def parse_levels(text: str) -> SupervisionLevels:
     """Read `--sls pt,tl,td`, e.g. `"2,3,3"`.
 
     Raises:
-        UserError: not three numbers from 0 to 5.
+        UserError: the text is not three numbers from 0 to 5.
     """
     parts = text.split(",")
     if len(parts) != 3 or not all(part.strip() in tuple("012345") for part in parts):
@@ -66,16 +66,17 @@ def check_heads(heads: dict[str, int], path: Path) -> None:
     """Check, before anything is computed, that a model's predictions fit the format that `path` names.
 
     Raises:
-        UserError: no head verb or noun, other classes than the challenge's (zip), or another suffix.
+        UserError: the head verb or noun is missing, the suffix is unknown, or the number of classes differs from the
+            challenge's (zip only).
     """
     where = f"--submission epic-kitchens {path}"
     if path.suffix not in (".zip", ".pkl"):
         raise UserError(f"{where}: name a .zip for the leaderboard, or a .pkl for the official evaluate.py")
-    said = ", ".join(f"{head} {num}" for head, num in heads.items())
+    listed = ", ".join(f"{head} {num}" for head, num in heads.items())
     if not set(NUM_CLASSES) <= set(heads):
-        raise UserError(f"{where}: it takes verbs and nouns; this model's heads are {said}")
+        raise UserError(f"{where}: the format needs the heads verb and noun; this model's heads are {listed}")
     if path.suffix == ".zip" and any(heads[head] != num for head, num in NUM_CLASSES.items()):
-        raise UserError(f"{where}: the challenge has verb 97, noun 300; this model has {said}: name a .pkl instead")
+        raise UserError(f"{where}: the challenge has verb 97, noun 300; this model has {listed}: name a .pkl instead")
 
 
 def write_submission(
@@ -84,13 +85,13 @@ def write_submission(
     """Write the leaderboard's zip or the evaluator's pickle, whole or not at all.
 
     Args:
-        path: ends in `.zip` or `.pkl`.
+        path: File that ends in `.zip` or `.pkl`.
         narration_ids: N clip keys.
-        log_probs: "verb" and "noun", float32 (N, C).
-        levels: what goes into the zip.
+        log_probs: Log-probabilities for "verb" and "noun", float32 (N, C).
+        levels: Supervision levels, written into the zip.
 
     Raises:
-        UserError: as `check_heads`.
+        UserError: see `check_heads`.
     """
     check_heads({head: values.shape[1] for head, values in log_probs.items()}, path)
     if path.suffix == ".zip":
@@ -103,7 +104,7 @@ def write_submission(
 def _write_zip(
     path: Path, narration_ids: list[str], log_probs: dict[str, np.ndarray], levels: SupervisionLevels
 ) -> None:
-    """Segment by segment: as one object the scores of 13,092 test segments would be gigabytes."""
+    """Write the zip segment by segment: as one object, the scores of 13,092 test segments would take gigabytes."""
     head = {
         "version": "0.2",
         "challenge": "action_recognition",
@@ -137,17 +138,17 @@ def _segment(verb_C: np.ndarray, noun_C: np.ndarray) -> dict[str, dict[str, floa
 
 
 class _PortablePickler(pickle.Pickler):
-    """Names `numpy.ndarray` and nothing of numpy's inside, whose modules moved in numpy 2: any numpy reads it."""
+    """A pickler whose files any numpy can read: they refer to `numpy.ndarray`, not to modules that numpy 2 moved."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            whole = np.ascontiguousarray(value)
-            return np.ndarray, (whole.shape, whole.dtype.str, bytearray(whole.tobytes()))
+            array = np.ascontiguousarray(value)
+            return np.ndarray, (array.shape, array.dtype.str, bytearray(array.tobytes()))
         return NotImplemented
 
 
 def portable_pickle(value: Any) -> bytes:
-    """Pickle of dicts, strings and arrays that old and new numpy read alike."""
+    """Pickle dicts, strings and arrays so that old and new numpy versions can read them."""
     content = io.BytesIO()
     _PortablePickler(content, protocol=4).dump(value)
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""What an evaluation writes for others to read: predictions and submissions, checked before anything is computed."""
+"""The files that an evaluation exports: predictions and submissions, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ FORMATS = (EPIC_KITCHENS, SOMETHING_SOMETHING)
 
 @dataclass(frozen=True)
 class Exports:
-    """Files asked for."""
+    """The requested files."""
 
     predictions: Path | None = None
-    """`.npz` or `.parquet` of all predictions."""
+    """`.npz` or `.parquet` file for all predictions."""
     submission: tuple[str, Path] | None = None
-    """One of `FORMATS`, and the file."""
+    """Format, one of `FORMATS`, and file."""
     levels: SupervisionLevels | None = None
-    """What an Epic-Kitchens submission says of the training; None: the levels of the recipes."""
+    """Supervision levels of an Epic-Kitchens submission; None: the levels of the recipes."""
 
     @property
     def are_wanted(self) -> bool:
-        """Whether there is any."""
+        """True if any file is requested."""
         return self.predictions is not None or self.submission is not None
 
     def check(self, heads: dict[str, int], conditions: Sequence[Condition]) -> None:
-        """Refuse what cannot be written.
+        """Check that all requested files can be written.
 
         Raises:
-            UserError: a wrong suffix, no folder, one that cannot be written, heads that a format does not take, a
-                submission of several conditions, or supervision levels without a zip to put them into.
+            UserError: a file has the wrong suffix, a folder is missing or cannot be written, the format does not fit
+                the model's heads, a submission is requested for several conditions, or supervision levels are given
+                without a zip to write them to.
         """
         if self.predictions is not None:
             predictions.check_path(self.predictions)
@@ -58,25 +59,25 @@ class Exports:
             return
         name, path = self.submission
         if not path.absolute().parent.is_dir():
-            raise UserError(f"--submission {name} {path}: no folder {path.parent}: make it first")
+            raise UserError(f"--submission {name} {path}: no folder {path.parent}: create it first")
         checks = {EPIC_KITCHENS: epic_challenge.check_heads, SOMETHING_SOMETHING: ssv2_submission.check_heads}
         checks[name](heads, path)
         check_file(path, f"--submission {name}")
         if len(conditions) != 1:
             raise UserError(
-                f"--submission {name}: it holds the predictions of one condition, not of {len(conditions)}: leave out "
-                "--subsets and --sweep, and give one seed"
+                f"--submission {name}: the file holds the predictions of one condition, not of {len(conditions)}: "
+                "leave out --subsets and --sweep, and give one seed"
             )
 
     def check_clips(self, clips: Sequence[Clip], modalities: Sequence[str]) -> None:
-        """Refuse a submission of a split with clips that the model cannot be shown.
+        """Check that the model can be shown every clip, if a submission is requested.
 
         Args:
             clips: Every clip of the split.
-            modalities: What its one condition names.
+            modalities: Modalities that the only condition names.
 
         Raises:
-            UserError: a clip has none of them.
+            UserError: a clip has none of the modalities.
         """
         if self.submission is None:
             return
@@ -84,8 +85,8 @@ class Exports:
         if lacking:
             name, path = self.submission
             raise UserError(
-                f"--submission {name} {path}: it needs every clip, and {len(lacking)} of {len(clips)} have none of "
-                f"{', '.join(modalities)}, the first: {lacking[0]}: evaluate with further modalities"
+                f"--submission {name} {path}: every clip is needed, but {len(lacking)} of {len(clips)} have none of "
+                f"{', '.join(modalities)}, the first: {lacking[0]}: evaluate with more modalities"
             )
 
     def write(self, made: Predictions, split_keys: Sequence[str]) -> list[str]:
@@ -93,10 +94,10 @@ class Exports:
 
         Args:
             made: All predictions.
-            split_keys: Every clip of the split; a submission must have them all.
+            split_keys: Keys of all clips of the split; a submission must contain all of them.
 
         Raises:
-            UserError: a clip of the split has no prediction, so no submission is written.
+            UserError: a clip of the split has no prediction, so the submission is not written.
         """
         lines = []
         if self.predictions is not None:
@@ -111,7 +112,7 @@ class Exports:
         missing = sorted(set(split_keys) - set(keys))
         if missing:
             raise UserError(
-                f"--submission {name} {path}: not written, since it needs every clip: {len(missing)} of "
+                f"--submission {name} {path}: not written, since every clip is needed: {len(missing)} of "
                 f"{len(split_keys)} have no prediction (damaged, or without the modalities), the first: {missing[0]}"
             )
         if name == SOMETHING_SOMETHING:
@@ -121,20 +122,20 @@ class Exports:
         epic_challenge.write_submission(path, keys, log_probs, levels)
         if path.suffix != ".zip":
             return f"predictions of {len(keys)} segments for the official evaluate.py: {path}"
-        said = f"{levels.pretraining},{levels.training_labels},{levels.training_data}"
-        return f"submission of {len(keys)} segments at supervision levels {said} (--sls changes them): {path}"
+        listed = f"{levels.pretraining},{levels.training_labels},{levels.training_data}"
+        return f"submission of {len(keys)} segments at supervision levels {listed} (--sls changes them): {path}"
 
 
 def check_file(path: Path, option: str) -> None:
-    """Check, before hours of work, that a file can be put beside others of its folder; none is made.
+    """Check, before hours of work, that a file can be written; the file is not created.
 
     Raises:
-        UserError: it cannot.
+        UserError: the path is a folder, or its folder cannot be written.
     """
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=path.absolute().parent):  # tried, since permissions alone do not tell
+        with tempfile.TemporaryFile(dir=path.absolute().parent):  # a trial, since permissions alone do not tell
             pass
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written ({error.strerror}): name another file") from None

@@ -1,19 +1,19 @@
-"""Per-clip predictions: collected during the one pass, written as one `.npz` (or Parquet) file.
+"""Predictions per clip: collected during the only pass over the clips, written as one `.npz` (or Parquet) file.
 
-A clip has at most 2^M - 1 different masks, whatever the number of conditions, so each of these predictions is kept
-once and every condition points at its own: for 9,644 clips, 3 modalities and 97 + 300 classes 107 MB in memory and on
-disk (twice that in memory while it is put in order), where a copy per condition (34 of them) would take 520 MB.
+A clip has at most 2^M - 1 distinct masks, whatever the number of conditions. Each of these predictions is stored once,
+and every condition refers to its prediction. For 9,644 clips, 3 modalities and 97 + 300 classes this takes 107 MB in
+memory and on disk (twice that in memory while sorting); a copy per condition (34 of them) would take 520 MB.
 
-Predictions are those with whole sensors; of a broken sensor only the rows are kept.
+Predictions are made with intact sensors only; conditions with a broken sensor have rows but no predictions.
 
 Arrays of the `.npz`, all plain (`numpy.load` with `allow_pickle=False`); N clips in the order of their keys, K
 conditions, M modalities, R pairs of a clip and a mask, C classes:
 
     keys                (N,)  str       clip key
-    modalities          (M,)  str       the order of every M and of the mask's bits
-    present             (N, M) bool     the dataset has it
+    modalities          (M,)  str       order of every M and of the mask's bits
+    present             (N, M) bool     the dataset has the modality
     label_HEAD          (N,)  int64     class, -1 = unlabelled
-    condition_modalities (K, M) bool    what the condition names
+    condition_modalities (K, M) bool    the condition names the modality
     condition_drop_prob (K,)  float64
     condition_seed      (K,)  int64
     prediction          (N, K) int64    row of the arrays below, -1 = the clip has none of the condition's modalities
@@ -23,11 +23,11 @@ conditions, M modalities, R pairs of a clip and a mask, C classes:
 
     log_probs_BC = file["log_probs_verb"][file["prediction"][:, k]]    # condition k, where prediction >= 0
 
-Parquet (`pip install 'karmma-dist[parquet]'`) has one row per clip and mask, in the same order, and needs nothing else
-to be read; clips without a prediction are in the `.npz` alone:
+Parquet (`pip install 'karmma-dist[parquet]'`) has one self-contained row per clip and mask, in the same order. Clips
+without a prediction are only in the `.npz`:
 
     key             string
-    present         list<string>    modalities that the dataset has of the clip
+    present         list<string>    modalities of the clip in the dataset
     modalities      list<string>    modalities that were used: the mask
     conditions      list<struct<modalities: list<string>, drop_prob: double, seed: int64>>
                                     all conditions that leave the clip with this mask
@@ -69,7 +69,7 @@ class Predictions:
     log_probs: dict[str, np.ndarray]
 
     def of_condition(self, number: int) -> tuple[list[str], dict[str, np.ndarray]]:
-        """Keys and, per head, float32 (B, C) log-probabilities of the clips that condition `number` could show."""
+        """Return keys and log-probabilities, float32 (B, C) per head, of the clips shown under condition `number`."""
         rows_N = self.prediction_NK[:, number]
         shown_N = rows_N >= 0
         keys = list(itertools.compress(self.keys, shown_N))
@@ -78,7 +78,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one batch brought, each different mask of a clip once."""
+    """The predictions of one batch, each distinct mask of a clip once."""
 
     keys: list[str]
     present_BM: np.ndarray
@@ -90,7 +90,7 @@ class _Part:
 
 
 class PredictionCollector:
-    """Takes the batches of one evaluation, in any order; `gather` brings together those of several ranks."""
+    """Collector of one evaluation's predictions, batch by batch in any order; `gather` joins those of several ranks."""
 
     def __init__(self, modalities: Sequence[str], conditions: Sequence[Condition]) -> None:
         self.modalities, self.conditions = list(modalities), list(conditions)
@@ -108,12 +108,12 @@ class PredictionCollector:
         """Keep one batch's predictions.
 
         Args:
-            keys: B clips.
-            present_BM: bool, True = the dataset has it.
-            labels: per head int64 (B,), -1 = unlabelled.
-            masks_BK: the mask under every condition, 0 = none of its modalities.
-            masks_BP: the mask of every pass of the fusion block, 0 = no pass; one may occur twice.
-            log_probs: per head (B, P, C).
+            keys: B clip keys.
+            present_BM: bool, True = the dataset has the modality.
+            labels: int64 (B,) per head, -1 = unlabelled.
+            masks_BK: Mask under every condition, 0 = the clip has none of its modalities.
+            masks_BP: Mask in every pass of the fusion block, 0 = no pass; a mask may occur twice.
+            log_probs: Log-probabilities (B, P, C) per head.
         """
         first_BP = masks_BP > 0
         for column in range(1, masks_BP.shape[1]):
@@ -124,23 +124,23 @@ class PredictionCollector:
         self._parts.append(_Part(list(keys), present_BM, dict(labels), masks_BK, clip_R, mask_R, kept))
 
     def gather(self, gather: Callable[[list[Any]], list[Any]]) -> None:
-        """Take over what every rank has collected, its clips being its alone. Every rank must call this.
+        """Take over the predictions of all ranks, which have no clip in common. Every rank must call this.
 
         Args:
-            gather: returns the lists of all ranks put together.
+            gather: Function that returns the concatenated lists of all ranks.
         """
         self._parts = gather(self._parts)
 
     def finish(self) -> Predictions:
-        """Everything added, clips in the order of their keys, of a clip the smaller mask first.
+        """Return all predictions, sorted by clip key and then by mask.
 
         Raises:
-            UserError: nothing was added.
+            UserError: no prediction was added.
         """
         parts = self._parts
         keys = [key for part in parts for key in part.keys]
         if not keys:
-            raise UserError("there is no clip to predict: the split is empty or none of its clips could be read")
+            raise UserError("no clip to predict: the split is empty or none of its clips can be read")
         order_N = np.argsort(np.array(keys), kind="stable")
         place_N = np.empty_like(order_N)
         place_N[order_N] = np.arange(len(keys))
@@ -151,7 +151,7 @@ class PredictionCollector:
         clip_R, mask_R = clip_R[order_R], mask_R[order_R]
         masks_NK = np.concatenate([part.masks_BK for part in parts])[order_N].astype(np.int64)
         wanted_NK = np.arange(len(keys))[:, None] * 256 + masks_NK
-        found_NK = np.searchsorted(clip_R * 256 + mask_R, wanted_NK)
+        row_NK = np.searchsorted(clip_R * 256 + mask_R, wanted_NK)
         heads = list(parts[0].labels)
         return Predictions(
             modalities=self.modalities,
@@ -159,7 +159,7 @@ class PredictionCollector:
             keys=[keys[place] for place in order_N],
             present_NM=np.concatenate([part.present_BM for part in parts])[order_N],
             labels={head: np.concatenate([part.labels[head] for part in parts])[order_N] for head in heads},
-            prediction_NK=np.where(masks_NK > 0, found_NK, -1),
+            prediction_NK=np.where(masks_NK > 0, row_NK, -1),
             clip_R=clip_R,
             mask_R=mask_R,
             log_probs={head: np.concatenate([part.log_probs[head] for part in parts])[order_R] for head in heads},
@@ -170,7 +170,8 @@ def check_path(path: Path) -> None:
     """Check, before anything is computed, that predictions can be written to `path`.
 
     Raises:
-        UserError: neither `.npz` nor `.parquet`, `.parquet` where pyarrow cannot be imported, or no such folder.
+        UserError: the suffix is neither `.npz` nor `.parquet`, pyarrow is needed but cannot be imported, or the folder
+            is missing.
     """
     if path.suffix not in (".npz", ".parquet"):
         raise UserError(f"--predictions {path}: name a file that ends in .npz or .parquet")
@@ -178,17 +179,18 @@ def check_path(path: Path) -> None:
         try:
             importlib.import_module("pyarrow.parquet")
         except ImportError:
-            how = "pip install 'karmma-dist[parquet]', or name a .npz"
-            raise UserError(f"--predictions {path}: Parquet needs pyarrow, which cannot be imported: {how}") from None
+            advice = "pip install 'karmma-dist[parquet]', or name a .npz"
+            message = f"--predictions {path}: Parquet needs pyarrow, which cannot be imported: {advice}"
+            raise UserError(message) from None
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--predictions {path}: no folder {path.parent}: make it first")
+        raise UserError(f"--predictions {path}: no folder {path.parent}: create it first")
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
     """Write the file, whole or not at all.
 
     Raises:
-        UserError: as `check_path`.
+        UserError: see `check_path`.
     """
     check_path(path)
     write = _write_npz if path.suffix == ".npz" else _write_parquet
@@ -201,9 +203,9 @@ def _write_npz(predictions: Predictions, path: Path) -> None:
         "keys": np.array(predictions.keys),
         "modalities": np.array(predictions.modalities),
         "present": predictions.present_NM,
-        "condition_modalities": np.array([[m in of.modalities for m in predictions.modalities] for of in conditions]),
-        "condition_drop_prob": np.array([of.drop_prob for of in conditions], dtype=np.float64),
-        "condition_seed": np.array([of.seed for of in conditions], dtype=np.int64),
+        "condition_modalities": np.array([[m in c.modalities for m in predictions.modalities] for c in conditions]),
+        "condition_drop_prob": np.array([condition.drop_prob for condition in conditions], dtype=np.float64),
+        "condition_seed": np.array([condition.seed for condition in conditions], dtype=np.int64),
         "prediction": predictions.prediction_NK,
         "clip": predictions.clip_R,
         "mask": predictions.mask_R,
@@ -219,7 +221,7 @@ def _write_parquet(predictions: Predictions, path: Path) -> None:
     names, texts = predictions.modalities, pyarrow.list_(pyarrow.string())
     condition = pyarrow.struct([("modalities", texts), ("drop_prob", pyarrow.float64()), ("seed", pyarrow.int64())])
     used = [[m for bit, m in enumerate(names) if mask >> bit & 1] for mask in predictions.mask_R.tolist()]
-    present = [list(itertools.compress(names, there_M)) for there_M in predictions.present_NM]
+    present = [list(itertools.compress(names, present_M)) for present_M in predictions.present_NM]
     columns = {
         "key": [predictions.keys[clip] for clip in predictions.clip_R],
         "present": pyarrow.array([present[clip] for clip in predictions.clip_R], texts),
@@ -234,14 +236,14 @@ def _write_parquet(predictions: Predictions, path: Path) -> None:
 
 
 def _conditions_of_rows(predictions: Predictions) -> list[list[dict[str, Any]]]:
-    """For each of the R predictions, the conditions that point at it."""
-    made = [
-        {"modalities": list(of.modalities), "drop_prob": of.drop_prob, "seed": of.seed}
-        for of in predictions.conditions
+    """Return the conditions that refer to each of the R predictions."""
+    described = [
+        {"modalities": list(condition.modalities), "drop_prob": condition.drop_prob, "seed": condition.seed}
+        for condition in predictions.conditions
     ]
-    found: list[list[dict[str, Any]]] = [[] for _ in predictions.clip_R]
+    conditions: list[list[dict[str, Any]]] = [[] for _ in predictions.clip_R]
     for rows_K in predictions.prediction_NK.tolist():
-        for condition, row in zip(made, rows_K, strict=True):
+        for condition, row in zip(described, rows_K, strict=True):
             if row >= 0:
-                found[row].append(condition)
-    return found
+                conditions[row].append(condition)
+    return conditions

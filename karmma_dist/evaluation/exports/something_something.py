@@ -1,8 +1,9 @@
 """Predictions in the format of Something-Something V2's test leaderboard: one line per clip, `id;c1;c2;c3;c4;c5`.
 
-No header; the clip's id, then the numbers of its five most probable classes, the most probable first, separated by
-semicolons. Numbers are those of `labels.json`, which are the shards' class ids. Format as written by the published
-models' test scripts (https://github.com/mit-han-lab/temporal-shift-module, test_models.py --csv_file).
+The file has no header. A line holds the clip's id and the numbers of its five most probable classes, the most probable
+first, separated by semicolons. The numbers are those of `labels.json`, which equal the class ids of the shards. The
+test scripts of published models write this format (https://github.com/mit-han-lab/temporal-shift-module,
+test_models.py --csv_file).
 """
 
 from __future__ import annotations
@@ -15,33 +16,34 @@ from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_whole
 
 NUM_LABELS = 5
-"""Classes per clip."""
+"""Number of classes listed per clip."""
 
 
 def check_heads(heads: dict[str, int], path: Path) -> None:
     """Check, before anything is computed, that a model's predictions fit the format.
 
     Raises:
-        UserError: not one head of at least five classes, or `path` is no `.csv`.
+        UserError: the model does not have exactly one head, the head has fewer than five classes, or `path` does not
+            end in `.csv`.
     """
     where = f"--submission something-something {path}"
     if path.suffix != ".csv":
         raise UserError(f"{where}: name a file that ends in .csv")
     if len(heads) != 1 or next(iter(heads.values())) < NUM_LABELS:
-        said = ", ".join(f"{head} {num}" for head, num in heads.items())
-        raise UserError(f"{where}: it takes one head of at least {NUM_LABELS} classes; this model has {said}")
+        listed = ", ".join(f"{head} {num}" for head, num in heads.items())
+        raise UserError(f"{where}: the format needs one head of at least {NUM_LABELS} classes; this model has {listed}")
 
 
 def write_submission(path: Path, ids: list[str], log_probs: dict[str, np.ndarray]) -> None:
     """Write the CSV, whole or not at all.
 
     Args:
-        path: ends in `.csv`.
-        ids: N clip keys, which are the videos' ids.
-        log_probs: the one head's, float32 (N, C). Equal ones are ordered by class.
+        path: File that ends in `.csv`.
+        ids: N clip keys, which are the ids of the videos.
+        log_probs: Log-probabilities of the only head, float32 (N, C). Equal values are ordered by class.
 
     Raises:
-        UserError: as `check_heads`.
+        UserError: see `check_heads`.
     """
     check_heads({head: values.shape[1] for head, values in log_probs.items()}, path)
     (values_NC,) = log_probs.values()

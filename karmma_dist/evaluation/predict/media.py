@@ -24,7 +24,7 @@ from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.shards.folder import ShardFolder
 
 SPLIT, KEY = "clip", "clip"
-"""Of the one clip in the folder."""
+"""Split and key of the only clip in the folder."""
 
 LONG_S = 30.0
 """A model sees a fixed number of frames: of a longer clip it sees too little of any one action."""
@@ -100,10 +100,10 @@ def _from_media() -> dict[str, Storage]:
 
 
 def check_file(path: Path) -> None:
-    """See that there is such a file, and that it is none that FFmpeg only takes for a video.
+    """Check that a file exists and is not an archive, which FFmpeg would take for a video.
 
     Raises:
-        UserError: there is not, or it is an archive: of the pictures in one FFmpeg would make a video of its own.
+        UserError: the path is missing, a folder or an archive.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder: name a video file in it, or a clip's key")
@@ -118,8 +118,8 @@ def _check_media(path: Path, modalities: Sequence[str], start_s: float, stop_s: 
     level = av.logging.get_level()
     av.logging.set_level(av.logging.PANIC)
     try:
-        with VideoFile(path) as movie, av.open(str(path)) as container:
-            found = {MediaStream.PICTURES: movie.video is not None, MediaStream.SOUND: bool(container.streams.audio)}
+        with VideoFile(path) as movie:
+            found = {MediaStream.PICTURES: movie.video is not None, MediaStream.SOUND: movie.has_audio}
             streams = [stream for stream, is_there in found.items() if is_there]
             if not streams:
                 raise UserError(f"{path}: neither video nor sound in it")
@@ -127,7 +127,7 @@ def _check_media(path: Path, modalities: Sequence[str], start_s: float, stop_s: 
             if not set(usable) & set(modalities):
                 has = " and ".join(stream.value for stream in streams)
                 raise UserError(f"{path}: it has {has}, but the model is to be given {', '.join(modalities)}")
-            duration_s = None if container.duration is None else container.duration / av.time_base
+            duration_s = movie.duration_s
     except MediaError as error:
         raise UserError(f"{path}: not a video file, or one that is damaged ({error.error})") from None
     finally:

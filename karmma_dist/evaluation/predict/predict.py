@@ -1,9 +1,9 @@
-"""Asks a trained model about clips: media files, or keys in the shards it was trained on.
+"""Predictions of a trained model for single clips: media files, or keys in the shards it was trained on.
 
     predictions = predict(Path("runs/epic_kitchens/distill"), ["kitchen.mp4", "P01_11_3"])
 
-A file is packed as the shards were and streamed like any clip, so that the model is shown the very pixels and samples
-that it would be shown in an evaluation. Legend: B = 1 clip, M modalities, C classes.
+A file is packed like the shards and streamed like any clip, so the model receives exactly the pixels and samples of an
+evaluation. Legend: B = 1 clip, M modalities, C classes.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from karmma_dist.shards.format import Clip
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
 from karmma_dist.streaming.order import Slice
-from karmma_dist.terminal import print_table
+from karmma_dist.terminal import print_line, print_table
 
 
 def print_predictions(predictions: list[Prediction]) -> None:
-    """Print what was found in each clip, and the likeliest actions by each modality and by all."""
+    """Print the modalities of each clip, and the most probable actions by each modality and by all together."""
     for prediction in predictions:
-        print(f"{prediction.clip} ({prediction.seconds:g} s): {_found(prediction)}")
+        print_line(f"{prediction.clip} ({prediction.seconds:g} s): {_found(prediction)}")
         if prediction.labels and None not in prediction.labels.values():
-            print(f"labelled: {' '.join(str(name) for name in prediction.labels.values())}")
+            print_line(f"labelled: {' '.join(str(name) for name in prediction.labels.values())}")
         headings = [heading for guess in prediction.guesses for heading in ("%", f"{letters(guess.modalities)} says")]
         columns = [list(map(_cells, guess.actions)) for guess in prediction.guesses]
         lines = zip_longest(*columns, fillvalue=["", ""])
@@ -52,7 +52,7 @@ def print_predictions(predictions: list[Prediction]) -> None:
 
 
 def _found(prediction: Prediction) -> str:
-    """`found video (V), audio (A); no flow; switched off: detections`."""
+    """Return the modalities in words: `found video (V), audio (A); no flow; switched off: detections`."""
     found = ", ".join(f"{name} ({MODALITIES[name].letter})" for name in prediction.found)
     parts = [f"found {found}", *(f"no {name}" for name in prediction.absent)]
     if prediction.switched_off:
@@ -65,51 +65,51 @@ def _cells(action: Action) -> list[str]:
 
 
 NUM_ACTIONS = 5
-"""Actions shown."""
+"""Number of actions shown."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """One of the likeliest actions."""
+    """One of the most probable actions."""
 
     names: dict[str, str]
     """Class name per head, e.g. {"verb": "take", "noun": "cup"}."""
     classes: dict[str, int]
     """Class per head."""
     probability: float
-    """Of the whole action: of several heads the product of their probabilities."""
+    """Probability of the action; for several heads the product of their probabilities."""
 
 
 @dataclass(frozen=True)
 class Guess:
-    """What the model says when it is given some modalities."""
+    """The model's prediction from some of the modalities."""
 
     modalities: list[str]
     actions: list[Action]
-    """Likeliest first."""
+    """Most probable actions, in descending order."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one clip."""
+    """All predictions for one clip."""
 
     clip: str
-    """The file or key as it was named."""
+    """File or key, as the caller named it."""
     seconds: float
-    """The clip's length."""
+    """Length of the clip."""
     found: list[str]
     """Modalities of the model that the clip has and that are not switched off."""
     absent: list[str]
     """Modalities of the model that the clip lacks."""
     switched_off: list[str]
-    """Modalities of the model that were not asked for."""
+    """Modalities of the model that were not requested."""
     labels: dict[str, str | None]
-    """Class name per head that the shards say it is; empty for a file."""
+    """True class name per head, from the shards; empty for a file."""
     guesses: list[Guess]
-    """One per modality found and, where there are several, all of them together, which comes last."""
+    """One guess per modality found and, for several modalities, a last one from all of them together."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
+        """Return the JSON object."""
         return asdict(self)
 
 
@@ -123,20 +123,20 @@ def predict(
     modalities: str | None = None,
     report: Report = silent,
 ) -> list[Prediction]:
-    """Ask a trained model what is done in each clip.
+    """Predict the action in each clip with a trained model.
 
     Args:
-        run: Run folder, its best/, or weights file with its model.yaml beside it.
+        run: Run folder, its best/ folder, or a weights file with a model.yaml in the same folder.
         clips: Media files, or keys of clips in the shards.
-        shards: Shards folder, of the keys and of the settings that files are packed with; None: the run's own.
-        start_s: Where the clip starts in its file; files only.
-        stop_s: Where it ends.
-        modalities: Only these, e.g. "V,A"; None: all of the model's.
-        report: Progress.
+        shards: Shards folder, for the keys and for the settings with which files are packed; None: the run's own.
+        start_s: Start of the clip in its file, in seconds; files only.
+        stop_s: End of the clip in its file, in seconds; files only.
+        modalities: Modalities to use, e.g. "V,A"; None: all of the model's.
+        report: Called with the progress.
 
     Raises:
-        UserError: no such clip, a file that cannot be read or has nothing the model takes, or shards of other classes
-            than the model's.
+        UserError: a clip does not exist, a file cannot be read or has none of the model's modalities, or the shards
+            have other classes than the model.
     """
     device = device_of(ALONE)
     model, card = load_model(run, device)
@@ -154,7 +154,7 @@ def predict(
 
 
 class _Predictor:
-    """A loaded model and where its clips come from."""
+    """A loaded model and the source of its clips."""
 
     def __init__(
         self, model: KarmmaModel, card: ModelCard, data: DataRecipe | None, chosen: list[str], device: torch.device
@@ -163,24 +163,24 @@ class _Predictor:
         self._folder: ShardFolder | None = None
 
     def check(self, clips: Sequence[str]) -> None:
-        """See that every clip is there, before minutes are spent on the first.
+        """Check that every clip exists, before minutes are spent on the first.
 
         Raises:
-            UserError: one is not.
+            UserError: a clip does not exist.
         """
         for clip in clips:
             if not clip:
-                raise UserError("a clip without a name: name a media file, or a clip's key in the shards")
+                raise UserError("a clip has an empty name: name a media file, or a clip's key in the shards")
             if _is_file(clip):
                 check_file(Path(clip))
             else:
                 self._stored(self._shards(), clip)
 
     def predict(self, clip: str, start_s: float | None, stop_s: float | None) -> Prediction:
-        """One clip."""
+        """Predict the action in one clip."""
         is_file = _is_file(clip)
         if not is_file and (start_s is not None or stop_s is not None):
-            raise UserError(f"clip {clip}: --start and --stop cut files; a clip of the shards is cut already")
+            raise UserError(f"clip {clip}: --start and --stop apply to files only: clips in the shards are cut already")
         with self._opened(clip, is_file, start_s or 0.0, stop_s) as folder:
             stored, batch = self._read(folder, KEY if is_file else clip, clip)
             seconds = folder.metadata(stored).length_s
@@ -206,42 +206,42 @@ class _Predictor:
 
     def _shards(self) -> ShardFolder:
         if self._data is None:
-            raise UserError("no recipe.yaml beside the weights, so name the shards of the clips with --shards DIR")
+            raise UserError("no recipe.yaml with the weights: name the shards of the clips with --shards DIR")
         if self._folder is None:
             self._folder = open_shards(self._data)
         check_classes(self._card, self._folder)
         return self._folder
 
     def _settings(self) -> dict[str, Any]:
-        """How the clips were packed that the model was trained on."""
+        """Return the packing settings of the clips that the model was trained on."""
         try:
             settings = self._shards().manifest.header.settings
         except UserError as error:
             if self._folder is not None:
                 raise
             raise UserError(
-                f"{error}: they say how a file is to be cut and stored so that the model knows it: name them with "
-                "--shards DIR (its manifest.json is enough)"
+                f"{error}: the shards hold the settings with which a file is packed for the model: name the shards "
+                "with --shards DIR (its manifest.json is enough)"
             ) from None
         return settings
 
     def _stored(self, folder: ShardFolder, key: str) -> tuple[str, Clip]:
-        """The clip of this key and its split."""
-        every = {clip.key: (split, clip) for split in folder.splits for clip in folder.clips(split)}
-        if key not in every:
-            raise UserError(f"{folder.where}: no clip '{key}', nor a file of this name{nearest(key, list(every))}")
-        return every[key]
+        """Return the split and the clip of a key."""
+        clips = {clip.key: (split, clip) for split in folder.splits for clip in folder.clips(split)}
+        if key not in clips:
+            raise UserError(f"{folder.where}: no clip '{key}', and no file of this name{nearest(key, list(clips))}")
+        return clips[key]
 
     def _read(self, folder: ShardFolder, key: str, named: str) -> tuple[Clip, Batch]:
-        """The clip and its batch of one, with the chosen modalities that it has."""
+        """Return the clip, and a batch of one with its chosen modalities."""
         split, clip = self._stored(folder, key)
-        there = [modality for modality in self._chosen if clip.has(modality)]
-        if not there:
+        present = [modality for modality in self._chosen if clip.has(modality)]
+        if not present:
             has = " and ".join(modality for modality in folder.modalities if clip.has(modality))
-            raise UserError(f"{named}: it has {has}, but the model is to be given {', '.join(self._chosen)}")
-        data = DataRecipe(shards=str(folder.root), modalities=there)
+            raise UserError(f"{named}: the clip has {has}, but the model needs one of {', '.join(self._chosen)}")
+        data = DataRecipe(shards=str(folder.root), modalities=present)
         clips = EvaluationClips(folder, data, self._card.inputs, split)
-        place = next(place for place, of in enumerate(clips.clips) if of.key == key)
+        place = next(place for place, other in enumerate(clips.clips) if other.key == key)
         batch = clips.batch(Slice(0, 0, place, place + 1))
         if batch.damage:
             raise UserError(f"{folder.where}: {batch.damage[0]}: pack it again")
@@ -249,14 +249,16 @@ class _Predictor:
 
     @torch.no_grad()
     def _guesses(self, batch: Batch, found: list[str]) -> list[Guess]:
-        """Each encoder runs once, the fusion block once per guess."""
+        """Run each encoder once, and the fusion block once per guess."""
         inputs = prepare(batch, self._card.inputs, self._device).inputs
         tokens = self._model.encode(inputs, self._flags(found))
         shown = [[modality] for modality in found] + ([found] if len(found) > 1 else [])
         guesses = []
         for modalities in shown:
             logits = self._model.fuse(tokens, self._flags(found), self._flags(modalities))
-            log_probs = {head: torch.log_softmax(of[0].double(), dim=0).cpu() for head, of in logits.items()}
+            log_probs = {
+                head: torch.log_softmax(logits_BC[0].double(), dim=0).cpu() for head, logits_BC in logits.items()
+            }
             guesses.append(Guess(modalities, likeliest(log_probs, self._card.classes)))
         return guesses
 
@@ -267,10 +269,15 @@ class _Predictor:
 def likeliest(
     log_probs: dict[str, Tensor], classes: dict[str, list[str]], num: int = NUM_ACTIONS
 ) -> list[Action]:
-    """The `num` likeliest actions, given log-probabilities (C,) per head and class names, which may be missing.
+    """Return the `num` most probable actions.
+
+    Args:
+        log_probs: Log-probabilities (C,) per head.
+        classes: Class names per head; without names, actions show class numbers.
+        num: Number of actions.
 
     Raises:
-        UserError: a prediction is not a number.
+        UserError: a prediction is NaN.
     """
     heads = ranked(list(log_probs))["action"]
     sizes = [len(log_probs[head]) for head in heads]
@@ -279,7 +286,7 @@ def likeliest(
         joint = joint[..., None] + log_probs[head]
     if bool(joint.isnan().any()):
         raise UserError("the model predicts nan: the weights diverged; use an earlier checkpoint")
-    # Stable: of equals the lower class comes first, as in the evaluation's ranks.
+    # A stable sort puts the lower class first among equals, as the evaluation's ranks do.
     values, places = joint.flatten().sort(descending=True, stable=True)
     actions = []
     for value, place in zip(values[:num].tolist(), places[:num].tolist(), strict=True):
@@ -291,7 +298,7 @@ def likeliest(
 
 
 def _data(run: Path, shards: str | None, card: ModelCard) -> DataRecipe | None:
-    """Where the run's clips are, or None where nothing says so."""
+    """Return the data of the run's clips, or None if neither a recipe nor `shards` names them."""
     _, home = run_places(run)
     if (home / "recipe.yaml").is_file():
         data = read_run_recipe(home).data
@@ -300,5 +307,5 @@ def _data(run: Path, shards: str | None, card: ModelCard) -> DataRecipe | None:
 
 
 def _is_file(clip: str) -> bool:
-    """Keys have neither dots nor slashes, so that what has one is meant as a file even where there is none."""
+    """Return True if `clip` names a file: keys have neither dots nor slashes, so such a name means a file."""
     return Path(clip).exists() or "/" in clip or "." in clip

@@ -1,1 +1,1 @@
-"""From results to what people look at: report.md with plots, report.html, tables in a terminal."""
+"""Reports of results for people: report.md with plots, report.html, tables in a terminal."""

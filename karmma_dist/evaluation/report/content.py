@@ -1,4 +1,4 @@
-"""The content of an evaluation's report, and the part of it that somebody would read."""
+"""The content of an evaluation's report, condensed to the rows that people read."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from karmma_dist.evaluation.summary import broken_condition
 from karmma_dist.modalities import letters
 
 MOST_BROKEN = 200
-"""Rows of a model with a broken sensor that a report shows under all their conditions."""
+"""Largest number of rows with a broken sensor, per model, that a report shows under all conditions."""
 
 
 @dataclass(frozen=True)
 class ReportContent:
-    """Everything that the report of one or several evaluated models shows.
+    """The content of a report on one or several evaluated models.
 
     Raises:
         UserError: `models` is empty.
     """
 
     title: str
-    """First line."""
+    """First line of the report."""
     models: Mapping[str, Results]
     """Results per model name, in the order of the columns."""
     notes: Sequence[str] = ()
-    """Sentences of the caller, for what the numbers cannot tell."""
+    """Additional sentences of the caller."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds per step."""
     comparison: Comparison | None = None
-    """Tests of these models."""
+    """Paired tests between the models."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -41,25 +41,26 @@ class ReportContent:
 
 
 def condense(content: ReportContent) -> ReportContent:
-    """Leave out what nobody would read: of many rows with a broken sensor those under all but one condition.
+    """Return the content with at most one condition per corruption if there are many rows with a broken sensor.
 
-    A suite of failures under every subset and drop probability makes 1,600 rows a model. What stays is each failure
-    at the largest set of modalities and the lowest drop probability, and a note says where the others are.
+    A suite of corruptions under every subset and drop probability makes 1,600 rows per model. The condensed content
+    keeps each corruption at the largest set of modalities and the lowest drop probability. A note names the files that
+    contain the other rows.
     """
     models = {name: replace(results, rows=kept_rows(results)) for name, results in content.models.items()}
-    num_out = max(len(results.rows) - len(models[name].rows) for name, results in content.models.items())
-    if not num_out:
+    num_omitted = max(len(results.rows) - len(models[name].rows) for name, results in content.models.items())
+    if not num_omitted:
         return content
     conditions = dict.fromkeys(
         letters(condition[0]) for results in content.models.values() if (condition := broken_condition(results))
     )
     note = (
-        f"{num_out:,} rows of a model with broken sensors, under other conditions than {' and '.join(conditions)}, are "
-        "not in this report: they are in results.json"
+        f"This report omits up to {num_omitted:,} rows per model: broken sensors under conditions other than "
+        f"{' and '.join(conditions)}. results.json contains these rows"
     )
     comparison = content.comparison
     if comparison is not None:
-        note += ", their paired tests in comparison.json"
+        note += ", and comparison.json their paired tests"
         shown = {condition_of(row) for results in models.values() for row in results.rows}
         comparison = replace(
             comparison,
@@ -72,7 +73,7 @@ def condense(content: ReportContent) -> ReportContent:
 
 
 def kept_rows(results: Results) -> list[ResultRow]:
-    """Return the rows of a model that a report shows: see `condense`."""
+    """Return the rows of a model that a condensed report shows: see `condense`."""
     condition = broken_condition(results)
     if condition is None or sum(row.corrupt is not None for row in results.rows) <= MOST_BROKEN:
         return results.rows

@@ -1,8 +1,7 @@
-"""A page, or any section of one, as HTML: one file that loads nothing, by the template `page.html.j2`.
+"""Render a page, or a single section, as HTML: one self-contained file from the template `page.html.j2`.
 
-The template escapes everything that comes from outside, and the page's policy forbids what the page did not bring:
-style and script are inline and named there by their hashes, so a name that smuggles in markup would not run even if it
-were not escaped.
+The template escapes all external text, and the page's content security policy allows only the page's own style and
+script: both are inline and identified by their hashes. Injected markup would not run even if it were not escaped.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ TEMPLATE = "page.html.j2"
 
 
 def page(content: Page) -> str:
-    """Return a whole report."""
+    """Return a report as an HTML document."""
     return _template().render(page=content)
 
 
 def section(content: Section) -> str:
-    """Return a section alone, without style or script."""
+    """Return a section as an HTML fragment, without style or script."""
     return str(_template().module.section(content))  # type: ignore[attr-defined]  # a macro of the template
 
 
@@ -40,15 +39,15 @@ def _template() -> Template:
 
 
 def _svg(picture: Picture) -> Markup:
-    """The drawing, whose texts are escaped; names of its elements begin as that of its file."""
+    """Return the drawing with escaped text; the ids of its elements begin with the first letters of its file name."""
     return Markup(svg(picture, picture.file[:3]))
 
 
 def _breakable(name: str) -> Markup:
-    """A name that a narrow column breaks where a reader would: runs/epic_kitchens/distill."""
+    """Return a name that a narrow column can break after slashes and underscores: runs/epic_kitchens/distill."""
     return Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name))))
 
 
 def _csp_hash(text: str) -> Markup:
-    """A content-security source: the element with this text and no other."""
+    """Return the content security policy source that allows only the element with this text."""
     return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")

@@ -1,4 +1,4 @@
-"""A page, or any section of one, as Markdown with tables (GitHub's)."""
+"""Render a page, or a single section, as GitHub-flavoured Markdown."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from karmma_dist.evaluation.report.model import Cell, Page, Picture, Section, Table
 
 _MARKUP = re.compile(r"[\\`*|]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<=\])(?=\()|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-"""What would begin emphasis, code, a cell, an element, a character reference or a link."""
+"""Characters that would begin emphasis, code, a cell, an element, a character reference or a link."""
 _BLOCK = re.compile(r"^(\d*)([#>+\-=~\[.)])")
-"""What would begin a heading, a list, a quotation, a fence or a link definition."""
+"""Characters that would begin a heading, a list, a quotation, a fence or a link definition."""
 
 
 def page(content: Page) -> str:
-    """Return a whole report."""
+    """Return a report as Markdown."""
     return "\n".join([f"# {_heading(content.title)}\n", *map(section, content.parts)])
 
 
 def section(content: Section) -> str:
-    """Return a section; folded tables stand in a `details` element."""
+    """Return a section as Markdown; folded tables are inside a `details` element."""
     lines = [f"## {_heading(content.heading)}\n"] if content.heading else []
     if content.heading:
         lines += [*(f"* {_paragraph(sentence)}" for sentence in content.sentences), *[""] * bool(content.sentences)]
@@ -36,7 +36,7 @@ def section(content: Section) -> str:
 
 
 def table(content: Table) -> str:
-    """Return a table; its best cells are bold, what is beside a cell's text stands after it."""
+    """Return a table as Markdown; best cells are bold, and a cell's aside follows its text."""
     rule = ["---" if column in content.text_columns else "---:" for column in range(len(content.columns))]
     lines = [*content.cells(content.body), *content.cells(content.foot)]
     rows = [list(map(text, content.columns)), rule, *([_cell(cell) for cell in line] for line in lines)]
@@ -44,13 +44,13 @@ def table(content: Table) -> str:
 
 
 def picture(content: Picture) -> str:
-    """Return the reference to the PNG; its text stands for it."""
+    """Return the reference to the PNG, with the picture's text as alternative text."""
     alternative = re.sub(r"[\[\]]", "", text(content.text))
     return f"![{alternative}]({content.file})"
 
 
 def text(name: str) -> str:
-    """Return a text, on one line, without what Markdown would take for markup."""
+    """Return a text on one line, with Markdown markup escaped."""
     return _MARKUP.sub(lambda match: "\\" + match[0], " ".join(name.split()))
 
 

@@ -1,7 +1,7 @@
-"""A written report as data: what stands in it, whatever it is written as.
+"""The content of a report as data, independent of its output format.
 
-A page is sections, a section is sentences, tables and pictures. `sections` makes them of results; `markdown`, `html`
-and `terminal` each render any of them, so that all three say the same.
+A page consists of sections, and a section of sentences, tables and pictures. `sections` builds them from results;
+`markdown`, `html` and `terminal` render any section, so all three show the same content.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cached_property
 from matplotlib.figure import Figure
 
 NONE = "–"
-"""The text of a figure that does not exist."""
+"""Text of a missing figure."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Cell:
 
     text: str
     aside: str = ""
-    """What is smaller beside the text, such as an interval or a deviation."""
+    """Smaller text after the main text, such as an interval or a deviation."""
     is_best: bool = False
-    """True if it is shown in bold."""
+    """True if the cell is shown in bold."""
 
 
 TableLine = Sequence[Cell | str]
-"""A line of a table, with a cell per column; a string is a cell without more."""
+"""A line of a table, with one cell per column; a string is a cell that has only text."""
 
 
 @dataclass(frozen=True)
@@ -37,43 +37,43 @@ class Table:
     """A table; the first cell of each line names the line."""
 
     title: str
-    """What the table shows, for those who hear it, and above it where a section has several."""
+    """Title for screen readers, also shown above the table if a section has several tables."""
     columns: Sequence[str]
-    """Headings."""
+    """Column headings."""
     body: Sequence[TableLine]
     foot: Sequence[TableLine] = ()
-    """Lines that stay below the others, however these are sorted."""
+    """Lines that stay at the bottom when the body is sorted."""
     text_columns: frozenset[int] = frozenset({0})
-    """Columns that are set left and sorted as text; the others hold figures."""
+    """Columns that are left-aligned and sorted as text; the other columns contain figures."""
     caption: str = ""
     """Sentences below the table."""
 
     def cells(self, lines: Sequence[TableLine]) -> list[list[Cell]]:
-        """Return some of its lines with nothing but cells."""
+        """Return the lines with every string turned into a cell."""
         return [[cell if isinstance(cell, Cell) else Cell(cell) for cell in line] for line in lines]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing that says in words what it shows."""
+    """A plot with a description in words."""
 
     file: str
-    """Name of the PNG beside the Markdown; its first three letters are its own in a page."""
+    """Name of the PNG next to the Markdown; its first three letters must be unique within a page."""
     title: str
-    """What is drawn."""
+    """Title of the plot."""
     description: str
-    """The figures worth knowing to those who cannot see it."""
+    """Main figures in words, for readers who cannot see the plot."""
     draw: Callable[[], Figure]
-    """Draws it."""
+    """Function that draws the plot."""
 
     @cached_property
     def figure(self) -> Figure:
-        """The drawing, made once."""
+        """The plot, drawn once."""
         return self.draw()
 
     @property
     def text(self) -> str:
-        """Title and description."""
+        """Title and description of the plot."""
         return f"{self.title}. {self.description}"
 
 
@@ -82,25 +82,25 @@ class Section:
     """A part of a page."""
 
     anchor: str
-    """Where links to it point: small letters and hyphens, once in a page."""
+    """Target of links to the section: lower-case letters and hyphens, unique within a page."""
     heading: str
-    """Empty: it opens the page and has none."""
+    """Heading; empty for the section that opens the page."""
     sentences: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     is_folded: bool = False
-    """True if a reader unfolds its tables first."""
+    """True if the tables are folded until the reader opens them."""
     short: str = ""
-    """Its name in the list of contents where the heading is too long for it."""
+    """Short name for the table of contents; empty: the heading is used."""
 
     @property
     def is_empty(self) -> bool:
-        """True if there is nothing to show, so that it is left out."""
+        """True if the section has no content, so that it is left out."""
         return not (self.sentences or self.pictures or any(table.body for table in self.tables))
 
     @property
     def summary(self) -> str:
-        """What is said in place of its tables while they are folded."""
+        """Text shown in place of the folded tables."""
         num_lines = sum(len(table.body) for table in self.tables)
         return "1 line" if num_lines == 1 else f"{num_lines:,} lines"
 
@@ -111,7 +111,7 @@ class Page:
 
     title: str
     opening: Section
-    """What came out: a sentence, and the pictures worth a look."""
+    """The main result in a sentence, and the main pictures."""
     sections: Sequence[Section]
 
     @property
@@ -126,34 +126,34 @@ class Page:
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """Return a figure, or a dash where it does not exist."""
+    """Return a figure as text, or a dash if it is missing."""
     return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def interval(ends: Sequence[float] | None) -> str:
-    """Return `[low, high]`, or nothing where there is no interval."""
+    """Return `[low, high]`, or an empty string without an interval."""
     return "" if ends is None else f"[{ends[0]:.2f}, {ends[1]:.2f}]"
 
 
 def p_value(value: float | None) -> str:
-    """Return `0.012`; below 0.001 the bound; a dash where there was no test."""
+    """Return a p-value as `0.012`, or `< 0.001`, or a dash without a test."""
     return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def p_equals(value: float) -> str:
-    """Return `p = 0.012`; below 0.001 the bound."""
+    """Return a p-value as `p = 0.012` or `p < 0.001`."""
     return f"p {p_value(value)}" if value < 0.001 else f"p = {p_value(value)}"
 
 
 def best_cells(
     values: Sequence[float | None], asides: Sequence[str] | None = None, lower_is_better: bool = False
 ) -> list[Cell]:
-    """Return cells of two digits each, the best marked where there are several to choose from.
+    """Return cells with two decimals; if at least two values are known, the best is marked.
 
     Args:
-        values: Figures that compete.
-        asides: What stands beside each.
-        lower_is_better: True if the lowest is the best.
+        values: Figures to compare.
+        asides: Text after each figure.
+        lower_is_better: True if the lowest value is the best.
     """
     known = [value for value in values if value is not None]
     best = None if len(known) < 2 else percent((min if lower_is_better else max)(known))

@@ -1,9 +1,9 @@
-"""Pictures of the report, drawn once by Matplotlib: as PNG beside the Markdown, as SVG inside the page.
+"""The plots of a report, drawn once with Matplotlib: as PNG for the Markdown, as SVG inside the HTML page.
 
-Colours are Okabe and Ito's, told apart by the colour-blind. A picture is as wide as a phone, so that its text is
-readable there, and larger on a desk. The SVG holds no colour but classes that the page's style sheet gives one, in the
-light and in the dark: `f0` to `f7` fill and `s0` to `s7` stroke with the colour of a series, `fk`, `sk` with the ink of
-text, `sg` with that of the grid.
+The colours are Okabe and Ito's palette, which colour-blind readers can distinguish. A plot is as wide as a phone, so
+that its text is readable there, and scales up on a larger screen. The SVG contains classes instead of colours; the
+page's style sheet colours them for light and dark mode. `f0` to `f7` fill and `s0` to `s7` stroke with the colour of a
+series, `fk` and `sk` use the colour of text, and `sg` that of the grid.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from karmma_dist.evaluation.report.model import Picture
 from karmma_dist.io.files import write_whole
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#010101", "#F0E442")
-"""Of the series in turn; the black is not quite black, for which Matplotlib's SVG says no colour at all."""
+"""Colours of the series in turn; the black is not pure, since Matplotlib's SVG omits the colour of pure black."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 INK, GRID = "#1b1f24", "#d0d5db"
 
 WIDTH = 4.6
-"""Inches: on a phone of 360 pixels a point is about a pixel."""
+"""Width of a plot in inches; on a phone of 360 pixels, a point is about a pixel."""
 
 _SETTINGS: dict[Any, Any] = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.linewidth": 0.8, "font.size": 9.0, "svg.fonttype": "none",
@@ -43,7 +43,7 @@ _SETTINGS: dict[Any, Any] = {
 }  # fmt: skip
 _DOTS_PER_INCH = 200
 _LEGEND_CHARACTERS = 62
-"""Characters of a legend that fit side by side, its marks among them."""
+"""Number of characters that fit into a line of the legend, including its marks."""
 _MARK_CHARACTERS = 5
 _LEGEND_LINE = 0.17
 """Height of a line of a legend in inches."""
@@ -54,7 +54,7 @@ class Point:
     """A value with its bounds, in the unit of its axis."""
 
     value: float | None
-    """None: nothing could be evaluated."""
+    """The value; None: no clip could be evaluated."""
     low: float | None = None
     high: float | None = None
 
@@ -66,12 +66,12 @@ Line = Mapping[float, Point]
 def line_figure(
     lines: Mapping[str, Line], x_label: str, y_label: str, reference: tuple[str, float] | None = None
 ) -> Figure:
-    """Draw a line with marks per series, with bands where points have bounds (the form of the paper's Fig. 4).
+    """Draw a line with marks per series, and a band around points with bounds (as in the paper's Fig. 4).
 
     Args:
         lines: Points per series, in ascending x. A missing value interrupts the line.
-        x_label: What runs to the right, with its unit.
-        y_label: What runs upwards, with its unit; the axis begins at zero.
+        x_label: Label of the x axis, with its unit.
+        y_label: Label of the y axis, with its unit; the axis begins at zero.
         reference: Name and height of a dotted horizontal line.
     """
     with matplotlib.rc_context(_SETTINGS):
@@ -90,12 +90,12 @@ def line_figure(
 
 
 def bar_figure(series: Mapping[str, Mapping[str, Point]], groups_label: str, x_label: str) -> Figure:
-    """Draw bars to the right, one group per name and a bar per series in it, with a whisker where there are bounds.
+    """Draw groups of horizontal bars, with one bar per series in each group, and whiskers for points with bounds.
 
     Args:
         series: Points by the name of their group, per series.
-        groups_label: What the groups are.
-        x_label: What runs to the right, with its unit.
+        groups_label: Label of the axis of groups.
+        x_label: Label of the x axis, with its unit.
     """
     groups = list(dict.fromkeys(group for points in series.values() for group in points))
     width = 1 / (len(series) + 0.7)
@@ -107,7 +107,7 @@ def bar_figure(series: Mapping[str, Mapping[str, Point]], groups_label: str, x_l
             for group, point in points.items():
                 y = groups.index(group) + (place - (len(series) - 1) / 2) * width
                 _draw_bar(axes, place, point, y, width, label)
-                label = "_nolegend_"  # its first bar alone
+                label = "_nolegend_"  # only the first bar of a series is in the legend
         axes.set_yticks(range(len(groups)), groups)
         axes.set_ylim(max(len(groups), 1) - 0.5, -0.5)
         axes.set_xlim(left=0)
@@ -122,13 +122,13 @@ def bar_figure(series: Mapping[str, Mapping[str, Point]], groups_label: str, x_l
 def panel_figure(
     panels: Mapping[str, Mapping[str, Line]], x_label: str, y_label: str, x_ticks: Sequence[float]
 ) -> Figure:
-    """Draw a small panel per name with a line per series, all on the same axes.
+    """Draw one small panel per name with a line per series; all panels share their axes.
 
     Args:
         panels: Points per series, per panel.
-        x_label: What runs to the right, with its unit.
-        y_label: What runs upwards, with its unit; the axis begins at zero.
-        x_ticks: Where the axis that runs to the right is numbered.
+        x_label: Label of the x axis, with its unit.
+        y_label: Label of the y axis, with its unit; the axis begins at zero.
+        x_ticks: Positions of the ticks on the x axis.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     columns = min(3, len(panels))
@@ -152,20 +152,20 @@ def panel_figure(
 
 
 def style_axes(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
-    """Leave the frame open, with light lines behind the data across the axis `grid`."""
+    """Remove the top and right spines, and draw light grid lines behind the data for the axis `grid`."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a figure as PNG, whole or not at all."""
     FigureCanvasAgg(figure)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH))
 
 
 def _figure(height: float, names: Sequence[str]) -> Figure:
-    """A figure with room for the plot (inches) and for a legend of these names."""
+    """Return a figure with room for the plot (`height` in inches) and for a legend of these names."""
     shown = list(map(_wrapped, names))
     lines = -(-sum(name.count("\n") + 1 for name in shown) // _legend_columns(shown)) if len(names) > 1 else 0
     return Figure(figsize=(WIDTH, height + _LEGEND_LINE * lines), layout="constrained")
@@ -187,7 +187,7 @@ def _draw_line(axes: Axes, place: int, name: str, line: Line) -> None:
 
 
 def _draw_bar(axes: Axes, place: int, point: Point, y: float, width: float, label: str) -> None:
-    """A bar with its value at its end; a dash where there is none. The label puts it into the legend."""
+    """Draw a bar with its value at its end, or a dash for a missing value. The label puts the bar into the legend."""
     value = 0.0 if point.value is None else point.value
     alpha = 0.55 if place >= len(COLOURS) else None
     axes.barh(y, value, 0.86 * width, color=COLOURS[place % len(COLOURS)], alpha=alpha, label=label)
@@ -205,13 +205,13 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 
 def _wrapped(name: str) -> str:
-    """A name in lines that fit the picture; Matplotlib's legends leave out names that begin with an underscore."""
+    """Wrap a name to the width of the plot, and protect a leading underscore, which Matplotlib's legends leave out."""
     lines = "\n".join(textwrap.wrap(name, _LEGEND_CHARACTERS - _MARK_CHARACTERS)) or " "
     return f"\u200b{lines}" if lines.startswith("_") else lines
 
 
 def _add_legend(figure: Figure, axes: Axes) -> None:
-    """Name the series above the plot, where there are several or a reference."""
+    """Add a legend above the plot if it has several series or a reference line."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
         figure.legend(
@@ -227,15 +227,15 @@ _SVG, _HREF = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}hre
 _CLASSES = {colour.lower(): str(place) for place, colour in enumerate(COLOURS)} | {INK: "k", GRID: "g"}
 _KEPT = {"fill-opacity": "1", "opacity": "1", "stroke-width": "1", "stroke-dasharray": "none", "text-anchor": "start",
          "font-size": "9"}  # fmt: skip
-"""Properties that an element keeps where they differ from these, which the style sheet sets."""
+"""Properties that an element keeps unless they equal these defaults of the style sheet."""
 
 
 def svg(picture: Picture, prefix: str) -> str:
-    """Return a picture as an SVG element for a page: no style, no colour, nothing that is loaded, always the same.
+    """Return a picture as a deterministic SVG element for a page, without styles, colours or external resources.
 
     Args:
-        picture: What is drawn.
-        prefix: Letters that names of its elements begin with, others for each picture of a page.
+        picture: The picture to draw.
+        prefix: Prefix of the element ids, unique for each picture of a page.
     """
     figure, target = picture.figure, io.StringIO()
     FigureCanvasSVG(figure)
@@ -257,7 +257,7 @@ def svg(picture: Picture, prefix: str) -> str:
 
 
 def _drawn(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
-    """Elements that draw something, in their order."""
+    """Yield the elements that draw something, in document order."""
     for child in element:
         if child.tag == f"{_SVG}g":
             yield from _drawn(child)
@@ -266,7 +266,7 @@ def _drawn(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
 
 
 def _layer(element: tuple[str, str, str]) -> tuple[int, str]:
-    """The grid lies below areas, these below lines, marks and text, and what looks alike lies together."""
+    """Return the sort key of an element: grid, then areas, lines, marks and text; equal attributes are adjacent."""
     kind, attributes, _ = element
     if kind == "path":
         return next(n for n, name in enumerate(("sg", "f", "s")) if f'class="{name}' in attributes), attributes
@@ -276,7 +276,7 @@ def _layer(element: tuple[str, str, str]) -> tuple[int, str]:
 def _element(
     element: ElementTree.Element, shapes: Mapping[str, ElementTree.Element], names: dict[str, str], prefix: str
 ) -> tuple[str, str, str]:
-    """Kind, attributes and content of an element without style; shapes that are used several times get `names`."""
+    """Return tag, attributes and content of an element without style; shapes used several times are put in `names`."""
     style = dict(part.split(": ", 1) for part in element.get("style", "").split("; ") if part)
     attributes = _attributes(style)
     if element.tag == f"{_SVG}path":
@@ -290,7 +290,7 @@ def _element(
         rotation = f' transform="rotate({turned[1]} {_short(x)} {_short(y)})"' if turned else ""
         return "text", attributes, f'x="{_short(x)}" y="{_short(y)}"{rotation}>{escape(element.text or "")}'
     shape = element.get(_HREF, "").removeprefix("#")
-    if abs(x) < 1e-6:  # a band, which Matplotlib moves to its place as a whole
+    if abs(x) < 1e-6:  # a band, which Matplotlib only shifts vertically
         return "path", attributes, _path(shapes[shape].get("d", ""), y)
     name = names.setdefault(shape, f"{prefix}{len(names)}")
     return "use", attributes, f'href="#{name}" x="{_short(x)}" y="{_short(y)}"'
@@ -305,7 +305,7 @@ def _attributes(style: Mapping[str, str]) -> str:
 
 
 def _merged(elements: Iterable[tuple[str, str, str]]) -> Iterator[str]:
-    """Neighbours of the same kind and attributes as one path or in one group."""
+    """Merge neighbours with equal tag and attributes into one path or one group."""
     waiting: list[str] = []
     before: tuple[str, str] | None = None
     for kind, attributes, content in [*elements, ("", "", "")]:
@@ -324,7 +324,7 @@ def _group(kind: str, attributes: str, contents: Sequence[str]) -> str:
 
 
 def _path(description: str, down: float = 0.0) -> str:
-    """Path data in tenths of a point, moved down."""
+    """Return path data rounded to tenths of a point, shifted down by `down`."""
     parts, before = [], ("", "")
     for command, text in _COMMANDS.findall(description):
         numbers = [float(number) for number in _NUMBER.findall(text)]
@@ -334,7 +334,7 @@ def _path(description: str, down: float = 0.0) -> str:
             parts.append(f"H{shown[0]}")
         elif command == "L" and shown[0] == before[0]:
             parts.append(f"V{shown[1]}")
-        elif command == "L" and parts[-1][0] in "ML ":  # points after a point are lines
+        elif command == "L" and parts[-1][0] in "ML ":  # further points imply the command L
             parts.append(" " + " ".join(shown))
         else:
             parts.append(command + " ".join(shown))

@@ -1,6 +1,6 @@
-"""The sections of an evaluation's report: the figures of the results that stand in each table and picture.
+"""The sections of an evaluation's report: the tables, pictures and sentences made from the results.
 
-Rows with a broken sensor (`corrupt` is set) stand in sections of their own and among all rows, nowhere else.
+Rows with a broken sensor (`corrupt` is set) appear in their own sections and in the table of all rows, nowhere else.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from karmma_dist.evaluation.report.sentences import (
     FIGURE_NAMES,
     Models,
     compared_heading,
-    findings,
     fullest_name,
     headline,
+    result_sentences,
     verdicts,
 )
 from karmma_dist.evaluation.results import DropCurve, Interval, ResultRow, Results, SubsetSummary
@@ -59,7 +59,7 @@ CURVE_PLOT, SUBSET_PLOT, CORRUPTION_PLOT = "drop_curve.png", "subsets.png", "cor
 
 
 def evaluation_page(content: ReportContent) -> Page:
-    """Return the report; sections that the rows do not allow (no subsets, no sweep) are empty."""
+    """Return the report; sections without rows (no subsets, no sweep) are empty."""
     models, comparison = content.models, content.comparison
     pictures = [picture for picture in (curve_picture(models), subset_picture(models)) if picture is not None]
     sections = [
@@ -67,7 +67,7 @@ def evaluation_page(content: ReportContent) -> Page:
         missing_at_random(models),
         subsets_section(models),
         *broken_sensors(models),
-        Section("findings", "What the figures say", findings(models, comparison)),
+        Section("findings", "Findings", result_sentences(models, comparison)),
         *([] if comparison is None else differences(comparison)),
         what_was_measured(models),
         every_figure(models),
@@ -80,16 +80,16 @@ def evaluation_page(content: ReportContent) -> Page:
 
 
 def shorter_pages(page: Page, content: ReportContent) -> Iterator[Page]:
-    """Return the same report with less and less in what few read, for a file that must stay small.
+    """Yield shorter and shorter versions of a report, for a file that must stay small; detail tables shrink first.
 
     Args:
-        page: What `evaluation_page` made.
-        content: What it was made of.
+        page: Result of `evaluation_page`.
+        content: Content of the report.
     """
-    place = "in report.md, which is written beside this page"
+    source = "report.md, in the same folder as this page"
 
     def rows(is_shown: Callable[[Figure], bool]) -> Section:
-        return replace(every_row(content.models, is_shown), sentences=[f"The other figures of each row stand {place}."])
+        return replace(every_row(content.models, is_shown), sentences=[f"For the other figures, see {source}."])
 
     if content.comparison is not None:
         page = _with(page, differences(content.comparison, has_words=False)[0])
@@ -99,7 +99,7 @@ def shorter_pages(page: Page, content: ReportContent) -> Iterator[Page]:
     for anchor in ("counts", "broken-others", "tests"):
         for section in page.parts:
             if section.anchor == anchor:
-                page = _with(page, replace(section, sentences=[f"{section.summary} stand {place}."], tables=[]))
+                page = _with(page, replace(section, sentences=[f"{section.summary}: see {source}."], tables=[]))
                 yield page
     yield _with(page, rows(lambda figure: figure.name == METRIC))
 
@@ -110,7 +110,7 @@ def _with(page: Page, changed: Section) -> Page:
 
 
 def at_a_glance(models: Models) -> Section:
-    """Return a line per model: the figures that models are compared by."""
+    """Return one line per model with the figures by which models are compared."""
     subsets = [results.summary.subsets for results in models.values()]
     curves = [results.summary.drop_curve for results in models.values()]
     columns = {fullest_name(models): _cells([_point(fullest(results.rows)) for results in models.values()])}
@@ -122,11 +122,11 @@ def at_a_glance(models: Models) -> Section:
     if any(curves):
         columns["mean over drop probabilities"] = _summary_cells(curves, "area")
         columns["fall (points)"] = _summary_cells(curves, "fall", lower_is_better=True)
-        columns["fall (% of the start)"] = _summary_cells(curves, "relative_fall", lower_is_better=True)
+        columns["fall (% of initial value)"] = _summary_cells(curves, "relative_fall", lower_is_better=True)
     body: list[TableLine] = [
         [name, *(cells[place] for cells in columns.values())] for place, name in enumerate(models)
     ]
-    caption = "Relative drop: lost against the largest subset, averaged over the smaller subsets. The best is in bold."
+    caption = "Relative drop: loss against the largest subset, averaged over the smaller ones. Best values are in bold."
     heading = compared_heading()
     table = Table(f"{_capital(heading)} of each model", [f"{heading} (%)", *columns], body,
                   caption=caption if any(subsets) else "")  # fmt: skip
@@ -134,7 +134,7 @@ def at_a_glance(models: Models) -> Section:
 
 
 def what_was_measured(models: Models) -> Section:
-    """Return clips, chance, and what the data itself lacks, per model."""
+    """Return clip counts, chance levels, and modalities that the dataset lacks, per model."""
     first = next(iter(models.values())).summary
     heads = [
         [name, f"{num:,}", f"{first.chance_top1[name]:.3g}", percent(first.majority_top1[name])]
@@ -152,31 +152,30 @@ def what_was_measured(models: Models) -> Section:
     seeds = max(len(results.summary.seeds) for results in models.values())
     damage = dict.fromkeys(line for results in models.values() for line in results.summary.damage)
     sentences = [
-        f"Seeds of the drops: {seeds}. What a clip loses depends on seed and key alone, not on the model.",
-        f"{fewest:,} clips: by sampling alone, the 95 % interval of a figure is up to "
-        f"±{98 / math.sqrt(fewest):.1f} points.",
-        "“Without” counts clips whose modality the data itself lacks; a modality that cannot be read is damage, and "
-        "its clip is unreadable.",
-        *(f"unreadable: {line}" for line in damage),
+        f"Number of seeds: {seeds}. The modalities that a clip loses depend on seed and clip key, not on the model.",
+        f"With {fewest:,} clips, the 95 % interval from sampling alone is up to ±{98 / math.sqrt(fewest):.1f} points.",
+        "“Without” counts clips for which the dataset does not have the modality. If a modality exists but cannot be "
+        "read, the clip is damaged and counts as unreadable.",
+        *(f"Unreadable: {line}" for line in damage),
     ]
-    columns = ["model", "clips", "unlabelled", "left out by noun", "unreadable", *(f"without {m}" for m in modalities)]
+    columns = ["model", "clips", "unlabelled", "excluded by noun", "unreadable", *(f"without {m}" for m in modalities)]
     tables = [
-        Table("Classes and chance per head", ["head", "classes", "chance (%)", "always the most frequent (%)"], heads),
+        Table("Classes and chance per head", ["head", "classes", "chance (%)", "most frequent class (%)"], heads),
         Table("Clips per model", columns, clips),
     ]
     return Section("measured", "What was measured", sentences, tables)
 
 
 def subsets_section(models: Models) -> Section:
-    """Return the figure under every subset of the modalities, with averages."""
+    """Return the compared figure under every subset of the modalities, with averages."""
     probability, rows, subsets = _subsets(models)
     if len(subsets) < 2:
         return Section("subsets", "")
     body: list[TableLine] = [
         [
             letters(subset),
-            _clip_counts([row for own in rows.values() for row in own.get(subset, [])]),
-            *_cells([_point(own.get(subset, [])) for own in rows.values()]),
+            _clip_counts([row for groups in rows.values() for row in groups.get(subset, [])]),
+            *_cells([_point(groups.get(subset, [])) for groups in rows.values()]),
         ]
         for subset in subsets
     ]
@@ -188,61 +187,61 @@ def subsets_section(models: Models) -> Section:
     if len(models) > 1:
         ranks = list(model_ranks(models).values())
         foot.append(["average rank", "", *best_cells(ranks, lower_is_better=True)])
-    at, heading = f" at drop probability {probability:g}" if probability else "", compared_heading()
-    caption = "A clip that has none of a subset's modalities cannot be shown to a model: counted apart, as without."
-    table = Table(f"{_capital(heading)} per subset{at}", ["present", "clips", *models], body, foot,
+    suffix, heading = f" at drop probability {probability:g}" if probability else "", compared_heading()
+    caption = "A clip that has none of a subset's modalities cannot be shown to a model; it is counted as “without”."
+    table = Table(f"{_capital(heading)} per subset{suffix}", ["present", "clips", *models], body, foot,
                   caption=caption + _interval_note(models))  # fmt: skip
-    return Section("subsets", f"Subsets of the modalities{at}: {heading} (%)", tables=[table], short="Subsets")
+    return Section("subsets", f"Subsets of the modalities{suffix}: {heading} (%)", tables=[table], short="Subsets")
 
 
 def subset_picture(models: Models) -> Picture | None:
-    """Return the bars of every subset; None: there are no subsets."""
+    """Return the bar chart of all subsets; None: the models have fewer than two subsets."""
     probability, rows, subsets = _subsets(models)
     if len(subsets) < 2:
         return None
-    points = {name: {letters(subset): _point(own[subset]) for subset in subsets if subset in own}
-              for name, own in rows.items()}  # fmt: skip
-    at, label = f" at drop probability {probability:g}" if probability else "", f"{compared_heading()} (%)"
+    points = {name: {letters(subset): _point(groups[subset]) for subset in subsets if subset in groups}
+              for name, groups in rows.items()}  # fmt: skip
+    suffix, label = f" at drop probability {probability:g}" if probability else "", f"{compared_heading()} (%)"
     return Picture(
         SUBSET_PLOT,
-        f"{_capital(compared_heading())} per subset of the modalities{at}",
-        " ".join(_range(name, {group: point.value for group, point in own.items()}) for name, own in points.items()),
+        f"{_capital(compared_heading())} per subset of the modalities{suffix}",
+        " ".join(_range(name, {group: point.value for group, point in bars.items()}) for name, bars in points.items()),
         lambda: bar_figure(points, "modalities present", label),
     )
 
 
 def missing_at_random(models: Models) -> Section:
-    """Return the figure over the drop probability."""
+    """Return the compared figure over the drop probability."""
     curves = _curves(models)
     body: list[TableLine] = [
         [f"{100 * probability:g}", *_curve_cells(models, curves, probability)]
         for probability in sorted({p for curve in curves.values() for p in curve.drop_prob})
     ]
-    own = list(curves.values())
+    summaries = list(curves.values())
     foot: list[TableLine] = [
-        ["mean height (area)", *_summary_cells(own, "area")],
-        ["fall (points)", *_summary_cells(own, "fall", lower_is_better=True)],
-        ["fall (% of the start)", *_summary_cells(own, "relative_fall", lower_is_better=True)],
+        ["mean height (area)", *_summary_cells(summaries, "area")],
+        ["fall (points)", *_summary_cells(summaries, "fall", lower_is_better=True)],
+        ["fall (% of initial value)", *_summary_cells(summaries, "relative_fall", lower_is_better=True)],
     ]
-    has_seeds = any(curve.num_seeds > 1 for curve in own)
+    has_seeds = any(curve.num_seeds > 1 for curve in summaries)
     deviation = " ± is the standard deviation over the seeds." if has_seeds else ""
     columns = ["drop probability (%)", *(f"{name} ({letters(curve.modalities)})" for name, curve in curves.items())]
     table = Table(
         f"{_capital(compared_heading())} per drop probability", columns, body, foot,
-        caption=f"At least one modality of each clip stays.{deviation}{_band_note(models)}",
+        caption=f"At least one modality of each clip is kept.{deviation}{_band_note(models)}",
     )  # fmt: skip
     heading = f"Modalities missing at random: {compared_heading()} (%)"
     return Section("sweep", heading, tables=[table], short="Missing at random")
 
 
 def curve_picture(models: Models) -> Picture | None:
-    """Return the figure over the drop probability; None: nothing was swept."""
+    """Return the plot over the drop probability; None: nothing was swept."""
     curves = _curves(models)
     if not curves:
         return None
-    same = len({curve.modalities for curve in curves.values()}) == 1
+    is_same = len({curve.modalities for curve in curves.values()}) == 1
     lines: dict[str, Line] = {
-        name if same else f"{name} ({letters(curve.modalities)})": {
+        name if is_same else f"{name} ({letters(curve.modalities)})": {
             100 * probability: _bounded(models[name], curve, place) for place, probability in enumerate(curve.drop_prob)
         }
         for name, curve in curves.items()
@@ -260,26 +259,27 @@ def curve_picture(models: Models) -> Picture | None:
 
 
 def broken_sensors(models: Models) -> list[Section]:
-    """Return what each failure costs each model, under its fullest condition and, folded, under the others."""
-    conditions = {name: at for name, results in models.items() if (at := broken_condition(results)) is not None}
+    """Return the cost of each corruption under each model's fullest condition and, folded, under the others."""
+    fullest_conditions = {name: broken_condition(results) for name, results in models.items()}
+    conditions = {name: condition for name, condition in fullest_conditions.items() if condition is not None}
     heading = compared_heading()
     if not conditions:
         return []
-    rows = {name: by_corruption(models[name].rows, at) for name, at in conditions.items()}
-    values = {name: {corrupt: mean_over_seeds(seeds) for corrupt, seeds in own.items()} for name, own in rows.items()}
-    losses = [_average_loss(own) for own in values.values()]
-    columns = [f"{name} ({condition_name(*at)})" for name, at in conditions.items()]
+    rows = {name: by_corruption(models[name].rows, condition) for name, condition in conditions.items()}
+    values = {name: {key: mean_over_seeds(seeds) for key, seeds in groups.items()} for name, groups in rows.items()}
+    losses = [_average_loss(by_corrupt) for by_corrupt in values.values()]
+    columns = [f"{name} ({condition_name(*condition)})" for name, condition in conditions.items()]
     table = Table(
-        f"{_capital(heading)} per corrupted sensor", ["broken", "severity means", *columns], _broken_lines(rows),
+        f"{_capital(heading)} per corrupted sensor", ["broken sensor", "severity", *columns], _broken_lines(rows),
         [["average", "relative drop (%)", *best_cells(losses, lower_is_better=True)]], frozenset({0, 1}),
-        "Named as sensor, kind, severity. A sensor behind several modalities, such as the camera, breaks them at once; "
-        "a modality broken by its own name leaves the others as they were. In brackets the change in points against "
-        "whole sensors. A broken sensor is there: its modality is not absent, and the model is not told."
-        + _interval_note(models),
+        "Names consist of sensor, kind and severity. A sensor that feeds several modalities, such as the camera, "
+        "breaks all of them at once; a modality broken under its own name leaves the others intact. In parentheses: "
+        "the change in points against intact sensors. A broken modality counts as present, and the model is not told "
+        "that it is broken." + _interval_note(models),
     )  # fmt: skip
     return [
-        Section("broken", f"Sensors that are there but broken: {heading} (%)", tables=[table],
-                pictures=[_broken_picture(values)], short="Broken sensors"),
+        Section("broken", f"Broken sensors: {heading} (%)", tables=[table], pictures=[_broken_picture(values)],
+                short="Broken sensors"),
         _other_conditions(models, conditions),
     ]  # fmt: skip
 
@@ -293,22 +293,23 @@ def _other_conditions(models: Models, shown: Mapping[str, tuple[Subset, float]])
     )
     tables = [
         Table(
-            f"{condition_name(*at)}: {compared_heading()} per corrupted sensor", ["broken", "severity means", *models],
-            _broken_lines({name: by_corruption(results.rows, at) for name, results in models.items()}),
+            f"{condition_name(*condition)}: {compared_heading()} per corrupted sensor",
+            ["broken sensor", "severity", *models],
+            _broken_lines({name: by_corruption(results.rows, condition) for name, results in models.items()}),
             text_columns=frozenset({0, 1}),
         )
-        for at in others
+        for condition in others
     ]  # fmt: skip
     heading = f"Broken sensors under other conditions: {compared_heading()} (%)"
     return Section("broken-others", heading, tables=tables, is_folded=True, short="Under other conditions")
 
 
 def differences(comparison: Comparison, has_words: bool = True) -> list[Section]:
-    """Return the paired tests, of averages and falls and, folded, of single conditions.
+    """Return the paired tests of averages and falls and, folded, those of single conditions.
 
     Args:
         comparison: The tests.
-        has_words: False if those of averages and falls are not said in sentences too.
+        has_words: False to leave out the sentences on averages and falls.
     """
     pairs, heading = comparison.pairs, compared_heading()
     over: list[TableLine] = [
@@ -317,11 +318,11 @@ def differences(comparison: Comparison, has_words: bool = True) -> list[Section]
         for pair in pairs
         if (test := pair.test(figure)) is not None
     ]
-    explained = (
-        f"Paired tests on the same {comparison.num_clips:,} clips; second model minus first, in points. Averages and "
-        "falls: paired bootstrap, 95 % interval. Single conditions: exact McNemar test. p-values are corrected by Holm "
-        "for the number of pairs, and of conditions where there are several (those with broken sensors apart). What is "
-        "significant is in bold."
+    explanation = (
+        f"The tests are paired on the same {comparison.num_clips:,} clips. Differences are in points: “model” minus "
+        "“against”. Averages and falls have a paired bootstrap test with a 95 % interval, single conditions an exact "
+        "McNemar test. p-values are corrected with Holm's method over all pairs and, for single conditions, over all "
+        "conditions (those with broken sensors separately). Significant differences are in bold."
     )
     words = [sentence for pair in pairs for sentence in verdicts(pair)] if has_words else []
     columns = ["figure", "model", "against", "difference", "95 % interval", "p"]
@@ -334,25 +335,26 @@ def differences(comparison: Comparison, has_words: bool = True) -> list[Section]
     names = [f"{second} – {first}" for first, second in (pair.models for pair in pairs)]
     conditions = Table(
         f"Paired tests of single conditions: {heading}", ["present", "drop %", "seed", *names], single,
-        caption="The difference in points, in brackets its p-value.",
+        caption="Each cell shows the difference in points, with its p-value in parentheses.",
     )  # fmt: skip
     return [
-        Section("differences", f"Which differences would hold on other clips: {heading}", [explained, *words],
+        Section("differences", f"Significance of the differences: {heading}", [explanation, *words],
                 [several], short="Differences"),
-        Section("tests", f"Single conditions: {heading}", tables=[conditions], is_folded=True, short="Every test"),
+        Section("tests", f"Tests of single conditions: {heading}", tables=[conditions], is_folded=True,
+                short="All tests"),
     ]  # fmt: skip
 
 
 def times(timings: Mapping[str, float]) -> Section:
-    """Return the seconds that each step took."""
+    """Return the duration of each step in seconds."""
     body = [[step, f"{seconds:,.1f}"] for step, seconds in timings.items()]
     return Section("time", "Time", tables=[Table("Seconds per step", ["step", "seconds"], body)])
 
 
 def _subsets(models: Models) -> tuple[float, dict[str, dict[Subset, list[ResultRow]]], list[Subset]]:
-    """The drop probability that subsets are compared at, their rows per model, and all of them."""
+    """Return the drop probability at which subsets are compared, their rows per model, and all subsets."""
     probability, rows = subset_rows(models)
-    return probability, rows, list(dict.fromkeys(subset for own in rows.values() for subset in own))
+    return probability, rows, list(dict.fromkeys(subset for groups in rows.values() for subset in groups))
 
 
 def _curves(models: Models) -> dict[str, DropCurve]:
@@ -360,21 +362,21 @@ def _curves(models: Models) -> dict[str, DropCurve]:
 
 
 def _point(rows: Sequence[ResultRow]) -> Point:
-    """The mean over seeds, with its interval where it is known."""
+    """Return the mean over seeds, with its interval if known."""
     value = mean_over_seeds(rows)
     low, high = (None if value is None else interval_of(rows)) or (None, None)
     return Point(value, low, high)
 
 
 def _curve_point(results: Results, curve: DropCurve, place: int) -> Point:
-    """The mean over seeds at one drop probability, with the curve's own interval where the summary has it."""
+    """Return the mean over seeds at one drop probability, with the curve's own interval if the summary has it."""
     point = _point(rows_of(results.rows, curve.modalities, curve.drop_prob[place]))
     ends = None if curve.mean_ci is None else curve.mean_ci[METRIC][place]
     return point if ends is None else Point(point.value, *ends)
 
 
 def _bounded(results: Results, curve: DropCurve, place: int) -> Point:
-    """The same; where it has no interval, its bounds are one standard deviation over several seeds."""
+    """Return the curve point with bounds: its interval, or else one standard deviation over several seeds."""
     point, std = _curve_point(results, curve, place), curve.std[METRIC][place]
     if point.low is None and point.value is not None and std and curve.num_seeds > 1:
         return Point(point.value, point.value - std, point.value + std)
@@ -382,7 +384,7 @@ def _bounded(results: Results, curve: DropCurve, place: int) -> Point:
 
 
 def _curve_cells(models: Models, curves: Mapping[str, DropCurve], probability: float) -> list[Cell]:
-    """A line of the table: mean, deviation over several seeds, interval."""
+    """Return a line of the table: mean, standard deviation over several seeds, interval."""
     points, deviations = [], []
     for name, curve in curves.items():
         place = curve.drop_prob.index(probability) if probability in curve.drop_prob else None
@@ -393,10 +395,9 @@ def _curve_cells(models: Models, curves: Mapping[str, DropCurve], probability: f
 
 
 def _cells(points: Sequence[Point], asides: Sequence[str] | None = None) -> list[Cell]:
-    """The best marked; beside each what is given and its interval."""
-    given = asides or [""] * len(points)
-    shown = [f"{aside} {interval(_ends(point))}".strip() for aside, point in zip(given, points, strict=True)]
-    return best_cells([point.value for point in points], shown)
+    """Return cells with the best one marked; each value is followed by its aside and its interval."""
+    pairs = zip(asides or [""] * len(points), points, strict=True)
+    return best_cells([p.value for p in points], [f"{aside} {interval(_ends(p))}".strip() for aside, p in pairs])
 
 
 def _ends(point: Point) -> Interval | None:
@@ -406,24 +407,24 @@ def _ends(point: Point) -> Interval | None:
 def _summary_cells(
     summaries: Sequence[SubsetSummary | DropCurve | None], key: str, lower_is_better: bool = False
 ) -> list[Cell]:
-    """A figure of the summaries with its interval, where it has one."""
+    """Return one figure of each summary, with its interval if it has one."""
     values = [None if summary is None else getattr(summary, key)[METRIC] for summary in summaries]
     intervals = [getattr(summary, f"{key}_ci", None) or {} for summary in summaries]
     return best_cells(values, [interval(ends.get(METRIC)) for ends in intervals], lower_is_better)
 
 
 def _clip_counts(rows: Sequence[ResultRow]) -> str:
-    """Clips behind a line; each number where models differ."""
+    """Return the clip count of a line; several counts if the models differ."""
     counts = (f"{row.num_clips:,}" + (f" ({row.num_without:,} without)" if row.num_without else "") for row in rows)
     return " / ".join(dict.fromkeys(counts))
 
 
 def _broken_lines(rows: Mapping[str, Mapping[str | None, Sequence[ResultRow]]]) -> list[TableLine]:
-    """A line per failure: the figure of each model, its change against whole sensors, its interval."""
+    """Return one line per corruption: each model's figure, its change against intact sensors, its interval."""
     lines: list[TableLine] = []
-    for corrupt in dict.fromkeys(corrupt for own in rows.values() for corrupt in own):
-        points = [_point(own.get(corrupt, [])) for own in rows.values()]
-        changes = ["" if corrupt is None else _change(own, corrupt) for own in rows.values()]
+    for corrupt in dict.fromkeys(corrupt for groups in rows.values() for corrupt in groups):
+        points = [_point(groups.get(corrupt, [])) for groups in rows.values()]
+        changes = ["" if corrupt is None else _change(groups, corrupt) for groups in rows.values()]
         meaning = "" if corrupt is None else parse_corruption(corrupt).meaning
         lines.append([corrupt or "none", meaning, *_cells(points, changes)])
     return lines
@@ -440,30 +441,30 @@ def _average_loss(values: Mapping[str | None, float | None]) -> float | None:
 
 
 def _broken_picture(values: Mapping[str, Mapping[str | None, float | None]]) -> Picture:
-    """A panel per failure, over the severity; 0 is with whole sensors."""
+    """Return one panel per kind of corruption, over the severity; severity 0 means intact sensors."""
     panels: dict[str, dict[str, dict[float, Point]]] = {}
-    for name, own in values.items():
-        for corrupt, value in own.items():
+    for name, by_corrupt in values.items():
+        for corrupt, value in by_corrupt.items():
             if corrupt is not None:
                 corruption = parse_corruption(corrupt)
-                line = panels.setdefault(corruption.name, {}).setdefault(name, {0: Point(own.get(None))})
+                line = panels.setdefault(corruption.name, {}).setdefault(name, {0: Point(by_corrupt.get(None))})
                 line[corruption.severity] = Point(value)
-    ordered = {
-        failure: {name: dict(sorted(line.items())) for name, line in lines.items()} for failure, lines in panels.items()
-    }
-    named = {name: {corrupt or "whole sensors": v for corrupt, v in own.items()} for name, own in values.items()}
+    ordered = {kind: {name: dict(sorted(line.items())) for name, line in lines.items()}
+               for kind, lines in panels.items()}  # fmt: skip
+    named = {name: {key or "intact sensors": value for key, value in by_corrupt.items()}
+             for name, by_corrupt in values.items()}  # fmt: skip
     label = f"{compared_heading()} (%)"
     return Picture(
         CORRUPTION_PLOT,
-        f"{_capital(compared_heading())} over the severity of each failure",
-        " ".join(_range(name, own) for name, own in named.items()),
-        lambda: panel_figure(ordered, "severity (0: whole)", label, range(NUM_SEVERITIES + 1)),
+        f"{_capital(compared_heading())} over the severity of each corruption",
+        " ".join(_range(name, by_corrupt) for name, by_corrupt in named.items()),
+        lambda: panel_figure(ordered, "severity (0: intact)", label, range(NUM_SEVERITIES + 1)),
     )
 
 
 def _figure_label(figure: str) -> str:
-    """The reader of a table expects more to be better."""
-    return f"{FIGURE_NAMES[figure]} (less is better)" if figure == FALL else FIGURE_NAMES[figure]
+    """Return the name of a figure; readers expect higher to be better, so the fall says that it is not."""
+    return f"{FIGURE_NAMES[figure]} (lower is better)" if figure == FALL else FIGURE_NAMES[figure]
 
 
 def _difference(test: FigureTest | ConditionTest, aside: str = "") -> Cell:
@@ -475,24 +476,24 @@ def _tested(test: ConditionTest | None) -> Cell:
 
 
 def _range(name: str, values: Mapping[str, float | None]) -> str:
-    """A series of a picture in words: its highest and lowest value."""
+    """Describe a series of a picture in words: its highest and lowest value."""
     known = {place: value for place, value in values.items() if value is not None}
     if not known:
-        return f"{name}: nothing could be evaluated."
+        return f"{name}: no clip could be evaluated."
     high, low = (choose(known, key=lambda place: known[place]) for choose in (max, min))
     return f"{name}: from {known[high]:.1f} % ({high}) down to {known[low]:.1f} % ({low})."
 
 
 def _interval_note(models: Models) -> str:
     has_intervals = any(row.intervals.get(METRIC) for results in models.values() for row in results.rows)
-    return " Square brackets and whiskers are 95 % intervals." if has_intervals else ""
+    return " Square brackets and whiskers show 95 % intervals." if has_intervals else ""
 
 
 def _band_note(models: Models) -> str:
     curves = _curves(models).values()
     if any(curve.mean_ci for curve in curves):
-        return " Square brackets and bands are 95 % intervals."
-    return " The band is one such deviation to either side." if any(curve.num_seeds > 1 for curve in curves) else ""
+        return " Square brackets and bands show 95 % intervals."
+    return " The band shows ± one standard deviation." if any(curve.num_seeds > 1 for curve in curves) else ""
 
 
 def _capital(text: str) -> str:

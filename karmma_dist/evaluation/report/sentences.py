@@ -1,4 +1,4 @@
-"""Results of one or several models in sentences that follow from the numbers alone, whichever way they fall."""
+"""Sentences on the results of one or several models, derived from the numbers alone."""
 
 from __future__ import annotations
 
@@ -18,60 +18,67 @@ FIGURE_NAMES = {
     "drop_curve_area": "mean height of the drop curve",
     "drop_curve_fall": "fall of the drop curve",
 }
-"""The figures over several conditions that pairs are tested by, in words."""
+"""Figures over several conditions by which pairs are tested, in words."""
 
 FALL = "drop_curve_fall"
-"""The figure among them of which less is better."""
+"""The only one of these figures for which lower is better."""
 
 _TIE = 0.005
-"""Points below which two figures are the same to the report's two digits."""
+"""Difference in points below which two figures count as equal; the report shows two decimals."""
 
 Models = Mapping[str, Results]
 
 
 def headline(models: Models, comparison: Comparison | None = None) -> str:
-    """Return what came out in one sentence: how good with everything present, and how good with modalities missing.
+    """Return the main result in one sentence: accuracy with all modalities present, and with modalities missing.
 
     Args:
         models: Results per model name.
-        comparison: Tests of these models; None: their differences are not tested.
+        comparison: Paired tests between the models; None: the differences are not tested.
     """
     full = _known_values({name: mean_over_seeds(fullest(results.rows)) for name, results in models.items()})
     if not full:
         return "No clip could be evaluated."
-    height, there = f"{max(full.values()):.2f} % {compared_heading()}", fullest_name(models)
+    top, condition = f"{max(full.values()):.2f} % {compared_heading()}", fullest_name(models)
     missing, over = _with_missing(models)
-    doubt = ", no more than naming the most frequent action" if len(against_majority(models)) == len(models) else ""
+    is_poor = len(against_majority(models)) == len(models)
+    doubt = ", no better than always predicting the most frequent action" if is_poor else ""
     if len(models) == 1:
-        return f"{next(iter(full))} reaches {height} with {there}{_one_missing(models, missing, over)}{doubt}."
+        return f"{next(iter(full))} reaches {top} with {condition}{_one_missing(models, missing, over)}{doubt}."
     best, robust = _leaders(full), _leaders(missing)
-    verb = "are" if len(best) > 1 else "is"
     certainty = _certainty(best, full, comparison, lambda pair: _full_test(pair, models))
-    said = f"Of {len(models)} models, {' and '.join(best)} {verb} the best with {there} ({height}{certainty})"
+    sentence = f"Of {len(models)} models, {_are_best(best)} with {condition} ({top}{certainty})"
     if robust:
-        subject = " and" if robust == best else f", {' and '.join(robust)}"
+        subject = " and" if robust == best else f", and {_are_best(robust)}"
         certainty = _certainty(robust, missing, comparison, lambda pair: pair.drop_curve_area or pair.subset_average)
-        said += f"{subject} where modalities are missing ({max(missing.values()):.2f} % {over}{certainty})"
-    return f"{said}{doubt}."
+        sentence += f"{subject} when modalities are missing ({max(missing.values()):.2f} % {over}{certainty})"
+    return f"{sentence}{doubt}."
 
 
 def compared_heading() -> str:
-    """Return the words for the figure that models are compared by."""
+    """Return the heading of the figure by which models are compared."""
     return find_figure(METRIC).heading
 
 
 def fullest_name(models: Models) -> str:
-    """Return what the rows of all models that lack the least have in common."""
+    """Return a description of the rows with the fewest modalities missing, over all models."""
     is_full = all(
         row.drop_prob == 0 and row.modalities == results.summary.modalities
         for results in models.values()
         for row in fullest(results.rows)
     )
-    return "everything present" if is_full else "least missing"
+    return "all modalities present" if is_full else "the fewest modalities missing"
+
+
+def _are_best(names: Sequence[str]) -> str:
+    return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} best"
 
 
 def _with_missing(models: Models) -> tuple[dict[str, float], str]:
-    """Of each model the mean height of its drop curve, or where one has none the average over subsets; in words."""
+    """Return a figure per model with modalities missing, and its description.
+
+    The figure is the mean height of the drop curve if all models have one, else the average over subsets.
+    """
     curves = {name: results.summary.drop_curve for name, results in models.items()}
     if all(curves.values()):
         areas = {name: curve.area[METRIC] for name, curve in curves.items() if curve is not None}
@@ -88,17 +95,17 @@ def _known_values(values: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def _leaders(values: Mapping[str, float]) -> list[str]:
-    """The models with the highest figure, to the report's two digits."""
+    """Return the models with the highest figure, compared to two decimals."""
     return [name for name, value in values.items() if max(values.values()) - value < _TIE]
 
 
 def _one_missing(models: Models, missing: Mapping[str, float], over: str) -> str:
-    """The second half of one model's sentence."""
+    """Return the second half of the headline of a single model."""
     (name,) = models
     curve = models[name].summary.drop_curve
     last = None if curve is None else curve.mean[METRIC][-1]
     if curve is not None and last is not None:
-        return f", and {last:.2f} % where each modality is missing with probability {curve.drop_prob[-1]:g}"
+        return f", and {last:.2f} % when each modality is missing with probability {curve.drop_prob[-1]:g}"
     return f", and {missing[name]:.2f} % {over}" if name in missing else ""
 
 
@@ -108,7 +115,7 @@ def _certainty(
     comparison: Comparison | None,
     test_of: Callable[[PairTests], FigureTest | ConditionTest | None],
 ) -> str:
-    """Whether the lead over the second best would hold on other clips."""
+    """Return whether the lead over the second best is significant, in words; empty without a test."""
     others = {name: value for name, value in values.items() if name not in leaders}
     if comparison is None or len(leaders) > 1 or not others:
         return ""
@@ -116,41 +123,41 @@ def _certainty(
     test = test_of(next(pair for pair in comparison.pairs if {*pair.models} == {leaders[0], second}))
     if test is None:
         return ""
-    hold = "is within the sampling error" if test.p_holm >= LEVEL else "would hold on other clips"
-    return f"; its lead over {second} {hold}, {p_equals(test.p_holm)}"
+    certainty = "is not significant" if test.p_holm >= LEVEL else "is significant"
+    return f"; its lead over {second} {certainty}, {p_equals(test.p_holm)}"
 
 
 def _full_test(pair: PairTests, models: Models) -> ConditionTest | None:
-    """The test under the condition that lacks the least, where it is one and the same of both models."""
+    """Return the test under the condition with the fewest modalities missing, if both models have the same one."""
     rows = [fullest(models[name].rows) for name in pair.models]
-    if any(len(own) != 1 for own in rows):
+    if any(len(seeds) != 1 for seeds in rows):
         return None
-    conditions = {(row.modalities, row.drop_prob) for own in rows for row in own}
-    whole_sensors = [test for test in pair.conditions if test.corrupt is None]
-    return next((test for test in whole_sensors if conditions == {(test.modalities, test.drop_prob)}), None)
+    conditions = {(row.modalities, row.drop_prob) for seeds in rows for row in seeds}
+    intact = [test for test in pair.conditions if test.corrupt is None]
+    return next((test for test in intact if conditions == {(test.modalities, test.drop_prob)}), None)
 
 
-def findings(models: Models, comparison: Comparison | None = None) -> list[str]:
+def result_sentences(models: Models, comparison: Comparison | None = None) -> list[str]:
     """Return sentences on each model's curve and average, and on every pair of models.
 
     Args:
         models: Results per model name.
-        comparison: Tests of these models: figures per model do not tell how far a difference is down to the clips,
-            since all models saw the same ones.
+        comparison: Paired tests between the models. Intervals per model cannot replace them, since all models saw the
+            same clips.
     """
     return [*against_majority(models), *_curves(models, comparison), *_subsets(models)]
 
 
 def against_majority(models: Models) -> list[str]:
-    """Return a sentence on each model that is no better than naming the most frequent action."""
+    """Return a sentence on each model that is no better than always predicting the most frequent action."""
     sentences = []
     for name, results in models.items():
         majority = results.summary.majority_top1[ACTION]
         best = max((value for row in results.rows if (value := row.figures[METRIC]) is not None), default=None)
         if best is not None and majority is not None and best <= majority:
             sentences.append(
-                f"{name} is nowhere better than naming the most frequent action each time ({best:.2f} % against "
-                f"{majority:.2f} %): how slowly it falls says nothing."
+                f"{name} is never better than always predicting the most frequent action ({best:.2f} % against "
+                f"{majority:.2f} %), so a slow fall of its curve means nothing."
             )
     return sentences
 
@@ -164,47 +171,51 @@ def _curves(models: Models, comparison: Comparison | None) -> list[str]:
     sentences += [_pair(first, second, curves, tests.get(frozenset((first, second)))) for first, second in pairs]
     if comparison is None and any(_comparable([curves[name] for name in pair]) for pair in pairs):
         sentences.append(
-            "Whether these differences would hold on other clips is not tested here: karmma-dist eval RUN RUN tests it."
+            "These differences are not tested for significance here; karmma-dist eval RUN RUN tests them."
         )
     if len(curves) > 2 and _comparable(list(curves.values())):
         slowest = min(curves, key=lambda name: _known(curves[name].fall))
         highest = max(curves, key=lambda name: _known(curves[name].area))
-        also = "" if slowest == highest else f"{highest} "
-        sentences.append(f"Of all {len(curves)} models, {slowest} loses the fewest points and {also}is the highest.")
+        subject = "" if slowest == highest else f"{highest} "
+        sentences.append(
+            f"Of all {len(curves)} models, {slowest} loses the fewest points and {subject}has the highest curve."
+        )
     return sentences
 
 
 def _curve(name: str, curve: DropCurve) -> str:
     mean, share = curve.mean[METRIC], curve.relative_fall[METRIC]
     fall, area = _known(curve.fall), _known(curve.area)
-    of_start = "" if share is None else f" ({abs(share):.1f} % of the start)"
+    relative = "" if share is None else f" ({abs(share):.1f} % of the initial value)"
     return (
         f"{name} ({letters(curve.modalities)}) goes from {mean[0]:.2f} % at drop probability {curve.drop_prob[0]:g} to "
         f"{mean[-1]:.2f} % at {curve.drop_prob[-1]:g}, a {'fall' if fall >= 0 else 'rise'} of {abs(fall):.2f} "
-        f"points{of_start}; the mean height of its curve is {area:.2f} %."
+        f"points{relative}; the mean height of its curve is {area:.2f} %."
     )
 
 
 def _pair(first: str, second: str, curves: Mapping[str, DropCurve], test: FigureTest | None) -> str:
-    own = [curves[first], curves[second]]
-    if not _comparable(own):
-        return f"{second} and {first} were swept over other modalities or probabilities: not compared."
-    falls = [_known(curve.fall) for curve in own]
-    shares = [curve.relative_fall[METRIC] for curve in own]
-    heights = zip(*(curve.mean[METRIC] for curve in own), strict=True)
+    pair = [curves[first], curves[second]]
+    if not _comparable(pair):
+        return (
+            f"{second} and {first} were swept over different modalities or probabilities, so they are not compared."
+        )
+    falls = [_known(curve.fall) for curve in pair]
+    shares = [curve.relative_fall[METRIC] for curve in pair]
+    heights = zip(*(curve.mean[METRIC] for curve in pair), strict=True)
     above = sum(b > a for a, b in heights if a is not None and b is not None)
-    said = "" if None in shares else f", {shares[1]:.1f} % of its start against {shares[0]:.1f} %"
+    relative = "" if None in shares else f", or {shares[1]:.1f} % of its initial value against {shares[0]:.1f} %"
     doubt = ""
     if test is not None and test.p_holm >= LEVEL:
-        doubt = f"; the difference is within the sampling error ({p_equals(test.p_holm)})"
+        doubt = f"; the difference is not significant ({p_equals(test.p_holm)})"
     return (
-        f"{second} {_verdict(falls, shares)} {first}: {falls[1]:.2f} points against {falls[0]:.2f}{said}{doubt}. "
-        f"It is above {first} at {above} of {len(own[0].drop_prob)} drop probabilities."
+        f"{second} {_verdict(falls, shares)} {first}: {falls[1]:.2f} points against {falls[0]:.2f}{relative}{doubt}. "
+        f"It is above {first} at {above} of {len(pair[0].drop_prob)} drop probabilities."
     )
 
 
 def _verdict(falls: Sequence[float], shares: Sequence[float | None]) -> str:
-    """How the second of two models falls, in points and as a share of where it starts."""
+    """Return how the second of two models falls against the first, in points and relative to the initial value."""
     in_points = _sign(falls[1] - falls[0])
     in_share = in_points if shares[0] is None or shares[1] is None else _sign(shares[1] - shares[0])
     if in_points == in_share == 0:
@@ -223,7 +234,7 @@ def _sign(difference: float) -> int:
 
 
 def _known(values: Mapping[str, float | None]) -> float:
-    """The figure that models are compared by, of a curve that has no gap."""
+    """Return the compared figure of a curve without missing points."""
     value = values[METRIC]
     assert value is not None
     return value
@@ -240,13 +251,14 @@ def _subsets(models: Models) -> list[str]:
         if subsets is None or (mean := subsets.average[METRIC]) is None:
             continue
         drop = subsets.relative_drop[METRIC]
-        lost = "" if drop is None else f", on average {drop:.1f} % below all of {letters(subsets.full or ())}"
-        sentences.append(f"{name} averages {mean:.2f} % over {subsets.num_subsets} subsets{lost}.")
+        full = letters(subsets.full or ())
+        loss = "" if drop is None else f"; its smaller subsets are on average {drop:.1f} % below {full}"
+        sentences.append(f"{name} averages {mean:.2f} % over {subsets.num_subsets} subsets{loss}.")
     return sentences
 
 
 def verdicts(pair: PairTests) -> list[str]:
-    """Return what the tests over several conditions say of a pair."""
+    """Return sentences on the tests of a pair over several conditions."""
     return [_tested(pair.models, name, test) for name in FIGURE_NAMES if (test := pair.test(name)) is not None]
 
 
@@ -254,7 +266,7 @@ def _tested(models: tuple[str, str], name: str, test: FigureTest) -> str:
     (first, second), (low, high) = models, test.ci
     if test.p_holm >= LEVEL:
         certainty = f"{test.difference:+.2f} points {interval(test.ci)}, {p_equals(test.p_holm)}"
-        return f"{second} and {first} cannot be told apart by the {FIGURE_NAMES[name]}: {certainty}."
+        return f"{second} and {first} do not differ significantly in the {FIGURE_NAMES[name]}: {certainty}."
     size = f"{abs(test.difference):.2f}"
     ends = (low, high) if test.difference > 0 else (-high, -low)
     certainty = f"{interval(ends)}, {p_equals(test.p_holm)}"

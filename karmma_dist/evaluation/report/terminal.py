@@ -1,4 +1,4 @@
-"""Any section of a report for a terminal, by rich."""
+"""Print sections and tables of a report in a terminal, with rich."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from karmma_dist.evaluation.report.model import Cell, Section, Table
+from karmma_dist.terminal import harmless_lines, rich_text
 
 
 def print_section(content: Section, console: Console) -> None:
-    """Print a section; whatever looks like markup of rich is text."""
+    """Print a section; rich markup in its text is not interpreted."""
     if content.heading:
-        console.print(Text(content.heading, style="bold"), "")
+        console.print(rich_text(content.heading, "bold"), "")
     for sentence in content.sentences:
-        console.print(Text(sentence))
+        console.print(rich_text(sentence))
     for picture in content.pictures:
-        console.print(Text(f"{picture.text} ({picture.file})"))
+        console.print(rich_text(f"{picture.text} ({picture.file})"))
     if content.sentences or content.pictures:
         console.print()
     for table in content.tables:
@@ -29,22 +30,23 @@ def print_table(content: Table, console: Console, has_asides: bool = True) -> No
     """Print a table with its title and caption.
 
     Args:
-        content: What is printed; whatever looks like markup of rich is text.
-        console: Where to.
-        has_asides: False if intervals and deviations take too much room.
+        content: Table to print; rich markup in its text is not interpreted.
+        console: Console to print to.
+        has_asides: False to leave out intervals and deviations, which take much room.
     """
-    console.print(Text(content.title, style="bold"), _drawn(content, has_asides))
-    console.print(*([Text(content.caption, style="dim")] if content.caption else []), "")
+    console.print(rich_text(content.title, "bold"), _drawn(content, has_asides))
+    console.print(*([rich_text(content.caption, "dim")] if content.caption else []), "")
 
 
 def _drawn(content: Table, has_asides: bool) -> RichTable:
-    """A table as rich draws it; columns of figures are set right."""
+    """Return the table for rich; columns of figures are right-aligned."""
     drawn = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for place, heading in enumerate(content.columns):
         is_text = place in content.text_columns
         drawn.add_column(
-            Text(heading), justify="left" if is_text else "right", overflow="fold", no_wrap=place == 0 and is_text
-        )
+            Text(harmless_lines(heading)), justify="left" if is_text else "right", overflow="fold",
+            no_wrap=place == 0 and is_text,
+        )  # fmt: skip
     lines = content.cells(content.body)
     for number, line in enumerate([*lines, *content.cells(content.foot)], 1):
         ends_body = number == len(lines) and bool(content.foot)
@@ -53,5 +55,5 @@ def _drawn(content: Table, has_asides: bool) -> RichTable:
 
 
 def _text(cell: Cell, has_asides: bool) -> Text:
-    shown = Text(cell.text, style="bold" if cell.is_best else "")
-    return shown.append(f" {cell.aside}", style="dim not bold") if cell.aside and has_asides else shown
+    shown = rich_text(cell.text, "bold" if cell.is_best else "")
+    return shown.append(rich_text(f" {cell.aside}", "dim not bold")) if cell.aside and has_asides else shown

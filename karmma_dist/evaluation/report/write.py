@@ -1,4 +1,4 @@
-"""Write results.json, and reports: report.md with its PNGs beside it, and report.html, which needs nothing else."""
+"""Write results.json and reports: report.md with PNGs in the same folder, and the self-contained report.html."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ RESULTS = "results.json"
 REPORT, HTML_REPORT = "report.md", "report.html"
 
 PAGE_BYTES = 100_000
-"""Size that report.html is kept below, so that it is sent and opened at once."""
+"""Target size of report.html, small enough to send and open quickly."""
 
 
 def write_results(results: Results, folder: Path) -> Path:
-    """Write `folder`/results.json, whole or not at all, and return its path. The folder is made if missing."""
+    """Write `folder`/results.json, whole or not at all, and return its path. A missing folder is created."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULTS, results.to_dict())
     return folder / RESULTS
 
 
 def write_report(folder: Path, content: ReportContent) -> Path:
-    """Write the report of an evaluation into `folder`, which is made if missing; return the path of report.md.
+    """Write the report of an evaluation into `folder`, which is created if missing, and return the path of report.md.
 
-    Where report.html would be larger than `PAGE_BYTES`, some of what readers unfold stands in report.md only.
+    If report.html would be larger than `PAGE_BYTES`, some folded tables are only in report.md.
     """
     content = condense(content)
     page = evaluation_page(content)
@@ -39,12 +39,13 @@ def write_report(folder: Path, content: ReportContent) -> Path:
 
 
 def write_page(folder: Path, page: Page, shorter: Iterable[Page] = ()) -> Path:
-    """Write any report into `folder`, which is made if missing, each file whole or not at all.
+    """Write any report into `folder`, which is created if missing, each file whole or not at all.
 
     Args:
-        folder: Where report.md, its PNGs and report.html go.
+        folder: Folder for report.md, its PNGs and report.html.
         page: The report.
-        shorter: The same with less in it: report.html is the first that is not larger than `PAGE_BYTES`, or the last.
+        shorter: Shorter and shorter versions of the report. report.html shows the first version, including `page`, of
+            at most `PAGE_BYTES`, or else the last version.
 
     Returns:
         The path of report.md.

@@ -1,1 +1,1 @@
-"""Intervals and paired tests."""
+"""Bootstrap intervals, and paired tests between models."""

@@ -1,7 +1,7 @@
-"""How far the figures would move with other clips: the bootstrap's percentile intervals (Efron and Tibshirani, ch. 13).
+"""Bootstrap percentile intervals of the figures over other samples of clips (Efron and Tibshirani, ch. 13).
 
-Clips are drawn with replacement, as many as there are, and every figure is computed anew. A draw takes the same clips
-under every condition, and, with the same seed and clips, for every model: differences between two models are paired.
+Each draw samples N of the N clips with replacement and recomputes every figure. A draw takes the same clips under every
+condition and, for the same seed and clips, for every model: differences between two models are paired.
 
 Legend: N clips, K conditions, D draws.
 """
@@ -20,22 +20,22 @@ from karmma_dist.seeding import bootstrap_generator
 
 NUM_DRAWS = 1000
 LEVEL = 95.0
-"""Percent of the draws that an interval holds."""
+"""Percentage of the draws that an interval contains."""
 
 _DRAWS_AT_ONCE = 100
 
 
 def add_intervals(results: Results, num_draws: int = NUM_DRAWS, seed: int = 0) -> Results:
-    """Return the results with 95 % intervals [low, high] of every figure whose metric has one.
+    """Return the results with 95 % intervals [low, high] of every figure whose metric has intervals.
 
-    Rows get the intervals of their figures; the summary's `subsets` gets `average_ci`, its `drop_curve` gets `area_ci`
-    and, per drop probability, `mean_ci`. An interval is None where its figure is. They say what other clips would
-    change; that other random drops would change something too is in the spread over the seeds.
+    Rows get the intervals of their figures, the summary's `subsets` gets `average_ci`, and its `drop_curve` gets
+    `area_ci` and, per drop probability, `mean_ci`. The interval is None if the figure is None. Intervals cover the
+    choice of clips; the spread over seeds covers the random drops.
 
     Args:
-        results: With their clips.
-        num_draws: D.
-        seed: Of the draws.
+        results: Results with `clips`.
+        num_draws: Number of draws D.
+        seed: Seed of the draws.
     """
     rows, summary = results.rows, results.summary
     drawn = {
@@ -62,13 +62,13 @@ def add_intervals(results: Results, num_draws: int = NUM_DRAWS, seed: int = 0) -
 
 
 def resampled(clips: ClipResults, figure: Figure, num_draws: int = NUM_DRAWS, seed: int = 0) -> np.ndarray:
-    """Return the percentage per draw and condition, float64 (D, K); nan where a draw holds no clip that can be shown.
+    """Return the percentage per draw and condition, float64 (D, K); nan if a draw has no clip that can be shown.
 
     Args:
-        clips: Clip by clip results.
-        figure: Of a metric that says of every clip whether it is right.
-        num_draws: D.
-        seed: Of the draws.
+        clips: Results per clip.
+        figure: Figure of a metric with `is_per_clip`.
+        num_draws: Number of draws D.
+        seed: Seed of the draws.
     """
     right_NK, shown_NK = right_and_shown(clips, figure)
     parts = [percent_right(times_DN, right_NK, shown_NK) for times_DN in _draws(len(shown_NK), num_draws, seed)]
@@ -76,7 +76,7 @@ def resampled(clips: ClipResults, figure: Figure, num_draws: int = NUM_DRAWS, se
 
 
 def right_and_shown(clips: ClipResults, figure: Figure) -> tuple[np.ndarray, np.ndarray]:
-    """Return 1 where a clip counts as right, and 1 where it can be shown, both float32 (N, K)."""
+    """Return two float32 (N, K): 1 where a clip is right, and 1 where a clip can be shown."""
     assert figure.metric.right is not None, figure.name
     ranks_NK = clips.ranks[figure.scored]
     shown_NK = ranks_NK >= 0
@@ -84,12 +84,12 @@ def right_and_shown(clips: ClipResults, figure: Figure) -> tuple[np.ndarray, np.
 
 
 def percent_right(times_DN: np.ndarray, right_NK: np.ndarray, shown_NK: np.ndarray) -> np.ndarray:
-    """Return the percentage that is right of the clips shown, float64 (D, K), with each clip as often as it was drawn.
+    """Return the percentage of the shown clips that are right, float64 (D, K), weighted by how often each was drawn.
 
     Args:
-        times_DN: How often, float32.
+        times_DN: Number of times that each clip was drawn, float32.
         right_NK: 1 where a clip is right, float32.
-        shown_NK: 1 where it can be shown, float32.
+        shown_NK: 1 where a clip can be shown, float32.
     """
     num_right_DK, num_shown_DK = times_DN @ right_NK, times_DN @ shown_NK  # whole numbers < 2^24: exact in float32
     with np.errstate(invalid="ignore"):
@@ -98,7 +98,7 @@ def percent_right(times_DN: np.ndarray, right_NK: np.ndarray, shown_NK: np.ndarr
 
 
 def _draws(num_clips: int, num_draws: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each clip is in each draw, float32 (some draws, N)."""
+    """Yield the number of times that each clip is drawn, float32 (some draws, N)."""
     random = bootstrap_generator(seed)
     for first in range(0, num_draws, _DRAWS_AT_ONCE):
         num = min(_DRAWS_AT_ONCE, num_draws - first)
@@ -107,7 +107,7 @@ def _draws(num_clips: int, num_draws: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def interval(draws_D: np.ndarray) -> Interval | None:
-    """Return the percentile interval of a figure, over the draws in which it exists."""
+    """Return the percentile interval of a figure over the draws in which it is not nan; None: it is nan in all."""
     known = draws_D[~np.isnan(draws_D)]
     if not len(known):
         return None
@@ -117,25 +117,25 @@ def interval(draws_D: np.ndarray) -> Interval | None:
 
 
 def weighted(draws_DK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
-    """Return the weighted mean over the conditions, (D,), of those with a figure in the draw."""
-    there_DK = ~np.isnan(draws_DK)
+    """Return the weighted mean (D,) over the conditions that are not nan in the draw."""
+    known_DK = ~np.isnan(draws_DK)
     with np.errstate(invalid="ignore"):
-        result: np.ndarray = (np.where(there_DK, draws_DK, 0.0) @ weights_K) / (there_DK @ weights_K)
+        result: np.ndarray = (np.where(known_DK, draws_DK, 0.0) @ weights_K) / (known_DK @ weights_K)
     return result
 
 
 def subset_average(draws_DK: np.ndarray, rows: Sequence[ResultRow]) -> np.ndarray:
-    """Return the summary's average over subsets in each draw, (D,); nan where it has none."""
+    """Return the summary's average over subsets in each draw, (D,); nan if it has none."""
     return weighted(draws_DK, average_weights(rows))
 
 
 def drop_curve_area(draws_DK: np.ndarray, rows: Sequence[ResultRow]) -> np.ndarray:
-    """Return the area under the summary's drop curve in each draw, (D,); nan where it has none."""
+    """Return the area under the summary's drop curve in each draw, (D,); nan if it has none."""
     return weighted(draws_DK, area_weights(rows))
 
 
 def drop_curve_fall(draws_DK: np.ndarray, rows: Sequence[ResultRow]) -> np.ndarray:
-    """Return the fall of the summary's drop curve in each draw, in points, (D,); nan where it has none."""
+    """Return the fall of the summary's drop curve in each draw, in points, (D,); nan if it has none."""
     weights = probability_weights(rows)
     if not weights:
         return np.full(len(draws_DK), np.nan)
@@ -143,14 +143,14 @@ def drop_curve_fall(draws_DK: np.ndarray, rows: Sequence[ResultRow]) -> np.ndarr
 
 
 def average_weights(rows: Sequence[ResultRow]) -> np.ndarray:
-    """Return the weight of each row (K,) in the summary's average over subsets; all 0 where there is none."""
+    """Return the weight of each row (K,) in the summary's average over subsets; all 0 if it has none."""
     grouped = by_subset(rows)
     groups = [] if grouped is None else list(grouped[1].values())
     return _weights(rows, [(seeds, 1 / len(groups)) for seeds in groups])
 
 
 def area_weights(rows: Sequence[ResultRow]) -> np.ndarray:
-    """Return the weight of each row (K,) in the area under the summary's drop curve; all 0 where there is none."""
+    """Return the weight of each row (K,) in the area under the summary's drop curve; all 0 if it has none."""
     grouped = by_drop_prob(rows)
     if grouped is None:
         return np.zeros(len(rows))
@@ -161,13 +161,13 @@ def area_weights(rows: Sequence[ResultRow]) -> np.ndarray:
 
 
 def probability_weights(rows: Sequence[ResultRow]) -> list[np.ndarray]:
-    """Return the weights (K,) of the mean over seeds, per drop probability of the summary's curve; empty: no curve."""
+    """Return the weights (K,) of the mean over seeds at each drop probability of the curve; empty without a curve."""
     grouped = by_drop_prob(rows)
     return [] if grouped is None else [_weights(rows, [(seeds, 1.0)]) for seeds in grouped[1].values()]
 
 
 def _weights(rows: Sequence[ResultRow], groups: Sequence[tuple[list[ResultRow], float]]) -> np.ndarray:
-    """Each group's weight shared evenly among its rows (its seeds)."""
+    """Return the weight of each row (K,); the weight of a group is shared equally among its rows (its seeds)."""
     places = {id(row): k for k, row in enumerate(rows)}
     weights_K = np.zeros(len(rows))
     for seeds, weight in groups:

@@ -1,8 +1,8 @@
-"""Several models on the same clips: is one better than another, or would other clips say otherwise?
+"""Paired tests of several models on the same clips: would a difference between two models hold on other clips?
 
-Per condition an exact McNemar test on the clips that exactly one of two models gets right; for averages over subsets
-and for area and fall of the drop curve a paired bootstrap of the difference: every draw takes the same clips for both
-models. p-values are corrected for their number by Holm.
+Each condition gets an exact McNemar test on the clips that exactly one of the two models gets right. The average over
+subsets and the area and fall of the drop curve get a paired bootstrap of the difference: every draw takes the same
+clips for both models. p-values are corrected for their number with Holm's method.
 
 Legend: N clips, K conditions, D draws.
 """
@@ -29,15 +29,15 @@ FIGURES = {
     "drop_curve_area": bootstrap.drop_curve_area,
     "drop_curve_fall": bootstrap.drop_curve_fall,
 }
-"""Over several conditions: given top-1 per draw and condition (D, K) and the K rows, the figure of each draw (D,)."""
+"""Figures over several conditions: functions of top-1 per draw and condition (D, K) and the K rows that return (D,)."""
 
 NUM_DRAWS = 10_000
-"""Draws of a paired bootstrap: its p-values are multiples of 2 / 10,001, small enough to stand a correction."""
+"""Draws of a paired bootstrap; its p-values are multiples of 2 / 10,001, fine enough for Holm's correction."""
 
 
 @dataclass(frozen=True)
 class ConditionTest:
-    """The second model of a pair against the first under one condition: exact McNemar."""
+    """The exact McNemar test of the second model of a pair against the first under one condition."""
 
     __pydantic_config__ = STRICT
 
@@ -46,25 +46,25 @@ class ConditionTest:
     seed: int
     corrupt: str | None
     num_clips: int
-    """Clips shown to both."""
+    """Number of clips shown to both models."""
     difference: float | None
-    """Second minus first, in points; None: no clip was shown to both."""
+    """Second minus first, in points; None: no clip was shown to both models."""
     only_first: int
-    """Clips that the first alone gets right."""
+    """Number of clips that only the first model gets right."""
     only_second: int
     p: float
     p_holm: float = math.nan
-    """Corrected over all pairs and conditions with whole sensors, or all with a broken one."""
+    """p-value corrected over all pairs and all conditions with intact sensors, or all with a broken sensor."""
 
     @property
     def condition(self) -> Condition:
-        """The condition."""
+        """The condition of the test."""
         return Condition(self.modalities, self.drop_prob, self.seed, self.corrupt)
 
 
 @dataclass(frozen=True)
 class FigureTest:
-    """The second model of a pair against the first by a figure over several conditions: paired bootstrap."""
+    """The paired bootstrap test of the second model against the first by a figure over several conditions."""
 
     __pydantic_config__ = STRICT
 
@@ -74,12 +74,12 @@ class FigureTest:
     """95 % interval of the difference."""
     p: float
     p_holm: float = math.nan
-    """Corrected over all pairs."""
+    """p-value corrected over all pairs."""
 
 
 @dataclass(frozen=True)
 class PairTests:
-    """All tests of a pair of models; those over several conditions are of the conditions that both have, if any."""
+    """All tests of a pair of models; figures over several conditions use the conditions that both models have."""
 
     __pydantic_config__ = STRICT
 
@@ -88,7 +88,7 @@ class PairTests:
     subset_average: FigureTest | None
     drop_curve_area: FigureTest | None
     drop_curve_fall: FigureTest | None
-    """The more, the worse."""
+    """Test of the fall, for which lower is better."""
 
     def test(self, figure: str) -> FigureTest | None:
         """Return the test by one of `FIGURES`."""
@@ -98,15 +98,15 @@ class PairTests:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The part of comparison.json that says how models differ."""
+    """The part of comparison.json with the tests between models."""
 
     __pydantic_config__ = STRICT
 
     num_clips: int
     average_rank: dict[str, float | None]
-    """Average place of each model over the subsets that all have; None: there are none."""
+    """Average rank of each model over the subsets that all models have; None: they have none in common."""
     pairs: list[PairTests]
-    """One per pair of models, in the order of the models."""
+    """Tests of each pair of models, in the order of the models."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object."""
@@ -115,11 +115,11 @@ class Comparison:
 
 
 def parse_comparison(value: object, where: str) -> Comparison:
-    """Read the comparison of a comparison.json.
+    """Parse the comparison of a comparison.json.
 
     Args:
-        value: What JSON holds.
-        where: Name of the file for messages.
+        value: Parsed JSON.
+        where: Name of the file, for messages.
 
     Raises:
         UserError: a field is missing, unknown or of another type.
@@ -130,23 +130,23 @@ def parse_comparison(value: object, where: str) -> Comparison:
 def compare(
     models: Mapping[str, Results], num_draws: int = NUM_DRAWS, seed: int = 0, metric: str = METRIC
 ) -> Comparison:
-    """Compare every pair of models by one metric under the conditions both were evaluated under.
+    """Compare every pair of models by one figure under their common conditions.
 
     Args:
-        models: Results with their clips, per name.
-        num_draws: D.
-        seed: Of the draws.
-        metric: A figure such as `action_top1`, of a metric that says of every clip whether it is right.
+        models: Results with `clips`, by name.
+        num_draws: Number of draws D.
+        seed: Seed of the draws.
+        metric: Figure of a metric with `is_per_clip`, such as `action_top1`.
 
     Raises:
-        UserError: fewer than two models, other clips or classes, a pair without a common condition, or a metric that
-            is unknown or says nothing of single clips.
+        UserError: fewer than two models are given, their clips or classes differ, a pair has no condition in common,
+            or the metric is unknown or not `is_per_clip`.
     """
     if len(models) < 2:
-        raise UserError("one model is no comparison: name at least two runs")
+        raise UserError("a comparison needs at least two models: name two runs or more")
     figure = find_figure(metric)
     if not figure.metric.is_per_clip:
-        raise UserError(f"models cannot be compared by {metric}: it does not say of every clip whether it is right")
+        raise UserError(f"models cannot be compared by {metric}: it does not tell for each clip whether it is right")
     check_same_clips(models)
     draws = {
         name: bootstrap.resampled(results.per_clip, figure, num_draws, seed) for name, results in models.items()
@@ -160,54 +160,56 @@ def compare(
 
 
 def check_same_clips(models: Mapping[str, Results]) -> None:
-    """Paired figures need the same clips of the same classes.
+    """Check that all models have the same classes and were evaluated on the same clips, as paired tests require.
 
     Raises:
-        UserError: a model was evaluated on others than the first.
+        UserError: a model differs from the first in its clips or classes.
     """
     (first, expected), *others = models.items()
     for name, results in others:
         if results.summary.num_classes != expected.summary.num_classes:
             raise UserError(
-                f"{name} and {first} know other classes ({results.summary.num_classes} and "
+                f"{name} and {first} have different classes ({results.summary.num_classes} and "
                 f"{expected.summary.num_classes}): only models of one dataset can be compared"
             )
         check_same_keys((name, results.per_clip.keys), (first, expected.per_clip.keys))
 
 
 def check_shared(names: Sequence[str], shared: Collection[Condition]) -> None:
-    """Check that two models have conditions in common, those in `shared`.
+    """Check that two models share at least one condition.
 
     Raises:
-        UserError: there is none.
+        UserError: `shared` is empty.
     """
     if not shared:
         raise UserError(f"{' and '.join(names)} have no condition in common: choose --modalities that both have")
 
 
-def check_same_keys(one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]]) -> None:
-    """Of two models, each its name and the keys of its clips in their order.
+def check_same_keys(second: tuple[str, Sequence[str]], first: tuple[str, Sequence[str]]) -> None:
+    """Check that two models, each given as name and sorted clip keys, have the same clips.
 
     Raises:
-        UserError: they are not the same.
+        UserError: the clips differ.
     """
-    (name, keys), (first, known) = one, other
-    if keys == known:
+    (second_name, second_keys), (first_name, first_keys) = second, first
+    if second_keys == first_keys:
         return
-    odd = min(set(keys) ^ set(known))
-    owner = name if odd in set(keys) else first
+    odd = min(set(second_keys) ^ set(first_keys))
+    owner = second_name if odd in set(second_keys) else first_name
     raise UserError(
-        f"{name} is evaluated on {len(keys)} clips, {first} on {len(known)}: clip {odd} is only {owner}'s. "
-        "Give all runs the same --shards and --split, the same drop_nouns, and clips that all of them can read"
+        f"{second_name} is evaluated on {len(second_keys)} clips, {first_name} on {len(first_keys)}: only {owner} has "
+        f"clip {odd}. Give all runs the same --shards, --split and drop_nouns, and clips that all of them can read"
     )
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value that two models are equally often right alone (McNemar 1947, binomial form).
+    """Return the two-sided exact p-value of McNemar's test (McNemar 1947, binomial form).
+
+    The null hypothesis is that a clip right for only one model is equally likely to be right for either.
 
     Args:
-        only_first: Clips that only the first gets right.
-        only_second: Clips that only the second gets right.
+        only_first: Number of clips that only the first model gets right.
+        only_second: Number of clips that only the second model gets right.
     """
     num, fewer = only_first + only_second, min(only_first, only_second)
     log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num + 1)))])
@@ -217,7 +219,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected so that the chance of any false finding among them stays below the level (Holm 1979)."""
+    """Return p-values corrected so that the family-wise error rate stays below the level (Holm 1979)."""
     order = np.argsort(p_values, kind="stable")
     factors = len(p_values) - np.arange(len(p_values))
     adjusted = np.empty(len(p_values))
@@ -226,7 +228,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _corrected(pairs: Sequence[PairTests]) -> list[PairTests]:
-    """Return the tests with p-values corrected over all pairs, conditions with a broken sensor apart."""
+    """Return the tests with p-values corrected over all pairs; conditions with a broken sensor are corrected apart."""
     tests = [test for pair in pairs for test in pair.conditions]
     adjusted: dict[int, float] = {}
     for is_broken in (False, True):
@@ -245,23 +247,23 @@ def _corrected(pairs: Sequence[PairTests]) -> list[PairTests]:
 
 
 def _holm(tests: Sequence[ConditionTest | FigureTest]) -> dict[int, float]:
-    """Corrected p-values by the identity of their tests."""
+    """Return corrected p-values by the identity of their tests."""
     return dict(zip(map(id, tests), holm([test.p for test in tests]), strict=True))
 
 
 def _pair(
     names: tuple[str, str], models: Mapping[str, Results], draws: Mapping[str, np.ndarray], figure: Figure
 ) -> PairTests:
-    """All tests of the second against the first."""
+    """Carry out all tests of the second model against the first."""
     clips = [models[name].per_clip for name in names]
     shared = [condition for condition in clips[0].conditions if condition in clips[1].conditions]
     check_shared(names, shared)
-    places = [[own.conditions.index(condition) for condition in shared] for own in clips]
-    rows = [[models[name].rows[k] for k in own] for name, own in zip(names, places, strict=True)]
-    draws_DK = [draws[name][:, own] for name, own in zip(names, places, strict=True)]
+    columns = [[model_clips.conditions.index(condition) for condition in shared] for model_clips in clips]
+    rows = [[models[name].rows[k] for k in ks] for name, ks in zip(names, columns, strict=True)]
+    draws_DK = [draws[name][:, ks] for name, ks in zip(names, columns, strict=True)]
     right_NK, shown_NK = (
-        [values_NK[:, own] > 0 for values_NK, own in zip(values, places, strict=True)]
-        for values in zip(*(bootstrap.right_and_shown(own, figure) for own in clips), strict=True)
+        [values_NK[:, ks] > 0 for values_NK, ks in zip(values, columns, strict=True)]
+        for values in zip(*(bootstrap.right_and_shown(model_clips, figure) for model_clips in clips), strict=True)
     )
     both_NK = shown_NK[0] & shown_NK[1]
     tests = [
@@ -273,7 +275,7 @@ def _pair(
 
 
 def _condition(condition: Condition, first_N: np.ndarray, second_N: np.ndarray) -> ConditionTest:
-    """The test under one condition, of the clips shown to both models; bool, True = right."""
+    """Test one condition on the N clips shown to both models; bool, True = right."""
     only_first, only_second = int((first_N & ~second_N).sum()), int((second_N & ~first_N).sum())
     num = len(first_N)
     return ConditionTest(
@@ -295,11 +297,11 @@ def _test(
     draws: list[np.ndarray],
     metric: str,
 ) -> FigureTest | None:
-    """The paired bootstrap of a figure over the conditions both models have; None: they do not make one."""
+    """Return the paired bootstrap test of a figure over the common conditions; None: they do not define the figure."""
     values = []
-    for own in rows:
-        top1_1K = np.array([[np.nan if row.figures[metric] is None else row.figures[metric] for row in own]])
-        values.append(float(compute(top1_1K.astype(np.float64), own)[0]))
+    for model_rows in rows:
+        top1_1K = np.array([[np.nan if row.figures[metric] is None else row.figures[metric] for row in model_rows]])
+        values.append(float(compute(top1_1K.astype(np.float64), model_rows)[0]))
     differences_D = compute(draws[1], rows[1]) - compute(draws[0], rows[0])
     ends = bootstrap.interval(differences_D)
     if ends is None or np.isnan(values).any():

@@ -1,1 +1,1 @@
-"""The diagnosis of a machine."""
+"""The diagnosis of a machine: hardware, software, disks, and the needs of a recipe."""

@@ -1,4 +1,4 @@
-"""One line of the diagnosis of `doctor`; keeps a check from raising and from lasting longer than its limit."""
+"""The result of one check of `doctor`, and a wrapper that bounds a check's time and catches its exceptions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Literal
 from karmma_dist.errors import one_line
 
 _PROBE_GRACE_S = 5.0
-"""A check that runs a command ends it at the limit and says so itself, in this time."""
+"""Extra time beyond its limit for a check that runs a command, to stop the command and report that."""
 
 
 State = Literal["ok", "note", "fix"]
-"""ok; note: it works, but you may want to know; fix: something will fail until it is changed."""
+"""ok: no problem; note: it works, with a remark; fix: something will fail until it is changed."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +26,32 @@ class Check:
     state: State
     found: str
     advice: str = ""
-    """What to do, where there is something to do."""
+    """Advice on what to do; empty if nothing needs to be done."""
 
 
 def bounded(name: str, check: Callable[[], Iterable[Check]], limit_s: float) -> Callable[[], list[Check]]:
-    """Start a check; the function returned waits for it, and is a `fix` itself where it raises or does not end."""
-    found: list[Check] = []
+    """Start a check, and return a function that waits for its results.
+
+    A check that raises, or exceeds its time limit, has the state `fix`.
+    """
+    results: list[Check] = []
 
     def run() -> None:
         try:
-            found.extend(check())
-        except Exception as error:  # whatever a broken machine throws is a finding
-            what = f"{type(error).__name__}: {one_line(error, 300)}"
-            found.append(Check(name, "fix", f"cannot be checked ({what})", "this should not happen: please report it"))
+            results.extend(check())
+        except Exception as error:  # any exception on a broken machine is a result
+            message = f"{type(error).__name__}: {one_line(error, 300)}"
+            advice = "this should not happen: please report it"
+            results.append(Check(name, "fix", f"cannot be checked ({message})", advice))
 
     thread = threading.Thread(target=run, name=f"doctor {name}", daemon=True)
     thread.start()
-    ends = time.monotonic() + limit_s + _PROBE_GRACE_S
+    deadline = time.monotonic() + limit_s + _PROBE_GRACE_S
 
     def wait() -> list[Check]:
-        thread.join(max(0.0, ends - time.monotonic()))
+        thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
             return [Check(name, "fix", f"did not answer within {limit_s:.0f} s", "a file system or daemon hangs")]
-        return found
+        return results
 
     return wait

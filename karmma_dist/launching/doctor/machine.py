@@ -1,4 +1,4 @@
-"""`doctor`'s checks of the machine around Python: compiler, Slurm, disks, shards, shared memory, limits."""
+"""The checks of `doctor` outside Python: compiler, Slurm, disks, shards, shared memory, limits."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from karmma_dist.runs.folder import finished_names
 from karmma_dist.shards.folder import ShardFolder
 
 BATCH = "batch"
-"""Name of the check whose failure is the user's input, not the machine's state."""
+"""Name of the check that fails because of the user's input, not the state of the machine."""
 _COMMAND_LIMIT_S = 15.0
 _COMPILE_LIMIT_S = 60.0
 _GB = 1e9
 _LOW_BYTES = 1 * _GB
-"""Less free space than this will not hold one checkpoint."""
+"""Free space below which a checkpoint does not fit."""
 _SCARCE_BYTES = 20 * _GB
 _BATCHES_AHEAD = 3
-"""Batches of a worker that lie in shared memory: two prefetched and one in use."""
+"""Number of batches of a worker in shared memory: two prefetched and one in use."""
 _LEAST_SHARED_BYTES = 2**28
 
 
 def check_compiler() -> list[Check]:
-    """A C++ compiler that finds Python's headers: torch.compile and DeepSpeed's own operators are built with it."""
+    """Check for a C++ compiler that finds Python's headers, which torch.compile and DeepSpeed's operators need."""
     compiler = os.environ.get("CXX") or next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
     needed = "only torch.compile and DeepSpeed's compiled operators need it"
     if compiler is None:
@@ -53,37 +53,37 @@ def check_compiler() -> list[Check]:
     if code:
         missing = "Python.h" in err
         advice = "install Python's headers: apt install python3-dev" if missing else f"see: {compiler} --version"
-        why = "no Python.h" if missing else _first(err or out)
-        return [Check("compiler", "note", f"{compiler} cannot build an extension ({why})", f"{needed}; {advice}")]
+        reason = "no Python.h" if missing else _first_line(err or out)
+        return [Check("compiler", "note", f"{compiler} cannot build an extension ({reason})", f"{needed}; {advice}")]
     ninja = "" if shutil.which("ninja") else "; no ninja"
     _, version, _ = _run([*compiler.split(), "--version"], _COMMAND_LIMIT_S)
-    return [Check("compiler", "ok", f"{_first(version)}{ninja}")]
+    return [Check("compiler", "ok", f"{_first_line(version)}{ninja}")]
 
 
 def check_slurm() -> list[Check]:
-    """Slurm's commands, and whether its controller answers."""
+    """Check Slurm's commands, and that its controller responds."""
     commands = ("sbatch", "srun", "scontrol", "squeue")
     missing = [name for name in commands if shutil.which(name) is None]
     if len(missing) == len(commands):
         return [Check("Slurm", "note", "not on this machine", "for a cluster run this on its login node")]
     if missing:
-        return [Check("Slurm", "fix", f"no {', '.join(missing)} on PATH", "install Slurm's client commands whole")]
+        return [Check("Slurm", "fix", f"no {', '.join(missing)} on PATH", "install all of Slurm's client commands")]
     code, out, err = _run(["scontrol", "ping"], _COMMAND_LIMIT_S)
     if "configuration source" in err:
-        return [Check("Slurm", "note", "installed, but set up for no cluster", "to submit jobs, set SLURM_CONF")]
+        return [Check("Slurm", "note", "installed, but not configured for a cluster", "to submit jobs, set SLURM_CONF")]
     _, version, _ = _run(["sbatch", "--version"], _COMMAND_LIMIT_S)
     if code or " UP" not in out:
-        why = _first(out if "DOWN" in out else err or out)
-        advice = "the controller does not answer: ask the administrator, or see slurmctld's log"
-        return [Check("Slurm", "fix", f"{_first(version)}: {why}", advice)]
+        reason = _first_line(out if "DOWN" in out else err or out)
+        advice = "the controller does not respond: ask the administrator, or see slurmctld's log"
+        return [Check("Slurm", "fix", f"{_first_line(version)}: {reason}", advice)]
     code, nodes, err = _run(["sinfo", "--noheader", "--format=%P %D %t"], _COMMAND_LIMIT_S)
     partitions = ", ".join(one_line(line) for line in nodes.splitlines()[:8]) or "no partition"
     job = os.environ.get("SLURM_JOB_ID")
-    return [Check("Slurm", "ok", f"{_first(version)}, {partitions}" + (f", inside job {job}" if job else ""))]
+    return [Check("Slurm", "ok", f"{_first_line(version)}, {partitions}" + (f", inside job {job}" if job else ""))]
 
 
 def check_disk(chain: Sequence[Recipe]) -> list[Check]:
-    """Room for runs, caches and temporary files."""
+    """Check the space for runs, caches and temporary files."""
     places: dict[str, Path] = {"runs": Path(chain[-1].runs_dir) if chain else Path("runs")}
     remote = [recipe for recipe in chain if is_url(recipe.data.shards)]
     if remote:
@@ -93,42 +93,43 @@ def check_disk(chain: Sequence[Recipe]) -> list[Check]:
 
 
 def check_room(name: str, path: Path) -> Check:
-    """Whether a folder can be written and how much it holds, looked up at its nearest existing parent."""
+    """Check that a folder is writable and has space, judging by its nearest existing parent."""
     path = path.expanduser().absolute()
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Check(name, "fix", f"{path} cannot be written", f"change the rights of {there}, or name another folder")
-    free = shutil.disk_usage(there).free
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        advice = f"change the permissions of {existing}, or choose another folder"
+        return Check(name, "fix", f"{path} is not writable", advice)
+    free = shutil.disk_usage(existing).free
     shown = f"{path}: {free / _GB:,.1f} GB free"
     if free < _LOW_BYTES:
-        return Check(name, "fix", shown, "no room for a checkpoint: free some space or name another folder")
+        return Check(name, "fix", shown, "too little for a checkpoint: free some space or choose another folder")
     if free < _SCARCE_BYTES and name != "temporary files":
-        return Check(name, "note", shown, "little room: the paper's runs keep two checkpoints and their weights")
+        return Check(name, "note", shown, "this is little: the paper's runs keep two checkpoints and their weights")
     return Check(name, "ok", shown)
 
 
 def check_shards(chain: Sequence[Recipe]) -> list[Check]:
-    """Whether the shards of the recipes are there; those behind a URL are left to the run, which names what fails."""
+    """Check that the recipes' shards can be opened, except those behind a URL, which the run itself checks."""
     checks = []
-    for where in dict.fromkeys(recipe.data.shards for recipe in chain):
-        if is_url(where):
-            checks.append(Check("shards", "ok", f"{masked(where)}, fetched when asked for"))
+    for location in dict.fromkeys(recipe.data.shards for recipe in chain):
+        if is_url(location):
+            checks.append(Check("shards", "ok", f"{masked(location)}, fetched on demand"))
             continue
         try:
-            folder = ShardFolder(where)
+            folder = ShardFolder(location)
             counts = ", ".join(f"{split} {len(folder.clips(split)):,}" for split in folder.splits)
-            checks.append(Check("shards", "ok", f"{where}: {counts} clips"))
+            checks.append(Check("shards", "ok", f"{location}: {counts} clips"))
         except UserError as error:
-            checks.append(Check("shards", "fix", f"{where} cannot be opened", str(error)))
+            checks.append(Check("shards", "fix", f"{location} cannot be opened", str(error)))
     return checks
 
 
 def check_batch(chain: Sequence[Recipe], num_gpus: int) -> list[Check]:
-    """Check that the ranks here, one per GPU, divide the batches left to train; note where those of a Slurm job do not.
+    """Check that the ranks of this machine, one per GPU, divide the batches of unfinished recipes; also in Slurm jobs.
 
     Args:
         chain: the recipes.
-        num_gpus: of this machine; without any, one rank trains.
+        num_gpus: number of GPUs of this machine; if 0, one rank trains.
     """
     done = finished_names(chain)
     if all(recipe.name in done for recipe in chain):
@@ -151,51 +152,51 @@ def check_batch(chain: Sequence[Recipe], num_gpus: int) -> list[Check]:
 
 
 def check_shared_memory(chain: Sequence[Recipe], folder: Path = Path("/dev/shm")) -> Check:
-    """Whether /dev/shm holds the batches that decoding processes hand over."""
-    name, advice = str(folder), "make it larger: docker run --shm-size=16g, or mount -o remount,size=16g /dev/shm"
+    """Check that /dev/shm can hold the batches that decoding processes hand over."""
+    name, advice = str(folder), "enlarge it: docker run --shm-size=16g, or mount -o remount,size=16g /dev/shm"
     if not folder.is_dir():
         return Check(name, "fix", "missing", "mount a tmpfs there, or set data.num_workers=0")
-    room = os.statvfs(folder)
-    free = room.f_bavail * room.f_frsize
+    stats = os.statvfs(folder)
+    free = stats.f_bavail * stats.f_frsize
     needed = max((shared_memory_bytes(recipe) for recipe in chain), default=_LEAST_SHARED_BYTES)
     shown = f"{free / 2**20:,.0f} MiB free"
     if chain:
-        shown += f", decoding needs up to {needed / 2**20:,.0f} MiB a node"
+        shown += f", decoding needs up to {needed / 2**20:,.0f} MiB per node"
     if free < needed:
         return Check(name, "fix", shown, f"{advice}; or lower data.num_workers")
     return Check(name, "ok", shown)
 
 
 def shared_memory_bytes(recipe: Recipe) -> int:
-    """Bytes in shared memory of one node, with every clip of every batch whole.
+    """Return the bytes of shared memory that one node needs if every clip has all modalities.
 
-    All ranks of a node together hold its share of a batch, once per worker and batch ahead.
+    Together, the ranks of a node hold the node's share of a batch, once per worker and prefetched batch.
     """
     if not recipe.data.num_workers:
         return 0
     nodes = min(recipe.slurm.nodes, recipe.training.batch_size)
     try:
         accumulation = divide_batch(recipe, slurm_ranks(recipe.slurm) or nodes).accumulation
-    except UserError:  # said where batches are checked
+    except UserError:  # reported by `check_batch`
         accumulation = recipe.training.accumulation or 1
     clips = math.ceil(recipe.training.batch_size / (accumulation * nodes))
     return clips * clip_bytes(recipe.inputs, recipe.data.modalities) * recipe.data.num_workers * _BATCHES_AHEAD
 
 
 def clip_bytes(inputs: InputRecipe, modalities: Sequence[str]) -> int:
-    """Bytes of a decoded clip that has all these modalities, as its decoders make them."""
+    """Return the bytes of a decoded clip with all these modalities, in the arrays of their decoders."""
     return sum(MODALITIES[name].decoder.num_bytes(inputs.section(name)) for name in modalities)
 
 
 def check_limits() -> list[Check]:
-    """What the kernel allows a process: open files, and on InfiniBand locked memory."""
+    """Check the kernel's limits for a process: open files, and locked memory on InfiniBand."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     shown = f"{_limit(soft)} (hard limit {_limit(hard)})"
     advice = f"ulimit -n {min(65536, hard) if hard != resource.RLIM_INFINITY else 65536} in the job script or shell"
     state: State = "ok"
     if soft != resource.RLIM_INFINITY and soft < 4096:
         state = "note" if soft >= 1024 else "fix"
-        advice = f"batches travel as open files, many workers need more: {advice}"
+        advice = f"batches are passed as open files, and many workers need more: {advice}"
     checks = [Check("open files", state, shown, "" if state == "ok" else advice)]
     if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
         locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -212,15 +213,15 @@ def _limit(value: int) -> str:
 
 
 def _run(command: Sequence[str], limit_s: float) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr; a command that cannot start or does not end has code 127 or 124."""
+    """Run a command; return exit code, stdout and stderr. The code is 127 if it cannot start, 124 if it times out."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        return 124, "", f"no answer within {limit_s:.0f} s"
+        return 124, "", f"no response within {limit_s:.0f} s"
     except OSError as error:
         return 127, "", f"{command[0]}: {error.strerror}"
     return done.returncode, done.stdout, done.stderr
 
 
-def _first(text: str) -> str:
+def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "no output")[:200]

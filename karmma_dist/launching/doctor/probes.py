@@ -1,8 +1,8 @@
-"""What `doctor` tries in a process of its own, since a broken driver or library may crash or hang the one that asks.
+"""The probes of `doctor`, each run in a separate process, since a broken driver or library may crash or hang it.
 
     python -m karmma_dist.launching.doctor.probes packages|devices|decoder
 
-Prints one JSON object per line; whatever libraries print themselves goes to stderr.
+Prints one JSON object per line on stdout; output of the libraries goes to stderr.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ _MODULES = {
     "torch": "torch", "torchvision": "torchvision", "deepspeed": "deepspeed", "webdataset": "webdataset",
     "timm": "timm", "av": "av", "opencv-python-headless": "cv2", "numpy": "numpy", "pydantic": "pydantic",
 }  # fmt: skip
-"""Packages whose import can fail on a machine where pip was content, by the name pip knows, and their modules."""
+"""Packages whose import can fail although pip installed them, by their name in pip, with their modules."""
 
 
 def packages() -> Iterator[dict[str, Any]]:
-    """Import each package: its version, the lowest that is required, and why it cannot be imported."""
+    """Import each package; yield its version, the lowest version required, and the error if the import fails."""
     required = _required()
     for package, module in _MODULES.items():
-        yield {"package": package, "begun": True}  # a crash is then known to be this one's
-        found: dict[str, Any] = {"package": package, "required": required.get(package), "version": None, "error": None}
+        yield {"package": package, "begun": True}  # identifies the package if the import crashes
+        result: dict[str, Any] = {"package": package, "required": required.get(package), "version": None, "error": None}
         try:
-            found["version"] = importlib.metadata.version(package)
+            result["version"] = importlib.metadata.version(package)
             importlib.import_module(module)
             if module == "torch":
                 _choose_accelerator()
         except Exception as error:  # an import runs a library's own code, which may raise anything
-            found["error"] = f"{type(error).__name__}: {one_line(error, 300)}"
-        yield found
+            result["error"] = f"{type(error).__name__}: {one_line(error, 300)}"
+        yield result
 
 
 def devices() -> Iterator[dict[str, Any]]:
-    """What torch computes on: its GPUs, each after adding up ones, and NCCL."""
+    """Yield torch's devices: each GPU, tested by adding up ones, and NCCL."""
     import torch
     import torch.distributed as dist
 
-    found: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": [], "nccl": None, "available": False}
-    found["available"] = torch.cuda.is_available()
+    result: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": [], "nccl": None, "available": False}
+    result["available"] = torch.cuda.is_available()
     if torch.version.cuda and dist.is_nccl_available():
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    for number in range(torch.cuda.device_count() if found["available"] else 0):
+        result["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    for number in range(torch.cuda.device_count() if result["available"] else 0):
         properties = torch.cuda.get_device_properties(number)
         gpu = {
             "name": properties.name, "memory_bytes": properties.total_memory,
@@ -62,12 +62,12 @@ def devices() -> Iterator[dict[str, Any]]:
             gpu["error"] = None if total == 1024 else f"adds 1024 ones to {total}"
         except RuntimeError as error:
             gpu["error"] = one_line(error, 300)
-        found["gpus"].append(gpu)
-    yield found
+        result["gpus"].append(gpu)
+    yield result
 
 
 def decoder() -> Iterator[dict[str, Any]]:
-    """Encode and decode a second of picture and sound in the formats of shards."""
+    """Encode and decode a second of video and audio in the formats of shards."""
     import io
 
     import av
@@ -88,31 +88,31 @@ def decoder() -> Iterator[dict[str, Any]]:
         decoded = [frame.to_ndarray(format="gray").mean() for frame in video.decode(video=0)]
     close = len(decoded) == 10 and bool(np.allclose(_expanded(decoded), shades, atol=12))
     samples = (1000 * np.sin(np.arange(16_000) / 20)).astype(np.int16)
-    with av.open(io.BytesIO(encode_flac(samples)), "r") as sound:
-        heard = np.concatenate([frame.to_ndarray()[0] for frame in sound.decode(audio=0)])
+    with av.open(io.BytesIO(encode_flac(samples)), "r") as audio:
+        decoded_samples = np.concatenate([frame.to_ndarray()[0] for frame in audio.decode(audio=0)])
     yield {
-        "ffmpeg": av.ffmpeg_version_info, "H.264": close, "FLAC": bool(np.array_equal(heard, samples)),
+        "ffmpeg": av.ffmpeg_version_info, "H.264": close, "FLAC": bool(np.array_equal(decoded_samples, samples)),
         "frames": len(decoded),
     }  # fmt: skip
 
 
 def _expanded(gray: list[float]) -> list[float]:
-    """Gray of the full range back to the limited one that was encoded."""
+    """Convert gray values of the full range back to the limited range that was encoded."""
     return [16 + value * 219 / 255 for value in gray]
 
 
 def _required() -> dict[str, str]:
-    """Lowest version of each package that this one asks for."""
+    """Return the lowest required version of each package."""
     try:
-        wanted = importlib.metadata.requires("karmma-dist") or []
+        requirements = importlib.metadata.requires("karmma-dist") or []
     except importlib.metadata.PackageNotFoundError:
-        return {}  # run from a checkout that is not installed
-    found = (re.match(r"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?\s*>=\s*([0-9.]+)", line) for line in wanted)
-    return {match[1].lower(): match[2] for match in found if match}
+        return {}  # a checkout that is not installed
+    matches = (re.match(r"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?\s*>=\s*([0-9.]+)", line) for line in requirements)
+    return {match[1].lower(): match[2] for match in matches if match}
 
 
 def _choose_accelerator() -> None:
-    """As `training.engine`: without a GPU DeepSpeed must be told so before its import."""
+    """Tell DeepSpeed before its import if no GPU is available, as `training.engine` does."""
     import torch
 
     if not torch.cuda.is_available():
@@ -121,11 +121,11 @@ def _choose_accelerator() -> None:
 
 def main() -> None:
     """Run the probe that the command line names."""
-    answers = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     probe = {"packages": packages, "devices": devices, "decoder": decoder}[sys.argv[1]]
-    for found in probe():
-        print(json.dumps(found), file=answers, flush=True)
+    for result in probe():
+        print(json.dumps(result), file=output, flush=True)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,14 @@ if TYPE_CHECKING:
     from karmma_dist.modalities.pictures import CutPictures
 
 
+_MUXER = {"fflags": "+bitexact", "metadata_header_padding": "0"}
+"""Options of the muxer. By default FFmpeg reserves 8 kB for tags in each file."""
+
+
 def encode_flac(samples: np.ndarray) -> bytes:
     """Encode samples, int16 (N,), mono at 16 kHz, as FLAC."""
     file = io.BytesIO()
-    with av.open(file, "w", format="flac", options={"fflags": "+bitexact"}) as container:
+    with av.open(file, "w", format="flac", options=_MUXER) as container:
         stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono", format="s16")
         frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
         frame.sample_rate = SAMPLE_RATE
@@ -51,13 +55,25 @@ than the shortest usual packet (20 ms of Opus), so that lost packets do not add 
 containers to milliseconds."""
 
 
-class Sound:
-    """A recording's audio as mono int16 at 16 kHz, on the recording's clock."""
+_LONGEST_GAP_S = 3600.0
+"""Longest gap in seconds; a longer one is an error of the clock."""
 
-    def __init__(self, declared_end_s: float | None) -> None:
+_MOST_MIXED_CHANNELS = 8
+"""Largest number of channels that FFmpeg mixes."""
+
+
+class Sound:
+    """A recording's audio as mono int16 at 16 kHz, on the recording's clock.
+
+    Args:
+        longest_gap_s: Longest gap in seconds that is filled with silence; a longer one is damage.
+    """
+
+    def __init__(self, longest_gap_s: float = CUT_TOLERANCE_S) -> None:
         self.damage = Stretches()
+        self._longest_gap_s = longest_gap_s
         self.samples = np.zeros(0, np.int16)
-        self._declared_end_s = declared_end_s
+        self._start_s = 0.0
         self._chunks: list[np.ndarray] = []
         self._length = 0
         self._overlap = 0
@@ -66,8 +82,16 @@ class Sound:
         self._expected_s = 0.0
         """Expected start of the next frame, counted in samples: from the last timestamp alone, gaps would add up."""
 
-    def add(self, frame: av.AudioFrame, time_s: float) -> None:
-        """Append a decoded frame that starts at `time_s`."""
+    def add(self, frame: av.AudioFrame, time_s: float) -> bool:
+        """Append a decoded frame that starts at `time_s`.
+
+        Returns:
+            False if the frame and all later ones cannot be placed because the clock jumps.
+        """
+        if not self._is_continued_at(time_s, frame.samples / frame.sample_rate):
+            return False
+        if frame.layout.nb_channels > _MOST_MIXED_CHANNELS:
+            frame = mean_of_channels(frame)
         layout = (frame.format.name, frame.layout.name, frame.sample_rate)
         if layout != self._layout or abs(time_s - self._expected_s) > _GAP_S:
             self._flush()
@@ -83,15 +107,32 @@ class Sound:
         for part in self._resampler.resample(frame):
             self._append(part.to_ndarray().reshape(-1))
         self._expected_s += frame.samples / frame.sample_rate
+        return True
+
+    def _is_continued_at(self, time_s: float, frame_s: float) -> bool:
+        """Record a gap or jump before a frame; return False if later frames cannot be placed."""
+        if not self._layout:
+            self._start_s = time_s
+        late_s = time_s - self._expected_s
+        longest_s = self._longest_gap_s if self._longest_gap_s <= _GAP_S else self._longest_gap_s + 2 * frame_s
+        if -CUT_TOLERANCE_S <= late_s <= longest_s:  # packets are lost whole
+            return True
+        if self._layout and late_s < 0:
+            self.damage.end_all(self._expected_s, f"the clock jumps back to {time_s:.2f} s")
+        elif late_s > _LONGEST_GAP_S:
+            self.damage.start(self._expected_s, f"the clock jumps to {time_s:.0f} s")
+        elif self._layout:
+            self.damage.spans.append((self._expected_s, time_s, f"no sound until {time_s:.2f} s"))
+            return True
+        else:
+            return True
+        return False
 
     def finish(self) -> None:
-        """Join the samples after the last frame, and record a missing end as damage."""
+        """Join the samples after the last frame."""
         self._flush()
         self.samples = np.concatenate(self._chunks) if self._chunks else self.samples
         self._chunks = []
-        end_s, declared = self.end_s, self._declared_end_s
-        if declared is not None and end_s < declared - CUT_TOLERANCE_S:
-            self.damage.start(end_s, f"ends at {end_s:.2f} of {declared:.2f} s")
 
     @property
     def end_s(self) -> float:
@@ -99,15 +140,17 @@ class Sound:
         return len(self.samples) / SAMPLE_RATE
 
     def cut(self, start_s: float, stop_s: float) -> np.ndarray | None:
-        """Cut the samples of [start_s, stop_s), int16, with silence past the end.
+        """Cut the samples of [start_s, stop_s), int16, with silence before the first and after the last.
 
         Returns:
-            The samples; None if the audio ends before the clip starts.
+            The samples; None if the audio starts after the clip or ends before it.
 
         Raises:
             MediaError: a part of the interval could not be decoded.
         """
         self.damage.check("audio", start_s, stop_s)
+        if self._start_s >= stop_s:
+            return None
         first, num = round(start_s * SAMPLE_RATE), max(round((stop_s - start_s) * SAMPLE_RATE), 1)
         piece = self.samples[first : first + num]
         return np.pad(piece, (0, num - len(piece))) if len(piece) else None
@@ -124,6 +167,21 @@ class Sound:
         samples = samples[dropped:]
         self._chunks.append(samples)
         self._length += len(samples)
+
+
+def mean_of_channels(frame: av.AudioFrame) -> av.AudioFrame:
+    """Return the mean of all channels of a frame, float32 mono, for layouts that FFmpeg cannot mix."""
+    samples: np.ndarray = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, frame.layout.nb_channels).T
+    mean = samples.mean(axis=0, dtype=np.float64)
+    if samples.dtype.kind == "u":
+        mean = mean / 128 - 1
+    elif samples.dtype.kind == "i":
+        mean = mean / 2.0 ** (8 * samples.dtype.itemsize - 1)
+    mixed = av.AudioFrame.from_ndarray(mean.astype(np.float32)[None], format="flt", layout="mono")
+    mixed.sample_rate = frame.sample_rate
+    return mixed
 
 
 _CHUNK_S = 10
@@ -182,7 +240,7 @@ def _read(file: Any, recording: str, rate: int) -> Sound:
         raise _problem(path, recording, f"is {samples.dtype} {samples.shape}, not mono float or int16 samples")
     if (problem := _missing_samples(samples, rate)) is not None:
         raise _problem(path, recording, problem)
-    sound = Sound(None)
+    sound = Sound()
     for start in range(0, samples.size, _CHUNK_S * rate):
         chunk = samples[start : start + _CHUNK_S * rate]
         if chunk.dtype != np.int16:
@@ -229,14 +287,18 @@ def sound_of(video_file: VideoFile) -> Sound | None:
     try:
         if not video_file.has_audio:
             return None
-        sound, end_s = Sound(video_file.audio_end_s()), 0.0
-        for frame, time_s, problem in video_file.audio_frames():
+        sound, end_s = Sound(_GAP_S if video_file.numbers_samples else CUT_TOLERANCE_S), 0.0
+        for frame, time_s, problem in video_file.audio_frames(sound.damage):
             time_s = end_s if time_s is None else time_s
             if frame is None:
                 sound.damage.start(time_s, problem)
                 continue
-            sound.damage.stop(time_s)
-            sound.add(frame, time_s)
+            if frame.is_corrupt:
+                sound.damage.start(time_s, "corrupt frame")
+            else:
+                sound.damage.stop(time_s)
+            if not sound.add(frame, time_s):
+                break
             end_s = time_s + frame.samples / frame.sample_rate
         sound.finish()
         return sound

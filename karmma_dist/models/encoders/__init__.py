@@ -1,1 +1,1 @@
-"""Encoders of one modality each."""
+"""The encoders, each of which takes one modality at a time."""

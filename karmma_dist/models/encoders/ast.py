@@ -12,9 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from karmma_dist.errors import UserError
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
@@ -32,15 +30,15 @@ class AstOptions(Settings):
 
 
 class OverlappingPatches(nn.Module):
-    """Patches of 16 x 16 every 10 rows and columns, projected; stands where timm expects its patch embedding.
+    """Patches of 16 x 16 every 10 rows and columns, projected; it replaces timm's patch embedding.
 
     Args:
         img_size: Mels and steps, each at least 16.
         patch_size: 16.
-        in_chans: Windows.
+        in_chans: Number of windows.
         embed_dim: D.
-        bias: Whether the projection has one.
-        _unused: What timm, depending on its version, also gives its own patch embedding, all at default values here.
+        bias: True if the projection has a bias.
+        _unused: Further arguments that some versions of timm pass to their patch embedding, all at default values.
     """
 
     def __init__(
@@ -58,35 +56,13 @@ class OverlappingPatches(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=_STRIDE, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, windows, mels, steps) -> (N, patches, D), row by row."""
+        """Project (N, windows, mels, steps) to (N, patches, D), row by row."""
         out: Tensor = self.proj(x)
         return out.flatten(2).transpose(1, 2)
 
 
-class _Trunk(VisionTransformerDistilled):
-    """Ends with the tokens after the last norm."""
-
-    recompute = False
-    """Keep no activations inside blocks for the backward pass but compute them again."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(N, windows, mels, steps) -> (N, 2 + patches, D); the masks are timm's and stay at their defaults."""
-        assert attn_mask is None
-        assert not is_causal
-        if not (self.recompute and torch.is_grad_enabled()):
-            tokens: Tensor = self.forward_features(x)
-            return tokens
-        # As timm does it, but always without re-entry: some versions choose the other way, which loses gradients where
-        # nothing before a block is trained.
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        normed: Tensor = self.norm(x)
-        return normed
-
-
 class AudioSpectrogramTransformer(Encoder):
-    """(N, windows, mels, steps) -> the mean of class and distillation token, then one token per patch.
+    """AST: (N, windows, mels, steps) -> the mean of class and distillation token, then one token per patch.
 
     Args:
         num_windows: Input channels.
@@ -104,7 +80,9 @@ class AudioSpectrogramTransformer(Encoder):
                 f"ast_t cuts {_PATCH} x {_PATCH} patches: a spectrogram of {num_mels} mels x {num_steps} steps is too "
                 "small; enlarge inputs.audio"
             )
-        self.trunk = _Trunk(
+        from karmma_dist.models.encoders.ast_trunk import Trunk
+
+        self.trunk = Trunk(
             img_size=(num_mels, num_steps),
             patch_size=_PATCH,
             in_chans=num_windows,
@@ -118,18 +96,21 @@ class AudioSpectrogramTransformer(Encoder):
         self.num_tokens = 1 + self.trunk.patch_embed.num_patches
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, windows, mels, steps) -> (N, T, D)."""
+        """Encode (N, windows, mels, steps) to (N, T, D)."""
         tokens: Tensor = self.trunk(x)  # (N, 2 + patches, D)
         prefix, patches = tokens.split([_NUM_PREFIX, tokens.shape[1] - _NUM_PREFIX], dim=1)
         return torch.cat([prefix.mean(dim=1, keepdim=True), patches], dim=1)
 
     def checkpoint_activations(self) -> None:
-        """Keep only what goes into each block, and compute the rest again in the backward pass."""
+        """Keep only the input of each block, and recompute its activations in the backward pass."""
         self.trunk.recompute = True
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """DeiT-tiny-distilled as timm publishes it, fitted as AST does (its Sec. 2.2): the patch kernel is averaged
-        over the colours and shared by all windows, the position embedding is resized to the patch grid."""
+        """Adapt DeiT-tiny-distilled, as timm publishes it, like AST does (its Sec. 2.2).
+
+        The patch kernel is averaged over the colours and shared by all windows, and the position embedding is resized
+        to the patch grid.
+        """
         kept = {
             key if key.startswith("trunk.") else f"trunk.{key}": tensor
             for key, tensor in state.items()
@@ -138,7 +119,7 @@ class AudioSpectrogramTransformer(Encoder):
         kernel, positions = "trunk.patch_embed.proj.weight", "trunk.pos_embed"
         if kernel in kept and kept[kernel].ndim == 4:
             num_windows = self.trunk.patch_embed.proj.in_channels
-            # Divided by their number, the windows together give what one gray image would have given.
+            # Divided by the number of windows, so that all windows together act like one gray image.
             mean = kept[kernel].mean(dim=1, keepdim=True)
             kept[kernel] = mean.expand(-1, num_windows, -1, -1) * (kept[kernel].shape[1] / num_windows)
         if positions in kept and kept[positions].ndim == 3:
@@ -147,11 +128,11 @@ class AudioSpectrogramTransformer(Encoder):
 
 
 def _resize_positions(positions_1TD: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Interpolate the patches' part of a square position embedding to another grid; the prefix stays as it is."""
+    """Interpolate the patches' part of a square position embedding to another grid; the prefix is unchanged."""
     prefix, patches = positions_1TD[:, :_NUM_PREFIX], positions_1TD[:, _NUM_PREFIX:]
     side = math.isqrt(patches.shape[1])
     if side * side != patches.shape[1]:
-        return positions_1TD  # not of a square image: its shape will be refused with the expected one
+        return positions_1TD  # not from a square image: loading refuses its shape and names the expected one
     square = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=True)
     return torch.cat([prefix, resized.flatten(2).transpose(1, 2)], dim=1)

@@ -1,4 +1,4 @@
-"""An encoder: a clip's tensor of one modality in, tokens out. `table.py` lists them.
+"""The base class of encoders: a clip's tensor of one modality in, tokens out. `table.py` lists the encoders.
 
 Legend: N clips, T tokens, D width.
 """
@@ -19,7 +19,7 @@ from karmma_dist.settings import Settings
 
 
 class Encoder(nn.Module, ABC):
-    """Base of all encoders. A clip's tokens depend on that clip alone, whatever else is in the batch."""
+    """The base of all encoders. A clip's tokens depend on that clip alone, not on the rest of the batch."""
 
     width: int
     """D."""
@@ -28,45 +28,45 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Encode N clips of the shape that `table.input_shape` names; returns (N, T, D)."""
+        """Encode N clips, (N, *table.input_shape), to (N, T, D)."""
 
     def checkpoint_activations(self) -> None:
-        """Keep only what goes into each block, and compute the rest again in the backward pass.
+        """Keep only the input of each block, and recompute its activations in the backward pass.
 
         Raises:
-            UserError: there are no blocks to do so with.
+            UserError: the encoder has no blocks that can be recomputed.
         """
         raise UserError(f"{type(self).__name__} cannot recompute activations: remove activation_checkpointing")
 
-    def moved_rows(self, state: dict[str, Tensor]) -> str:  # noqa: ARG002 - other encoders move none
-        """Return in words which rows of a published table `from_published` gives another meaning; empty: none."""
+    def moved_rows(self, state: dict[str, Tensor]) -> str:  # noqa: ARG002 - most encoders move none
+        """Return a sentence on the rows of published tables that `from_published` moves; empty if it moves none."""
         return ""
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename, resize and drop entries of a published checkpoint so that they are this module's `state_dict`.
+        """Rename, resize and drop entries of a published checkpoint so that they fit this module's `state_dict`.
 
         Raises:
-            UserError: there is no published checkpoint of this architecture.
+            UserError: no checkpoint of this architecture is published.
         """
         first = next(iter(state), "nothing")
         raise UserError(
-            f"{type(self).__name__} has no published weights, and '{first}' is no key of a run's weights: "
+            f"{type(self).__name__} has no published weights, and '{first}' is not a key of a run's weights: "
             "give a run folder"
         )
 
 
 @dataclass(frozen=True)
 class EncoderType:
-    """One line of the encoder table."""
+    """An entry of the encoder table."""
 
     options: type[Settings]
-    """The recipe's `options`, typed."""
+    """Type of the recipe's `options`."""
     arrays: tuple[str, ...]
-    """Kinds of array that it takes, by the modalities' `array`."""
+    """Kinds of array that the encoder accepts, by the `array` of modalities."""
     build: Callable[[str, InputRecipe, Any], Encoder]
-    """Called with the modality, the input sizes and the options."""
+    """Function from modality, input sizes and options to the encoder."""
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Modalities that it takes."""
+        """Modalities that the encoder accepts."""
         return tuple(name for name, modality in MODALITIES.items() if modality.array in self.arrays)

@@ -1,7 +1,7 @@
 """Small convolutional encoders that train from scratch on a CPU: a few hundred clips in a minute or two.
 
 Time is mixed by shifting a quarter of the channels one step forward and a quarter one step back before a 2D
-convolution (temporal shift, arXiv 1811.08383): it costs a copy, where 3D convolutions are slow on a CPU.
+convolution (temporal shift, arXiv 1811.08383): a shift costs one copy, while 3D convolutions are slow on a CPU.
 
 Norms are per clip (group norm), so that a clip's tokens do not depend on the other clips of the batch.
 
@@ -24,7 +24,7 @@ from karmma_dist.settings import Positive, Settings
 
 _EPSILON = 1e-4
 _GRID = 2
-"""Places of a picture that are told apart: 2 x 2."""
+"""Rows and columns of the grid of places that remain after pooling a picture."""
 
 
 class SmallOptions(Settings):
@@ -36,13 +36,13 @@ class SmallOptions(Settings):
     blocks: Positive = 1
     """Residual blocks per stage."""
     steps: Positive = 8
-    """Most time steps that become tokens; more of them tell finer moments apart."""
+    """Largest number of time steps that become tokens; more steps resolve finer moments."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on tokens while training: a few hundred clips are soon learnt by heart."""
+    """Dropout on tokens in training: a few hundred clips are soon memorised."""
 
 
 class _Block(nn.Module):
-    """`x + conv(gelu(norm(x)))`, over frames whose channels are first shifted in time where there are frames."""
+    """A residual block `x + conv(gelu(norm(x)))` that first shifts channels in time if clips have several frames."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Block(nn.Module):
 
 
 class _Trunk(nn.Module):
-    """Three stages at strides 4, 8 and 16; the residual stream itself is never normalised, so magnitudes survive."""
+    """Three stages at strides 4, 8 and 16; the residual stream is never normalised, so magnitudes are preserved."""
 
     def __init__(self, in_channels: int, options: SmallOptions) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class _Trunk(nn.Module):
         self.stages = nn.ModuleList(nn.ModuleList(_Block(width) for _ in range(options.blocks)) for width in widths)
 
     def forward(self, x: Tensor, num_frames: int = 1) -> Tensor:
-        """(N * F, C, H, W) -> (N * F, 4 * width, about H / 16, about W / 16)."""
+        """Map (N * F, C, H, W) to (N * F, 4 * width, about H / 16, about W / 16)."""
         for entry, stage in zip(self.entries, self.stages, strict=True):
             x = entry(x)
             for block in stage:  # type: ignore[attr-defined]
@@ -82,14 +82,14 @@ class _Trunk(nn.Module):
 
 
 def shift_in_time(x: Tensor, num_frames: int) -> Tensor:
-    """Give each frame the first quarter of the channels of the frame before it and the second of the one after.
+    """Shift the first quarter of the channels one frame forward and the second quarter one frame back.
 
     Args:
-        x: (N * num_frames, C, H, W), frames of a clip next to each other.
+        x: (N * num_frames, C, H, W), with the frames of a clip next to each other.
         num_frames: F.
 
     Returns:
-        The same shape; zeros come in at a clip's ends.
+        The same shape, with zeros at a clip's ends.
     """
     quarter = x.shape[1] // 4
     clips = x.unflatten(0, (-1, num_frames))  # (N, F, C, H, W)
@@ -102,16 +102,16 @@ def shift_in_time(x: Tensor, num_frames: int) -> Tensor:
 def standardise(x: Tensor) -> Tensor:
     """Give each channel of each clip mean 0 and variance 1 over frames and pixels: (N, C, F, H, W) -> the same.
 
-    Neighbouring frames differ by little, and flow is mostly near zero: unscaled, motion would be learnt late.
+    Neighbouring frames differ only a little, and flow is mostly near zero: without scaling, motion is learnt late.
     """
-    # A group per channel: one pass, where var_mean over three axes takes a CPU ten times as long.
+    # One group per channel takes one pass; var_mean over three axes takes a CPU ten times as long.
     return F.group_norm(x, x.shape[1], eps=_EPSILON)
 
 
 class SmallVideo(Encoder):
-    """2D convolutions on frames that see their neighbours: (N, 3, F, H, W) -> min(steps, F) tokens along time.
+    """2D convolutions on frames and their neighbours: (N, 3, F, H, W) -> min(steps, F) tokens along time.
 
-    A token is mixed from a 2 x 2 grid of places, so that it knows how parts of the picture move against each other.
+    A token combines a 2 x 2 grid of places, so that it encodes the relative motion of parts of the picture.
 
     Args:
         num_frames: F.
@@ -131,7 +131,7 @@ class SmallVideo(Encoder):
         _init(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, F, H, W) -> (N, T, D)."""
+        """Encode (N, 3, F, H, W) to (N, T, D)."""
         num_frames = x.shape[2]
         motion = F.pad(x.diff(dim=2), (0, 0, 0, 0, 1, 1))  # (N, 3, F + 1, H, W), zeros at the ends
         motion = standardise(motion)
@@ -148,7 +148,7 @@ class SmallVideo(Encoder):
 class SmallAudio(Encoder):
     """2D convolutions on a spectrogram: (N, windows, mels, steps) -> up to `steps` tokens along time.
 
-    Windows are input channels. The last layer keeps the mel axis apart, so that a token knows its pitch.
+    Windows are input channels. The last layer mixes the mel axis with separate weights, so that a token encodes pitch.
 
     Args:
         num_windows: Spectrograms per clip.
@@ -169,7 +169,7 @@ class SmallAudio(Encoder):
         _init(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, windows, mels, steps) -> (N, T, D)."""
+        """Encode (N, windows, mels, steps) to (N, T, D)."""
         h = F.gelu(self.trunk(x))  # (N, D, mels / 16, steps / 16)
         h = F.adaptive_avg_pool1d(h.flatten(1, 2), self.num_tokens)  # (N, D * mels / 16, T)
         tokens = self.mix_mels(h.transpose(1, 2))  # (N, T, D)

@@ -1,8 +1,8 @@
 """STLT: spatial and temporal transformers over detected boxes (arXiv 2111.01936 and its public code).
 
-The boxes of one frame, behind a box for the whole frame, go through the spatial layers; what they make of the whole
-frame, behind position and frame type, goes through the temporal layers, where a frame attends to itself and earlier
-ones. A last, empty frame sees all others. 768 wide, 12 heads, feed-forward 3072, GELU, post-norm.
+The boxes of one frame, preceded by a box around the whole frame, go through the spatial layers. Their output for the
+whole frame, plus position and frame type, goes through the temporal layers, where a frame attends to itself and to
+earlier frames. A last, empty frame attends to all others. Width 768, 12 heads, feed-forward 3072, GELU, post-norm.
 
 Legend: N clips, F frames, O boxes, T tokens, D width.
 """
@@ -23,13 +23,13 @@ from karmma_dist.recipe import InputRecipe
 from karmma_dist.settings import Positive, Settings
 
 _NUM_CATEGORIES, _WHOLE_FRAME = 4, 3
-"""Padding, hand, object, and the box around the whole frame."""
+"""Number of categories (padding, hand, object, whole frame), and the category of the box around the whole frame."""
 _NUM_FRAME_TYPES, _REGULAR, _EMPTY, _LAST = 5, 2, 3, 4
 _EPS = 1e-12
 
 
 class StltOptions(Settings):
-    """Options of stlt. The teacher has 4 + 8 layers [paper: 12], the student 3 + 6 [paper: 9, ours: how they split]."""
+    """Options of stlt. The teacher has 4 + 8 layers [paper: 12], the student 3 + 6 [paper: 9, ours: the split]."""
 
     spatial_layers: Positive = 3
     """Layers over the boxes of one frame."""
@@ -40,7 +40,7 @@ class StltOptions(Settings):
     heads: Positive = 12
     """Attention heads."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Dropout while training, on embeddings, attention weights and layers [Radevski]."""
+    """Dropout in training, on embeddings, attention weights and layers [Radevski]."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> StltOptions:
@@ -50,7 +50,7 @@ class StltOptions(Settings):
 
 
 class Stlt(Encoder):
-    """(N, F, O, 6) boxes -> one token per frame and one for the whole clip.
+    """STLT: boxes (N, F, O, 6) -> one token per frame and one for the whole clip.
 
     Args:
         num_frames: F.
@@ -80,7 +80,10 @@ class Stlt(Encoder):
             self.frame_type.weight[0] = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, F, O, 6): x0 y0 x1 y1 as fractions of the frame, category (0 padding, 1 hand, 2 object), score."""
+        """Encode boxes (N, F, O, 6) to (N, T, D).
+
+        A box is x0 y0 x1 y1 as fractions of the frame, category (0 padding, 1 hand, 2 object), score.
+        """
         boxes = _with_whole_frames(x)  # (N, F + 1, O + 1, 6)
         categories = boxes[..., 4].long()
         types = _frame_types(categories)
@@ -92,7 +95,7 @@ class Stlt(Encoder):
         return self._through(self.temporal, h, earlier)
 
     def checkpoint_activations(self) -> None:
-        """Keep only what goes into each layer, and compute the rest again in the backward pass."""
+        """Keep only the input of each layer, and recompute its activations in the backward pass."""
         self._recompute = True
 
     def _through(self, layers: nn.ModuleList, h: Tensor, attend: Tensor) -> Tensor:
@@ -104,18 +107,18 @@ class Stlt(Encoder):
         return h
 
     def _spatial(self, boxes: Tensor, categories: Tensor) -> Tensor:
-        """(N, F + 1, O + 1, 6) -> (N, F + 1, D): what each frame's boxes say about the whole frame."""
+        """Encode the boxes of each frame, (N, F + 1, O + 1, 6), to one token of the whole frame, (N, F + 1, D)."""
         h = self.category(categories) + self.box(boxes[..., :4]) + self.score(boxes[..., 5:])
         h = self.dropout(self.box_norm(h)).flatten(0, 1)
-        there = (categories > 0).flatten(0, 1)[:, None]  # (N * (F + 1), 1, O + 1)
-        h = self._through(self.spatial, h, there)
+        is_box = (categories > 0).flatten(0, 1)[:, None]  # (N * (F + 1), 1, O + 1)
+        h = self._through(self.spatial, h, is_box)
         return h[:, 0].unflatten(0, boxes.shape[:2])
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename the public code's keys, of the whole model or of its backbone; surplus positions are cut off.
+        """Rename the keys of the public code's whole model or backbone, and cut off surplus positions.
 
-        Action Genome's tables have other rows: pad, cls, objects 2 to 36, person; pad, regular, extract, empty. Theirs
-        move to where ours mean the same [ours]; the frame type "start", which it lacks, keeps its random row.
+        Action Genome's tables have other rows: pad, cls, objects 2 to 36, person; pad, regular, extract, empty. They
+        move to our rows of the same meaning [ours]; the missing frame type "start" keeps its random row.
         """
         kept = _renamed(state)
         if "position.weight" in kept:
@@ -126,7 +129,7 @@ class Stlt(Encoder):
         return kept
 
     def moved_rows(self, state: dict[str, Tensor]) -> str:
-        """Return what `from_published` does with Action Genome's tables; empty for others."""
+        """Return a sentence on Action Genome's tables, whose rows `from_published` moves; empty for others."""
         if not _is_of_action_genome(_renamed(state)):
             return ""
         return (
@@ -135,7 +138,7 @@ class Stlt(Encoder):
         )
 
     def _our_frame_types(self, theirs: Tensor) -> Tensor:
-        """pad, regular, extract, empty -> pad, start, regular, empty, extract."""
+        """Map rows pad, regular, extract, empty to pad, start, regular, empty, extract."""
         ours = self.frame_type.weight.detach().to(theirs).clone()
         ours[0] = 0
         ours[[_REGULAR, _LAST, _EMPTY]] = theirs[[1, 2, 3]]
@@ -143,11 +146,11 @@ class Stlt(Encoder):
 
 
 _AG_CATEGORIES, _AG_FRAME_TYPES = 38, 4
-"""Rows of the tables of a checkpoint pretrained on Action Genome."""
+"""Numbers of rows in the tables of a checkpoint pretrained on Action Genome."""
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the public code's tensors under our keys, without those that ours has no use for."""
+    """Return the public code's tensors under our keys, without those that our model lacks."""
     kept: dict[str, Tensor] = {}
     for published, tensor in state.items():
         key = published.removeprefix("stlt_backbone.").removeprefix("backbone.")
@@ -160,13 +163,13 @@ def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_of_action_genome(state: dict[str, Tensor]) -> bool:
-    """True if the tables of a renamed checkpoint have Action Genome's rows."""
+    """Return True if the tables of a renamed checkpoint have Action Genome's rows."""
     sizes = [len(state[key]) if key in state else 0 for key in ("category.weight", "frame_type.weight")]
     return sizes == [_AG_CATEGORIES, _AG_FRAME_TYPES]
 
 
 def _our_categories(theirs: Tensor) -> Tensor:
-    """pad, cls, objects 2 to 36, person -> pad, hand, object, whole frame."""
+    """Map rows pad, cls, objects 2 to 36, person to pad, hand, object, whole frame."""
     return torch.stack([torch.zeros_like(theirs[0]), theirs[37], theirs[2:37].mean(dim=0), theirs[1]])
 
 
@@ -200,9 +203,9 @@ def _layers(num: int, options: StltOptions) -> nn.ModuleList:
 
 
 def _with_whole_frames(boxes: Tensor) -> Tensor:
-    """Put a box around each frame before its others, and a frame with nothing else at the end.
+    """Prepend a box around the whole frame to each frame's boxes, and append a frame without other boxes.
 
-    With it every frame has a box to attend to.
+    Every frame then has a box to attend to.
     """
     boxes = F.pad(boxes, (0, 0, 0, 0, 0, 1))  # (N, F + 1, O, 6)
     whole = boxes.new_tensor([0, 0, 1, 1, _WHOLE_FRAME, 1]).expand(*boxes.shape[:2], 1, 6)
@@ -210,7 +213,7 @@ def _with_whole_frames(boxes: Tensor) -> Tensor:
 
 
 def _frame_types(categories: Tensor) -> Tensor:
-    """(N, F + 1, O + 1) -> int64 (N, F + 1): whether a frame has boxes; the last is of its own kind."""
+    """Return the type of each frame, int64 (N, F + 1), from categories (N, F + 1, O + 1): regular, empty or last."""
     types = torch.where((categories[:, :, 1:] > 0).any(dim=2), _REGULAR, _EMPTY)
     last = types.new_full((len(types), 1), _LAST)
     return torch.cat([types[:, :-1], last], dim=1)

@@ -1,9 +1,9 @@
-"""Video Swin Transformer (arXiv 2106.13230) on video, on flow, and on spectrogram windows taken as frames.
+"""Video Swin Transformer (arXiv 2106.13230) for video, flow, and spectrogram windows as frames.
 
-Patches of 2 x 4 x 4, windows of 8 x 7 x 7, feed-forward ratio 4. The module's own keys are those of
+Patches of 2 x 4 x 4, windows of 8 x 7 x 7, feed-forward ratio 4. The module's keys are those of
 `torchvision.models.video.swin3d_*` without the head; checkpoints of torchvision and of the Video Swin authors load.
 
-Legend: N clips, F frames, P tokens of a stage, T tokens that come out, D width.
+Legend: N clips, F frames, P tokens of a stage, T output tokens, D width.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class SwinOptions(Settings):
     """Options of swin3d_small; swin3d_t and swin3d_b fix the sizes."""
 
     width: Positive = 48
-    """Channels of the first stage; each later stage has twice those of the one before."""
+    """Channels of the first stage; each later stage has twice as many as the previous one."""
     depths: list[Positive] = [1, 1, 2]
     """Blocks per stage."""
     heads: list[Positive] = [3, 6, 12]
     """Attention heads per stage."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Probability that training skips the last block for a clip; earlier blocks less, in proportion."""
+    """Probability that training skips the last block for a clip; it decreases linearly to 0 at the first block."""
 
     @model_validator(mode="after")
     def _fits(self) -> SwinOptions:
@@ -64,14 +64,14 @@ class PublishedSwinOptions(Settings):
     """Options of swin3d_t and swin3d_b."""
 
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Probability that training skips the last block for a clip; earlier blocks less, in proportion."""
+    """Probability that training skips the last block for a clip; it decreases linearly to 0 at the first block."""
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution whose kernels do not overlap, as one matrix product."""
+    """A convolution with non-overlapping kernels, computed as one matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, F, H, W), padded with zeros to whole patches -> (N, P, D), by time, row, column."""
+        """Project (N, 3, F, H, W), padded with zeros to full patches, to (N, P, D), by time, row, column."""
         edges = [(0, -size % patch) for size, patch in zip(x.shape[:1:-1], _PATCH[::-1], strict=True)]
         x = F.pad(x, [edge for pair in edges for edge in pair])
         for axis in (4, 3, 2):
@@ -81,7 +81,7 @@ class PatchProjection(nn.Conv3d):
 
 
 class PatchEmbedding(nn.Module):
-    """Projection and norm of patches; tokens come out in the order of the first stage's windows.
+    """Projection and norm of patches, with tokens in the order of the first stage's windows.
 
     Args:
         width: D.
@@ -95,17 +95,17 @@ class PatchEmbedding(nn.Module):
         self.order = Rearrangement(np.argsort(home_positions(grid, _WINDOW)[:-1]), math.prod(grid))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, F, H, W) -> (N, P, D)."""
+        """Embed (N, 3, F, H, W) as (N, P, D)."""
         embedded: Tensor = self.norm(self.order(self.proj(x)))
         return embedded
 
 
 class SwinBlock(nn.Module):
-    """Window attention and a two-layer GELU network, whose residual connections training skips for some clips.
+    """Window attention and a two-layer GELU network; training skips either of them for some clips.
 
     Args:
         width: D.
-        num_heads: Attention heads.
+        num_heads: Number of attention heads.
         drop_path: Probability that one of the two is skipped for a clip.
     """
 
@@ -131,20 +131,20 @@ class SwinBlock(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Blocks of one resolution; every second one shifts its windows.
+    """The blocks of one resolution; every second block shifts its windows.
 
     Args:
         blocks: The blocks, whose names in a checkpoint are their numbers.
     """
 
     recompute = False
-    """Keep no activations inside blocks for the backward pass but compute them again."""
+    """True if activations inside blocks are recomputed in the backward pass instead of kept."""
 
     def __init__(self, blocks: Iterable[SwinBlock]) -> None:
         super().__init__(blocks)
 
     def forward(self, x_NPD: Tensor, orders: Sequence[WindowOrder]) -> Tensor:
-        """Return (N, P, D); `orders` are those of plain and of shifted windows."""
+        """Return (N, P, D); `orders` are the orders of plain and of shifted windows."""
         arrangements = [order(x_NPD) for order in orders[: len(self)]]
         x = x_NPD
         for number, block in enumerate(self):
@@ -157,11 +157,11 @@ class Stage(nn.ModuleList):
 
 
 class PatchMerging(nn.Module):
-    """Two by two neighbours become one token of twice the width, in the order of the next stage's windows.
+    """The merging of two by two neighbours to one token of twice the width, in the order of the next stage's windows.
 
     Args:
-        width: D of the tokens that come in.
-        grid: Tokens along time, rows and columns that come in; odd rows and columns are padded with zeros.
+        width: D of the input tokens.
+        grid: Input tokens along time, rows and columns; odd rows and columns are padded with zeros.
     """
 
     def __init__(self, width: int, grid: Size) -> None:
@@ -176,7 +176,7 @@ class PatchMerging(nn.Module):
         self.neighbours = Rearrangement(np.stack(corners, axis=-1)[order].flatten(), math.prod(grid))
 
     def forward(self, x_NPD: Tensor) -> Tensor:
-        """(N, P, D) -> (N, about P / 4, 2 * D)."""
+        """Merge (N, P, D) to (N, about P / 4, 2 * D)."""
         merged: Tensor = self.reduction(self.norm(self.neighbours(x_NPD).view(len(x_NPD), -1, 4 * x_NPD.shape[-1])))
         return merged
 
@@ -184,7 +184,7 @@ class PatchMerging(nn.Module):
 class VideoSwin(Encoder):
     """The backbone up to its final norm; tokens are ordered by time, then row, then column.
 
-    Takes (N, 3, F, side, side) frames of video or flow, or (N, F, mels, steps) spectrogram windows.
+    Inputs are frames of video or flow (N, 3, F, side, side), or spectrogram windows (N, F, mels, steps).
 
     Args:
         options: Sizes.
@@ -217,10 +217,10 @@ class VideoSwin(Encoder):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, F, side, side) frames, or (N, F, mels, steps) spectrogram windows -> (N, T, D).
+        """Encode frames (N, 3, F, side, side), or spectrogram windows (N, F, mels, steps), to (N, T, D).
 
         Raises:
-            ValueError: the frames are not of the size that the encoder was built for.
+            ValueError: the frames do not have the size for which the encoder was built.
         """
         if x.ndim == 4:
             x = self._as_frames(x)
@@ -234,7 +234,7 @@ class VideoSwin(Encoder):
         return normed
 
     def checkpoint_activations(self) -> None:
-        """Keep only what goes into each block, and compute the rest again in the backward pass."""
+        """Keep only the input of each block, and recompute its activations in the backward pass."""
         for layer in self.features:
             if isinstance(layer, Stage):
                 layer.recompute = True
@@ -245,7 +245,7 @@ class VideoSwin(Encoder):
         return frames[:, None].expand(-1, 3, -1, -1, -1)
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Torchvision's keys, or those of the Video Swin authors' checkpoints (`backbone.layers.0.blocks.0...`)."""
+        """Accept torchvision's keys, or rename those of the Video Swin authors (`backbone.layers.0.blocks.0...`)."""
         renamed = {_torchvision_key(key): tensor for key, tensor in state.items()}
         return {key: tensor for key, tensor in renamed.items() if not _is_dropped(key)}
 
@@ -258,8 +258,8 @@ def _torchvision_key(key: str) -> str:
     key = key.removeprefix("backbone.")
     if not key.startswith("layers."):
         return key
-    key = re.sub(r"^layers\.(\d+)\.blocks\.", lambda found: f"features.{2 * int(found[1])}.", key)
-    key = re.sub(r"^layers\.(\d+)\.downsample\.", lambda found: f"features.{2 * int(found[1]) + 1}.", key)
+    key = re.sub(r"^layers\.(\d+)\.blocks\.", lambda match: f"features.{2 * int(match[1])}.", key)
+    key = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"features.{2 * int(match[1]) + 1}.", key)
     return key.replace(".mlp.fc1.", ".mlp.0.").replace(".mlp.fc2.", ".mlp.3.")
 
 

@@ -1,4 +1,4 @@
-"""The table of encoders, and the shape of what each modality gives them.
+"""The table of encoders, and the shape of each modality's input.
 
 A new encoder is one module with an `EncoderType` and one line in `_OWN`, or an entry point `karmma_dist.encoders`
 of another package.
@@ -32,8 +32,8 @@ def build_encoder(modality: str, recipe: EncoderRecipe, inputs: InputRecipe) -> 
     """Build an encoder with random weights (from torch's global generator); `recipe.weights` is not read here.
 
     Raises:
-        UserError: no such encoder, one that does not take this modality, options it does not know, or activation
-            checkpointing where the encoder has none.
+        UserError: the encoder is unknown, does not accept this modality, does not know an option, or does not support
+            activation checkpointing.
     """
     where = f"model.encoders.{modality}"
     kind = ENCODERS.get(recipe.name)
@@ -57,10 +57,10 @@ def build_encoder(modality: str, recipe: EncoderRecipe, inputs: InputRecipe) -> 
 
 
 def input_shape(modality: str, inputs: InputRecipe) -> tuple[int, ...]:
-    """Shape of one clip's tensor, without the batch dimension (see `karmma_dist.modalities.MODALITIES`).
+    """Return the shape of one clip's tensor, without the batch dimension (see `karmma_dist.modalities.MODALITIES`).
 
     Raises:
-        UserError: an unknown modality.
+        UserError: the modality is unknown.
     """
     if modality not in MODALITIES:
         raise UserError(f"unknown modality '{modality}'{nearest(modality, list(MODALITIES))}")

@@ -1,8 +1,8 @@
-"""A video encoder for small crops whose meaning is in how they move, such as a speaker's mouth: seconds on a CPU.
+"""A video encoder for small crops whose motion matters, such as a speaker's mouth: it trains in seconds on a CPU.
 
-One linear layer embeds each frame, standardised per clip, together with its change from the frame before; convolutions
-over time do the rest. Unlike small_video it does not look for the object anywhere in the picture, so it needs far fewer
-clips where the camera holds still.
+One linear layer embeds each frame, standardised per clip, together with its change from the previous frame; then come
+convolutions over time. Unlike small_video it is not translation-invariant in the picture, so it needs far fewer clips
+if the camera does not move.
 
 Legend: N clips, F frames, T tokens, D width.
 """
@@ -30,17 +30,17 @@ class TemporalOptions(Settings):
     width: Annotated[int, Field(gt=0, multiple_of=4)] = 96
     """Channels, and width of the tokens."""
     embedding: Annotated[int, Field(gt=0, multiple_of=4)] = 40
-    """Numbers that one frame is reduced to."""
+    """Length of a frame's embedding."""
     steps: Positive = 25
-    """Most time steps that become tokens."""
+    """Largest number of time steps that become tokens."""
     norm: Literal["group", "instance"] = "group"
-    """Norm over time: four groups of channels, or each channel by itself, which takes a clip's own mean look away."""
+    """Norm over time: four groups of channels, or each channel by itself, which removes a clip's mean appearance."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    """Dropout between convolutions while training."""
+    """Dropout between convolutions in training."""
 
 
 class TemporalVideo(Encoder):
-    """(N, 3, F, H, W) -> min(steps, F) tokens along time.
+    """A linear embedding of each frame and convolutions over time: (N, 3, F, H, W) -> min(steps, F) tokens along time.
 
     Args:
         num_frames: F.
@@ -61,7 +61,7 @@ class TemporalVideo(Encoder):
         nn.init.trunc_normal_(self.position_token, std=INIT_STD)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, F, H, W) -> (N, T, D)."""
+        """Encode (N, 3, F, H, W) to (N, T, D)."""
         change = F.pad(x.diff(dim=2), (0, 0, 0, 0, 1, 0))
         frames = torch.cat([standardise(x), standardise(change)], dim=1).transpose(1, 2).flatten(2)  # (N, F, 6 * H * W)
         h = self.embed_norm(self.embed(frames).transpose(1, 2))  # (N, E, F)

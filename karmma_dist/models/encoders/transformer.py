@@ -1,4 +1,4 @@
-"""One transformer layer, as the fusion block and the box encoder use it.
+"""The transformer layer of the fusion block and of the box encoder.
 
 Legend: B sequences, T tokens, D width, H heads.
 """
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INIT_STD = 0.02
-"""Standard deviation of the truncated normal that learnable tokens start from."""
+"""Standard deviation of the truncated normal that initialises learnable tokens."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return `x` in float32, or in float64 if it is that already."""
+    """Return `x` in float32, or in float64 if it has that dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -40,8 +40,8 @@ class SelfAttention(nn.Module):
 
         Args:
             tokens_BTD: Tokens.
-            attend_BTT: bool, True = this query (row) may attend to this key (column); broadcast over B and rows where
-                their size is 1. Every query needs one key. None: everything attends to everything.
+            attend_BTT: bool, True = this query (row) may attend to this key (column); B and rows of size 1 are
+                broadcast. Every query needs one key. None means that every query attends to every key.
         """
         qkv = self.qkv(tokens_BTD).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, D/H)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D/H) each
@@ -60,9 +60,9 @@ class TransformerLayer(nn.Module):
         width: D.
         num_heads: Attention heads.
         feedforward: Width between the two feed-forward linears.
-        pre_norm: Normalise what goes into each half; otherwise what comes out of each sum.
+        pre_norm: True to normalise the input of each half; otherwise each sum is normalised.
         attention_dropout: Dropout on attention weights.
-        dropout: Dropout on what each half adds, and inside the feed-forward network.
+        dropout: Dropout on the output of each half, and inside the feed-forward network.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens_BTD: Tensor, attend_BTT: Tensor | None = None) -> Tensor:
-        """Return (B, T, D); `attend_BTT` as in `SelfAttention`."""
+        """Return (B, T, D); `attend_BTT` is that of `SelfAttention`."""
         x = tokens_BTD
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.norm1(x), attend_BTT))
@@ -100,9 +100,9 @@ class TransformerLayer(nn.Module):
 
 
 def init_linears(module: nn.Module) -> None:
-    """Linear weights inside `module` Xavier-uniform, biases zero.
+    """Initialise linear weights inside `module` Xavier-uniform and their biases with zero.
 
-    A fixed deviation of 0.02, as is usual for wide transformers, leaves narrow ones (64) unable to start learning.
+    With a fixed deviation of 0.02, usual for wide transformers, narrow ones (64) would not start to learn.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):

@@ -1,8 +1,8 @@
 """Attention inside windows of a video's token grid, plain or shifted by half a window (arXiv 2106.13230, Sec. 3.2).
 
-Tokens of a stage are kept in the order of its plain windows, so that plain windows need no copy at all and shifted
-ones one `index_select` each way; torchvision pads, rolls, partitions and undoes all three in every block. Shifted
-windows are sorted by the mask they need: at most eight kinds, the first of which needs none, instead of one per window.
+Tokens of a stage are kept in the order of its plain windows, so that plain windows need no copy and shifted windows one
+`index_select` in each direction; torchvision pads, rolls, partitions and undoes all three in every block. Shifted
+windows are sorted by their mask: at most eight kinds, the first of which needs no mask, instead of one mask per window.
 
 Legend: N clips, P tokens of a clip, R rows of all windows of all clips (padding included), G kinds of window, L tokens
 of a window, H heads, D width.
@@ -21,36 +21,36 @@ from torch import Tensor, nn
 from karmma_dist.models.encoders.transformer import INIT_STD
 
 Size = tuple[int, int, int]
-"""Time, rows, columns."""
+"""Size along time, rows and columns."""
 
 _HIDDEN = -100.0
-"""Added to the score of tokens that the shift made neighbours, as the authors do."""
+"""Value added to the score of tokens that only the shift made neighbours, as in the authors' code."""
 
 
 class Arrangement(NamedTuple):
-    """How the tokens of N clips lie in one order of windows, and what each kind of window adds to its scores."""
+    """The arrangement of the tokens of N clips in windows, and the mask of each kind of window."""
 
     rows_R: Tensor
-    """int64: the token, of N * P, in each row of the windows; N * P is padding."""
+    """int64: index of the token, of N * P, in each row of the windows; N * P is padding."""
     tokens: Tensor
-    """int64 (N * P,): the row of each token."""
+    """int64 (N * P,): row of each token."""
     lengths: tuple[int, ...]
     """Rows per clip of each kind of window."""
     hidden_GLL: Tensor
-    """0, or -100 where a query (row) is not to attend to a key (column)."""
+    """0, or -100 if a query (row) must not attend to a key (column)."""
     pairs: Tensor
     """int64 (L * L,): place in the bias table of each pair of tokens."""
     in_place: bool
-    """The rows are the tokens, in their order."""
+    """True if the rows are the tokens in their order."""
 
 
 class WindowOrder(nn.Module):
-    """One order of windows over a grid; buffers only, none of them saved.
+    """One order of windows over a grid. It has only buffers, and none is saved.
 
     Args:
         grid: Tokens along each axis.
         window: Size of a full window. It shrinks to the grid, and is not shifted along an axis that it covers.
-        shifted: Whether windows are shifted by half their size.
+        shifted: True if windows are shifted by half their size.
     """
 
     _rows: Tensor
@@ -86,10 +86,10 @@ class WindowOrder(nn.Module):
             self.register_buffer(name, torch.tensor(array, dtype=torch.int64), persistent=False)
 
     def forward(self, like_NPD: Tensor) -> Arrangement:
-        """Arrange as many clips as `like_NPD` has; its dtype is that of the masks.
+        """Arrange as many clips as `like_NPD` has, with masks of its dtype.
 
-        All windows of one kind lie together, those of the first clip first: a mask is then the same for a whole batch
-        of windows, and is never repeated in memory.
+        All windows of one kind are adjacent, those of the first clip first: the whole batch of windows then shares one
+        mask, which is never repeated in memory.
         """
         clips = torch.arange(len(like_NPD), device=like_NPD.device)[:, None]
         absent = len(like_NPD) * self.num_tokens
@@ -106,7 +106,7 @@ class WindowOrder(nn.Module):
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows with a learnt bias per relative position.
 
-    Parameters are those of torchvision's `ShiftedWindowAttention3d`, by name and shape.
+    The parameters have the names and shapes of torchvision's `ShiftedWindowAttention3d`.
 
     Args:
         width: D, a multiple of `num_heads`.
@@ -124,12 +124,12 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=INIT_STD)
 
     def forward(self, x_NPD: Tensor, windows: Arrangement) -> Tensor:
-        """Return (N, P, D); a token attends to those of its window. Padding is attended to, as zeros before `qkv`."""
+        """Return (N, P, D). A token attends to all tokens of its window, padding included (zeros before `qkv`)."""
         x = x_NPD.flatten(0, 1)
         if not windows.in_place:
             x = take_rows(x, windows.rows_R, windows.tokens)
         volume = windows.hidden_GLL.shape[-1]
-        table = self.relative_position_bias_table.t().contiguous()  # (H, offsets): a head's bias is read in one piece
+        table = self.relative_position_bias_table.t().contiguous()  # (H, offsets): a head's bias is contiguous
         bias = table.index_select(1, windows.pairs).view(1, -1, volume, volume)
         qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # (R, 3, H, D/H)
         lengths = [length * len(x_NPD) for length in windows.lengths]
@@ -146,7 +146,7 @@ class WindowAttention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """`softmax(query key^T / sqrt(D/H) + bias) value` with the fused kernel where there is one.
+    """Return `softmax(query key^T / sqrt(D/H) + bias) value`, with the fused kernel if one exists.
 
     Args:
         query: (windows, H, L, D/H), as `key` and `value`.
@@ -155,31 +155,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         bias: (1, H, L, L), of the dtype of `query`.
     """
     if query.is_cpu and bias.requires_grad:
-        # PyTorch's fused CPU kernel has no gradient for the bias; what it falls back to makes more copies than this.
+        # PyTorch's fused CPU kernel has no gradient for the bias, and its fallback makes more copies than this code.
         scores = (query * query.shape[-1] ** -0.5).matmul(key.transpose(-2, -1)).add_(bias)
         return scores.softmax(dim=-1).matmul(value)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
 def take_rows(x_RD: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
-    """`x_RD[rows]`, where no row is taken twice and a row past the end is zeros.
+    """Return `x_RD[rows]`, where no row is taken twice and an index past the end gives zeros.
 
     Args:
         x_RD: Rows.
-        rows: int64, which to take.
-        inverse: int64, for every row of `x_RD` where it went: past the end of the result if nowhere.
+        rows: int64, indices of the rows to take.
+        inverse: int64, index in the result of every row of `x_RD`, past its end if the row is not taken.
     """
     taken: Tensor = _TakeRows.apply(x_RD, rows, inverse)
     return taken
 
 
 class _TakeRows(torch.autograd.Function):
-    """Its gradient is taken by rows too. That of `index_select` adds them one by one, and slowly, as any may recur."""
+    """A selection of rows whose gradient is a selection too. `index_select` adds gradients slowly, row by row."""
 
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(rows, inverse)
-        if len(inverse) < len(rows):  # more rows than there are: padding
+        if len(inverse) < len(rows):  # some rows are padding
             x_RD = F.pad(x_RD, (0, 0, 0, 1))
         return x_RD.index_select(0, rows)
 
@@ -190,10 +190,10 @@ class _TakeRows(torch.autograd.Function):
 
 
 class Rearrangement(nn.Module):
-    """Takes the tokens of every clip in another order; buffers only, none of them saved.
+    """A reordering of the tokens of every clip. It has only buffers, and none is saved.
 
     Args:
-        rows: int64 (R,), which of the tokens to take, each once; -1 makes a token of zeros.
+        rows: int64 (R,), indices of the tokens to take, each once; -1 gives a token of zeros.
         num_tokens: P.
     """
 
@@ -209,7 +209,7 @@ class Rearrangement(nn.Module):
         self.register_buffer("_tokens", torch.tensor(tokens), persistent=False)
 
     def forward(self, x_NPD: Tensor) -> Tensor:
-        """(N, P, D) -> (N, R, D)."""
+        """Reorder (N, P, D) to (N, R, D)."""
         if self._in_place:
             return x_NPD
         clips = torch.arange(len(x_NPD), device=x_NPD.device)[:, None]
@@ -221,7 +221,7 @@ class Rearrangement(nn.Module):
 
 
 def home_positions(grid: Size, window: Size) -> np.ndarray:
-    """int64 (P + 1,): position of each token, numbered by time, row and column, in the order of the plain windows.
+    """Return int64 (P + 1,): position in the order of plain windows of each token, numbered by time, row and column.
 
     The last entry is -1, so that -1 for padding stays -1 when positions are looked up.
     """
@@ -233,15 +233,15 @@ def home_positions(grid: Size, window: Size) -> np.ndarray:
 
 
 def _fit(grid: Size, window: Size, shifted: bool) -> tuple[Size, Size]:
-    """Window and shift on this grid."""
+    """Return window size and shift on this grid."""
     covered = [cells <= size for cells, size in zip(grid, window, strict=True)]
-    fitted = [cells if all_of_it else size for cells, size, all_of_it in zip(grid, window, covered, strict=True)]
-    shift = [0 if all_of_it or not shifted else size // 2 for size, all_of_it in zip(window, covered, strict=True)]
+    fitted = [cells if is_covered else size for cells, size, is_covered in zip(grid, window, covered, strict=True)]
+    shift = [0 if is_covered or not shifted else size // 2 for size, is_covered in zip(window, covered, strict=True)]
     return (fitted[0], fitted[1], fitted[2]), (shift[0], shift[1], shift[2])
 
 
 def _windows(grid: Size, window: Size, shift: Size) -> np.ndarray:
-    """int64 (windows, L): tokens numbered by time, row and column; -1 is padding, behind the end of each axis."""
+    """Return int64 (windows, L): tokens numbered by time, row and column; -1 is padding, at the end of each axis."""
     numbers = np.arange(math.prod(grid), dtype=np.int64).reshape(grid)
     padding = [(0, -cells % size) for cells, size in zip(grid, window, strict=True)]
     numbers = np.pad(numbers, padding, constant_values=-1)
@@ -253,9 +253,9 @@ def _windows(grid: Size, window: Size, shift: Size) -> np.ndarray:
 def _sort_by_kind(
     rows_WL: np.ndarray, grid: Size, window: Size, shift: Size
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Bring windows that need the same mask together; those that need none come first.
+    """Sort windows by their mask; those without a mask come first.
 
-    The last window of a shifted axis holds tokens from both ends of it, which are not to see each other.
+    The last window of a shifted axis holds tokens from both ends of the axis, which must not attend to each other.
 
     Returns:
         The windows in their new order, the kind of each, windows per kind, and (G, L) the region of each token.
@@ -270,15 +270,15 @@ def _sort_by_kind(
 
 
 def _flags(axes: list[np.ndarray]) -> np.ndarray:
-    """One bool array per axis -> int64 per cell of their grid, flattened: bit 4, 2 and 1 for the three axes."""
+    """Combine one bool array per axis to an int64 per grid cell, flattened: bits 4, 2 and 1 for the three axes."""
     time, rows, columns = np.meshgrid(*axes, indexing="ij")
     return (4 * time + 2 * rows + columns).flatten()
 
 
 def _pairs(window: Size, volume: int) -> np.ndarray:
-    """int64 (L * L,): row of the bias table for each query and key of a window.
+    """Return int64 (L * L,): row of the bias table for each query and key of a window.
 
-    A window smaller than the full one takes the pairs of the full one's first L tokens, as published models do.
+    A window smaller than the full one uses the pairs of the full window's first L tokens, as published models do.
     """
     places = np.stack(np.unravel_index(np.arange(volume), window), axis=-1)  # (L, 3)
     offsets = places[:, None] - places[None, :] + np.array(window) - 1

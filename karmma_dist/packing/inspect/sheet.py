@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from karmma_dist.io.files import write_whole
 from karmma_dist.modalities import MODALITIES, DecodeError, Pictures, Sheet
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip, ClipMetadata, DamageError
+from karmma_dist.terminal import harmless
 
 _CAPTION_WIDTH = 36
 _ROW_INCHES, _CAPTION_INCHES, _CELL_INCHES = 1.5, 2.8, 5.6
@@ -57,7 +59,7 @@ def draw_sheet(
         _caption(axes[0], clip, metadata, names)
         for axis, modality in zip(axes[1:], modalities, strict=True):
             _draw_cell(axis, folder, clip, metadata, modality)
-    figure.savefig(out_png, format="png")
+    write_whole(out_png, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def _draw_cell(axis: Axes, folder: ShardFolder, clip: Clip, metadata: ClipMetadata | None, modality: str) -> None:
@@ -89,7 +91,7 @@ def _caption(axis: Axes, clip: Clip, metadata: ClipMetadata | None, names: dict[
             f"{metadata.split}, {span}",
             f"\u201c{metadata.narration}\u201d" if metadata.narration else "",
         ]
-    wrapped = [short for line in lines for short in textwrap.wrap(line, _CAPTION_WIDTH)]
+    wrapped = [short for line in lines for short in textwrap.wrap(harmless(line), _CAPTION_WIDTH)]
     # Dollar signs would start a formula.
     text = "\n".join(wrapped).replace("$", r"\$")
     axis.text(0, 1, clip.key, fontsize=10, va="top", weight="bold", transform=axis.transAxes)

@@ -11,7 +11,7 @@ from karmma_dist.packing.pack import FAILURES, PackSummary
 from karmma_dist.packing.records import UNEXPECTED
 from karmma_dist.packing.verify.problems import Verification
 from karmma_dist.packing.verify.verify import damaged_files
-from karmma_dist.terminal import print_table
+from karmma_dist.terminal import harmless_lines, print_line, print_table
 
 _SHOWN = 10
 
@@ -29,12 +29,12 @@ def print_summary(summary: PackSummary) -> None:
             footer=[f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s"],
         )  # fmt: skip
     else:
-        print(f"{summary.out}: {summary.status} in {summary.seconds:,.1f} s")
+        print_line(f"{summary.out}: {summary.status} in {summary.seconds:,.1f} s")
     for note in summary.notes:
-        print(f"note: {note}")
+        print_line(f"note: {note}")
     if summary.failures:
         stages = Counter(f"{failure.modality}, {failure.stage}" for failure in summary.failures)
-        print(
+        print_line(
             f"{len(summary.failures)} clips failed and were left out ({_counts(stages)}); each is named in "
             f"{summary.out / FAILURES}"
         )
@@ -47,7 +47,7 @@ def print_summary(summary: PackSummary) -> None:
 def print_description(description: dict[str, Any]) -> None:
     """Print the result of `inspect.describe` or `inspect.describe_clip`."""
     if "splits" not in description:
-        print(json.dumps(description, indent=2, ensure_ascii=False))
+        print(harmless_lines(json.dumps(description, indent=2, ensure_ascii=False)))
         return
     headings = ["split", "clips", "shards", "MB", "hours", "modalities of a clip"]
     rows = [
@@ -68,13 +68,13 @@ def print_description(description: dict[str, Any]) -> None:
             for name, num in zip(names, split["label_counts"].get(head) or [], strict=False):
                 counts[name] += num
         common = ", ".join(f"{name} {num:,}" for name, num in counts.most_common(_SHOWN))
-        print(f"{head}: {len(names)} classes: {common}{', ...' if len(names) > _SHOWN else ''}")
+        print_line(f"{head}: {len(names)} classes: {common}{', ...' if len(names) > _SHOWN else ''}")
 
 
 def print_verification(result: Verification) -> None:
     """Print one line per problem, then tables of the splits and of the damaged files."""
     for finding in result.findings:
-        print(finding)
+        print_line(finding)
     if result.splits:
         headings = ["split", "shards", "clips", "MB"]
         rows = [
@@ -87,11 +87,11 @@ def print_verification(result: Verification) -> None:
         rows = [[name, _counts(kinds)] for name, kinds in damaged_files(result.findings).items()]
         print_table(["file", "kinds"], rows, title=f"{len(result.findings)} findings")
     for name in result.repaired:
-        print(f"written again: {name}")
+        print_line(f"written again: {name}")
     for note in result.notes:
-        print(f"note: {note}")
+        print_line(f"note: {note}")
     checked = "every byte" if result.full else "sizes, indexes and headers (--full reads every byte)"
-    print(f"checked: {checked}")
+    print_line(f"checked: {checked}")
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -12,8 +12,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+<<<<<<< HEAD
 import multiprocessing
 import os
+=======
+import re
+>>>>>>> main
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +26,7 @@ from typing import Any
 import av
 import cv2
 
+from karmma_dist import __version__
 from karmma_dist.io.files import write_json
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.recording import Recording, is_of_the_machine
@@ -34,6 +39,7 @@ from karmma_dist.shards.index import ShardIndex, build_index
 
 _UNIT_CLIPS = 32
 """Number of clips that closes a unit: a unit per recording would make too many files of single-clip recordings."""
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +77,15 @@ def units(plan: Plan, spec: PackingSpec) -> list[Unit]:
             groups.append([])
     settings = {name: section.model_dump() for name, section in spec.sections().items()}
     return [
-        Unit(number, f"{number:06d}-{group[0].name}", tuple(group), _digest(group, settings))
+        Unit(number, f"{number:06d}-{_file_name(group[0].name)}", tuple(group), _digest(group, settings))
         for number, group in enumerate(groups)
         if group
     ]
+
+
+def _file_name(recording: str) -> str:
+    """Return a recording's name as part of the name of a file; the unit's number tells units apart."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", recording)[:_LONGEST_NAME]
 
 
 def load_staged(folder: Path, unit: Unit) -> Staged | None:
@@ -174,7 +185,7 @@ def _digest(recordings: Sequence[Recording], settings: dict[str, Any]) -> str:
         rates = {name: file.rate for name, file in recording.media.items()}
         clips = [dataclasses.asdict(clip) for clip in recording.clips]
         described.append([recording.name, recording.nominal_fps, rates, stamps, clips])
-    text = json.dumps([settings, described], sort_keys=True)
+    text = json.dumps([__version__, settings, described], sort_keys=True)  # other versions may cut otherwise
     return hashlib.sha256(text.encode()).hexdigest()
 
 

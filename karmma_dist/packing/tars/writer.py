@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.io.files import sha256_of, write_whole
+from karmma_dist.io.files import sha256_of, whole_file, write_whole
 from karmma_dist.modalities.recording import Recording
 from karmma_dist.packing.records import CutClip
 from karmma_dist.shards.format import index_path, member_name
@@ -41,19 +40,14 @@ def clip_sample(cut: CutClip, recording: Recording, modalities: list[str]) -> di
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Sample]]) -> int:
-    """Write (key, members) pairs as a WebDataset tar: temporary name, fsync, rename; return the number of clips."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """Write (key, members) pairs as a WebDataset tar, whole or not at all; return the number of clips."""
     num = 0
-    with open(temporary, "wb") as file:
-        # The writer of webdataset gives the same bytes, but loads PyTorch: 350 MB in each packing process.
-        with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-            for key, members in samples:
-                for name, data in sorted((member_name(key, modality), data) for modality, data in members.items()):
-                    tar.addfile(_header(name, len(data)), io.BytesIO(data))
-                num += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    # The writer of webdataset gives the same bytes, but loads PyTorch: 350 MB in each packing process.
+    with whole_file(path) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        for key, members in samples:
+            for name, data in sorted((member_name(key, modality), data) for modality, data in members.items()):
+                tar.addfile(_header(name, len(data)), io.BytesIO(data))
+            num += 1
     return num
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints: saved in the background, loaded on any number of ranks."""
+"""Checkpoints: written in the background, loadable on any number of ranks."""

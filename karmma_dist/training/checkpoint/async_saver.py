@@ -1,11 +1,12 @@
-"""Saving while training goes on: a snapshot in memory, a thread per rank that writes it, a name when all are there.
+"""Asynchronous checkpoints: each rank snapshots its state in memory, and a thread writes it while training continues.
 
-    main thread  | snapshot |   steps ...             | every part is there: position.json, rename, `latest`
+    main thread  | snapshot |   steps ...             | every rank has written: position.json, rename, `latest`
     writer       |          | rank-0000R.safetensors, fsync, then rank-0000R.json
 
-The writers meet through the files alone: a collective call from a second thread could run into the training's own. The
-main rank looks for the others' notes after each step. A rank that cannot write (no space) notes that instead; the ranks
-agree on it where they next exchange numbers (`failed`), and end with the same message, the checkpoints before it whole.
+The writers communicate through files only: a collective call from a second thread could interleave with the calls of
+the training itself. After each step the main rank polls for the JSON notes of the other ranks. A rank that cannot write
+(no space left) writes an error into its note. The ranks learn of it when they next exchange metrics (`failed`), and all
+end with the same message; earlier checkpoints stay intact.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from karmma_dist.distributed.collectives import gather
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import write_json, write_whole
+from karmma_dist.io.files import remove, write_json, write_whole
 from karmma_dist.recipe import Recipe
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.checkpoint.checkpoint import checksum, complete, prune
@@ -32,29 +33,29 @@ from karmma_dist.training.engine import Engine
 
 _WRITE_LIMIT_S = 1800.0
 _CLOSE_LIMIT_S = 10.0
-_LOOK_EVERY_S = 0.02
+_POLL_EVERY_S = 0.02
 
 
 @dataclass
 class _Pending:
-    """A save that the ranks have not yet agreed to be whole."""
+    """A save that the ranks have not yet confirmed as complete."""
 
     partial: Path
     final: Path
     about: dict[str, Any]
     writer: threading.Thread
     is_complete: bool = False
-    """It has its name; only the main rank knows."""
+    """True if the folder has its final name; only set on the main rank."""
 
 
-class Saver:
-    """Writes a run's checkpoints.
+class AsyncSaver:
+    """The writer of a run's checkpoints.
 
     Args:
-        recipe: the run.
+        recipe: the run's recipe.
         world: this rank.
-        steps_per_epoch: optimizer steps.
-        data: `checkpoint.data_state`.
+        steps_per_epoch: optimizer steps per epoch.
+        data: what `checkpoint.data_state` returns.
     """
 
     def __init__(self, recipe: Recipe, world: World, steps_per_epoch: int, data: dict[str, Any]) -> None:
@@ -63,24 +64,24 @@ class Saver:
         self._error: str | None = None
         self._lost_s = 0.0
         self.total_s = 0.0
-        """Seconds that training has waited for saving on this rank."""
+        """Total seconds that training has waited for saving on this rank."""
 
     @property
     def failed(self) -> bool:
-        """This rank could not write: `finish` must be called by every rank."""
+        """True if this rank could not write; every rank must then call `finish`."""
         return self._error is not None
 
     def save(self, engine: Engine, done: int, averages: dict[str, list[float]], state: dict[str, Any]) -> None:
-        """Begin to save the training state after `done` optimizer steps. Every rank must call this.
+        """Start saving the training state after `done` optimizer steps. Every rank must call this.
 
         Args:
             engine: the model and its optimizer.
-            done: optimizer steps since the beginning; the folder is named after it.
+            done: optimizer steps since the beginning of the run, which name the folder.
             averages: this rank's running sums.
-            state: what else is to be kept, the same on every rank, as JSON has it.
+            state: further JSON values to save, equal on every rank.
 
         Raises:
-            UserError: this save cannot be begun, or the last one failed.
+            UserError: this save cannot be started, or the last save failed.
         """
         self.finish()
         began = time.perf_counter()
@@ -88,31 +89,31 @@ class Saver:
         final = parent / f"step-{done:08d}"
         partial = parent / f".{final.name}.partial"
         self._agree(_prepare(partial) if self._world.is_main else None, partial)
-        tensors, whole = engine.snapshot()
+        tensors, engine_state = engine.snapshot()
         position = Position(*divmod(done, self._steps_per_epoch))
         about = {
             "epoch": position.epoch, "step": position.step, "world_size": self._world.size,
-            "zero_stage": self._recipe.training.zero_stage, "data": self._data, "engine": whole, "state": state,
+            "zero_stage": self._recipe.training.zero_stage, "data": self._data, "engine": engine_state, "state": state,
         }  # fmt: skip
         writer = threading.Thread(target=self._write, args=(partial, tensors, averages), name="checkpoint writer")
         self._pending = _Pending(partial, final, about, writer)
         writer.start()
-        self._lose(began)
+        self._count_wait(began)
 
-    def look(self) -> None:
-        """Complete the save that is under way where every rank has written. Not collective; cheap."""
+    def poll(self) -> None:
+        """Complete the pending save if every rank has written. Cheap, and not collective."""
         if self._pending is None or self._pending.is_complete or not self._world.is_main or self.failed:
             return
         began = time.perf_counter()
         if all(note is not None and "error" not in note for note in self._notes(self._pending)):
             self._complete(self._pending)
-        self._lose(began)
+        self._count_wait(began)
 
     def finish(self) -> None:
-        """Wait until the save that is under way has its name. Every rank must call this.
+        """Wait until the pending save has its final name. Every rank must call this.
 
         Raises:
-            UserError: it could not be written.
+            UserError: the checkpoint could not be written.
         """
         pending = self._pending
         if pending is None:
@@ -122,20 +123,20 @@ class Saver:
         if not self._await(pending, _WRITE_LIMIT_S):
             self._error = f"not every rank had written its part after {_WRITE_LIMIT_S:.0f} s"
         self._agree(self._error, pending.partial)
-        self.look()
+        self.poll()
         self._agree(self._error, pending.partial)
         self._pending = None
-        self._lose(began)
+        self._count_wait(began)
 
     def close(self) -> None:
-        """Let this rank's writer end, and complete the save if the others' have: for the end by an error."""
+        """Wait for this rank's writer, and complete the save if all ranks have written; for the end of a failed run."""
         if self._pending is not None:
             self._pending.writer.join()
             self._await(self._pending, _CLOSE_LIMIT_S)
-            self.look()
+            self.poll()
 
     def take_seconds(self) -> float:
-        """Seconds that training has waited for saving since the last call."""
+        """Return the seconds that training has waited for saving since the last call."""
         lost, self._lost_s = self._lost_s, 0.0
         return lost
 
@@ -143,33 +144,33 @@ class Saver:
         path = partial / f"rank-{self._world.rank:05d}.safetensors"
         note = path.with_suffix(".json")
         try:
-            write_whole(path, lambda place: save_file(tensors, place))
+            write_whole(path, lambda partial_file: save_file(tensors, partial_file))
             write_json(note, {**checksum(path), "averages": averages})
-        except Exception as error:  # whatever it is, it must reach the main thread, and the others must not wait for it
+        except Exception as error:  # any error must reach the main thread, and no other rank may wait for this one
             self._error = f"{path.name}: {_reason(error)}"
-            path.unlink(missing_ok=True)  # makes room for the note
+            path.unlink(missing_ok=True)  # frees space for the note
             try:
                 write_json(note, {"error": self._error})
             except OSError as second:
                 self._error += f" ({note.name}: {_reason(second)})"
 
     def _notes(self, pending: _Pending) -> list[dict[str, Any] | None]:
-        """What each rank has noted so far."""
+        """Return each rank's note, or None for a rank that has not written yet."""
         return [_read(pending.partial / f"rank-{rank:05d}.json") for rank in range(self._world.size)]
 
     def _is_decided(self, pending: _Pending) -> bool:
-        """Every rank has written, or one cannot; or the save has its name already."""
+        """Return True if every rank has written, one has failed, or the save already has its final name."""
         notes = self._notes(pending)
         failed = self.failed or any(note is not None and "error" in note for note in notes)
         return failed or None not in notes or not pending.partial.exists()
 
     def _await(self, pending: _Pending, limit_s: float) -> bool:
-        """Wait until it is decided; False: it was not in that time."""
+        """Wait until the save is decided; return False if that takes longer than `limit_s`."""
         began = time.perf_counter()
         while not self._is_decided(pending):
             if time.perf_counter() - began > limit_s:
                 return False
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_POLL_EVERY_S)
         return True
 
     def _complete(self, pending: _Pending) -> None:
@@ -188,7 +189,7 @@ class Saver:
         pending.is_complete = True
 
     def _agree(self, error: str | None, partial: Path) -> None:
-        """Raise on every rank where one has an error; the main rank removes what was begun."""
+        """Raise `UserError` on every rank if any rank has an error; the main rank removes the partial folder."""
         errors = gather([error] if error else [])
         if not errors:
             return
@@ -197,20 +198,20 @@ class Saver:
         self._pending = None
         raise UserError(
             f"{partial.with_name(partial.name[1:].removesuffix('.partial'))}: cannot save: {'; '.join(errors)}: "
-            "the checkpoints before it are whole: make room, then run the same command again to go on from there"
+            "earlier checkpoints are intact: free some space, then run the same command again to resume"
         )
 
-    def _lose(self, began: float) -> None:
+    def _count_wait(self, began: float) -> None:
         seconds = time.perf_counter() - began
         self._lost_s += seconds
         self.total_s += seconds
 
 
 def _prepare(partial: Path) -> str | None:
-    """Remove what interrupted saves left and make the folder; returns what went wrong."""
+    """Remove the leftovers of interrupted saves, links included, and make the folder; return the error, if any."""
     try:
-        for left in partial.parent.glob(".step-*.partial"):
-            shutil.rmtree(left)
+        for leftover in partial.parent.glob(".step-*.partial"):
+            remove(leftover)
         partial.mkdir(parents=True)
     except OSError as error:
         return _reason(error)
@@ -218,7 +219,7 @@ def _prepare(partial: Path) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A note, or None while it is not there."""
+    """Return a rank's note, or None if it does not exist yet."""
     try:
         note: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:

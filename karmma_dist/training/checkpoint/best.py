@@ -1,8 +1,8 @@
-"""The weights that did best in validation: kept in best/, beside the run's last ones.
+"""The weights with the best validation score, kept in best/ in addition to the run's latest weights.
 
     runs/NAME/best/
-      weights.safetensors  model.yaml    what eval and a distillation take as they take a run
-      state.json                         the validation that chose them: metric, value, step, epoch, all metrics
+      weights.safetensors  model.yaml    accepted by eval and by distillation like a run folder
+      state.json                         the validation that selected them: metric, value, step, epoch, all metrics
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from karmma_dist.runs.folder import BEST, read_state, write_state
 
 
 class BestWeights:
-    """Keeps the best weights of a run; one rank only may write.
+    """The best weights of a run; only one rank may write them.
 
-    What is best is read from best/ itself, so that the record is of the weights that lie there, whatever checkpoint a
-    run is resumed from: a validation that is repeated is not better than itself and changes nothing.
+    The best score so far is read from best/ itself, so the record always describes the weights stored there, whichever
+    checkpoint a run resumes from. Repeating a validation changes nothing, since a score is not better than itself.
 
     Args:
-        recipe: the run.
+        recipe: the run's recipe.
         classes: class names per head.
-        measured: names of what validation measures; True if less is better.
+        measured: metrics that validation reports, by name; True if lower is better.
 
     Raises:
-        UserError: validation gives no metric of the name `training.best_metric`.
+        UserError: validation does not report the metric `training.best_metric`.
     """
 
     def __init__(self, recipe: Recipe, classes: dict[str, list[str]], measured: Mapping[str, bool]) -> None:
@@ -39,29 +39,29 @@ class BestWeights:
         if self._metric not in measured:
             raise UserError(
                 f"training.best_metric: no metric '{self._metric}'{nearest(self._metric, list(measured))}; "
-                f"validation gives {', '.join(measured)}"
+                f"validation reports {', '.join(measured)}"
             )
         self._lower_is_better = measured[self._metric]
 
     @property
     def folder(self) -> Path:
-        """Where they are."""
+        """Folder of the best weights."""
         return self._recipe.run_dir / BEST
 
     @property
     def record(self) -> dict[str, Any]:
-        """Metric, value, step and epoch of the best validation so far; empty before the first."""
+        """Metric, value, step and epoch of the best validation so far; empty before the first validation."""
         state = read_state(self.folder)
         return {name: state[name] for name in ("metric", "value", "step", "epoch") if name in state}
 
-    def offer(self, model: KarmmaModel, metrics: dict[str, float], step: int, epoch: int) -> bool:
-        """Keep `model`, whole on this rank, if its validation `metrics` are better than any before.
+    def save_if_better(self, model: KarmmaModel, metrics: dict[str, float], step: int, epoch: int) -> bool:
+        """Save `model` if its validation score is the best so far, and return True if it was saved.
 
         Args:
-            model: what was validated.
-            metrics: what validation gave.
+            model: the validated model, with all its parameters on this rank.
+            metrics: its validation metrics.
             step: optimizer steps done.
-            epoch: 0-based epoch it was validated after.
+            epoch: 0-based epoch after which it was validated.
         """
         value, best = metrics.get(self._metric), self.record.get("value")
         if value is None:

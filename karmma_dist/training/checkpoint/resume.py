@@ -1,40 +1,40 @@
-"""A run's folder before training: is it new, another run's, finished, or one to resume?"""
+"""Prepares a run folder before training: it may be new, hold another run, be finished, or be resumed."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from karmma_dist.distributed.collectives import gather
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError, masked
+from karmma_dist.io.files import remove
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
 from karmma_dist.runs.folder import BEST, ENSEMBLE, read_state, write_state
 from karmma_dist.settings import flat, unmarked
-from karmma_dist.training.checkpoint.checkpoint import checkpoints, find_damage, newest_whole, point_to
+from karmma_dist.training.checkpoint.checkpoint import checkpoints, find_damage, newest_undamaged, set_latest
 
 
 def prepare_run_dir(recipe: Recipe, world: World, resume: str, report: Report = silent) -> str:
-    """Make or check the run folder; returns the checkpoint to resume from, "" to start fresh, or "finished".
+    """Make or check the run folder; return the checkpoint to resume from, "" to start afresh, or "finished".
 
-    Every rank must call this; the main rank looks and decides for all.
+    Every rank must call this; the main rank checks the folder and decides for all.
 
     Raises:
-        UserError: the folder holds another run, or what is to be resumed is damaged.
+        UserError: the folder holds another run, or the checkpoint to resume from is damaged.
     """
     try:
-        decided = [_look_and_prepare(recipe, resume, report), ""] if world.is_main else []
+        decision = [_check_and_prepare(recipe, resume, report), ""] if world.is_main else []
     except (OSError, UserError) as error:
-        decided = ["", f"{recipe.run_dir}: {error}" if isinstance(error, OSError) else str(error)]
-    start, complaint = gather(decided)
-    if complaint:
-        raise UserError(complaint)
+        decision = ["", f"{recipe.run_dir}: {error}" if isinstance(error, OSError) else str(error)]
+    start, problem = gather(decision)
+    if problem:
+        raise UserError(problem)
     return str(start)
 
 
-def _look_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
+def _check_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
     run_dir = recipe.run_dir
     saved = read_run_recipe(run_dir) if (run_dir / "recipe.yaml").is_file() else None
     start = ""
@@ -45,28 +45,28 @@ def _look_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
         if finished:
             return "finished"
 
-        def leave_aside(name: str, damage: str) -> None:
-            report(f"{recipe.name}: {name}", 0, 1, f"is damaged and left aside: {damage}")
+        def report_damage(name: str, damage: str) -> None:
+            report(f"{recipe.name}: {name}", 0, 1, f"is damaged and skipped: {damage}")
 
-        start = str(newest_whole(run_dir, leave_aside) or "")
+        start = str(newest_undamaged(run_dir, report_damage) or "")
     elif resume not in ("auto", "never"):
         start = resume
         if damage := find_damage(Path(start)):
-            raise UserError(f"{start}: not a whole checkpoint: {damage}: resume another one, or with --resume auto")
+            raise UserError(f"{start}: not an intact checkpoint: {damage}: resume another one, or use --resume auto")
     if not start:
         names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
-        for left in (run_dir / name for name in names):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        for name in names:
+            remove(run_dir / name)
     run_dir.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run_dir / "recipe.yaml")
     write_state(run_dir, "running")
     if start and Path(start).resolve().parent == (run_dir / "checkpoints").resolve():
-        point_to(Path(start))
+        set_latest(Path(start))
     return start
 
 
 def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
-    """Refuse to go on with a run of another recipe.
+    """Refuse to continue a run with another recipe.
 
     Raises:
         UserError: fields without the mark NOT_LEARNED differ; the first five are named with both values.
@@ -75,7 +75,7 @@ def refuse_other_recipe(saved: Recipe, recipe: Recipe) -> None:
     if differing:
         raise UserError(
             f"{recipe.run_dir}: holds a run of another recipe ({'; '.join(differing[:5])}): "
-            "give this one another name (--set name=...) or start over with --resume never"
+            "give this run another name (--set name=...) or start over with --resume never"
         )
 
 
@@ -83,7 +83,7 @@ def differing_fields(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]
     """Return the fields without the mark NOT_LEARNED that differ, with both values, in alphabetical order."""
     before, now = (
         {
-            key: masked(value) if isinstance(value, str) else value  # a new password or signature is no other run
+            key: masked(value) if isinstance(value, str) else value  # a new password or signature is not a difference
             for key, value in flat(unmarked(recipe, NOT_LEARNED)).items()
         }
         for recipe in (first, second)

@@ -1,16 +1,16 @@
-"""Where each parameter's float32 weight and optimizer state lie on this rank, whatever DeepSpeed made of them.
+"""Location of each parameter's float32 weight and optimizer state on this rank, for every DeepSpeed layout.
 
-    stage 0, fp32         the parameter itself and torch's optimizer; the same on every rank
-    stage 0, bf16, fp16   one float32 copy per parameter; the same on every rank
-    stage 1, 2            one flat tensor per group of parameters, of which this rank holds a part
-    stage 3               flat tensors of this rank's part of every parameter
+    stage 0, fp32         the parameter itself and torch's optimizer; equal on every rank
+    stage 0, bf16, fp16   one float32 copy per parameter; equal on every rank
+    stage 1, 2            one flat tensor per parameter group, of which this rank holds a part
+    stage 3               flat tensors that hold this rank's part of every parameter
 
-A checkpoint is made of such pieces by parameter name and element, so any number of ranks at any stage reads what any
-other wrote, without a conversion in between: each takes the elements it holds out of the pieces there are.
+A checkpoint stores these shards by parameter name and first element. Any number of ranks at any stage can therefore
+read a checkpoint of any other layout without conversion: each rank reads the elements that it holds.
 
     weight     float32
-    step       how many updates the optimizer has made to it; one number
-    others     what the optimizer keeps of the weight's size: AdamW `exp_avg`, `exp_avg_sq`
+    step       the number of optimizer updates of the parameter; one number
+    others     optimizer state of the weight's size: AdamW `exp_avg`, `exp_avg_sq`
     buffer     a module's persistent buffers, in their own dtype and shape
 """
 
@@ -34,8 +34,8 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Elements [start, start + numel) of a flattened parameter are elements [offset, offset + numel) of `flat`."""
+class StateShard:
+    """A range of a flattened parameter: its elements [start, start + numel) are `flat`'s [offset, offset + numel)."""
 
     name: str
     start: int
@@ -43,20 +43,20 @@ class Piece:
     flat: Tensor
     offset: int
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """This piece's elements of `tensor`, which has the size of `flat`: a view."""
+    def view_of(self, tensor: Tensor) -> Tensor:
+        """Return a view of this shard's elements of `tensor`, which has the size of `flat`."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
-class Pieces:
-    """This rank's pieces of a model in training.
+class StateShards:
+    """This rank's shards of a model in training.
 
     Args:
-        module: the model, as DeepSpeed left it.
-        optimizer: what DeepSpeed made of the optimizer.
-        torch_optimizer: torch's optimizer within it.
+        module: the model, as prepared by DeepSpeed.
+        optimizer: DeepSpeed's wrapper of the optimizer.
+        torch_optimizer: the wrapped torch optimizer.
         rank: this rank.
-        num_ranks: all of them.
+        num_ranks: the world size.
     """
 
     def __init__(
@@ -70,51 +70,51 @@ class Pieces:
         scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
         is_dynamic = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
         self._scaler = scaler if is_dynamic else None
-        of_id = {id(parameter): name for name, parameter in self._trained.items()}
+        name_of_id = {id(parameter): name for name, parameter in self._trained.items()}
         self._is_replicated = False
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            self._pieces = list(_of_stage_3(optimizer, self._trained, rank))
+            self._shards = list(_shards_of_stage_3(optimizer, self._trained, rank))
             self._flats = list(optimizer.fp32_partitioned_groups_flat)
         elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-            self._pieces = list(_of_stages_1_and_2(optimizer, of_id))
+            self._shards = list(_shards_of_stages_1_and_2(optimizer, name_of_id))
             self._flats = list(optimizer.single_partition_of_fp32_groups)
         else:
             self._is_replicated = True
-            self._pieces = list(_of_stage_0(optimizer, self._trained, of_id))
-            self._flats = [piece.flat for piece in self._pieces]
+            self._shards = list(_shards_of_stage_0(optimizer, self._trained, name_of_id))
+            self._flats = [shard.flat for shard in self._shards]
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Copies, in host memory, of what this rank has to save; later steps do not change them.
+        """Return copies in host memory of what this rank saves; later steps do not change them.
 
-        Together the ranks' snapshots hold every element once.
+        Together, the snapshots of all ranks hold every element exactly once.
         """
         copies: dict[str, Tensor] = {}
-        for piece in self._own():
-            state = self._state.get(piece.flat, {})
-            tensors = {"weight": piece.flat} | {kind: v for kind, v in state.items() if _is_like(v, piece.flat)}
+        for shard in self._saved_here():
+            state = self._state.get(shard.flat, {})
+            tensors = {"weight": shard.flat} | {kind: v for kind, v in state.items() if _is_like(v, shard.flat)}
             for kind, tensor in tensors.items():
-                copies[_key(kind, piece.start, piece.name)] = _host_copy(piece.of(tensor))
+                copies[_key(kind, shard.start, shard.name)] = _host_copy(shard.view_of(tensor))
             if "step" in state:
-                copies[_key("step", piece.start, piece.name)] = torch.tensor([float(state["step"])])
+                copies[_key("step", shard.start, shard.name)] = torch.tensor([float(state["step"])])
         if self._rank == 0:
             for name, buffer in self._buffers.items():
                 copies[_key("buffer", 0, name)] = _host_copy(buffer.detach())
         return copies
 
     def scalars(self) -> dict[str, float]:
-        """What is one number for the whole model: the state of a loss scale that moves (fp16)."""
+        """Return the state that is one number for the whole model: that of a dynamic loss scale (fp16)."""
         values = {name: getattr(self._scaler, name, None) for name in _SCALER_FIELDS}
         return {name: value for name, value in values.items() if value is not None}
 
-    def restore(self, saved: SavedPieces, scalars: Mapping[str, float]) -> None:
-        """Take weights, optimizer state and buffers from a checkpoint, in place.
+    def restore(self, saved: SavedState, scalars: Mapping[str, float]) -> None:
+        """Load weights, optimizer state and buffers from a checkpoint, in place.
 
         Raises:
-            UserError: it is of another model or another optimizer.
+            UserError: the checkpoint is of another model or another optimizer.
         """
         saved.check(self._trained, self._buffers)
         for flat in self._flats:
-            self._restore_state(flat, [piece for piece in self._pieces if piece.flat is flat], saved)
+            self._restore_state(flat, [shard for shard in self._shards if shard.flat is flat], saved)
         for name, parameter in self._trained.items():
             _restore_parameter(parameter, saved.read("weight", name, 0, _numel(parameter)), self._rank)
         for name, buffer in self._buffers.items():
@@ -123,36 +123,36 @@ class Pieces:
             if hasattr(self._scaler, field):
                 setattr(self._scaler, field, value)
 
-    def _own(self) -> Iterator[Piece]:
-        """What this rank saves: all it holds, or its share where every rank holds everything."""
+    def _saved_here(self) -> Iterator[StateShard]:
+        """Yield what this rank saves: all its shards, or a share of them if every rank holds everything."""
         loads = [0] * self._num_ranks
-        for piece in self._pieces:
+        for shard in self._shards:
             owner = loads.index(min(loads)) if self._is_replicated else self._rank
-            loads[owner] += piece.numel
+            loads[owner] += shard.numel
             if owner == self._rank:
-                yield piece
+                yield shard
 
-    def _restore_state(self, flat: Tensor, pieces: Sequence[Piece], saved: SavedPieces) -> None:
-        steps = [step for piece in pieces if (step := saved.step(piece.name)) is not None]
-        kinds = saved.kinds if steps or not pieces else []
+    def _restore_state(self, flat: Tensor, shards: Sequence[StateShard], saved: SavedState) -> None:
+        steps = [step for shard in shards if (step := saved.step(shard.name)) is not None]
+        kinds = saved.kinds if steps or not shards else []
         state: dict[str, Any] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in kinds}
-        for piece in pieces:
-            piece.of(flat).copy_(saved.read("weight", piece.name, piece.start, piece.numel))
+        for shard in shards:
+            shard.view_of(flat).copy_(saved.read("weight", shard.name, shard.start, shard.numel))
             for kind in kinds:
-                if saved.step(piece.name) is not None:
-                    piece.of(state[kind]).copy_(saved.read(kind, piece.name, piece.start, piece.numel))
+                if saved.step(shard.name) is not None:
+                    shard.view_of(state[kind]).copy_(saved.read(kind, shard.name, shard.start, shard.numel))
         self._state.pop(flat, None)  # type: ignore[attr-defined]
-        if saved.last_step is not None and (steps or not pieces):
+        if saved.last_step is not None and (steps or not shards):
             state["step"] = torch.tensor(max(steps, default=saved.last_step))
         if state:
             self._state[flat] = state  # type: ignore[index]
 
 
-class SavedPieces:
-    """The pieces in a checkpoint's files, by kind, parameter and element; a context manager.
+class SavedState:
+    """The shards in a checkpoint's files, by kind, parameter and first element; a context manager.
 
     Raises:
-        UserError: a file is no safetensors file.
+        UserError: a file is not a safetensors file.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -163,7 +163,7 @@ class SavedPieces:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: not a part of a checkpoint: {error}") from None
-            for key in file.keys():  # noqa: SIM118 (no mapping)
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
                 kind, start, name = key.split(":", 2)
                 numel = torch.Size(file.get_slice(key).get_shape()).numel()
                 self._index.setdefault((kind, name), []).append((int(start), numel, file, key))
@@ -171,7 +171,7 @@ class SavedPieces:
         self.last_step = max(self._steps.values(), default=None)
         self.kinds = sorted({kind for kind, _ in self._index} - {"weight", "step", "buffer"})
 
-    def __enter__(self) -> SavedPieces:
+    def __enter__(self) -> SavedState:
         return self
 
     def __exit__(
@@ -181,43 +181,44 @@ class SavedPieces:
         self._index = {}
 
     def check(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Raise `UserError` where the names or sizes are not those of these parameters and buffers."""
+        """Raise `UserError` unless names and sizes match these parameters and buffers."""
         for kind, expected in (("weight", parameters), ("buffer", buffers)):
-            found = {name: sum(n for _, n, _, _ in parts) for (k, name), parts in self._index.items() if k == kind}
+            saved = {name: sum(n for _, n, _, _ in parts) for (k, name), parts in self._index.items() if k == kind}
             sizes = {name: _numel(tensor) for name, tensor in expected.items()}
-            wrong = sorted(name for name in found.keys() | sizes.keys() if found.get(name) != sizes.get(name))
+            wrong = sorted(name for name in saved.keys() | sizes.keys() if saved.get(name) != sizes.get(name))
             if wrong:
-                shown = ", ".join(f"{name} ({found.get(name, 0)} -> {sizes.get(name, 0)})" for name in wrong[:_SHOWN])
+                shown = ", ".join(f"{name} ({saved.get(name, 0)} -> {sizes.get(name, 0)})" for name in wrong[:_SHOWN])
                 raise UserError(
-                    f"{self._files[0].parent}: saved of another model: {len(wrong)} trained parameters or buffers "
-                    f"differ in size, e.g. {shown}: resume with the recipe beside it, or start over with --resume never"
+                    f"{self._files[0].parent}: saved from another model: {len(wrong)} trained parameters or buffers "
+                    f"differ in size, e.g. {shown}: resume with the recipe in that folder, "
+                    "or start over with --resume never"
                 )
 
     def step(self, name: str) -> float | None:
-        """How many updates a parameter had; None: none, or by an optimizer that does not count."""
+        """Return the number of updates of a parameter; None if it had none or its optimizer does not count them."""
         return self._steps.get(name)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of one kind of a parameter.
+        """Return elements [start, start + numel) of one kind of a parameter's state, as float32.
 
         Raises:
-            UserError: the checkpoint does not hold all of them.
+            UserError: the checkpoint does not hold all these elements.
         """
-        whole, filled = torch.empty(numel, dtype=torch.float32), 0
-        for at, held, file, key in self._index.get((kind, name), []):
-            first, end = max(start, at), min(start + numel, at + held)
+        elements, filled = torch.empty(numel, dtype=torch.float32), 0
+        for shard_start, held, file, key in self._index.get((kind, name), []):
+            first, end = max(start, shard_start), min(start + numel, shard_start + held)
             if first < end:
-                whole[first - start : end - start] = file.get_slice(key)[first - at : end - at]
+                elements[first - start : end - start] = file.get_slice(key)[first - shard_start : end - shard_start]
                 filled += end - first
         if filled != numel:
             raise UserError(
-                f"{self._files[0].parent}: {kind} of {name}: {filled} of {numel} elements are there: "
-                "saved by another optimizer, or by another version: start over with --resume never"
+                f"{self._files[0].parent}: {kind} of {name}: {filled} of {numel} elements found: "
+                "it was saved by another optimizer or another version: start over with --resume never"
             )
-        return whole
+        return elements
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer, whole."""
+        """Return a buffer."""
         ((_, _, file, key),) = self._index[("buffer", name)]
         tensor: Tensor = file.get_tensor(key)
         return tensor
@@ -232,7 +233,7 @@ def _key(kind: str, start: int, name: str) -> str:
 
 
 def _numel(parameter: Tensor) -> int:
-    """Elements of the whole parameter, also where ZeRO-3 left none of it here."""
+    """Return the number of elements of the full parameter, even if ZeRO-3 left none of it on this rank."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -244,41 +245,43 @@ def _host_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _of_stage_0(optimizer: Any, trained: Mapping[str, Tensor], of_id: Mapping[int, str]) -> Iterator[Piece]:
+def _shards_of_stage_0(
+    optimizer: Any, trained: Mapping[str, Tensor], name_of_id: Mapping[int, str]
+) -> Iterator[StateShard]:
     if hasattr(optimizer, "fp32_groups"):
         for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for low, high in zip(lows, highs, strict=True):
-                yield Piece(of_id[id(low)], 0, high.numel(), high, 0)
+                yield StateShard(name_of_id[id(low)], 0, high.numel(), high, 0)
     else:
         assert isinstance(optimizer, torch.optim.Optimizer), type(optimizer)
         for name, parameter in trained.items():
-            yield Piece(name, 0, parameter.numel(), parameter, 0)
+            yield StateShard(name, 0, parameter.numel(), parameter, 0)
 
 
-def _of_stages_1_and_2(optimizer: Any, of_id: Mapping[int, str]) -> Iterator[Piece]:
+def _shards_of_stages_1_and_2(optimizer: Any, name_of_id: Mapping[int, str]) -> Iterator[StateShard]:
     for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
         for parameter in group:
             mapping = parameter._hp_mapping
             if mapping is not None:
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Piece(of_id[id(parameter)], low.start, low.numel, flat, high.start)
+                yield StateShard(name_of_id[id(parameter)], low.start, low.numel, flat, high.start)
 
 
-def _of_stage_3(optimizer: Any, trained: Mapping[str, Any], rank: int) -> Iterator[Piece]:
+def _shards_of_stage_3(optimizer: Any, trained: Mapping[str, Any], rank: int) -> Iterator[StateShard]:
     for name, parameter in trained.items():
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = rank * numel  # parameters are cut in equal parts, the last ones padded or empty
+        start = rank * numel  # each parameter is cut into equal parts, the last ones padded or empty
         held = min(numel, parameter.ds_numel - start)
         if held > 0:
-            yield Piece(name, start, held, optimizer.fp32_partitioned_groups_flat[group], offset)
+            yield StateShard(name, start, held, optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
 def _restore_parameter(parameter: Any, weight: Tensor, rank: int) -> None:
-    """Set what forward passes see, which may be of lower precision than `weight`, flat and whole."""
+    """Copy `weight`, the full flat parameter, into what forward passes use, which may have a lower precision."""
     if hasattr(parameter, "ds_tensor"):
         part = parameter.ds_tensor.data.view(-1)
-        mine = weight[rank * part.numel() : (rank + 1) * part.numel()]
-        part[: mine.numel()].copy_(mine)
+        local = weight[rank * part.numel() : (rank + 1) * part.numel()]
+        part[: local.numel()].copy_(local)
         if parameter.data.numel() != weight.numel():
-            return  # not gathered now
+            return  # the parameter is not gathered at the moment
     parameter.data.copy_(weight.view(parameter.shape))

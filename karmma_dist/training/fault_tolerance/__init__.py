@@ -1,1 +1,1 @@
-"""Preemption, steps that are skipped, clips that are damaged."""
+"""Fault tolerance: preemption, skipped steps, damaged clips."""

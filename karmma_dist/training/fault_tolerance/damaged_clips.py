@@ -1,4 +1,4 @@
-"""Damaged clips that the ranks of a run met: damage.jsonl, and how many are too many."""
+"""Damaged clips of a run: collects them from all ranks in damage.jsonl, and ends the run if they are too many."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.files import append
 from karmma_dist.streaming.batch import Batch
 
 
 class DamageLog:
-    """Damaged clips of all ranks: each is written to damage.jsonl once, and too many end the run on every rank.
+    """The damaged clips of all ranks: each is written to damage.jsonl once, and too many end the run on every rank.
 
-    A rank notes what its batches met; now and then the ranks share their notes (`take`, then `share` what all of them
-    took). So every rank knows every damaged clip, and all stop at the same step.
+    Each rank notes the damage in its batches. From time to time the ranks share their notes: each calls `take`, and
+    then `share` with the notes of all ranks. So every rank knows every damaged clip, and all stop at the same step.
     """
 
     def __init__(self, run_dir: Path, num_clips: int, max_fraction: float, rank: int = 0) -> None:
@@ -28,31 +29,31 @@ class DamageLog:
 
     @property
     def num_noted(self) -> int:
-        """Clips noted and not yet shared."""
+        """Number of clips noted but not yet shared."""
         return len(self._noted)
 
     @property
     def num_damaged(self) -> int:
-        """Different damaged clips that all ranks know of."""
+        """Number of distinct damaged clips known to all ranks."""
         return len(self._known)
 
     def note(self, batch: Batch) -> None:
-        """Note a batch's damage."""
+        """Note the damaged clips of a batch."""
         for damage in batch.damage:
             if damage.key not in self._known:
                 event = {"epoch": batch.epoch, "step": batch.step, "rank": self._rank, **asdict(damage)}
                 self._noted.setdefault(damage.key, event)
 
     def take(self) -> list[dict[str, Any]]:
-        """This rank's notes, which are then no longer its own."""
+        """Return this rank's notes and forget them."""
         events, self._noted = list(self._noted.values()), {}
         return events
 
     def share(self, events: Iterable[dict[str, Any]]) -> None:
-        """Take in the notes of all ranks, equal on every rank; the main rank writes them.
+        """Add the notes of all ranks, which must be equal on every rank; the main rank writes them.
 
         Raises:
-            UserError: more different clips are damaged than the recipe allows.
+            UserError: more clips are damaged than the recipe allows.
         """
         new = self._learn(events)
         if self._rank == 0:
@@ -65,11 +66,11 @@ class DamageLog:
             )
 
     def flush(self) -> None:
-        """Write this rank's notes as they are: the run ends before they can be shared."""
+        """Write this rank's notes without sharing them, because the run ends."""
         self._write(self.take())
 
     def written(self) -> list[dict[str, Any]]:
-        """What damage.jsonl says; a line that a crash cut is left out."""
+        """Return the events in damage.jsonl; a line truncated by a crash is ignored."""
         events = []
         for line in self._path.read_text().splitlines() if self._path.exists() else []:
             with contextlib.suppress(ValueError):
@@ -77,11 +78,11 @@ class DamageLog:
         return events
 
     def remember(self, events: Iterable[dict[str, Any]]) -> None:
-        """Know of clips that were written before this run was resumed."""
+        """Add events that were written before this run was resumed."""
         self._learn(events)
 
     def _learn(self, events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Know of events; returns those that were new."""
+        """Add events, and return the new ones."""
         new = []
         for event in events:
             if event["key"] not in self._known:
@@ -92,5 +93,5 @@ class DamageLog:
     def _write(self, events: Iterable[dict[str, Any]]) -> None:
         text = "".join(json.dumps(event) + "\n" for event in events)
         if text:
-            with open(self._path, "a") as file:
-                file.write(text)
+            with append(self._path) as file:
+                file.write(text.encode())

@@ -1,4 +1,4 @@
-"""Optimizer steps that were skipped because a loss or gradient was not finite: who, on which clips, and how many."""
+"""Skipped optimizer steps: steps whose loss or gradient was not finite, with the ranks and clips that caused it."""
 
 from __future__ import annotations
 
@@ -12,74 +12,75 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """One rank's part of a step that was skipped."""
+class RankStep:
+    """One rank's part of a skipped step."""
 
     rank: int
     loss_is_finite: bool
     clips: list[str]
-    """Keys of its clips; where its loss was not finite, of the forward passes whose was not."""
+    """Keys of its clips; if its loss was not finite, only those of the affected forward passes."""
 
 
-class Skips:
-    """Skipped steps of a run, counted alike on every rank.
+class SkippedSteps:
+    """The skipped steps of a run, counted identically on every rank.
 
     Args:
-        allowed: skipped steps in a row after which the run gives up.
-        gather: the lists of all ranks joined, on every rank.
-        scales_loss: fp16, whose loss scale is found by gradients that overflow: such steps are no fault.
+        allowed: number of consecutive skipped steps at which the run gives up.
+        gather: returns the concatenated lists of all ranks, on every rank.
+        scales_loss: True for fp16, whose dynamic loss scale makes gradients overflow; such steps are not errors.
     """
 
     def __init__(self, allowed: int, gather: Callable[[list[Any]], list[Any]], scales_loss: bool = False) -> None:
         self._allowed, self._gather, self._scales_loss = allowed, gather, scales_loss
         self._in_a_row = 0
         self.num_skipped = 0
-        """Steps skipped for a loss or gradient that was not finite."""
+        """Number of steps skipped because a loss or gradient was not finite."""
         self.num_rescaled = 0
-        """Steps that fp16's loss scale skipped."""
+        """Number of steps that the fp16 loss scale skipped."""
 
-    def applied(self) -> None:
-        """An update was made."""
+    def record_update(self) -> None:
+        """Record that the parameters were updated."""
         self._in_a_row = 0
 
-    def note(self, mine: Suspect) -> dict[str, Any]:
-        """A step was skipped; every rank must call this.
+    def record_skip(self, local: RankStep) -> dict[str, Any]:
+        """Record that a step was skipped. Every rank must call this.
 
         Returns:
-            What to write down: `cause` (loss, gradient or loss_scale) and the suspects, equal on every rank.
+            The event for the log: `cause` (loss, gradient or loss_scale) and `suspects`, equal on every rank.
         """
-        everyone = self._gather([mine])
-        suspects = [one for one in everyone if not one.loss_is_finite]
+        all_ranks = self._gather([local])
+        suspects = [rank_step for rank_step in all_ranks if not rank_step.loss_is_finite]
         if not suspects and self._scales_loss:
             self.num_rescaled += 1
             return {"cause": "loss_scale", "suspects": []}
         self.num_skipped += 1
         self._in_a_row += 1
         cause = "loss" if suspects else "gradient"
-        return {"cause": cause, "suspects": [asdict(one) for one in suspects or everyone]}
+        return {"cause": cause, "suspects": [asdict(rank_step) for rank_step in suspects or all_ranks]}
 
     def give_up_after_too_many(self, event: dict[str, Any]) -> None:
-        """Raise where the last skipped step was one too many.
+        """Give up if too many consecutive steps were skipped.
 
         Raises:
-            UserError: on every rank alike.
+            UserError: the limit is reached; raised on every rank.
         """
         if self._in_a_row >= self._allowed:
             raise UserError(
                 f"{self._in_a_row} optimizer steps in a row were skipped, training.max_skipped_steps allows "
                 f"{self._allowed - 1}: {describe(event)}: lower optimizer.lr, or look at these clips with karmma-dist "
-                "inspect; the last checkpoint is as it was"
+                "inspect; the last checkpoint is unchanged"
             )
 
 
 def describe(event: dict[str, Any]) -> str:
-    """One line of what `Skips.note` returned."""
+    """Return one line that describes an event of `SkippedSteps.record_skip`."""
     if event["cause"] == "loss_scale":
         return "the gradient overflowed at fp16's loss scale, which is now lower"
     parts = []
-    for one in event["suspects"][:_SHOWN]:
-        clips = one["clips"]
+    for suspect in event["suspects"][:_SHOWN]:
+        clips = suspect["clips"]
         more = f" and {len(clips) - _SHOWN} more" if len(clips) > _SHOWN else ""
-        parts.append(f"rank {one['rank']} with {', '.join(clips[:_SHOWN])}{more}")
-    left = len(event["suspects"]) - len(parts)
-    return f"the {event['cause']} is not finite on {'; '.join(parts)}{f'; and {left} more ranks' if left > 0 else ''}"
+        parts.append(f"rank {suspect['rank']} with {', '.join(clips[:_SHOWN])}{more}")
+    num_hidden = len(event["suspects"]) - len(parts)
+    more_ranks = f"; and {num_hidden} more ranks" if num_hidden > 0 else ""
+    return f"the {event['cause']} is not finite on {'; '.join(parts)}{more_ranks}"

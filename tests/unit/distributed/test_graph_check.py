@@ -1,4 +1,4 @@
-"""The order of gradients is read off the graph, and ranks whose graphs differ are named with their parameters."""
+"""The order of gradients is read from the graph, and ranks with differing graphs are named with their parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from karmma_dist.distributed.graph_check import Guard, difference, gradient_order
+from karmma_dist.distributed.graph_check import GraphCheck, difference, gradient_order
 from karmma_dist.errors import UserError
 
 
@@ -25,14 +25,14 @@ class Branches(nn.Module):
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
 
     def forward(self, branches: str = "va") -> Tensor:
-        """Loss with the branches named."""
+        """Return the loss with the named branches."""
         tokens = [self.token]
         if "v" in branches:
             tokens.append(torch.tanh(self.video(torch.ones(3))) * self.token)
         if "a" in branches:
             tokens.append(self.audio(self.frozen(torch.ones(2))))
         tokens = tokens[::-1] if "r" in branches else tokens
-        return sum((self.head(one) for one in tokens), torch.zeros(2)).square().sum()
+        return sum((self.head(token) for token in tokens), torch.zeros(2)).square().sum()
 
 
 def names(model: nn.Module) -> dict[int, str]:
@@ -40,7 +40,7 @@ def names(model: nn.Module) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("branches", ["va", "v", "a", "", "var"])
-def test_the_order_is_the_one_in_which_torch_completes_gradients(branches: str) -> None:
+def test_the_order_is_the_order_in_which_torch_completes_gradients(branches: str) -> None:
     model = Branches()
     seen: list[str] = []
     for name, parameter in model.named_parameters():
@@ -54,22 +54,22 @@ def test_the_order_is_the_one_in_which_torch_completes_gradients(branches: str) 
     assert ("video.weight" in order) == ("v" in branches)
 
 
-def test_a_checkpointed_segment_is_seen_through() -> None:
+def test_the_graph_of_a_checkpointed_segment_is_complete() -> None:
     model = Branches()
     plain = gradient_order(model(), names(model))
-    again = torch.utils.checkpoint.checkpoint(model, "va", use_reentrant=False)
-    assert set(gradient_order(again, names(model))) == set(plain)
+    checkpointed = torch.utils.checkpoint.checkpoint(model, "va", use_reentrant=False)
+    assert set(gradient_order(checkpointed, names(model))) == set(plain)
 
 
 def test_a_difference_names_the_rank_and_the_parameters() -> None:
     assert difference([["a", "b"], ["a", "b"]]) is None
     assert difference([["a", "b"], ["a", "b"], ["a"]]) == "rank 2 leaves out b"
     assert difference([["a"], ["a", "b"]]) == "rank 1 has b, which rank 0 leaves out"
-    assert difference([["a", "b"], ["b", "a"]]) == "rank 1 comes to b where rank 0 comes to a"
+    assert difference([["a", "b"], ["b", "a"]]) == "rank 1 reaches b where rank 0 reaches a"
 
 
 def on_ranks(size: int, work: Callable[[int, dist.Store], None]) -> list[BaseException | None]:
-    """Run `work` on threads that share a store; returns what each raised."""
+    """Run `work` on one thread per rank with a shared store; return the exception of each rank."""
     server = dist.TCPStore("127.0.0.1", 0, None, True)
     raised: list[BaseException | None] = [None] * size
 
@@ -89,14 +89,14 @@ def on_ranks(size: int, work: Callable[[int, dist.Store], None]) -> list[BaseExc
 
 
 @pytest.mark.parametrize("branches", [("va", "va", "va"), ("va", "va", "v")])
-def test_every_rank_is_stopped_with_the_same_line_and_only_if_graphs_differ(branches: tuple[str, ...]) -> None:
+def test_every_rank_stops_with_one_line_if_graphs_differ(branches: tuple[str, ...]) -> None:
     def work(rank: int, store: dist.Store) -> None:
         model = Branches()
-        guard = Guard(model, store, rank, 3, every_steps=10)
-        assert guard.is_due(7)
-        guard.check(model("va"))
-        assert [step for step in range(5, 25) if guard.is_due(step)] == [10, 20]
-        guard.check(model(branches[rank]))
+        check = GraphCheck(model, store, rank, 3, every_steps=10)
+        assert check.is_due(7)
+        check.check(model("va"))
+        assert [step for step in range(5, 25) if check.is_due(step)] == [10, 20]
+        check.check(model(branches[rank]))
 
     raised = on_ranks(3, work)
     if len(set(branches)) == 1:
@@ -104,17 +104,17 @@ def test_every_rank_is_stopped_with_the_same_line_and_only_if_graphs_differ(bran
     else:
         assert {type(error) for error in raised} == {UserError}
         assert len({str(error) for error in raised}) == 1
-        said, _, rest = str(raised[0]).partition(": ")
-        assert said.startswith("rank 2 leaves out ")
-        assert set(said.removeprefix("rank 2 leaves out ").split(", ")) == {"audio.bias", "audio.weight"}
+        problem, _, rest = str(raised[0]).partition(": ")
+        assert problem.startswith("rank 2 leaves out ")
+        assert set(problem.removeprefix("rank 2 leaves out ").split(", ")) == {"audio.bias", "audio.weight"}
         assert "the ranks' graphs differ" in rest
 
 
-def test_under_zero_3_ranks_meet_before_a_module_is_run_that_another_leaves_out() -> None:
+def test_zero_3_ranks_stop_before_a_module_that_another_skips() -> None:
     def work(rank: int, store: dist.Store) -> None:
         model = Branches()
-        guard = Guard(model, store, rank, 2, every_steps=0, gathers=True)
-        with guard.forward():
+        check = GraphCheck(model, store, rank, 2, every_steps=0, gathers=True)
+        with check.forward():
             model("va" if rank == 0 else "a")
 
     raised = on_ranks(2, work)
@@ -122,5 +122,5 @@ def test_under_zero_3_ranks_meet_before_a_module_is_run_that_another_leaves_out(
     assert "rank 1 leaves out video and has frozen" in str(raised[0])
 
 
-def test_a_process_alone_has_nobody_to_compare_with() -> None:
-    assert not Guard(Branches(), dist.HashStore(), 0, 1, every_steps=1).is_due(0)
+def test_a_single_process_is_never_checked() -> None:
+    assert not GraphCheck(Branches(), dist.HashStore(), 0, 1, every_steps=1).is_due(0)

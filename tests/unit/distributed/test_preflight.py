@@ -1,4 +1,4 @@
-"""Preflight names the rank and the node of whatever would end a run: ranks here are threads that share one store."""
+"""Preflight names the rank and node of each problem that would end a run; ranks are threads that share one store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from karmma_dist.distributed.preflight import preflight as module
 from karmma_dist.distributed.preflight.facts import attempt, device_facts, differences
 from karmma_dist.distributed.preflight.preflight import Outcome, preflight, report
-from karmma_dist.distributed.preflight.probes import MeetingFolder, planned_hosts, tasks_per_node
+from karmma_dist.distributed.preflight.probes import SharedFolderProbe, planned_hosts, tasks_per_node
 from karmma_dist.distributed.world import World, free_port
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe
@@ -28,7 +28,7 @@ TIMEOUT_S = 20.0
 
 @pytest.fixture(autouse=True)
 def _no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks in one process cannot both have one; the real all-reduce is tested with real ranks."""
+    """Replace the all-reduce: two ranks in one process cannot both have a process group."""
     monkeypatch.setattr(module, "time_all_reduce", lambda world, _: 1.0 + world.rank)
 
 
@@ -43,7 +43,7 @@ def recipe(shards: Path, runs: Path) -> Recipe:
 
 
 def run_ranks(*chains: list[Recipe] | None, timeout_s: float = TIMEOUT_S) -> list[Outcome]:
-    """Preflight of one rank per chain; a rank whose chain is None does not come."""
+    """Run preflight with one rank per chain; a rank whose chain is None never starts."""
     port = free_port()
     with ThreadPoolExecutor(len(chains)) as pool:
         futures = [
@@ -54,7 +54,7 @@ def run_ranks(*chains: list[Recipe] | None, timeout_s: float = TIMEOUT_S) -> lis
         return [future.result(timeout=HANGS_S) for future in futures]
 
 
-def test_ranks_that_fit_together_are_fit(shards: Path, tmp_path: Path) -> None:
+def test_ranks_without_a_problem_pass(shards: Path, tmp_path: Path) -> None:
     chain = [recipe(shards, tmp_path / "runs")]
     first, *others = run_ranks(chain, chain, chain)
     assert not first.failures
@@ -64,13 +64,13 @@ def test_ranks_that_fit_together_are_fit(shards: Path, tmp_path: Path) -> None:
     assert {facts["shards"][str(shards)] for facts in first.ranks} == {first.ranks[0]["shards"][str(shards)]}
 
 
-def test_nothing_is_left_where_nothing_was(shards: Path, tmp_path: Path) -> None:
+def test_preflight_leaves_no_files_behind(shards: Path, tmp_path: Path) -> None:
     chain = [recipe(shards, tmp_path / "a" / "runs")]
     run_ranks(chain, chain)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_in_the_run_folder_stays(shards: Path, tmp_path: Path) -> None:
+def test_existing_files_in_the_run_folder_stay(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "kitchen" / "student"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text("{}\n")
@@ -79,22 +79,22 @@ def test_what_was_in_the_run_folder_stays(shards: Path, tmp_path: Path) -> None:
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_rank_that_does_not_come_is_named_and_the_others_end() -> None:
+def test_a_rank_that_never_arrives_is_named() -> None:
     first, other = run_ranks([], [], None, timeout_s=6.0)
     assert first.failures[0].startswith("rank 2 (node unknown): did not arrive within 3 s (2 of 3 did)")
     assert len(first.failures) == 1
     assert other.failures
-    assert other.heard
+    assert other.reported
 
 
-def test_without_rank_0_each_rank_says_where_it_looked() -> None:
+def test_without_rank_0_each_rank_names_the_address_it_tried() -> None:
     (outcome,) = run_ranks(None, [], timeout_s=4.0)
     assert "rank 1 (" in outcome.failures[0]
     assert "does not reach rank 0 at 127.0.0.1:" in outcome.failures[0]
-    assert not outcome.heard
+    assert not outcome.reported
 
 
-def test_other_shards_on_one_rank_are_named(shards: Path, tmp_path: Path) -> None:
+def test_a_rank_with_other_shards_is_named(shards: Path, tmp_path: Path) -> None:
     others = tmp_path / "others"
     shutil.copytree(shards, others)
     (others / "manifest.json").write_text((shards / "manifest.json").read_text() + "\n")
@@ -103,15 +103,15 @@ def test_other_shards_on_one_rank_are_named(shards: Path, tmp_path: Path) -> Non
     assert any("rank 2" in line and "manifest" in line for line in first.failures)
 
 
-def test_ranks_whose_run_folder_is_another_one_are_named(shards: Path, tmp_path: Path) -> None:
-    here, there = recipe(shards, tmp_path / "node1"), recipe(shards, tmp_path / "node2")
-    first, _ = run_ranks([here], [there])
+def test_a_rank_with_another_run_folder_is_named(shards: Path, tmp_path: Path) -> None:
+    first_recipe, other_recipe = recipe(shards, tmp_path / "node1"), recipe(shards, tmp_path / "node2")
+    first, _ = run_ranks([first_recipe], [other_recipe])
     (line,) = first.failures
     assert line.startswith("rank 1 (")
     assert "not the same folder on all nodes" in line
 
 
-def test_a_run_folder_that_cannot_be_made_is_named(shards: Path, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_created_is_named(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     chain = [recipe(shards, tmp_path / "file")]
     first, _ = run_ranks(chain, chain)
@@ -120,7 +120,7 @@ def test_a_run_folder_that_cannot_be_made_is_named(shards: Path, tmp_path: Path)
     assert "rank 0" in first.failures[0]
 
 
-def test_shards_that_are_not_there_are_one_line_for_all_ranks(tmp_path: Path) -> None:
+def test_missing_shards_are_one_line_for_all_ranks(tmp_path: Path) -> None:
     chain = [recipe(tmp_path / "none", tmp_path / "runs")]
     first, _ = run_ranks(chain, chain)
     (line,) = first.failures
@@ -128,7 +128,7 @@ def test_shards_that_are_not_there_are_one_line_for_all_ranks(tmp_path: Path) ->
     assert "no such shards folder" in line
 
 
-def test_a_shard_that_is_shorter_than_the_manifest_says_is_named(shards: Path, tmp_path: Path) -> None:
+def test_a_shard_shorter_than_in_the_manifest_is_named(shards: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     shutil.copytree(shards, cut)
     tar = sorted(cut.glob("*.tar"))[0]
@@ -138,7 +138,7 @@ def test_a_shard_that_is_shorter_than_the_manifest_says_is_named(shards: Path, t
     assert f"{tar}: has 1000 bytes" in outcome.failures[0]
 
 
-def test_a_rank_that_hangs_says_at_what(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_hangs_names_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(module, "version_facts", lambda: release.wait(100))
     try:
@@ -163,11 +163,11 @@ def test_a_failed_all_reduce_names_its_rank(monkeypatch: pytest.MonkeyPatch) -> 
     assert line.endswith("all-reduce: RuntimeError: Connection closed by peer")
 
 
-def test_a_clock_that_is_wrong_is_noted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clock_skew_is_noted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = Outcome()
     facts = rank_facts(1) | {"shards": {}}
     outcome.ranks = [facts]
-    main = module._Main.__new__(module._Main)
+    main = module._MainRank.__new__(module._MainRank)
     main.outcome = outcome
     monkeypatch.setattr(main, "_collect", lambda *_: {1: 1090.0})
     main._note_skew(1000.0)
@@ -176,7 +176,7 @@ def test_a_clock_that_is_wrong_is_noted(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def rank_facts(rank: int, host: str | None = None, **more: Any) -> dict[str, Any]:
-    """Facts of a rank on a node with four ranks."""
+    """Return the facts of a rank on a node with four ranks."""
     return {
         "rank": rank, "local_rank": rank % 4, "host": host or f"n{rank // 4 + 1}", "failures": [],
         "device": {"kind": "cuda", "name": "H200", "id": f"GPU-{rank}"}, "versions": {"torch": "2.15.0"},
@@ -184,21 +184,21 @@ def rank_facts(rank: int, host: str | None = None, **more: Any) -> dict[str, Any
     }  # fmt: skip
 
 
-def test_equal_ranks_differ_in_nothing() -> None:
+def test_equal_ranks_have_no_differences() -> None:
     assert differences([rank_facts(rank) for rank in range(8)]) == []
 
 
 def test_a_node_with_another_version_is_one_line() -> None:
     ranks = [rank_facts(rank, versions={"torch": "2.6.0" if rank in (5, 6) else "2.15.0"}) for rank in range(8)]
     assert differences(ranks) == [
-        "rank 5 (n2), rank 6 (n2): has torch 2.6.0, but rank 0 (n1) 2.15.0: install the same on every node"
+        "rank 5 (n2), rank 6 (n2): torch is 2.6.0, but 2.15.0 on rank 0 (n1): install the same version on every node"
     ]
 
 
 def test_a_manifest_that_differs_is_named_with_its_node() -> None:
     ranks = [rank_facts(rank, shards={"/data": ("b" if rank == 7 else "a") * 64}) for rank in range(8)]
     (line,) = differences(ranks)
-    assert line.startswith("rank 7 (n2): has for the manifest of /data bbbb")
+    assert line.startswith("rank 7 (n2): manifest of /data is bbbb")
 
 
 def test_two_ranks_on_one_gpu_are_named() -> None:
@@ -214,7 +214,7 @@ def test_equal_gpu_names_on_two_nodes_are_two_gpus() -> None:
 
 def test_a_rank_without_gpu_among_others_is_named() -> None:
     ranks = [rank_facts(rank) for rank in range(3)] + [rank_facts(3, device={"kind": "cpu", "name": "CPU"})]
-    assert differences(ranks) == ["rank 3 (n1): trains on cpu, but rank 0 (n1) cuda: ask for GPUs"]
+    assert differences(ranks) == ["rank 3 (n1): device is cpu, but cuda on rank 0 (n1): request GPUs"]
 
 
 def test_many_ranks_with_one_failure_are_one_short_line() -> None:
@@ -222,7 +222,7 @@ def test_many_ranks_with_one_failure_are_one_short_line() -> None:
     assert differences(ranks) == ["64 ranks from rank 0 (n1) to rank 63 (n16): no such shards folder"]
 
 
-def test_whatever_a_check_throws_is_a_failure_in_one_line() -> None:
+def test_any_exception_of_a_check_is_one_failure_line() -> None:
     facts: dict[str, Any] = {"failures": []}
 
     def fail() -> None:
@@ -232,7 +232,7 @@ def test_whatever_a_check_throws_is_a_failure_in_one_line() -> None:
     assert facts == {"failures": ["shards: OSError: stale file handle"]}
 
 
-def test_gpus_that_torch_cannot_see_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_torch_cannot_see_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     world = World(0, 0, 1, "127.0.0.1", 1)
     assert device_facts(world, {})["kind"] == "cpu"
@@ -240,7 +240,7 @@ def test_gpus_that_torch_cannot_see_are_said(monkeypatch: pytest.MonkeyPatch) ->
         device_facts(world, {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 
-def test_fewer_gpus_than_local_ranks_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_gpus_than_local_ranks_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match="needs 2 visible GPUs and sees 1"):
@@ -250,7 +250,7 @@ def test_fewer_gpus_than_local_ranks_are_said(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("text", "tasks"), [("", []), ("1", [1]), ("2(x2)", [2, 2]), ("4(x2),1", [4, 4, 1]), ("1,3(x2)", [1, 3, 3])]
 )
-def test_tasks_per_node_are_read_as_slurm_writes_them(text: str, tasks: list[int]) -> None:
+def test_tasks_per_node_are_parsed_in_slurms_format(text: str, tasks: list[int]) -> None:
     assert tasks_per_node(text) == tasks
 
 
@@ -258,7 +258,7 @@ def test_tasks_per_node_are_read_as_slurm_writes_them(text: str, tasks: list[int
     ("distribution", "hosts"),
     [("block", ["n1", "n1", "n2"]), ("cyclic", ["n1", "n2", "n1"]), (None, ["n1", "n1", "n2"])],
 )
-def test_slurm_knows_the_node_of_a_rank_that_never_came(
+def test_slurm_tells_the_node_of_a_rank_that_never_arrived(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distribution: str | None, hosts: list[str]
 ) -> None:
     fake = tmp_path / "scontrol"
@@ -271,14 +271,14 @@ def test_slurm_knows_the_node_of_a_rank_that_never_came(
     assert planned_hosts(environment, 3, {}) == dict(enumerate(hosts))
 
 
-def test_neighbours_tell_the_node_under_torchrun() -> None:
+def test_other_ranks_tell_the_node_under_torchrun() -> None:
     planned = planned_hosts({"LOCAL_WORLD_SIZE": "2"}, 6, {0: "n1", 1: "n1", 2: "n2"})
     assert planned == {0: "n1", 1: "n1", 2: "n2", 3: "n2", 4: "node number 2", 5: "node number 2"}
 
 
-def test_a_file_with_another_meetings_token_is_not_seen(tmp_path: Path) -> None:
-    first, second = MeetingFolder(tmp_path, "a"), MeetingFolder(tmp_path, "a")
-    first.make()
+def test_a_file_with_the_token_of_another_preflight_fails(tmp_path: Path) -> None:
+    first, second = SharedFolderProbe(tmp_path, "a"), SharedFolderProbe(tmp_path, "a")
+    first.create()
     assert second.sees(0)
     (tmp_path / ".preflight-a" / "0").write_text("b 0")
     assert not second.sees(0)
@@ -288,7 +288,7 @@ def test_a_file_with_another_meetings_token_is_not_seen(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_node_has_slurms_name_where_there_is_one() -> None:
-    """Several nodes may share one host name, as containers do."""
+def test_a_node_has_the_name_that_slurm_gave_it() -> None:
+    """Check that Slurm's node name wins: several nodes may share one host name, as containers do."""
     assert node_name({"SLURMD_NODENAME": "n2"}) == "n2"
     assert node_name({}) == socket.gethostname()

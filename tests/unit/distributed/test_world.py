@@ -1,4 +1,4 @@
-"""Which rank am I: every launcher's variables, half of them, and values that cannot be."""
+"""The rank of a process: each launcher's variables, complete and incomplete, and invalid values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLURM = {
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("RANK", "4", "RANK=4: the ranks of WORLD_SIZE=4 are 0 to 3"),
         ("RANK", "-1", "RANK=-1: the ranks of WORLD_SIZE=4"),
@@ -31,13 +31,13 @@ SLURM = {
         ("MASTER_ADDR", " ", "MASTER_ADDR is empty"),
     ],
 )
-def test_a_value_that_cannot_be_is_named(name: str, value: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_an_invalid_torchrun_variable_is_named(name: str, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         find_world({**TORCHRUN, name: value})
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("SLURM_PROCID", "8", "SLURM_PROCID=8: the ranks of SLURM_STEP_NUM_TASKS=8 are 0 to 7"),
         ("SLURM_STEP_NUM_TASKS", "0", "SLURM_STEP_NUM_TASKS=0"),
@@ -46,13 +46,13 @@ def test_a_value_that_cannot_be_is_named(name: str, value: str, said: str) -> No
         ("MASTER_PORT", "99999", "MASTER_PORT=99999: a port is 1 to 65535"),
     ],
 )
-def test_so_is_one_of_slurms(name: str, value: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_an_invalid_slurm_variable_is_named(name: str, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         find_world({**SLURM, name: value})
 
 
 @given(st.integers(1, 2**31 - 1))
-def test_a_port_made_from_a_job_id_is_one(job: int) -> None:
+def test_a_port_derived_from_a_job_id_is_valid(job: int) -> None:
     assert 20_000 <= find_world({**SLURM, "SLURM_JOB_ID": str(job)}).port < 40_000
 
 
@@ -61,15 +61,15 @@ def test_a_batch_script_without_srun_is_one_process() -> None:
     assert find_world(batch).size == 1
 
 
-def test_torchrun_inside_srun_wins() -> None:
+def test_torchrun_variables_override_slurm_variables() -> None:
     assert find_world({**SLURM, **TORCHRUN}) == World(3, 1, 4, "n1", 1234)
 
 
-def test_variables_of_open_mpi_are_not_looked_at() -> None:
+def test_variables_of_open_mpi_are_ignored() -> None:
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "PMI_RANK": "1"}
     assert find_world(mpi).size == 1
     assert find_world({**mpi, **TORCHRUN}).rank == 3
 
 
-def test_a_port_alone_set_in_a_profile_does_not_make_a_job() -> None:
+def test_a_master_port_and_address_alone_mean_one_process() -> None:
     assert find_world({"MASTER_PORT": "29500", "MASTER_ADDR": "n0"}).size == 1

@@ -1,4 +1,4 @@
-"""Masks are a function of (seed, clip, modality), nested in the drop probability, distributed as the paper draws."""
+"""Masks are a function of (seed, clip, modality), nested in the drop probability, and distributed as in the paper."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ subsets = st.lists(st.sampled_from(MODALITIES), min_size=1, unique=True).map(tup
 
 @st.composite
 def clips(draw: st.DrawFn) -> tuple[list[str], torch.Tensor]:
-    """Different keys, and any presence: a clip may have nothing."""
+    """Draw distinct keys and arbitrary presence; a clip may have no modality."""
     keys = draw(st.lists(st.text("abc_0123", min_size=1, max_size=8), min_size=1, max_size=12, unique=True))
     present = draw(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=len(keys), max_size=len(keys)))
     return keys, torch.tensor(present)
@@ -33,7 +33,7 @@ def named(condition: Condition) -> torch.Tensor:
 
 
 @given(clips(), subsets, probabilities, seeds)
-def test_kept_is_present_and_named_and_never_empty_where_anything_could_be_kept(batch, subset, probability, seed):
+def test_kept_modalities_are_present_and_named_and_never_empty(batch, subset, probability, seed):
     keys, present_BM = batch
     condition = Condition(subset, probability, seed)
     keep_BM = keep(condition, keys, present_BM, MODALITIES)
@@ -44,7 +44,7 @@ def test_kept_is_present_and_named_and_never_empty_where_anything_could_be_kept(
 
 
 @given(clips(), subsets, probabilities, seeds, st.randoms())
-def test_a_clips_mask_does_not_depend_on_its_batch_or_place(batch, subset, probability, seed, random):
+def test_a_clips_mask_does_not_depend_on_its_batch(batch, subset, probability, seed, random):
     keys, present_BM = batch
     condition = Condition(subset, probability, seed)
     together_BM = keep(condition, keys, present_BM, MODALITIES)
@@ -56,7 +56,7 @@ def test_a_clips_mask_does_not_depend_on_its_batch_or_place(batch, subset, proba
 
 
 @given(clips(), probabilities, seeds)
-def test_a_clips_mask_does_not_depend_on_which_other_modalities_the_model_has(batch, probability, seed):
+def test_a_clips_mask_does_not_depend_on_the_other_modalities(batch, probability, seed):
     keys, present_BM = batch
     condition = Condition(("video", "audio"), probability, seed)
     wide_BM = keep(condition, keys, present_BM, MODALITIES)
@@ -65,14 +65,14 @@ def test_a_clips_mask_does_not_depend_on_which_other_modalities_the_model_has(ba
 
 
 @given(clips(), subsets, st.tuples(probabilities, probabilities), seeds)
-def test_what_is_dropped_stays_dropped_at_a_higher_probability(batch, subset, pair, seed):
+def test_dropped_modalities_stay_dropped_at_a_higher_probability(batch, subset, pair, seed):
     keys, present_BM = batch
     low_BM, high_BM = (keep(Condition(subset, p, seed), keys, present_BM, MODALITIES) for p in sorted(pair))
     assert not (high_BM & ~low_BM).any()
 
 
 @pytest.mark.parametrize("probability", [0.2, 0.5, 0.9])
-def test_subsets_come_as_often_as_in_the_independent_draw_with_empty_ones_replaced(probability):
+def test_subsets_follow_the_papers_distribution(probability):
     num, names = 20_000, MODALITIES[:3]
     keys = [f"P01_{number}" for number in range(num)]
     keep_BM = keep(Condition(names, probability, 3), keys, torch.ones(num, 3, dtype=torch.bool), names)
@@ -80,8 +80,8 @@ def test_subsets_come_as_often_as_in_the_independent_draw_with_empty_ones_replac
         size = sum(kept)
         expected = probability ** (3 - size) * (1 - probability) ** size if size else 0.0
         expected += probability**3 / 3 if size == 1 else 0.0
-        found = int((keep_BM == torch.tensor(kept)).all(dim=1).sum()) / num
-        assert abs(found - expected) <= 5 * (expected * (1 - expected) / num) ** 0.5
+        actual = int((keep_BM == torch.tensor(kept)).all(dim=1).sum()) / num
+        assert abs(actual - expected) <= 5 * (expected * (1 - expected) / num) ** 0.5
 
 
 def test_seeds_draw_differently():
@@ -91,8 +91,8 @@ def test_seeds_draw_differently():
     assert not torch.equal(first, second)
 
 
-def test_uniform_numbers_are_the_top_53_bits_of_blake2b_for_all_time():
-    """Digests as `printf '0\\0P01_01_0\\0video' | b2sum -l 64` prints them."""
+def test_uniform_numbers_are_the_top_53_bits_of_blake2b():
+    """Compare with the digests that `printf '0\\0P01_01_0\\0video' | b2sum -l 64` prints."""
     assert uniform(0, "P01_01_0", "video") == (0xF466C0CD9C8D4985 >> 11) / 2**53
     assert uniform(7, "P01_01_0", "audio") == (0xBBBE619921E7ADCB >> 11) / 2**53
 
@@ -109,14 +109,14 @@ def test_all_subsets_are_built_once_each_in_the_models_order():
     }  # fmt: skip
 
 
-def test_sweep_takes_every_probability_and_repeats_only_those_that_drop_something():
+def test_a_sweep_repeats_only_probabilities_that_drop_something():
     conditions = build_conditions(MODALITIES, sweep=True, num_seeds=3)
     assert [c.drop_prob for c in conditions if c.seed == 0] == list(DROP_PROBS)
     assert sum(c.drop_prob == 0 for c in conditions) == 1
     assert len(conditions) == 1 + 9 * 3
 
 
-def test_drop_probability_applies_to_every_subset_and_seeds_only_where_something_can_drop():
+def test_drop_probability_applies_to_every_subset():
     conditions = build_conditions(["video", "flow"], subsets=True, drop_prob=0.4, num_seeds=2)
     assert conditions == [
         Condition(("video",), 0.4, 0),
@@ -126,7 +126,7 @@ def test_drop_probability_applies_to_every_subset_and_seeds_only_where_something
     ]
 
 
-def test_subsets_and_sweep_together_hold_no_condition_twice():
+def test_subsets_and_sweep_share_no_condition():
     conditions = build_conditions(MODALITIES[:3], subsets=True, sweep=True, num_seeds=2)
     assert len(conditions) == len(set(conditions)) == 7 + 9 * 2
 
@@ -137,14 +137,14 @@ def test_chosen_modalities_narrow_every_condition_and_take_the_models_order():
     assert max((c.modalities for c in conditions), key=len) == ("video", "audio")
 
 
-def test_settings_without_effect_are_said_aloud(caplog):
+def test_settings_without_effect_cause_a_warning(caplog):
     build_conditions(["video"], drop_prob=0.5, num_seeds=4)
     assert "seeds" in caplog.text
     assert "no effect on a single modality" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: Condition(("video",), 1.5), "1.5"),
         (lambda: Condition(("video",), 0.5, -1), "seed -1"),
@@ -155,7 +155,7 @@ def test_settings_without_effect_are_said_aloud(caplog):
         (lambda: keep(Condition(("audio",)), ["a"], torch.ones(1, 1).bool(), ["video"]), "'audio'"),
     ],
 )
-def test_bad_choices_are_one_line_that_names_them(make, says):
-    with pytest.raises(UserError, match=says) as caught:
+def test_bad_choices_are_one_line_that_names_them(make, message):
+    with pytest.raises(UserError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""One pass with each clip encoded once says exactly what running the model anew under every condition says."""
+"""One pass that encodes each clip once gives the same results as running the model anew under every condition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kits.evaluation import but_for_rounding, flat
 from kits.fusion import CONDITIONS, HEADS, MODALITIES, WIDTH, Fusion, make_batch, make_batches, naive_row, singles
 
 
-def test_encoding_once_gives_exactly_what_running_every_condition_from_the_inputs_gives():
+def test_encoding_once_equals_running_every_condition_anew():
     batches = make_batches()
     results = evaluate(Fusion().eval(), batches, CONDITIONS, device="cpu")
     for condition, row in zip(CONDITIONS, results.rows, strict=True):
@@ -27,7 +27,7 @@ def test_encoding_once_gives_exactly_what_running_every_condition_from_the_input
         assert {name: row.to_dict()[name] for name in expected} == expected
 
 
-def test_every_encoder_sees_every_clip_once_and_fusion_runs_at_most_once_per_different_mask():
+def test_encoders_run_once_and_fusion_once_per_distinct_mask():
     batches, model = make_batches(), Fusion()
     evaluate(model, batches, CONDITIONS, device="cpu")
     num_present = {m: sum(int(b.present_BM[:, c].sum()) for b in batches) for c, m in enumerate(MODALITIES)}
@@ -45,26 +45,26 @@ def test_encoders_of_modalities_that_no_condition_uses_do_not_run():
 @pytest.mark.parametrize("batch_size", [1, 5, 37, 64])
 def test_results_do_not_depend_on_the_batch_size(batch_size):
     expected = evaluate(Fusion(), make_batches(), CONDITIONS, device="cpu").to_dict()
-    found = evaluate(Fusion(), make_batches(batch_size=batch_size), CONDITIONS, device="cpu").to_dict()
-    assert flat(found) == but_for_rounding(expected)
+    actual = evaluate(Fusion(), make_batches(batch_size=batch_size), CONDITIONS, device="cpu").to_dict()
+    assert flat(actual) == but_for_rounding(expected)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_every_rank_gathers_the_rows_of_one(num_ranks):
-    """37 clips in batches of 8, dealt in turn: with 2 and 3 ranks some get a batch of nothing but padding."""
+    """Deal 37 clips in batches of 8 in turn: with 2 and 3 ranks, some ranks get a batch that is all padding."""
     batches = make_batches()
-    whole = evaluate(Fusion(), batches, CONDITIONS, device="cpu")
-    assert whole.summary.num_clips == 37
+    expected = evaluate(Fusion(), batches, CONDITIONS, device="cpu")
+    assert expected.summary.num_clips == 37
     dealt = [*batches, *(make_batch([], 8, HEADS) for _ in range(-len(batches) % num_ranks))]
     sent: list = []
     for rank in range(num_ranks):
         mine = dealt[rank::num_ranks]
-        evaluate(Fusion(), mine, CONDITIONS, device="cpu", gather=lambda own: sent.extend(own) or own)
+        evaluate(Fusion(), mine, CONDITIONS, device="cpu", gather=lambda scores: sent.extend(scores) or scores)
     for order in (1, -1):
-        found = evaluate(
+        actual = evaluate(
             Fusion(), dealt[:1], CONDITIONS, device="cpu", gather=lambda _own, order=order: sent[::order]
         )
-        assert found == whole
+        assert actual == expected
 
 
 def test_a_rank_whose_batch_is_all_padding_adds_nothing():
@@ -74,7 +74,7 @@ def test_a_rank_whose_batch_is_all_padding_adds_nothing():
     assert evaluate(Fusion(), [*batches, empty], CONDITIONS, device="cpu") == expected
 
 
-def test_padding_is_never_counted_even_when_it_looks_like_a_clip():
+def test_padding_is_never_counted_even_if_it_resembles_clips():
     batches = make_batches(num=16)
     batches[1].valid_B[3:] = False
     finished: list[int] = []
@@ -84,7 +84,7 @@ def test_padding_is_never_counted_even_when_it_looks_like_a_clip():
     assert all(row.num_clips + row.num_without == 11 for row in results.rows)
 
 
-def test_clips_without_any_of_the_subset_are_counted_apart():
+def test_clips_without_any_modality_are_counted_separately():
     batches = make_batches()
     present_NM = torch.cat([b.present_BM[b.valid_B] for b in batches])
     results = evaluate(Fusion(), batches, build_conditions(MODALITIES, subsets=True), device="cpu")
@@ -114,7 +114,7 @@ def test_kept_modalities_follow_from_presence_and_drops():
     assert totals[-1] >= rows[-1].num_clips
 
 
-def test_modes_of_all_modules_are_as_before():
+def test_modes_of_all_modules_are_restored():
     model = Fusion().train()
     model.frozen.eval()
     evaluate(model, make_batches(), CONDITIONS[:1], device="cpu")
@@ -126,7 +126,7 @@ def test_modes_of_all_modules_are_as_before():
     assert model.frozen.training
 
 
-def test_nouns_left_out_and_unlabelled_clips_are_counted_and_not_scored():
+def test_dropped_nouns_and_unlabelled_clips_are_counted_not_scored():
     batches = make_batches()
     nouns = torch.cat([b.labels["noun"][b.valid_B] for b in batches])
     batches[0].labels["verb"][0] = -1
@@ -146,7 +146,7 @@ def test_a_single_head_is_the_action_itself():
     assert results.summary.chance_top1["action"] == pytest.approx(100 / 6)
 
 
-def test_what_could_not_be_read_is_counted_and_listed():
+def test_unreadable_clips_are_counted_and_listed():
     batches = make_batches()
     batches[0].damage = [Damage("val-000000.tar", "clip_99", "clip_99.flow.mp4", "crc32 differs")]
     summary = evaluate(Fusion(), batches, CONDITIONS[:1], device="cpu").summary
@@ -170,9 +170,9 @@ def test_summary_averages_over_seeds_subsets_and_probabilities():
 
 
 def test_bad_input_is_one_line_that_names_the_clip():
-    def raises(says: str, batches: list[Batch], **options: object) -> None:
+    def raises(message: str, batches: list[Batch], **options: object) -> None:
         model = options.pop("model", None) or Fusion()
-        with pytest.raises(UserError, match=says) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             evaluate(model, batches, options.pop("conditions", CONDITIONS), device="cpu", **options)
         assert "\n" not in str(caught.value)
 
@@ -202,7 +202,7 @@ def test_bad_input_is_one_line_that_names_the_clip():
     data_seed=st.integers(0, 99),
     batch_size=st.integers(1, 13),
 )
-def test_any_condition_beside_any_others_gives_what_the_naive_way_gives(
+def test_any_set_of_conditions_equals_the_naive_evaluation(
     subset: set[str], drop_prob: float, seed: int, others: list[Condition], data_seed: int, batch_size: int
 ):
     condition = Condition(tuple(m for m in MODALITIES if m in subset), drop_prob, seed)

@@ -24,21 +24,22 @@ clips = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, ma
 
 
 @given(clips, st.frozensets(st.integers(0, 3)), st.frozensets(st.integers(0, 4)), st.frozensets(st.integers(0, 4)))
-def test_an_actions_tail_is_that_of_its_verb_or_its_noun(labels, verbs, nouns, people):
-    groups = Groups({"verb": verbs, "noun": nouns}, frozenset(f"P{one:02d}" for one in people), participant_of)
+def test_an_action_is_tail_if_verb_or_noun_is(labels, verbs, nouns, people):
+    groups = Groups({"verb": verbs, "noun": nouns}, frozenset(f"P{number:02d}" for number in people), participant_of)
     keys = [f"clip_{number}" for number in range(len(labels))]
     of_heads = {"verb": np.array([v for v, _ in labels]), "noun": np.array([n for _, n in labels])}
-    found = groups.members(keys, of_heads, SOURCES)
-    assert found["tail"]["verb"].tolist() == [v in verbs for v, _ in labels]
-    assert found["tail"]["noun"].tolist() == [n in nouns for _, n in labels]
-    assert found["tail"]["action"].tolist() == [v in verbs or n in nouns for v, n in labels]
+    actual = groups.members(keys, of_heads, SOURCES)
+    assert actual["tail"]["verb"].tolist() == [v in verbs for v, _ in labels]
+    assert actual["tail"]["noun"].tolist() == [n in nouns for _, n in labels]
+    assert actual["tail"]["action"].tolist() == [v in verbs or n in nouns for v, n in labels]
     if people:
-        assert all(of.tolist() == [n % 5 in people for n in range(len(labels))] for of in found["unseen"].values())
+        unseen = [n % 5 in people for n in range(len(labels))]
+        assert all(members_N.tolist() == unseen for members_N in actual["unseen"].values())
     else:
-        assert "unseen" not in found
+        assert "unseen" not in actual
 
 
-def test_figures_of_a_group_are_those_of_its_clips_alone(tmp_path):
+def test_figures_of_a_group_use_only_its_clips(tmp_path):
     lists = write_lists(tmp_path / "lists", [0, 3], [1], validation=["P01"], test=["P04"])
     groups = read_groups(lists, HEADS, participant_of)
     conditions = build_conditions(MODALITIES, subsets=True)
@@ -60,25 +61,25 @@ def test_figures_of_a_group_are_those_of_its_clips_alone(tmp_path):
     assert without.rows[0].group_sizes == {}
 
 
-def test_clips_that_are_left_out_or_unlabelled_are_in_no_figure():
+def test_excluded_or_unlabelled_clips_are_in_no_figure():
     batches = make_batches(num=50)
     batches[0].labels["verb"][:2] = -1
     batches[0].labels["noun"][0] = 3
-    found = evaluate(Fusion(), batches, CONDITIONS, device="cpu", drop_nouns=[3])
+    actual = evaluate(Fusion(), batches, CONDITIONS, device="cpu", drop_nouns=[3])
     labels = {head: torch.cat([batch.labels[head][batch.valid_B] for batch in batches]) for head in HEADS}
     unlabelled_N = labels["verb"] < 0
     pruned_N = (labels["noun"] == 3) & ~unlabelled_N
-    assert found.summary.num_unlabelled == 2
-    assert found.summary.num_pruned == int(pruned_N.sum()) > 0
+    assert actual.summary.num_unlabelled == 2
+    assert actual.summary.num_pruned == int(pruned_N.sum()) > 0
     counted = [clip for clip, out in zip(singles(batches), (unlabelled_N | pruned_N).tolist(), strict=True) if not out]
-    assert found.summary.num_clips == len(counted) == 50 - 2 - int(pruned_N.sum())
+    assert actual.summary.num_clips == len(counted) == 50 - 2 - int(pruned_N.sum())
     alone = evaluate(Fusion(), counted, CONDITIONS, device="cpu")
-    assert flat(found.rows) == but_for_rounding(alone.rows)
+    assert flat(actual.rows) == but_for_rounding(alone.rows)
     for name in ("num_clips", "num_present", "majority_top1", "subsets", "drop_curve"):
-        assert flat(getattr(found.summary, name)) == but_for_rounding(getattr(alone.summary, name))
+        assert flat(getattr(actual.summary, name)) == but_for_rounding(getattr(alone.summary, name))
 
 
-def test_a_group_that_no_clip_is_in_has_an_empty_figure(tmp_path):
+def test_an_empty_group_has_no_figure(tmp_path):
     groups = read_groups(write_lists(tmp_path / "lists", [], [], test=["P99"]), HEADS, participant_of)
     (row,) = evaluate(Fusion(), make_batches(), build_conditions(MODALITIES), device="cpu", groups=groups).rows
     assert row.figures["action_top1_tail"] is None
@@ -86,9 +87,9 @@ def test_a_group_that_no_clip_is_in_has_an_empty_figure(tmp_path):
     assert row.group_sizes["unseen"]["action"] == 0
 
 
-def test_a_bad_list_is_one_line_that_names_file_and_row(tmp_path):
-    def raises(says: str, folder: Path, heads: dict[str, int] = HEADS) -> None:
-        with pytest.raises(UserError, match=says) as caught:
+def test_a_bad_list_is_one_line_with_file_and_row(tmp_path):
+    def raises(message: str, folder: Path, heads: dict[str, int] = HEADS) -> None:
+        with pytest.raises(UserError, match=message) as caught:
             read_groups(folder, heads, participant_of)
         assert "\n" not in str(caught.value)
 
@@ -96,7 +97,7 @@ def test_a_bad_list_is_one_line_that_names_file_and_row(tmp_path):
     (tmp_path / "empty").mkdir()
     raises("none of EPIC_100_tail_verbs.csv", tmp_path / "empty")
     lists = write_lists(tmp_path / "lists", [1], [2, 5])
-    raises("tail_nouns.csv, row 3: noun '5' is none of the model's 5 classes", lists)
+    raises("tail_nouns.csv, row 3: noun '5' is not one of the model's 5 classes", lists)
     raises("no head 'noun'", lists, {"verb": 4})
     (lists / "EPIC_100_tail_nouns.csv").write_text("class\n1\n")
     raises("tail_nouns.csv: column 'noun' is missing", lists)

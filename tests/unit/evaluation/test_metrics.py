@@ -22,7 +22,7 @@ def percent(name: str, ranks_N: np.ndarray) -> float | None:
 
 @st.composite
 def scored(draw: st.DrawFn, num_heads: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Log-probabilities of a few clips (often tied) and labels, some of them missing."""
+    """Draw log-probabilities of a few clips, often tied, and labels, some of them missing."""
     num = draw(st.integers(1, 5))
     scores, labels = [], []
     for _ in range(num_heads):
@@ -34,7 +34,7 @@ def scored(draw: st.DrawFn, num_heads: int) -> tuple[list[torch.Tensor], list[to
 
 
 @given(scored(1))
-def test_rank_is_the_place_of_the_true_class_in_a_stable_sort(case):
+def test_rank_is_the_true_classs_position_when_sorted_stably(case):
     (scores_BC,), (labels_B,) = case
     order_BC = torch.argsort(scores_BC, dim=1, descending=True, stable=True)
     expected = [-1 if t < 0 else row.tolist().index(t) for row, t in zip(order_BC, labels_B.tolist(), strict=True)]
@@ -49,7 +49,7 @@ def test_a_clip_is_right_exactly_when_argmax_names_its_class(case):
 
 
 @given(scored(1), st.data())
-def test_what_is_no_number_never_helps(case, data):
+def test_nan_scores_never_help(case, data):
     (scores_BC,), (labels_B,) = case
     whole_B = scoring.class_ranks(scores_BC, labels_B)
     spoilt_BC = torch.tensor(data.draw(arrays(np.bool_, tuple(scores_BC.shape))))
@@ -62,7 +62,7 @@ def test_what_is_no_number_never_helps(case, data):
 
 
 @given(scored(2), st.sampled_from([1, 2**23]))
-def test_action_rank_is_that_of_the_full_joint_of_all_pairs(case, elements):
+def test_action_rank_equals_the_rank_among_all_pairs(case, elements):
     (verb_BV, noun_BN), (verb_B, noun_B) = case
     original = scoring._JOINT_ELEMENTS
     scoring._JOINT_ELEMENTS = elements
@@ -78,7 +78,7 @@ def test_action_rank_is_that_of_the_full_joint_of_all_pairs(case, elements):
 
 
 @given(scored(1))
-def test_one_heads_joint_is_the_head_itself(case):
+def test_the_joint_of_one_head_is_the_head(case):
     scores, labels = case
     assert torch.equal(scoring.joint_ranks(scores, labels), scoring.class_ranks(scores[0], labels[0]))
 
@@ -92,7 +92,7 @@ def test_action_is_right_exactly_when_verb_and_noun_are():
     assert both.any()
 
 
-def test_a_model_that_scores_all_classes_alike_is_right_at_chance_only():
+def test_a_model_with_equal_scores_is_at_chance():
     labels_B = torch.arange(10)
     ranks = scoring.class_ranks(torch.zeros(10, 10), labels_B).numpy()
     assert percent("action_top1", ranks) == 10.0
@@ -109,7 +109,7 @@ def test_mean_class_accuracy_is_the_average_over_classes_that_occur(clips):
     assert metrics.mean_class_accuracy(ranks, labels) == pytest.approx(expected)
 
 
-def test_figures_over_no_clip_are_none():
+def test_figures_over_zero_clips_are_none():
     nothing = np.zeros(0, dtype=np.int64)
     none = ClipScores(nothing, nothing, nothing.astype(np.float32), nothing.astype(np.float64))
     assert {metric.of(none) for metric in metrics.metric_table().values()} == {None}
@@ -134,17 +134,17 @@ def test_curve_area_lies_between_the_lowest_and_highest_point(values):
     assert min(values) - 1e-9 <= area <= max(values) + 1e-9
 
 
-def test_curve_area_of_a_line_is_its_middle_whatever_the_spacing():
+def test_curve_area_of_a_line_is_its_middle():
     assert metrics.curve_area([0.0, 0.1, 0.9], [90.0, 80.0, 0.0]) == pytest.approx(45.0)
     assert metrics.curve_area([0.0, 0.5], [90.0, None]) is None
 
 
-def test_average_rank_shares_places_between_equals_and_skips_columns_somebody_lacks():
+def test_average_rank_shares_ties_and_skips_incomplete_columns():
     ranks = metrics.average_ranks({"a": [50.0, 10.0, 1.0], "b": [50.0, 20.0, None], "c": [40.0, 30.0, 2.0]})
     assert ranks == {"a": (1.5 + 3) / 2, "b": (1.5 + 2) / 2, "c": (3 + 1) / 2}
 
 
 @given(st.lists(st.lists(st.floats(0, 100), min_size=3, max_size=3), min_size=1, max_size=4))
-def test_average_ranks_add_up_to_those_of_a_full_podium(table):
+def test_average_ranks_sum_to_a_full_ranking(table):
     ranks = metrics.average_ranks({str(place): values for place, values in enumerate(table)})
     assert sum(ranks.values()) == pytest.approx(len(table) * (len(table) + 1) / 2)

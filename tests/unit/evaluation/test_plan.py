@@ -1,4 +1,4 @@
-"""What is wrong with an evaluation is one line before its first clip is read, and nothing half-made is left."""
+"""A mistake in an evaluation is reported in one line before the first clip is read, and leaves no partial files."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def nothing_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nothing_is_evaluated")
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ("student watcher --corrupt audio:mute:1", "breaks audio, which is not evaluated here: video"),
         ("student watcher --modalities A", "modality 'audio' is not one of this model's: video"),
         ("student watcher --split validation", "student and watcher have no condition in common"),
         ("student unknown --modalities V", "unknown/weights.safetensors: cannot be read as weights"),
-        ("student listener --modalities A", "listener is evaluated on 3 clips, student on 4: clip silent_0"),
-        ("student watcher --modalities V --out PLACE/file", "file: no report can be written there (Not a directory)"),
-        ("student --out PLACE/file/deep/er", "deep/er: no report can be written there (Not a directory)"),
-        ("student --out /proc/nothing", "/proc/nothing: no report can be written there"),
+        ("student listener --modalities A", "on 3 clips, student on 4: only student has clip silent_0"),
+        ("student watcher --modalities V --out PLACE/file", "file: the report cannot be written (Not a directory)"),
+        ("student --out PLACE/file/deep/er", "deep/er: the report cannot be written (Not a directory)"),
+        ("student --out /proc/nothing", "/proc/nothing: the report cannot be written"),
         ("student --predictions PLACE/taken.npz", "taken.npz: cannot be written (Is a directory)"),
         ("student --predictions /proc/x.npz", "--predictions /proc/x.npz: cannot be written"),
         ("student --submission epic-kitchens /proc/x.pkl", "/proc/x.pkl: cannot be written"),
@@ -60,8 +60,8 @@ def nothing_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
         ("student --drop-prob nan", "drop probability nan: it must lie between 0 and 1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_one_line_before_the_first_clip(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, says: str,
+def test_bad_requests_are_one_line_before_the_first_clip(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str,
 ) -> None:
     shown = [str(place / word) if (place / word / "model.yaml").is_file() else word for word in words.split()]
     line = ["eval", "--shards", str(place / "shards"), "--split", "train"]
@@ -71,13 +71,13 @@ def test_what_cannot_be_done_is_one_line_before_the_first_clip(
     assert main([*line, *out]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
-    assert says in error
+    assert message in error
     assert "\n" not in error
     assert sorted(place.rglob("*")) == before
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_knows_the_clips_that_the_figures_are_of(place: Path) -> None:
+def test_a_plan_knows_the_scored_clips(place: Path) -> None:
     def scored(**choices: Any) -> list[str]:
         plan = plan_evaluation(
             place / "listener", build_conditions, shards=str(place / "shards"), **choices
@@ -94,7 +94,7 @@ def test_a_plan_knows_the_clips_that_the_figures_are_of(place: Path) -> None:
     ("test_split", "asked", "taken"),
     [("train", [], "train"), ("train", ["--split", "validation"], "validation"), (None, [], "validation")],
 )
-def test_a_runs_test_split_is_evaluated_unless_another_is_asked_for(
+def test_the_test_split_is_the_default(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     test_split: str | None, asked: list[str], taken: str,
 ) -> None:  # fmt: skip
@@ -124,7 +124,7 @@ def test_a_submission_that_damage_forbids_costs_neither_results_nor_predictions(
     line = ["eval", f"{place}/student", "--shards", str(shards), "--split", "train"]
     assert main([*line, *files, "--out", str(out), "--json"]) == 2
     shown = capsys.readouterr()
-    assert "not written, since it needs every clip: 1 of 4 have no prediction" in shown.err
+    assert "not written, since every clip is needed: 1 of 4 have no prediction" in shown.err
     assert "the first: one_1" in shown.err
     results = json.loads((out / "results.json").read_text())
     assert results == json.loads(shown.out)
@@ -133,10 +133,10 @@ def test_a_submission_that_damage_forbids_costs_neither_results_nor_predictions(
     assert not (tmp_path / "s.pkl").exists()
     progress = [text for text in shown.err.splitlines() if text.startswith("eval student: ")]
     assert progress[0].startswith("eval student: 0/4")
-    assert progress[-1].startswith("eval student: 4/4")  # a damaged clip is done with, too
+    assert progress[-1].startswith("eval student: 4/4")  # damaged clips count as done
 
 
-def test_a_split_without_a_readable_clip_names_the_first_that_is_damaged(
+def test_a_fully_damaged_split_names_its_first_damaged_clip(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = tmp_path / "shards"
@@ -146,12 +146,12 @@ def test_a_split_without_a_readable_clip_names_the_first_that_is_damaged(
     line = ["eval", f"{place}/student", "--shards", str(shards), "--split", "train"]
     assert main([*line, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "none of its 4 clips can be read, the first: train-000000.tar: clip one_1" in error
+    assert "4 clips can be read, the first: train-000000.tar: clip one_1" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_split_without_labels_needs_no_place_for_a_report(place: Path, tmp_path: Path) -> None:
-    """The run may be somebody else's, who lets nobody write into it."""
+def test_a_split_without_labels_needs_no_report_folder(place: Path, tmp_path: Path) -> None:
+    """A run of another user may be read-only."""
     shards = tmp_path / "shards"
     shutil.copytree(place / "shards", shards)
     folder = ShardFolder(shards)

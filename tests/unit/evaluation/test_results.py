@@ -1,4 +1,4 @@
-"""Results are written and read strictly, and know every metric that is registered, whoever registered it."""
+"""Results are written and read strictly, and contain every registered metric, including those of other packages."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return add_intervals(evaluate(Fusion(), make_batches(), conditions, device="cpu", groups=groups), num_draws=20)
 
 
-def test_a_row_has_its_fields_in_the_order_that_scripts_know(results: Results) -> None:
+def test_a_row_keeps_the_order_of_its_fields(results: Results) -> None:
     for row in results.to_dict()["rows"]:
         assert list(row) == FIELDS
 
 
-def test_what_is_written_is_read_back_to_the_byte(results: Results) -> None:
+def test_results_are_read_back_byte_for_byte(results: Results) -> None:
     text = json.dumps(results.to_dict())
     read = parse_results(json.loads(text), "results.json")
     assert read == results
@@ -84,7 +84,7 @@ rows = st.builds(
 
 
 @given(row=rows)
-def test_any_row_is_read_back_and_a_groups_size_stands_before_its_figures(row: ResultRow) -> None:
+def test_any_row_is_read_back_with_group_sizes_first(row: ResultRow) -> None:
     written = row.to_dict()
     assert parse_row(json.loads(json.dumps(written)), "x") == row
     keys = list(written)
@@ -107,7 +107,7 @@ def test_any_row_is_read_back_and_a_groups_size_stands_before_its_figures(row: R
         ({"num_rare": {"action": 1}}, r"rows\.0\.num_rare"),
     ],
 )
-def test_a_row_that_is_none_is_one_line_that_names_file_and_field(results: Results, change: dict, place: str) -> None:
+def test_an_invalid_row_is_one_line_with_file_and_field(results: Results, change: dict, place: str) -> None:
     content = results.to_dict()
     content["rows"][0] |= change
     with pytest.raises(UserError, match=rf"^runs/x/results\.json: {place}") as caught:
@@ -123,7 +123,7 @@ def test_a_missing_field_is_named(results: Results, field: str) -> None:
 
 
 @pytest.mark.parametrize("content", [[], {"rows": []}, {"rows": {}, "summary": {}}, None, {"rows": [3], "summary": {}}])
-def test_what_holds_no_results_is_one_line(content: object) -> None:
+def test_invalid_results_are_one_line(content: object) -> None:
     with pytest.raises(UserError, match=r"^x\.json: "):
         parse_results(content, "x.json")
 
@@ -156,7 +156,7 @@ def test_a_metric_from_outside_is_in_rows_summary_and_comparison(tmp_path: Path)
             assert "verb_top3" in content["summary"]["subsets"][key]
         for key in ("mean", "std", "area", "fall", "relative_fall", "area_ci", "mean_ci"):
             assert "verb_top3" in content["summary"]["drop_curve"][key]
-            assert "verb_odd" not in content["summary"]["drop_curve"][key]  # no percentage
+            assert "verb_odd" not in content["summary"]["drop_curve"][key]  # not a percentage
         assert parse_results(json.loads(json.dumps(content)), "x") == results
         assert "verb_top3" in validate.metrics(HEADS)
         assert Column(name="three", metric="action_top3").metric == "action_top3"
@@ -172,31 +172,31 @@ def test_a_metric_from_outside_is_in_rows_summary_and_comparison(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("entry", "says"),
+    ("entry", "message"),
     [
         ("3", "of type int, not Metric"),
-        ('Metric("top1", "again", right=top_k(1))', "there is a metric 'top1' already"),
+        ('Metric("top1", "again", right=top_k(1))', "name 'top1' of a metric is taken"),
         ('Metric("Top 9", "x", right=top_k(9))', "metric 'Top 9'"),
         ('Metric("both", "x", right=top_k(9), measure=len)', "metric 'both'"),
         ('Metric("mean", "x", measure=len, has_interval=True)', "metric 'mean'"),
-        ('Metric("rare", "x", right=top_k(9), group="rare")', "metric 'rare': no group 'rare'"),
+        ('Metric("rare", "x", right=top_k(9), group="rare")', "metric 'rare': unknown group 'rare'"),
     ],
 )
-def test_a_wrong_entry_is_one_line(tmp_path: Path, entry: str, says: str) -> None:
+def test_a_wrong_entry_is_one_line(tmp_path: Path, entry: str, message: str) -> None:
     with installed(tmp_path, wrong=entry):
-        with pytest.raises(UserError, match=says) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             metric_table()
         assert "\n" not in str(caught.value)
 
 
-def test_an_entry_that_cannot_be_imported_says_which_and_what_is_known(tmp_path: Path) -> None:
+def test_a_broken_entry_point_is_named_with_known_metrics(tmp_path: Path) -> None:
     with installed(tmp_path, gone="None"):
         (tmp_path / "others_metrics.py").unlink()
         with pytest.raises(UserError, match=r"entry point gone = others_metrics:gone .*; known are top1, top5, .*"):
             metric_table()
 
 
-def test_validation_measures_what_training_can_choose_its_best_by() -> None:
+def test_validation_measures_figures_that_can_select_the_best() -> None:
     assert validate.metrics(["verb", "noun"]) == {
         "action_top1": False, "action_top5": False, "verb_top1": False, "verb_top5": False, "noun_top1": False,
         "noun_top5": False, "verb_loss": True, "noun_loss": True,
@@ -209,7 +209,7 @@ def test_the_kits_results_are_results() -> None:
     assert parse_results(json.loads(json.dumps(results.to_dict())), "x") == results
 
 
-def test_a_metric_of_a_study_says_of_every_clip_whether_it_is_right() -> None:
+def test_a_study_needs_a_metric_per_clip() -> None:
     with pytest.raises(ValueError, match=r"action_ece.*action_top1, action_top5, or of a head"):
         Column(name="x", metric="action_ece")
     assert Column(name="x", metric="main_verb_top5").lower_is_better is False

@@ -1,4 +1,4 @@
-"""Calibration follows its definition, intervals cover at their level, tests are exact and reject at theirs."""
+"""Calibration follows its definition, intervals have nominal coverage, tests are exact and reject at the level."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def outcomes_of(right_NK: np.ndarray, conditions: list[Condition]) -> ClipResult
 
 
 def naive_calibration_error(confidence, right) -> float:
-    """Bin by bin, as written in the paper."""
+    """Compute the error bin by bin, as written in the paper."""
     total = 0.0
     for b in range(15):
         inside = [n for n, c in enumerate(confidence) if b / 15 < c <= (b + 1) / 15 or (b == 0 and c == 0)]
@@ -45,17 +45,17 @@ away_from_edges = st.floats(0, 1).filter(lambda c: c == 0 or abs(c * 15 - round(
 @given(st.lists(st.tuples(away_from_edges, st.booleans()), min_size=1, max_size=60))
 def test_calibration_error_is_the_weighted_gap_of_fifteen_bins(clips):
     confidence, right = ([clip[place] for clip in clips] for place in (0, 1))
-    found = calibration_error(np.array(confidence), np.array(right))
-    assert found == pytest.approx(naive_calibration_error(confidence, right), abs=1e-9)
+    actual = calibration_error(np.array(confidence), np.array(right))
+    assert actual == pytest.approx(naive_calibration_error(confidence, right), abs=1e-9)
 
 
 def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
     confidence, right = np.array([0.125, 0.25, 0.5, 1.0]), np.array([True, False, True, False])
-    gaps = [abs(1 - 0.375), abs(1 - 0.5), 0, abs(0 - 1.0)]  # (0, 1/4] holds the first two, (1/4, 1/2] the third
+    gaps = [abs(1 - 0.375), abs(1 - 0.5), 0, abs(0 - 1.0)]  # (0, 1/4] contains the first two, (1/4, 1/2] the third
     assert calibration_error(confidence, right, num_bins=4) == pytest.approx(100 * sum(gaps) / 4)
 
 
-def test_a_model_as_sure_as_it_is_right_has_no_calibration_error_and_a_boaster_all_of_it():
+def test_calibration_error_is_zero_if_calibrated_and_maximal_if_overconfident():
     confidence = np.full(10, 0.7)
     assert calibration_error(confidence, np.arange(10) < 7) == pytest.approx(0, abs=1e-9)
     assert calibration_error(np.ones(10), np.zeros(10, dtype=bool)) == 100.0
@@ -63,12 +63,12 @@ def test_a_model_as_sure_as_it_is_right_has_no_calibration_error_and_a_boaster_a
 
 
 def curve_rows(values: dict[tuple[str, float], list[float]]) -> list[ResultRow]:
-    """Rows of (letters of modalities, drop probability), one per seed."""
+    """Return rows for (letters of modalities, drop probability), one per seed."""
     names = {name[0].upper(): name for name in MODALITIES}
     return [
         row_of(Condition(tuple(names[m] for m in letters), p, seed), {"action_top1": value})
-        for (letters, p), of in values.items()
-        for seed, value in enumerate(of)
+        for (letters, p), by_seed in values.items()
+        for seed, value in enumerate(by_seed)
     ]
 
 
@@ -77,10 +77,10 @@ def test_a_curves_figures_are_those_of_its_definition():
     _, _, curve = summarise(rows)
     assert curve.drop_prob == [0.0, 0.5, 0.9]
     assert curve.num_seeds == 2
-    found = {name: getattr(curve, name)["action_top1"] for name in ("mean", "std", "area", "fall", "relative_fall")}
-    assert found == {
+    actual = {name: getattr(curve, name)["action_top1"] for name in ("mean", "std", "area", "fall", "relative_fall")}
+    assert actual == {
         "mean": [80.0, 50.0, 25.0],
-        "std": [0.0, 10.0, 5.0],  # of the seeds there are, not an estimate for others
+        "std": [0.0, 10.0, 5.0],  # population deviation over the given seeds
         "area": pytest.approx((0.5 * 65 + 0.4 * 37.5) / 0.9),
         "fall": 55.0,
         "relative_fall": 68.75,
@@ -99,13 +99,13 @@ def test_subsets_are_averaged_at_the_lowest_probability_that_has_several():
     assert (apart.full, apart.relative_drop["action_top1"]) == (None, None)
 
 
-def test_an_interval_leaves_out_a_fortieth_of_the_draws_on_each_side():
+def test_an_interval_cuts_a_fortieth_on_each_side():
     draws = np.random.default_rng(0).permutation(np.arange(1001) / 10)
     assert bootstrap.interval(np.append(draws, np.nan)) == pytest.approx([2.5, 97.5])
 
 
-def test_intervals_hold_the_truth_in_95_of_100_samples():
-    """300 samples of 400 clips; the number that cover is binomial, here within 4 standard deviations of 95 %."""
+def test_intervals_contain_the_truth_in_95_of_100_samples():
+    """Draw 300 samples of 400 clips; the number of covering intervals is within 4 standard deviations of 95 %."""
     truth, num_samples, covered = 0.3, 300, 0
     for sample in range(num_samples):
         right_NK = np.random.default_rng(sample).random((400, 1)) < truth
@@ -116,7 +116,7 @@ def test_intervals_hold_the_truth_in_95_of_100_samples():
     assert 0.95 - spread <= covered / num_samples <= 0.95 + spread
 
 
-def test_draws_take_the_same_clips_under_every_condition_and_for_every_model():
+def test_draws_share_clips_across_conditions_and_models():
     right_N1 = np.random.default_rng(0).random((50, 1)) < 0.5
     both = outcomes_of(np.hstack([right_N1, right_N1, ~right_N1]), [Condition(("video",), p) for p in (0.0, 0.1, 0.2)])
     draws = bootstrap.resampled(both, TOP1, 70, 3)
@@ -137,15 +137,15 @@ def test_a_draw_counts_only_clips_that_can_be_shown():
 
 
 @given(st.integers(1, 3), st.lists(st.floats(0, 100), min_size=60, max_size=60), st.booleans())
-def test_figures_of_a_draw_are_the_summarys_average_area_and_fall(num_seeds, values, sweep):
+def test_a_draw_has_the_summarys_average_area_and_fall(num_seeds, values, sweep):
     conditions = build_conditions(MODALITIES, subsets=True, sweep=sweep, num_seeds=num_seeds)
-    rows = [row_of(one, {"action_top1": value}) for one, value in zip(conditions, values, strict=False)]
+    rows = [row_of(condition, {"action_top1": value}) for condition, value in zip(conditions, values, strict=False)]
     _, subsets, curve = summarise(rows)
     draws = np.array([[row.figures["action_top1"] for row in rows]])
     average = bootstrap.subset_average(draws, rows)[0]
     assert average == pytest.approx(subsets.average["action_top1"])
     if sweep:
-        area, fall = (of(draws, rows)[0] for of in (bootstrap.drop_curve_area, bootstrap.drop_curve_fall))
+        area, fall = (compute(draws, rows)[0] for compute in (bootstrap.drop_curve_area, bootstrap.drop_curve_fall))
         assert area == pytest.approx(curve.area["action_top1"])
         assert fall == pytest.approx(curve.fall["action_top1"], abs=1e-9)
     else:
@@ -162,7 +162,7 @@ def test_mcnemar_is_the_two_sided_binomial_probability_in_exact_fractions(first,
     assert mcnemar(first, second) == mcnemar(second, first)
 
 
-def test_mcnemar_does_not_underflow_or_exceed_one_on_a_whole_validation_split():
+def test_mcnemar_stays_within_bounds_on_a_full_split():
     assert mcnemar(4822, 4822) == 1.0
     assert 0 < mcnemar(4500, 5144) < 1e-9
 
@@ -180,8 +180,8 @@ def test_holm_rejects_exactly_what_its_step_down_procedure_rejects(p_values):
     assert all(a >= p for a, p in zip(adjusted, p_values, strict=True))
 
 
-def test_equal_models_are_rejected_no_more_often_than_the_level_says():
-    """500 pairs of models right on the same share of 200 clips, each by its own chance."""
+def test_equal_models_are_rejected_at_most_at_the_level():
+    """Test 500 pairs of models that are independently right on the same share of 200 clips."""
     rejected = 0
     for sample in range(500):
         first, second = np.random.default_rng(sample).random((2, 200)) < 0.4

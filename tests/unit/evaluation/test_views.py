@@ -1,4 +1,4 @@
-"""Several views of a clip: where they look, that one view is what it was, and that probabilities are averaged."""
+"""Several views of a clip: their positions, the mean of their probabilities, and that one view changes nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kits.fusion import CONDITIONS, HEADS, MODALITIES, Fusion, make_batches
 
 
 def with_views(batch: Batch, num: int, change: float) -> Batch:
-    """Each clip `num` times, the inputs of view v moved by v * change."""
+    """Repeat each clip `num` times, with the inputs of view v shifted by v * change."""
     inputs = {
         m: torch.cat([row + v * change for row in x.split(1) for v in range(num)]) for m, x in batch.inputs.items()
     }
@@ -50,7 +50,7 @@ def predict(batches: list[Batch], num_views: int) -> tuple[Predictions, list[dic
 
 
 @pytest.mark.parametrize("num", [2, 3, 6])
-def test_the_mean_of_the_views_softmaxes_is_what_is_predicted(num: int):
+def test_the_prediction_is_the_mean_of_the_views_softmaxes(num: int):
     batches = make_batches(num=20)
     together, _ = predict([with_views(batch, num, 0.125) for batch in batches], num)
     alone = []
@@ -63,7 +63,7 @@ def test_the_mean_of_the_views_softmaxes_is_what_is_predicted(num: int):
     assert (together.prediction_NK == alone[0].prediction_NK).all()
 
 
-def test_equal_views_give_the_answers_of_one_and_their_mean_exactly():
+def test_equal_views_equal_one_view_exactly():
     batches = make_batches(num=30)
     one, expected = predict(batches, 1)
     for num in (2, 3, 10):
@@ -75,7 +75,7 @@ def test_equal_views_give_the_answers_of_one_and_their_mean_exactly():
             assert torch.equal(mean_over_views(log_probs_RC.repeat_interleave(num, 0), num), log_probs_RC)
 
 
-def test_each_view_of_a_clip_is_encoded_once_and_masks_are_the_clips():
+def test_each_view_is_encoded_once_under_its_clips_masks():
     batches, model = make_batches(), Fusion()
     evaluate(model, [with_views(b, 3, 0.5) for b in batches], CONDITIONS, device="cpu", num_views=3)
     assert model.num_encoded == {
@@ -84,7 +84,7 @@ def test_each_view_of_a_clip_is_encoded_once_and_masks_are_the_clips():
     assert model.num_fused <= len(batches) * 7
 
 
-def test_one_view_is_untouched_to_the_bit():
+def test_one_view_is_unchanged_bit_for_bit():
     scores = torch.randn(5, 7, dtype=torch.float64).log_softmax(1)
     assert mean_over_views(scores, 1) is scores
     video = VideoInput(num_frames=7, short_side=40, crop=32)
@@ -104,7 +104,7 @@ def test_samplings_spread_evenly_over_each_segment(temporal: int, num_frames: in
 
 
 @given(st.integers(1, 10), st.integers(1, 200), st.integers(1, 4))
-def test_dense_windows_keep_their_stride_and_move_from_start_to_end(temporal: int, stored: int, stride: int):
+def test_dense_windows_keep_their_stride_from_start_to_end(temporal: int, stored: int, stride: int):
     video = VideoInput(num_frames=8, sampling="dense", stride=stride)
     views = evaluation_views(video, stored, ViewsRecipe(temporal=temporal), is_wide=True)
     frames = [(view.times_F * stored).astype(int) for view in views]
@@ -116,7 +116,7 @@ def test_dense_windows_keep_their_stride_and_move_from_start_to_end(temporal: in
 
 
 @given(st.integers(8, 60), st.integers(8, 60), st.integers(1, 8))
-def test_three_crops_are_the_start_centre_and_end_of_the_longer_side(width: int, height: int, size: int):
+def test_three_crops_cover_the_longer_side(width: int, height: int, size: int):
     picture = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.uint8)  # (x, y) of each pixel
     views = evaluation_views(VideoInput(), 9, ViewsRecipe(spatial=3), is_wide=width >= height)
     corners = [tuple(_crop(picture, size, view)[0, 0].tolist()) for view in views]
@@ -129,7 +129,7 @@ def test_three_crops_are_the_start_centre_and_end_of_the_longer_side(width: int,
 
 @settings(max_examples=3, deadline=None)
 @given(temporal=st.integers(1, 3), spatial=st.sampled_from([1, 3]))
-def test_decoding_all_views_at_once_gives_what_decoding_each_gives(shards: Path, temporal: int, spatial: int):
+def test_decoding_all_views_at_once_equals_decoding_each(shards: Path, temporal: int, spatial: int):
     views = ViewsRecipe(temporal=temporal, spatial=spatial)
     clips = clips_of(shards, views)
     (batch,) = evaluation_batches(clips, len(clips.clips))
@@ -146,7 +146,7 @@ def test_decoding_all_views_at_once_gives_what_decoding_each_gives(shards: Path,
                 taken[name] += 1
 
 
-def test_without_views_batches_are_those_of_the_single_evaluation_view(shards: Path):
+def test_without_views_batches_have_the_evaluation_view(shards: Path):
     clips = clips_of(shards)
     (batch,) = evaluation_batches(clips, len(clips.clips))
     assert batch.keys == [clip.key for clip in clips.clips]
@@ -169,7 +169,7 @@ def test_every_member_is_read_once_for_all_views(shards: Path, monkeypatch: pyte
     assert len(set(reads)) == len(reads) >= 2 * len(clips.clips)
 
 
-def test_views_that_make_no_sense_are_refused():
+def test_invalid_views_are_refused():
     assert parse_views("10x3") == ViewsRecipe(temporal=10, spatial=3)
     for text in ("", "3", "0x1", "3x2", "x3", "-1x1", "3x1x1", "1000x1"):
         with pytest.raises(UserError, match="TEMPORALxSPATIAL"):

@@ -1,4 +1,4 @@
-"""The launcher: torchrun's environment, signals and exit codes passed on, each error once, no process left behind.
+"""The launcher: sets torchrun's variables, passes signals and exit codes on, prints each error once, leaves no process.
 
 Ranks here are a few lines of Python. Their standard output is the launcher's, so reading it to its end means that
 every process that held it is gone.
@@ -36,7 +36,7 @@ def tell(*words):
 
 @contextmanager
 def launcher(body: str, num_ranks: int = 2, grace_s: float = 60.0) -> Iterator[subprocess.Popen[str]]:
-    """A launcher of ranks that run `body`."""
+    """Start a launcher whose ranks run `body`."""
     command = [sys.executable, "-c", LAUNCHER, str(num_ranks), RANK + body, str(grace_s)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -46,14 +46,14 @@ def launcher(body: str, num_ranks: int = 2, grace_s: float = 60.0) -> Iterator[s
 
 
 def run(body: str, num_ranks: int = 2, grace_s: float = 60.0) -> tuple[int, str, str]:
-    """Exit code, output and errors."""
+    """Launch ranks that run `body`; return exit code, stdout and stderr."""
     with launcher(body, num_ranks, grace_s) as process:
         out, err = process.communicate(timeout=HANGS_S)
         return process.returncode, out, err
 
 
 def lines(process: subprocess.Popen[str], num: int) -> list[str]:
-    """The next lines of the ranks, sorted."""
+    """Return the next lines of the ranks, sorted."""
     assert process.stdout is not None
     return sorted(process.stdout.readline().strip() for _ in range(num))
 
@@ -65,7 +65,7 @@ def test_every_rank_gets_torchruns_variables() -> None:
     assert worlds == [World(rank, rank, 3, "127.0.0.1", worlds[0].port) for rank in range(3)]
 
 
-def test_what_is_shown_is_what_every_rank_runs() -> None:
+def test_shown_commands_are_those_of_the_ranks() -> None:
     shown = shown_commands(2, ["train", "my recipe"])
     assert [line.split()[0] for line in shown] == ["RANK=0", "RANK=1"]
     assert all(line.endswith("-m karmma_dist train 'my recipe'") for line in shown)
@@ -73,7 +73,7 @@ def test_what_is_shown_is_what_every_rank_runs() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_reaches_every_rank_and_85_comes_back(number: signal.Signals) -> None:
+def test_signal_reaches_every_rank_and_exit_code_is_85(number: signal.Signals) -> None:
     body = f"""
 signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])
 tell("ready")
@@ -88,7 +88,7 @@ sys.exit(85)
     assert out.splitlines() == [f"got {int(number)}"] * 2
 
 
-def test_a_killed_rank_is_named_and_ends_the_others_and_all_they_started() -> None:
+def test_killed_rank_is_named_and_ends_all_other_processes() -> None:
     body = """
 subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
 tell(rank, os.getpid())
@@ -106,17 +106,17 @@ def test_no_rank_survives_a_killed_launcher() -> None:
     with launcher('tell("ready")\nsignal.pause()') as process:
         assert lines(process, 2) == ["ready", "ready"]
         process.kill()
-        out, err = process.communicate(timeout=HANGS_S)  # to the end of the pipes that the ranks hold
+        out, err = process.communicate(timeout=HANGS_S)  # returns when no rank holds the pipes open
     assert (process.returncode, out, err) == (-signal.SIGKILL, "", "")
 
 
-def test_an_error_of_all_ranks_is_said_once() -> None:
+def test_error_of_all_ranks_is_printed_once() -> None:
     assert run('say("error: no teacher in runs/a")\nsys.exit(2)', num_ranks=3) == (
         2, "", "error: no teacher in runs/a\n",
     )  # fmt: skip
 
 
-def test_an_error_of_one_rank_says_which_and_those_that_lost_it_are_silent() -> None:
+def test_error_of_one_rank_names_it_and_others_are_silent() -> None:
     body = """
 if rank == 1:
     say("error: disk full")
@@ -127,7 +127,7 @@ sys.exit(1)
     assert run(body) == (2, "", "rank 1: error: disk full\n")
 
 
-def test_a_bug_in_one_rank_is_named_with_its_exit_code() -> None:
+def test_bug_in_one_rank_is_reported_with_its_exit_code() -> None:
     body = """
 if rank == 1:
     sys.exit(7)
@@ -139,12 +139,12 @@ sys.exit(1)
     assert err == "error: rank 1 ended with exit code 7; the others were ended\n"
 
 
-def test_ranks_that_wait_for_a_failed_one_are_ended() -> None:
+def test_ranks_that_wait_for_a_failed_rank_are_killed() -> None:
     code, _, err = run('if rank == 0:\n    say("error: bad")\n    sys.exit(2)\nsignal.pause()', grace_s=0.1)
     assert (code, err) == (2, "error: bad\n")
 
 
-def test_ctrl_c_reaches_every_rank_once_and_is_one_line() -> None:
+def test_ctrl_c_reaches_every_rank_once_and_prints_one_line() -> None:
     body = """
 try:
     tell("ready")
@@ -177,14 +177,14 @@ signal.pause()
         assert lines(process, 2) == ["ignored", "ignored"]
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=HANGS_S)
-    assert (process.returncode, err) == (130, "interrupted: the ranks were ended before they said anything\n")
+    assert (process.returncode, err) == (130, "interrupted: the ranks were killed before they reported anything\n")
 
 
-def test_the_end_of_a_rank_is_noticed_where_another_thread_takes_its_signal() -> None:
+def test_rank_end_is_noticed_if_another_thread_takes_sigchld() -> None:
     program = """
 import signal, sys, threading, time
 from karmma_dist.launching import local
-threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()  # does not hold SIGCHLD back
+threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()  # does not block SIGCHLD
 collect = local.Ranks._collect
 def collect_slowly(ranks):
     collect(ranks)
@@ -196,7 +196,7 @@ sys.exit(local.launch_local(2, [sys.executable, "-c", body]))
     assert subprocess.run([sys.executable, "-c", program], timeout=HANGS_S).returncode == 0
 
 
-def test_a_command_that_cannot_start_leaves_the_callers_signals_as_they_were() -> None:
+def test_command_that_cannot_start_leaves_the_signal_mask_unchanged() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with pytest.raises(FileNotFoundError):
         launch_local(2, ["/nonexistent/python"])
@@ -204,7 +204,7 @@ def test_a_command_that_cannot_start_leaves_the_callers_signals_as_they_were() -
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "expected"),
     [
         ({}, "error: x"),
         ({"RANK": "0"}, "error: x"),
@@ -214,18 +214,18 @@ def test_a_command_that_cannot_start_leaves_the_callers_signals_as_they_were() -
         ({"RANK": "1", ERROR_FILE: "/nonexistent/1"}, "rank 1: error: x (not left in /nonexistent/1: No such file or"),
     ],
 )
-def test_ranks_of_other_launchers_say_who_they_are(
-    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_ranks_of_other_launchers_print_their_rank(
+    environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ERROR_FILE):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     say("error: x")
-    assert capsys.readouterr().err.startswith(said)
+    assert capsys.readouterr().err.startswith(expected)
 
 
-def test_a_lone_lost_rank_is_still_told() -> None:
+def test_message_about_a_lost_rank_is_shown_if_alone() -> None:
     assert run("say('error: rank 1 hangs', of_another=True)\nsys.exit(1)", num_ranks=1) == (
         1, "", "error: rank 1 hangs\n",
     )  # fmt: skip

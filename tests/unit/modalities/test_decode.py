@@ -179,7 +179,7 @@ def test_a_group_without_a_chosen_frame_is_not_decoded() -> None:
 
 
 @pytest.mark.parametrize("declared", [44, 46])
-def test_a_video_with_an_undeclared_number_of_frames_is_an_error(declared: int) -> None:
+def test_an_undeclared_number_of_frames_is_an_error(declared: int) -> None:
     movie = stored([moving_picture(number) for number in range(45)])
     with pytest.raises(DecodeError, match=f"45 frames in it, declared {declared}"):
         list(chosen_frames(movie, np.array([0]), declared))
@@ -368,7 +368,7 @@ def test_audio_in_another_format_than_stored_is_an_error(rate: int, layout: str)
         decode_audio(foreign_flac(rate, layout), 4000, np.array([0.1]), AudioInput(num_windows=1))
 
 
-def test_audio_that_is_cut_damaged_or_too_long_is_an_error() -> None:
+def test_cut_damaged_or_overlong_audio_is_an_error() -> None:
     samples = (np.random.default_rng(0).standard_normal(32_000) * 3000).astype(np.int16)
     whole = encode_flac(samples)
     flipped = bytearray(whole)

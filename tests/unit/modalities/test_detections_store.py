@@ -73,7 +73,7 @@ def test_an_incomplete_file_of_boxes_is_refused(tmp_path: Path, text: str) -> No
         ({"a.json.gz": ""}, r"no \.json file of boxes"),
     ],
 )
-def test_a_folder_with_bad_or_duplicate_boxes_is_refused_by_name(
+def test_bad_or_duplicate_files_of_boxes_are_refused_by_name(
     tmp_path: Path, files: dict[str, str], named: str
 ) -> None:
     for name, text in files.items():

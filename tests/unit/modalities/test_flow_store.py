@@ -31,7 +31,7 @@ def test_published_values_at_the_same_bound_are_stored_unchanged(bound: float) -
 
 
 @given(u=st.floats(-30, 30), bound=st.floats(1, 32))
-def test_stored_flow_is_within_half_a_step_up_to_the_bound(u: float, bound: float) -> None:
+def test_stored_flow_is_within_half_a_quantisation_step(u: float, bound: float) -> None:
     flow = np.full((2, 3, 2), (u, -u), np.float32)
     stored = stored_flow(quantise_flow(flow, bound), bound)
     assert np.abs(stored - np.clip(flow, -bound, bound)).max() <= bound / 255 + 1e-4

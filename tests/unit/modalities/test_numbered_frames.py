@@ -165,7 +165,7 @@ def test_damaged_flow_fails_its_clip_and_names_the_file(tmp_path: Path, harm: st
 
 
 @pytest.mark.parametrize("name", ["frame_{:010d}.jpg", "img_{:05d}.jpg", "image_{:d}.jpeg", "{:06d}.jpg"])
-def test_pictures_are_found_by_their_usual_names_and_next_to_flow(tmp_path: Path, name: str) -> None:
+def test_pictures_are_found_by_usual_names_next_to_flow(tmp_path: Path, name: str) -> None:
     _write_flow(tmp_path / "x", LAYOUTS[5], range(1, 4))
     for number in (3, 4):
         picture = number_picture(number)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karmma_dist.modalities.recording import ClipRecord, Recording
-from karmma_dist.modalities.yuv import ToI420, cropped, gray, planes, size_of, turned
+from karmma_dist.modalities.yuv import Orientation, ToI420, cropped, gray, planes, size_of
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.records import CutClip
 from kits.packing import decode, epic_spec
@@ -25,13 +25,18 @@ def _picture(height: int, width: int) -> np.ndarray:
     return np.arange(height * width * 3 // 2, dtype=np.uint32).astype(np.uint8).reshape(-1, width)
 
 
-@given(half_sizes, half_sizes, st.integers(0, 3))
-def test_turning_turns_every_plane(half_height: int, half_width: int, turns: int) -> None:
+@given(half_sizes, half_sizes, st.booleans(), st.booleans(), st.booleans())
+def test_every_plane_is_set_upright_alike(
+    half_height: int, half_width: int, is_transposed: bool, mirrors_x: bool, mirrors_y: bool
+) -> None:
     picture = _picture(2 * half_height, 2 * half_width)
-    result = turned(picture, turns)
-    assert size_of(result) == (size_of(picture)[::-1] if turns % 2 else size_of(picture))
-    for before, after in zip(planes(picture), planes(result), strict=True):
-        np.testing.assert_array_equal(after, np.rot90(before, turns))
+    upright = Orientation(is_transposed, mirrors_x, mirrors_y).of_i420(picture)
+    assert size_of(upright) == (size_of(picture)[::-1] if is_transposed else size_of(picture))
+    for before, after in zip(planes(picture), planes(upright), strict=True):
+        height, width = after.shape
+        for y, x in ((0, 0), (height - 1, 0), (0, width - 1), (height // 2, width // 3)):
+            source_y, source_x = height - 1 - y if mirrors_y else y, width - 1 - x if mirrors_x else x
+            assert after[y, x] == (before[source_x, source_y] if is_transposed else before[source_y, source_x])
 
 
 @given(st.data())

@@ -1,4 +1,4 @@
-"""What runs on a GPU never mixes its tensors with the CPU's, and computes the same: shown without one."""
+"""Tests, without a GPU, that code for a GPU never mixes its tensors with the CPU's and computes the same."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PRESENT = {
 
 
 def here_and_there(work: Callable[[torch.device], Any]) -> tuple[Any, Any]:
-    """What `work` returns on the CPU and on the other device."""
+    """Return the results of `work` on the CPU and on the other device."""
     here = work(torch.device("cpu"))
     with OtherDevice():
         return here, work(DEVICE)
@@ -62,7 +62,7 @@ def test_the_other_device_refuses_what_a_gpu_would() -> None:
 
 @pytest.mark.parametrize("missing", ["leave_out", "stand_in"])
 @pytest.mark.parametrize("present", PRESENT.values(), ids=PRESENT)
-def test_a_training_step_of_every_encoder_stays_on_the_models_device(missing: str, present: list[list[int]]) -> None:
+def test_training_steps_stay_on_the_models_device(missing: str, present: list[list[int]]) -> None:
     present_BM = torch.tensor(present, dtype=torch.bool)
     whole = real_encoders.clips(len(present))
     given = {name: whole[name][has] for name, has in zip(whole, present_BM.T, strict=True)}
@@ -83,7 +83,7 @@ def test_a_training_step_of_every_encoder_stays_on_the_models_device(missing: st
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_lesson_of_several_experts_and_its_figures_stay_there_too(sharded: bool) -> None:
+def test_teaching_by_several_experts_stays_on_the_device(sharded: bool) -> None:
     present_BM = torch.tensor([[True, True, True], [True, False, False]])
     batch = collate([None, None], MODALITIES, list(HEADS))
     batch.present_BM, batch.inputs = present_BM, clips(present_BM)
@@ -126,7 +126,7 @@ def model(shards: Path, inputs: InputRecipe) -> KarmmaModel:
     return KarmmaModel(recipe, inputs, list(names), heads)
 
 
-def test_raw_clips_of_training_are_made_into_inputs_there(shards: Path, inputs: InputRecipe) -> None:
+def test_training_inputs_are_prepared_on_the_device(shards: Path, inputs: InputRecipe) -> None:
     data = DataRecipe(shards=str(shards), modalities=["video", "flow", "audio"], num_workers=0)
     clips_of = TrainingClips(ShardFolder(shards), data, inputs, seed=3, batch_size=8)
     raw = next(iter(training_batches(clips_of, Schedule(len(clips_of.clips), 8, 1), 0, Position(0, 0), 1)))
@@ -141,7 +141,7 @@ def test_raw_clips_of_training_are_made_into_inputs_there(shards: Path, inputs: 
         torch.testing.assert_close(there.inputs[name], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_evaluation_with_broken_sensors_and_several_views_runs_there(
+def test_evaluation_with_broken_sensors_runs_on_the_device(
     shards: Path, inputs: InputRecipe, model: KarmmaModel
 ) -> None:
     data = DataRecipe(shards=str(shards), modalities=list(model.modalities), num_workers=0)
@@ -174,7 +174,7 @@ def test_an_evaluation_with_broken_sensors_and_several_views_runs_there(
         np.testing.assert_allclose(log_probs_there[head], values, atol=1e-4)
 
 
-def test_a_prediction_is_made_there(shards: Path, inputs: InputRecipe, model: KarmmaModel) -> None:
+def test_prediction_runs_on_the_device(shards: Path, inputs: InputRecipe, model: KarmmaModel) -> None:
     classes = ShardFolder(shards).classes
     card = ModelCard(
         modalities=list(model.modalities), heads=model.heads, classes=classes, model=model.recipe, inputs=inputs

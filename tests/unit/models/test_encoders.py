@@ -1,4 +1,4 @@
-"""Encoders: the table, published sizes, and that a clip's tokens come from that clip alone."""
+"""Tests of encoders: the table, published sizes, and that a clip's tokens depend on that clip alone."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_default_inputs_have_the_papers_shapes() -> None:
 
 
 @pytest.mark.parametrize(("name", "modality"), TINY_CASES)
-def test_tokens_have_the_announced_shape_and_come_from_the_clip_alone(name: str, modality: str) -> None:
+def test_tokens_have_the_declared_shape_and_depend_on_one_clip(name: str, modality: str) -> None:
     encoder = build(name, modality, **TINY_OPTIONS[name])
     x = clips(3, modality)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_swin_takes_spectrogram_windows_as_frames_of_three_equal_channels() -> N
         torch.testing.assert_close(encoder(windows), encoder(windows[:, None].expand(1, 3, 4, 32, 32)))
 
 
-def test_asts_first_token_is_the_mean_of_class_and_distillation_token() -> None:
+def test_asts_first_token_averages_class_and_distillation_token() -> None:
     encoder = build("ast_t", "audio")
     tokens: list[Tensor] = []
     encoder.trunk.register_forward_hook(lambda _module, _args, out: tokens.append(out))  # type: ignore[union-attr]
@@ -182,7 +182,7 @@ def test_stlt_ignores_padding_and_the_order_of_boxes() -> None:
         torch.testing.assert_close(encoder(x[:, :, [2, 0, 1]]), encoder(x), atol=1e-5, rtol=1e-5)
 
 
-def test_stlt_frames_see_earlier_frames_and_the_last_token_sees_all() -> None:
+def test_stlt_frames_attend_to_earlier_ones_last_token_to_all() -> None:
     encoder = build("stlt", "detections", **TINY_OPTIONS["stlt"])
     x = clips(1, "detections")
     x[..., 4] = 1

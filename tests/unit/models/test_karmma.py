@@ -1,4 +1,4 @@
-"""The model: clips do not see each other, absence is exact, and all ranks get gradients in the same order."""
+"""Tests of the model: clips are independent, absence is exact, and all ranks get gradients in the same order."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_gradients_arrive_in_one_order_whatever_is_present(missing: str) -> None
     assert len(orders.pop()) == sum(p.requires_grad for p in model.parameters())
 
 
-def test_running_an_encoder_for_nobody_changes_no_logit() -> None:
+def test_running_an_encoder_without_clips_changes_no_logit() -> None:
     present = torch.tensor([[True, False, False, False]] * 2)
     whole = only(clips(2), present)
     for missing in MISSING:
@@ -145,7 +145,7 @@ def test_running_an_encoder_for_nobody_changes_no_logit() -> None:
             assert_same(trained, model.eval()(whole, present))
 
 
-def test_without_gradients_the_encoder_of_an_absent_modality_is_not_run() -> None:
+def test_encoders_of_absent_modalities_do_not_run_without_gradients() -> None:
     model = build().eval()
     ran: list[str] = []
     for modality, encoder in model.encoders.items():
@@ -261,7 +261,7 @@ def test_inputs_that_contradict_present_are_refused() -> None:
         ("detections", (2, 3, 2, 5), r"\(N, 3, 2, 6\), which is float \(N, frames, boxes, 6\): x0 y0"),
     ],
 )
-def test_an_input_of_another_shape_is_refused_with_the_expected_one(
+def test_an_input_of_another_shape_is_refused(
     modality: str, shape: tuple[int, ...], expected: str
 ) -> None:
     model = build().eval()
@@ -281,7 +281,7 @@ def test_a_modality_that_the_model_lacks_is_refused_by_name() -> None:
         model.encode(clips(2, ("video", "flow", "audio")), present)
 
 
-def test_inputs_of_another_dtype_are_refused_unless_autocast_takes_care_of_them() -> None:
+def test_inputs_of_another_dtype_are_refused_without_autocast() -> None:
     model = build(modalities=("audio",)).eval()
     present, whole = torch.ones(2, 1, dtype=torch.bool), clips(2, ("audio",))
     for dtype in (torch.int16, torch.float64, torch.bfloat16):
@@ -293,8 +293,8 @@ def test_inputs_of_another_dtype_are_refused_unless_autocast_takes_care_of_them(
             model.encode({"audio": whole["audio"].to(torch.int16)}, present)
 
 
-def test_checking_inputs_looks_at_no_value() -> None:
-    """Meta tensors have none: a check that waited for the device would fail on them."""
+def test_checking_inputs_reads_no_value() -> None:
+    """Use meta tensors, which have no values: a check that waited for the device would fail on them."""
     with torch.device("meta"):
         model = build(modalities=("video", "audio")).eval()
         inputs = {m: torch.empty(2, *input_shape(m, INPUTS)) for m in model.modalities}
@@ -308,7 +308,7 @@ def test_a_modality_without_an_encoder_is_named() -> None:
 
 
 @pytest.mark.parametrize("missing", MISSING)
-def test_averaged_probabilities_are_the_mean_over_the_tokens_that_count(missing: str) -> None:
+def test_averaged_probabilities_are_the_mean_over_counted_tokens(missing: str) -> None:
     model = build(missing, average="probabilities").double().eval()
     present = torch.tensor(SUBSETS)
     inputs = {m: x.double() for m, x in only(clips(len(SUBSETS)), present).items()}
@@ -325,15 +325,15 @@ def test_averaged_probabilities_are_the_mean_over_the_tokens_that_count(missing:
         torch.testing.assert_close(logits[head].exp(), expected, atol=1e-12, rtol=1e-12)
 
 
-def test_averaged_probabilities_give_finite_gradients_where_tokens_do_not_count() -> None:
+def test_averaged_probabilities_give_finite_gradients_for_uncounted_tokens() -> None:
     model = build(average="probabilities").train()
     present = torch.tensor([[True, False, False, False], [False, True, True, False]])
     found = gradients(model, model(only(clips(2), present), present))
     assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in found.values())
 
 
-def test_a_pooled_model_is_a_linear_layer_on_the_mean_of_its_encoders_tokens() -> None:
-    """Radevski et al.: every token counts alike, whatever tau says, and nothing else learns."""
+def test_a_pooled_model_is_a_linear_layer_on_mean_tokens() -> None:
+    """Check the model of Radevski et al.: all tokens have equal weight for any tau, and nothing else is trained."""
     model = build(modalities=("video",), fusion="mean", tau=2).double().eval()
     encoder = model.encoders["video"]
     video = clips(3, ("video",))["video"].double()

@@ -1,4 +1,4 @@
-"""The model's arithmetic, with the encoders that are really trained: precision, gradients, absence without a trace."""
+"""Tests of the model's arithmetic with the real encoders: precision, gradients, and exact absence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("missing", MISSING)
-def test_a_clips_logits_do_not_depend_on_its_batch_mates_in_any_subset(missing: str) -> None:
+def test_a_clips_logits_ignore_other_clips_for_any_subset(missing: str) -> None:
     model = build(missing).eval()
     present, whole = torch.tensor(SUBSETS), clips(len(SUBSETS))
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_a_batch_of_all_subsets_gives_every_parameter_a_gradient(missing: str) -
 
 @pytest.mark.parametrize("missing", MISSING)
 @pytest.mark.parametrize("absent", MODALITIES)
-def test_no_gradient_is_nan_where_nobody_has_a_modality(missing: str, absent: str) -> None:
+def test_no_gradient_is_nan_if_no_clip_has_a_modality(missing: str, absent: str) -> None:
     model = build(missing).train()
     present = torch.tensor([[m != absent for m in MODALITIES]] * 2)
     joined(model(only(clips(2), present), present)).square().sum().backward()
@@ -63,7 +63,7 @@ def test_no_gradient_is_nan_where_nobody_has_a_modality(missing: str, absent: st
 
 
 def rounded(output: Any) -> Any:
-    """The nearest bfloat16 numbers, in the type they came in."""
+    """Round to the nearest bfloat16 numbers, keeping the dtype."""
     if isinstance(output, dict):
         return {key: rounded(value) for key, value in output.items()}
     if not isinstance(output, Tensor):
@@ -104,7 +104,7 @@ LONGEST_SUM = 1024
 
 
 @pytest.mark.parametrize("missing", MISSING)
-def test_bfloat16_and_float32_logits_err_as_much_as_their_rounding_must(missing: str) -> None:
+def test_errors_of_bfloat16_and_float32_logits_are_those_of_rounding(missing: str) -> None:
     """bfloat16: at most twice the error of a model that rounds only weights and what modules hand on.
 
     float32 has 16 bits more, but adds up in float32 too: each of the n terms of a sum is rounded, not only the sum, and
@@ -138,8 +138,8 @@ MIXED = torch.tensor([[True, True], [True, False], [False, True]])
 
 
 @pytest.mark.parametrize("missing", MISSING)
-def test_gradients_of_fusion_stand_ins_and_heads_are_those_of_finite_differences(missing: str) -> None:
-    """In float64, for the tokens and for every parameter behind them, in a batch that mixes all subsets."""
+def test_gradients_of_fusion_and_heads_match_finite_differences(missing: str) -> None:
+    """Check it in float64, for the tokens and all later parameters, in a batch that mixes all subsets."""
     torch.manual_seed(0)
     recipe = ModelRecipe(encoders=SMALL_ENCODERS, missing=missing, **SMALL)  # type: ignore[arg-type]
     model = KarmmaModel(recipe, INPUTS, ("video", "flow"), {"verb": 2, "noun": 2}).double()
@@ -176,7 +176,7 @@ class _Fuse(nn.Module):
 
 
 @pytest.mark.parametrize("missing", MISSING)
-def test_gradients_through_tau_average_and_projection_are_those_of_finite_differences(missing: str) -> None:
+def test_gradients_through_tau_average_match_finite_differences(missing: str) -> None:
     torch.manual_seed(0)
     recipe = ModelRecipe(encoders=SMALL_ENCODERS, missing=missing, **SMALL)  # type: ignore[arg-type]
     model = KarmmaModel(recipe, INPUTS, ("video", "flow"), {"verb": 2}).double()
@@ -196,8 +196,8 @@ NOISE = {"large": 1e4, "infinite": float("inf"), "not a number": float("nan")}
 @pytest.mark.parametrize("missing", MISSING)
 @pytest.mark.parametrize("noise", list(NOISE))
 @pytest.mark.parametrize("grad", [False, True])
-def test_tokens_of_a_modality_that_is_not_kept_influence_nothing(missing: str, noise: str, grad: bool) -> None:
-    """Not even by a bit, and whatever is in them."""
+def test_tokens_of_a_dropped_modality_have_no_influence(missing: str, noise: str, grad: bool) -> None:
+    """Check it bit for bit, for any values of the tokens."""
     model = build(missing).eval()
     keep = torch.tensor(SUBSETS)
     present = torch.ones_like(keep)
@@ -210,7 +210,7 @@ def test_tokens_of_a_modality_that_is_not_kept_influence_nothing(missing: str, n
 
 
 @pytest.mark.parametrize("missing", MISSING)
-def test_tokens_that_are_not_kept_get_a_gradient_of_exactly_zero(missing: str) -> None:
+def test_dropped_tokens_get_a_gradient_of_exactly_zero(missing: str) -> None:
     model = build(missing).train()
     keep = torch.tensor(SUBSETS)
     tokens = {m: torch.randn(len(keep), num, 32, requires_grad=True) for m, num in model.num_tokens.items()}
@@ -225,7 +225,7 @@ def test_tokens_that_are_not_kept_get_a_gradient_of_exactly_zero(missing: str) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
 def test_unattended_tokens_change_no_other_and_no_output_is_nan(dtype: torch.dtype, training: bool) -> None:
-    """Also for a clip of which nothing but [CLS] is attended to."""
+    """Check it also for a clip where only [CLS] is attended to."""
     torch.manual_seed(0)
     block = FusionBlock(16, 4, 2, 16).to(dtype).train(training)
     attend = torch.rand(6, 9) < 0.5

@@ -1,4 +1,4 @@
-"""Tau-average: what it averages, and that it is differentiable."""
+"""Tests of the tau-average: its groups and its gradients."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_few_enough_tokens_pass_untouched() -> None:
     assert tau_average(tokens, 5) is tokens
 
 
-def test_a_tau_or_grouping_that_cannot_be_is_refused() -> None:
+def test_an_invalid_tau_or_grouping_is_refused() -> None:
     with pytest.raises(ValueError, match="tau is 0"):
         tau_average(torch.zeros(1, 2, 3), 0)
     with pytest.raises(ValueError, match="grouping is 'odd'"):

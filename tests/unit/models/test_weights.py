@@ -1,4 +1,4 @@
-"""Weights: saved whole, loaded exactly, and taken over from published checkpoints."""
+"""Tests of weights: saved completely, loaded exactly, and taken from other runs."""
 
 from __future__ import annotations
 
@@ -103,14 +103,14 @@ def test_a_save_that_fails_leaves_the_earlier_weights(tmp_path: Path, monkeypatc
     assert same(load_model(tmp_path)[0], model)
 
 
-def test_what_cannot_be_loaded_is_explained_on_one_line(tmp_path: Path) -> None:
+def test_weights_that_cannot_be_loaded_are_one_line(tmp_path: Path) -> None:
     def refused(path: Path, message: str) -> None:
         with pytest.raises(UserError, match=message) as caught:
             load_model(path)
         assert "\n" not in str(caught.value)
 
     refused(tmp_path / "nowhere", "no such run folder or weights file")
-    refused(tmp_path, "holds no weights.safetensors: train that run to its end first")
+    refused(tmp_path, "holds no weights.safetensors: finish that run first")
     save_model(model_of("video"), tmp_path)
     weights, card = tmp_path / "weights.safetensors", tmp_path / "model.yaml"
     whole, description = weights.read_bytes(), card.read_text()
@@ -124,10 +124,10 @@ def test_what_cannot_be_loaded_is_explained_on_one_line(tmp_path: Path) -> None:
     card.write_text(description.replace("modalities", "modalitys"))
     refused(tmp_path, "model.yaml: .*unknown key 'modalitys' \\(did you mean 'modalities'\\?\\)")
     card.unlink()
-    refused(tmp_path, "no model.yaml beside it")
+    refused(tmp_path, "no model.yaml in its folder")
 
 
-def test_a_card_whose_class_names_do_not_fit_its_heads_is_refused(tmp_path: Path) -> None:
+def test_a_card_with_wrong_class_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="classes of head 'verb': 1 names for 2 classes"):
         save_model(model_of("video"), tmp_path, classes={"verb": ["only"]})
 
@@ -160,7 +160,7 @@ def test_weights_of_another_encoder_are_refused_and_change_nothing(tmp_path: Pat
     with pytest.raises(UserError, match="weights of other sizes"):
         load_encoder_weights(encoder_of("small_video", "video", width=8), "video", str(tmp_path))
     torch.save({"state_dict": {"layer.weight": torch.zeros(1)}}, tmp_path / "foreign.pth")
-    with pytest.raises(UserError, match=r"SmallAudio has no published weights, and 'layer.weight' is no key"):
+    with pytest.raises(UserError, match=r"SmallAudio has no published weights, and 'layer.weight' is not a key"):
         load_encoder_weights(encoder, "audio", str(tmp_path / "foreign.pth"))
     with pytest.raises(UserError, match="no such run folder or weights file"):
         load_encoder_weights(encoder, "audio", str(tmp_path / "missing.pth"))

@@ -1,4 +1,4 @@
-"""Starting weights in the layouts of others: whoever published them, the tokens are those of their own model."""
+"""Tests of published starting weights in other layouts: the tokens equal those of the published model."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def wrapped(state: dict[str, Tensor], kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "kind", ["meta, optimizer", "model", "nested", "DistributedDataParallel", "compiled under DDP", "junk between"]
 )
-def test_what_training_scripts_wrap_around_weights_is_taken_off(tmp_path: Path, kind: str) -> None:
+def test_wrappers_of_training_scripts_are_removed(tmp_path: Path, kind: str) -> None:
     published = torchvision_swin()
     torch.save(wrapped(authors_layout(published.state_dict()), kind), tmp_path / "wrapped.pth")
     assert_swin_tokens_are_equal(tmp_path / "wrapped.pth", published, **SWIN)
@@ -140,7 +140,7 @@ def test_a_swin_checkpoint_with_a_hole_is_refused(tmp_path: Path) -> None:
         load_encoder_weights(encoder_of("swin3d_small", "video", **SWIN), "video", str(tmp_path / "hole.pth"))
 
 
-def test_deit_weights_fit_ast_and_answer_a_gray_image_alike(tmp_path: Path) -> None:
+def test_deit_weights_fit_ast_and_agree_on_gray_images(tmp_path: Path) -> None:
     torch.manual_seed(3)
     deit: Any = VisionTransformerDistilled(
         img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3, num_classes=7
@@ -158,7 +158,7 @@ def test_deit_weights_fit_ast_and_answer_a_gray_image_alike(tmp_path: Path) -> N
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_ast_on_deits_own_patches_answers_as_deit_does(tmp_path: Path) -> None:
+def test_ast_on_deits_patches_equals_deit(tmp_path: Path) -> None:
     """With DeiT's stride and image and one gray window, nothing is resized and the two models are one."""
     torch.manual_seed(3)
     deit: Any = VisionTransformerDistilled(
@@ -248,7 +248,7 @@ def test_published_stlt_weights_load_and_give_equal_tokens(tmp_path: Path, prefi
     assert_stlt_tokens_are_equal(encoder, published)
 
 
-def test_action_genomes_rows_move_to_where_ours_mean_the_same(tmp_path: Path) -> None:
+def test_action_genomes_rows_move_to_rows_of_equal_meaning(tmp_path: Path) -> None:
     """Every row carries its own number: pad 0, cls 1, objects 2 to 36, person 37; pad, regular, extract, empty."""
     torch.manual_seed(4)
     published = PublishedStlt(24, 2, 2, 3, categories=38).eval()
@@ -261,7 +261,7 @@ def test_action_genomes_rows_move_to_where_ours_mean_the_same(tmp_path: Path) ->
     encoder: Any = encoder_of("stlt", "detections", **STLT)
     start = encoder.frame_type.weight[1].clone()
     said: list[str] = []
-    load_encoder_weights(encoder, "detections", str(path), say=said.append)
+    load_encoder_weights(encoder, "detections", str(path), log=said.append)
     # pad, hand, object (mean of 2 to 36), whole frame
     assert encoder.category.weight[:, 0].tolist() == pytest.approx([0, 37, 19, 1])
     assert encoder.frame_type.weight[[0, 2, 3, 4], 0].tolist() == [0, 1, 3, 2]  # pad, regular, empty, extract
@@ -273,18 +273,18 @@ def test_action_genomes_rows_move_to_where_ours_mean_the_same(tmp_path: Path) ->
     assert_stlt_tokens_are_equal(encoder, published)  # ordinary frames are regular, the clip's token is extract
 
 
-def test_tables_of_neither_dataset_need_the_recipe_to_say_so(tmp_path: Path) -> None:
+def test_tables_of_other_datasets_need_weights_ignore(tmp_path: Path) -> None:
     torch.manual_seed(4)
     published = PublishedStlt(24, 2, 2, 3, categories=7).eval()
     path = published_stlt_file(tmp_path / "other.pt", published, "backbone.")
     encoder = encoder_of("stlt", "detections", **STLT)
     before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
-    message = r"category.weight is \(7, 24\), expected \(4, 24\): what may start at random goes into weights_ignore"
+    message = r"category.weight is \(7, 24\), expected \(4, 24\): add keys that may start at random to weights_ignore"
     with pytest.raises(UserError, match=message):
         load_encoder_weights(encoder, "detections", str(path))
     assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.state_dict().items())
     said: list[str] = []
-    load_encoder_weights(encoder, "detections", str(path), ignore=["category.*"], say=said.append)
+    load_encoder_weights(encoder, "detections", str(path), ignore=["category.*"], log=said.append)
     assert [line.partition(": ")[2].partition(" (")[0] for line in said] == ["these start at random: category.weight"]
     ours: Any = encoder
     assert torch.equal(ours.category.weight, before["category.weight"])
@@ -292,12 +292,12 @@ def test_tables_of_neither_dataset_need_the_recipe_to_say_so(tmp_path: Path) -> 
 
 def test_missing_public_weights_name_their_source_and_the_field() -> None:
     name, field = "swin_base_patch244_window877_kinetics400_1k.pth", "model.encoders.video.weights"
-    with pytest.raises(UserError, match=rf"{field}.*{name} is published at .*--set {field}=null"):
+    with pytest.raises(UserError, match=rf"{field}.*{name} from .*--set {field}=null"):
         check_published(Path("weights") / name, field)
     check_published(Path("weights/mine.pth"), field)
 
 
-def test_what_may_differ_is_what_the_patterns_name_and_nothing_else(tmp_path: Path) -> None:
+def test_only_keys_that_match_a_pattern_may_differ(tmp_path: Path) -> None:
     state = torchvision_swin().state_dict()
     del state["norm.weight"]
     state["norm.scale"] = torch.zeros(3)
@@ -308,7 +308,7 @@ def test_what_may_differ_is_what_the_patterns_name_and_nothing_else(tmp_path: Pa
         said: list[str] = []
         encoder = encoder_of("swin3d_small", "video", **SWIN)
         load_encoder_weights(
-            encoder, "video", str(tmp_path / "other.safetensors"), ignore=ignore, say=lambda line: said.append(line)
+            encoder, "video", str(tmp_path / "other.safetensors"), ignore=ignore, log=lambda line: said.append(line)
         )
         return [line.partition(": ")[2] for line in said]
 
@@ -320,15 +320,15 @@ def test_what_may_differ_is_what_the_patterns_name_and_nothing_else(tmp_path: Pa
         load("norm.*")
     assert load("norm.*", "*.proj.bias", "stem.*", "head") == [
         "these start at random: norm.weight, patch_embed.proj.bias "
-        "(1 are not in the file, 1 of another size there)",
+        "(1 are not in the file, 1 have another size there)",
         "in the file and not used: norm.scale",
-        "nothing to leave out matches 'stem.*', 'head'",
+        "no ignored key matches 'stem.*', 'head'",
     ]
 
 
-def test_patterns_that_let_everything_pass_load_nothing_and_are_refused(tmp_path: Path) -> None:
+def test_patterns_that_ignore_every_key_are_refused(tmp_path: Path) -> None:
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"nothing is left to load beside what may be left out \(\*\)"):
+    with pytest.raises(UserError, match=r"weights_ignore \(\*\) leaves no key to load"):
         load_encoder_weights(
             encoder_of("swin3d_small", "video", **SWIN), "video", str(tmp_path / "other.safetensors"), ignore=["*"]
         )
@@ -354,15 +354,15 @@ class Trap:
         return (Path.touch, (self.path,))
 
 
-def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(tmp_path: Path) -> None:
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     state = torchvision_swin().state_dict()
     torch.save({"state_dict": state, "meta": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
-    with pytest.raises(UserError, match=r"trap.pth: cannot be read as weights: .* \(.+\), and reading those can run"):
+    with pytest.raises(UserError, match=r"trap.pth: cannot be read as weights: .* \(.+\), and reading it can run"):
         load_encoder_weights(encoder_of("swin3d_small", "video", **SWIN), "video", str(tmp_path / "trap.pth"))
     assert not (tmp_path / "sprung").exists()
 
 
-def test_of_a_folders_files_safetensors_come_first_and_of_several_none(tmp_path: Path) -> None:
+def test_a_folder_gives_its_only_weights_file_safetensors_first(tmp_path: Path) -> None:
     published = torchvision_swin()
     torch.save({"other": torch.zeros(1)}, tmp_path / "model.pth")
     save_file(published.state_dict(), tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Video Swin's own blocks against torchvision's, recomputed activations against kept ones, compiled against plain."""
+"""Tests of Video Swin: our blocks against torchvision's, recomputed against kept activations, and compilation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def no_compiled_code() -> Iterator[None]:
 
 
 def pair(num_frames: int, side: int, options: dict[str, Any]) -> tuple[VideoSwin, SwinTransformer3d]:
-    """Ours and torchvision's with the same weights, norms and biases away from where training starts."""
+    """Return our model and torchvision's with the same weights, with norms and biases unlike their initial values."""
     torch.manual_seed(0)
     ours = VideoSwin(SwinOptions.model_validate(options), num_frames, side)
     for parameter in ours.parameters():
@@ -143,7 +143,7 @@ def test_bf16_tokens_are_as_close_to_exact_ones_as_torchvisions(grad: bool) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_both_ways_to_attend_give_the_same(dtype: torch.dtype) -> None:
+def test_both_implementations_of_attention_agree(dtype: torch.dtype) -> None:
     query, key, value = torch.randn(3, 5, 2, 12, 8, dtype=dtype)
     bias = torch.randn(1, 2, 12, 12, dtype=dtype)
     fused = window_attention.attend(query, key, value, bias)
@@ -279,7 +279,7 @@ def test_swin_compiles_as_one_graph(backend: str, recompute: bool) -> None:
 
 @pytest.mark.usefixtures("no_compiled_code")
 @pytest.mark.parametrize("name", ["swin3d_small", "stlt"])
-def test_a_compiled_encoder_takes_any_number_of_clips_and_keeps_its_names(
+def test_a_compiled_encoder_takes_any_number_of_clips(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []

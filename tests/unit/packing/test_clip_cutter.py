@@ -163,7 +163,7 @@ def test_a_file_that_is_no_movie_fails_every_clip(tmp_path: Path, content: bytes
 def test_numbered_frames_are_cut_by_number_and_clamped(tmp_path: Path) -> None:
     frames = write_frames(tmp_path / "rgb", list(range(1, 81)))
     flow = write_frames(tmp_path / "flow", list(range(1, 41)), ("u", "v"))
-    record = clip("a", 0.0, 9.0, start_frame=21, stop_frame=200)
+    record = clip("a", 0.0, 1.4, start_frame=21, stop_frame=105)
     recording = Recording("r", "p", (record,), frames=frames, media={"flow": MediaFile(flow, rate=2)}, nominal_fps=60)
     found = cut(recording, epic_spec(tmp_path, video={"max_fps": 30}))["a"]
     assert numbers(found) == list(range(21, 81, 2))

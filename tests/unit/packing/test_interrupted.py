@@ -4,6 +4,7 @@ the same command gives the bytes of a run that was never stopped."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,13 +24,13 @@ from hypothesis import strategies as st
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
+from karmma_dist.io import files, locks
 from karmma_dist.modalities.recording import ClipRecord, Recording
-from karmma_dist.packing import pack as pack_module
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.records import CutClip
 from karmma_dist.packing.spec import PackingSpec
-from karmma_dist.packing.tars import lock, staging, writer
+from karmma_dist.packing.tars import staging
 from karmma_dist.packing.tars.lock import folder_lock
 from karmma_dist.packing.verify.repair import repair
 from karmma_dist.packing.verify.verify import verify
@@ -54,19 +55,20 @@ class SmallDisk:
             self.was_full = True
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def open(self, path: Path, mode: str = "r") -> IO[Any]:
+    def open(self, file: Path | int, mode: str = "r", opener: Callable[[str, int], int] | None = None) -> IO[Any]:
         if "r" in mode:
-            return open(path, mode)
+            return open(file, mode)
         self.use()
-        buffered = io.BufferedWriter(_SmallFile(path, mode.replace("b", ""), self), 4096)
-        return buffered if "b" in mode else io.TextIOWrapper(buffered)
+        if "a" in mode:
+            return open(file, mode, opener=opener)  # a lock, which stays empty
+        return io.BufferedWriter(_SmallFile(file, mode.replace("b", ""), self), 4096)
 
     @contextmanager
     def filled(self) -> Iterator[None]:
         """Write the files of the block to this disk, and expect one clear error if it gets full."""
         message = ""
         with pytest.MonkeyPatch.context() as patch:
-            for module in (writer, pack_module, lock):
+            for module in (files, locks):
                 patch.setattr(module, "open", self.open, raising=False)
             patch.setattr(os, "fsync", self._counted(os.fsync))
             patch.setattr(os, "mkdir", self._counted(os.mkdir, lambda path, *_: not Path(path).exists()))
@@ -88,8 +90,8 @@ class SmallDisk:
 
 
 class _SmallFile(io.FileIO):
-    def __init__(self, path: Path, mode: str, disk: SmallDisk) -> None:
-        super().__init__(path, mode)
+    def __init__(self, file: Path | int, mode: str, disk: SmallDisk) -> None:
+        super().__init__(file, mode)
         self._disk = disk
 
     def write(self, data: Any) -> int:
@@ -159,21 +161,55 @@ def test_a_disk_full_at_any_write_leaves_nothing_complete(
     assert folder_bytes(out) == packed_sounds
 
 
+REDIRECTION = """
+import os
+plain_open = os.open
+def redirected(path, flags, *arguments, **named):
+    if flags & os.O_CREAT and os.path.basename(path).startswith({name!r}):
+        return plain_open({to!r}, os.O_WRONLY)
+    return plain_open(path, flags, *arguments, **named)
+os.open = redirected
+"""
+
+
+NO_FLOCK = """
+import fcntl, os
+def flock(*_):
+    raise OSError({code}, os.strerror({code}))
+fcntl.flock = flock
+"""
+
+
+@contextmanager
+def running_first(code: str, folder: Path) -> Iterator[None]:
+    """Let this process run some code that replaces functions, and those that it starts before all else."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", os.open)  # both are put back at the end
+        patch.setattr(fcntl, "flock", fcntl.flock)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        exec(code, {})
+        yield
+
+
+def redirected(name: str, to: Path, folder: Path) -> AbstractContextManager[None]:
+    """Let this process and those it starts write to another place what they create under names that begin so."""
+    return running_first(REDIRECTION.format(name=name, to=str(to)), folder)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_disk_full_while_cutting_is_one_line(
     frames: Path, packed_frames: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
     out = tmp_path / "out"
-    (out / ".staging").mkdir(parents=True)
-    full = out / ".staging/.000001-P02_01.tar.partial"
-    full.symlink_to("/dev/full")
-    assert main(command(frames, out, workers=workers)) == 2
+    with redirected(".000001-P02_01.tar.", Path("/dev/full"), tmp_path / "site"):
+        assert main(command(frames, out, workers=workers)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("cut: ", "write: "))]
     assert errors == [f"error: {out}: disk full: free some space and pack again, what is cut is kept"]
     assert not (out / "failures.jsonl").exists()
     assert (out / ".staging/000000-P01_01.result.json").is_file() or workers > 1  # the other may not be done yet
     expect_nothing_looks_whole(out, packed_frames)
-    full.unlink()
     assert main(command(frames, out, workers=workers)) == 0
     assert folder_bytes(out) == packed_frames
 
@@ -400,11 +436,10 @@ def test_ctrl_c_while_workers_start_is_one_line(stuck: tuple[Path, list[Path]], 
 def test_after_a_kill_inside_a_shard_the_rerun_completes(
     frames: Path, packed_frames: dict[str, str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    pipe = out / ".train-000001.tar.partial"
+    out, pipe = tmp_path / "out", tmp_path / "pipe"
     os.mkfifo(pipe)
-    process = start(frames, out)
+    with redirected(".train-000001.tar.", pipe, tmp_path / "site"):
+        process = start(frames, out)
     with open(pipe, "rb", buffering=0) as shard:  # waits for the packer that writes it
         assert shard.read(512).startswith(b"P0")
         os.kill(process.pid, signal.SIGKILL)
@@ -412,7 +447,6 @@ def test_after_a_kill_inside_a_shard_the_rerun_completes(
     assert (out / "train-000000.tar").is_file()
     assert not (out / "train-000001.tar").exists()
     expect_nothing_looks_whole(out, packed_frames)
-    pipe.unlink()
     assert main(command(frames, out, workers=1)) == 0
     assert folder_bytes(out) == packed_frames
 
@@ -444,3 +478,102 @@ def test_a_second_packer_is_one_line_and_exit_code_2(
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
     assert "another packer works" in shown.err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, 524])
+def test_on_a_file_system_without_flock_two_workers_pack_the_same_bytes_and_say_once_how(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path, code: int
+) -> None:
+    out = tmp_path / "out"
+    with running_first(NO_FLOCK.format(code=code), tmp_path / "site"):
+        process = start(frames, out)
+        _, errors = end_of(process)
+    assert process.returncode == 0
+    (said,) = errors
+    assert said.startswith(f"{out}: this file system has no flock (")
+    assert folder_bytes(out) == packed_frames
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_without_flock_a_second_packer_is_refused_and_a_killed_one_blocks_nobody(
+    frames: Path, packed_frames: dict[str, str], stuck: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    (raw, pipes), out = stuck, tmp_path / "out"
+    with running_first(NO_FLOCK.format(code=errno.ENOSYS), tmp_path / "site"):
+        process = start(raw, out)
+        held = [open(path, "wb") for path in pipes]  # noqa: SIM115 - each waits for the worker that reads it
+        second = start(frames, out)
+        _, errors = end_of(second)
+        assert second.returncode == 2
+        assert errors[-1] == f"error: {out}: another packer works in this folder: wait for it or choose another --out"
+        os.kill(process.pid, signal.SIGKILL)
+        end_of(process)
+        for file in held:
+            file.close()
+        expect_nothing_looks_whole(out, packed_frames)
+        mend(frames, raw, pipes)
+        assert main(command(raw, out, workers=1)) == 0
+    assert folder_bytes(out) == packed_frames
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_without_flock_parts_are_packed_side_by_side(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with running_first(NO_FLOCK.format(code=errno.ENOSYS), tmp_path / "site"):
+        words = [sys.executable, "-m", "karmma_dist", *command(frames, out, workers=1), "--part"]
+        parts = [subprocess.Popen([*words, f"{number}/2"], stderr=subprocess.DEVNULL) for number in (1, 2)]
+        assert [part.wait(HANGS_S) for part in parts] == [0, 0]
+        if not (out / "manifest.json").is_file():  # both looked before the other one was done: neither assembled
+            assert main([*command(frames, out, workers=1), "--part", "1/2"]) == 0
+    assert folder_bytes(out) == packed_frames
+
+
+PLANTED = [
+    "manifest.json", "failures.jsonl", "train-000000.tar", "train-000000.index.json", ".staging/000000-P01_01.tar",
+    ".staging/000000-P01_01.result.json", ".train-000000.tar.partial", ".manifest.json.partial",
+    ".staging/.000000-P01_01.tar.partial",
+]  # fmt: skip
+
+
+def test_no_link_in_the_folder_is_written_through(sounds: Path, packed_sounds: dict[str, str], tmp_path: Path) -> None:
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    (out / ".staging").mkdir(parents=True)
+    victim.write_bytes(b"kept")
+    for name in PLANTED:
+        (out / name).symlink_to(victim)
+    (out / "manifest.json").unlink()  # a manifest that is none is refused
+    pack(sound_spec(sounds, out))
+    assert victim.read_bytes() == b"kept"
+    assert folder_bytes(out) == packed_sounds
+    assert not any(path.is_symlink() for path in out.iterdir() if not path.name.startswith("."))
+
+
+def test_staging_that_leads_elsewhere_is_refused(sounds: Path, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_bytes(b"kept")
+    (out / ".staging").symlink_to(elsewhere)
+    with pytest.raises(UserError, match=r"\.staging: is a symbolic link, .*: remove it"):
+        pack(sound_spec(sounds, out))
+    assert [path.name for path in elsewhere.iterdir()] == ["kept"]
+
+
+def test_what_a_killed_packer_left_is_removed_by_the_next_one(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path
+) -> None:
+    out, pipe = tmp_path / "out", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with redirected(".train-000001.tar.", pipe, tmp_path / "site"):
+        process = start(frames, out)
+    with open(pipe, "rb", buffering=0) as shard:  # waits for the packer that writes it
+        assert shard.read(1)
+        for folder in (out, out / ".staging"):
+            (folder / f".x.tar.{files._short_machine()}-{process.pid}-0123abcd.partial").write_bytes(b"half")
+        os.kill(process.pid, signal.SIGKILL)
+        end_of(process)
+    assert main(command(frames, out, workers=1)) == 0
+    assert folder_bytes(out) == packed_frames
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []

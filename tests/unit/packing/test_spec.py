@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.json_fields import shown
+from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.packing import pack as pack_module
 from karmma_dist.packing.readers import readers
+from karmma_dist.packing.readers.csv_table import PlainPaths
+from karmma_dist.packing.readers.reader import Reader
+from karmma_dist.packing.records import Plan
 from karmma_dist.packing.spec import NOT_IN_BYTES, PackingSpec, load_spec
 from karmma_dist.settings import flat
+from karmma_dist.shards.format import TAR_NAME, shard_name, split_problem
 from kits.settings import fields_of, holder, with_another
 
 SPECS = sorted(path.stem for path in (Path(__file__).parents[3] / "shards").glob("*.yaml"))
@@ -125,3 +134,64 @@ def test_a_setting_that_is_recorded_and_not_known_here_differs() -> None:
     assert spec.differences(recorded) == {"video.sharpness": (3, None)}
     assert spec.differences(json.loads(json.dumps(spec.recorded()))) == {}
     assert "video.sharpness" not in flat(spec.recorded())
+
+
+BAD_SPLITS = [
+    "../evil", "", ".", "..", "/tmp/evil", "a/b", "a\\b", "a\0b", "a\nb", "a b", "a.b", "x" * 101, "manifest",
+    "Failures", "train-000000", "-train", "tra\u00efn", "\x1b[31m", "*",
+]  # fmt: skip
+"""Names that no split may have: files begin with them."""
+
+
+@pytest.mark.parametrize(
+    ("reader", "field"),
+    [
+        ("plain", "splits"), ("epic_kitchens", "splits"), ("something_something", "splits"),
+        ("epic_kitchens", "hold_out"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("split", BAD_SPLITS)
+def test_a_name_that_cannot_begin_a_file_is_no_split(tmp_path: Path, reader: str, field: str, split: str) -> None:
+    named: dict[str, Any] = {split: 0.1} if field == "hold_out" else {"train": "train.csv", split: "other.csv"}
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps({"reader": reader, "dataset": "d", "raw": "r", "out": "o", reader: {field: named}}))
+    with pytest.raises(UserError) as caught:
+        load_spec(str(path))
+    said = str(caught.value)
+    assert said.startswith(f"{path}: {reader}.{field}: ")
+    assert shown(split) in said
+    assert "is no name of a split" in said
+    assert said.isprintable()
+
+
+def test_splits_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
+    sections = {"plain": {"splits": {"train": "a.csv", "Train": "b.csv"}}}
+    sections |= {"epic_kitchens": {"splits": {"train": "a.csv"}, "hold_out": {"TRAIN": 0.1}}}
+    for reader, section in sections.items():
+        with pytest.raises(UserError, match=f"{reader}.*'train' and 'T[rR].*differ only in case"):
+            load_spec(_spec(tmp_path, f"{reader}: {json.dumps(section)}\n", reader))
+
+
+def test_a_reader_of_another_package_cannot_leave_the_folder_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = ClipRecord("k", "../evil", 0.0, 1.0, {})
+    recording = Recording("r", "p", (clip,), video_file=tmp_path / "none.mp4")
+    for plan in (Plan((recording,), {}, ("train",)), Plan((), {}, ("../evil",))):
+        reader = Reader(PlainPaths, lambda _, plan=plan: plan, ("video", "flow", "audio"))
+        monkeypatch.setattr(pack_module, "find_reader", lambda _, reader=reader: reader)
+        spec = PackingSpec(reader="plain", dataset="d", raw=str(tmp_path), out=str(tmp_path / "out"))
+        with pytest.raises(UserError, match=r"reader plain: '\.\./evil' is no name of a split"):
+            pack_module.pack(spec)
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.text(min_size=1, max_size=120))
+def test_a_shard_of_a_split_that_is_taken_lies_in_its_folder(split: str) -> None:
+    if split_problem([split]):
+        return
+    name = shard_name(split, 0)
+    match = TAR_NAME.fullmatch(name)
+    assert match is not None
+    assert match[1] == split
+    assert Path("folder", name).parent == Path("folder")

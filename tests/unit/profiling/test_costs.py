@@ -1,4 +1,4 @@
-"""Profiling: the published costs come out, parts add up to the whole, and memory is what PyTorch allocates."""
+"""Profiling reproduces published costs, parts add up to the whole, and memory is what PyTorch allocates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from karmma_dist.modalities import MODALITIES, subsets
 from karmma_dist.models.flops import ClipFlops, flops_per_clip, meta_clip, meta_model
 from karmma_dist.models.karmma import FusionBlock, KarmmaModel
 from karmma_dist.models.model_card import save_model
-from karmma_dist.profiling.costs import Cost, Profile, Subject, cost, find_subjects, profile_recipe
+from karmma_dist.profiling.costs import Cost, Profile, ProfiledModel, cost, find_models, profile_recipe
 from karmma_dist.profiling.memory import FusedAttention, PeakMemory, inference_peak
 from karmma_dist.profiling.report import print_profile
 from karmma_dist.recipe import load_recipe
@@ -38,25 +38,25 @@ ALL = ((V,), (F_,), (A,), (V, F_), (V, A), (F_, A), (V, F_, A))
 
 @pytest.fixture(autouse=True)
 def _no_shards_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is profiled must not depend on shards and runs that lie in the working directory."""
+    """Run in an empty folder, so that profiles do not depend on shards and runs in the working directory."""
     monkeypatch.chdir(tmp_path)
     for variable in ("EPIC_KITCHENS_SHARDS", "SSV2_SHARDS"):
         monkeypatch.delenv(variable, raising=False)
 
 
-def subject(name: str, role: str, *overrides: str) -> Subject:
-    subjects, _ = find_subjects(name, overrides)
-    return next(found for found in subjects if found.role == role)
+def profiled_model(name: str, role: str, *overrides: str) -> ProfiledModel:
+    profiled_models, _ = find_models(name, overrides)
+    return next(profiled for profiled in profiled_models if profiled.role == role)
 
 
-def twin(of: Subject, modalities: tuple[str, ...] | None = None) -> KarmmaModel:
-    return meta_model(of.model, of.inputs, modalities or of.modalities, of.heads)
+def on_meta(profiled: ProfiledModel, modalities: tuple[str, ...] | None = None) -> KarmmaModel:
+    return meta_model(profiled.model, profiled.inputs, modalities or profiled.modalities, profiled.heads)
 
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, ClipFlops]:
     return {
-        f"{folder} {role}": flops_per_clip(twin(subject(f"{folder}/distill", role)))
+        f"{folder} {role}": flops_per_clip(on_meta(profiled_model(f"{folder}/distill", role)))
         for folder in ("epic_kitchens", "something_something")
         for role in ("teacher", "student")
     }
@@ -79,26 +79,26 @@ def test_published_gflops_are_reproduced(
 
 @pytest.mark.parametrize(("tau", "gflops"), [(784, 1759), (500, 1725), (100, 1693)])
 def test_published_gflops_of_other_token_limits_are_reproduced(tau: int, gflops: float) -> None:
-    teacher = subject("epic_kitchens/teacher", "teacher", f"model.tau={tau}")
-    assert flops_per_clip(twin(teacher)).alone((V, F_, A)) / 1e9 == pytest.approx(gflops, abs=0.5)
+    teacher = profiled_model("epic_kitchens/teacher", "teacher", f"model.tau={tau}")
+    assert flops_per_clip(on_meta(teacher)).alone((V, F_, A)) / 1e9 == pytest.approx(gflops, abs=0.5)
 
 
 @pytest.mark.parametrize(
     ("role", "subset", "millions"), [("teacher", (V, F_, A), 11.25), ("student", (V,), 29.64)]
 )
 def test_published_trainable_parameters_are_reproduced(role: str, subset: tuple[str, ...], millions: float) -> None:
-    model = twin(subject("epic_kitchens/distill", role), subset)
+    model = on_meta(profiled_model("epic_kitchens/distill", role), subset)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable / 1e6 == pytest.approx(millions, rel=5e-4)
 
 
-def test_the_student_computes_at_most_half_of_what_the_teacher_does_wherever_there_is_more_than_boxes(
+def test_the_student_takes_at_most_half_of_the_teachers_flops(
     published: dict[str, ClipFlops],
 ) -> None:
     for folder in ("epic_kitchens", "something_something"):
         teacher, student = published[f"{folder} teacher"], published[f"{folder} student"]
         for subset in teacher.fusion:
-            # On boxes alone both run the same encoder, with 9 and 12 layers.
+            # On boxes alone both run the same encoder, the student with 9 layers and the teacher with 12.
             assert student.alone(subset) <= (0.75 if subset == (D,) else 0.5) * teacher.alone(subset), subset
 
 
@@ -106,28 +106,28 @@ def test_the_student_computes_at_most_half_of_what_the_teacher_does_wherever_the
     ("folder", "bounds"),
     [
         ("epic_kitchens", {(V,): 0.53, (A,): 0.1, (V, F_, A): 0.4}),
-        # Half of the student's parameters are in STLT, which is as wide as the teacher's and has 9 layers for 12.
+        # Half of the student's parameters are in STLT, as wide as the teacher's, with 9 layers instead of 12.
         ("something_something", {(V,): 0.53, (D,): 0.71, (V, F_, D): 0.54}),
     ],
 )
-def test_the_student_needs_about_half_of_the_teachers_memory_or_less(
+def test_the_student_takes_about_half_of_the_teachers_memory(
     folder: str, bounds: dict[tuple[str, ...], float]
 ) -> None:
-    subjects, _ = find_subjects(f"{folder}/distill")
+    profiled_models, _ = find_models(f"{folder}/distill")
     for subset, bound in bounds.items():
-        teacher, student = (_inference_bytes(s, subset) for s in subjects)
+        teacher, student = (_inference_bytes(s, subset) for s in profiled_models)
         assert student <= bound * teacher, subset
 
 
-def _inference_bytes(of: Subject, subset: tuple[str, ...]) -> int:
-    model = twin(of, subset).to(torch.bfloat16).eval()
+def _inference_bytes(profiled: ProfiledModel, subset: tuple[str, ...]) -> int:
+    model = on_meta(profiled, subset).to(torch.bfloat16).eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    clip = meta_clip(of.inputs, subset, torch.bfloat16)
+    clip = meta_clip(profiled.inputs, subset, torch.bfloat16)
     return weights + inference_peak(model, clip, torch.ones(1, len(subset), dtype=torch.bool))
 
 
 def counted(model: KarmmaModel, present: tuple[str, ...], backward: bool = False) -> int:
-    """FLOPs by PyTorch's counter on the whole model, nothing taken apart."""
+    """Count the FLOPs of the whole model at once with PyTorch's counter."""
     clip = meta_clip(model.inputs, present)
     mask = torch.tensor([[m in present for m in model.modalities]])
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
@@ -141,31 +141,31 @@ DEMO = ("data.heads={verb: 4, noun: 3}",)
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_the_parts_add_up_to_what_the_whole_model_computes(role: str) -> None:
-    demo = subject("demo/distill", role, *DEMO)
-    flops = flops_per_clip(twin(demo))
+def test_the_parts_add_up_to_the_whole_models_flops(role: str) -> None:
+    demo = profiled_model("demo/distill", role, *DEMO)
+    flops = flops_per_clip(on_meta(demo))
     for subset in subsets(demo.modalities):
-        assert flops.alone(subset) == counted(twin(demo, subset).eval(), subset)
-        assert flops.forward(dict.fromkeys(subset, 1), 1) == counted(twin(demo).eval(), subset)
+        assert flops.alone(subset) == counted(on_meta(demo, subset).eval(), subset)
+        assert flops.forward(dict.fromkeys(subset, 1), 1) == counted(on_meta(demo).eval(), subset)
 
 
-def test_flops_are_counted_wherever_the_model_is_and_leave_it_as_it_was() -> None:
-    demo = subject("demo/distill", "student", *DEMO)
+def test_flops_are_counted_on_any_device_without_changing_the_model() -> None:
+    demo = profiled_model("demo/distill", "student", *DEMO)
     model = KarmmaModel(demo.model, demo.inputs, demo.modalities, demo.heads).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert flops_per_clip(model) == flops_per_clip(twin(demo))
+    assert flops_per_clip(model) == flops_per_clip(on_meta(demo))
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_a_training_step_costs_three_forward_passes_of_what_is_trained(role: str) -> None:
-    demo = subject("demo/distill", role, *DEMO)
-    flops = flops_per_clip(twin(demo))
+def test_a_training_step_costs_three_forward_passes_of_trained_parts(role: str) -> None:
+    demo = profiled_model("demo/distill", role, *DEMO)
+    flops = flops_per_clip(on_meta(demo))
     for subset in subsets(demo.modalities):
         estimate = flops.training(dict.fromkeys(subset, 1), 1)
-        # The first layers need no gradient of their input: what is really computed is a little less.
-        assert 0.8 * estimate < counted(twin(demo).train(), subset, backward=True) <= estimate
+        # The first layers compute no gradient of their input, so the real count is a little lower.
+        assert 0.8 * estimate < counted(on_meta(demo).train(), subset, backward=True) <= estimate
 
 
 def test_flops_grow_with_the_clips_that_have_a_modality() -> None:
@@ -177,15 +177,15 @@ def test_flops_grow_with_the_clips_that_have_a_modality() -> None:
 
 @given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=8), keep=st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_peak_memory_is_the_most_that_lived_at_once(sizes: list[int], keep: bool) -> None:
+def test_peak_memory_is_the_most_bytes_alive_at_once(sizes: list[int], keep: bool) -> None:
     for device in ("cpu", "meta"):
         kept: list[Tensor] = []
         with PeakMemory(device) as memory:
             for size in sizes:
-                made = torch.empty(size, device=device)
-                made.view(-1).add_(1)  # neither a view nor a change in place is another tensor
-                kept += [made] if keep else []
-                del made
+                tensor = torch.empty(size, device=device)
+                tensor.view(-1).add_(1)  # a view and a change in place allocate nothing
+                kept += [tensor] if keep else []
+                del tensor
             assert memory.live_bytes == 4 * sum(x.numel() for x in kept)
         assert memory.peak_bytes == 4 * (sum(sizes) if keep else max(sizes))
 
@@ -213,12 +213,12 @@ def test_peak_memory_is_what_pytorch_allocates() -> None:
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "bias"])
-def test_fused_attention_makes_no_matrix_of_weights_and_counts_the_same_flops(mask: str | None) -> None:
+def test_fused_attention_makes_no_matrix_and_counts_the_same_flops(mask: str | None) -> None:
     q = torch.empty(2, 4, 512, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
     bias = None
     if mask is not None:
-        kind = torch.bool if mask == "bool" else torch.bfloat16
-        bias = torch.empty(1, 1, 512, 512, device="meta", dtype=kind, requires_grad=mask == "bias")
+        dtype = torch.bool if mask == "bool" else torch.bfloat16
+        bias = torch.empty(1, 1, 512, 512, device="meta", dtype=dtype, requires_grad=mask == "bias")
     with FlopCounterMode(display=False) as plain, torch.no_grad():
         F.scaled_dot_product_attention(q, q, q, attn_mask=bias)
     with FusedAttention(), PeakMemory("meta") as memory, FlopCounterMode(display=False) as fused:
@@ -231,58 +231,58 @@ def test_fused_attention_makes_no_matrix_of_weights_and_counts_the_same_flops(ma
 
 
 def test_a_training_step_holds_more_than_inference() -> None:
-    demo = subject("demo/distill", "student", *DEMO)
-    row = cost(demo, (V, A), flops_per_clip(twin(demo)))
+    demo = profiled_model("demo/distill", "student", *DEMO)
+    row = cost(demo, (V, A), flops_per_clip(on_meta(demo)))
     assert row.training_bytes > row.activations_bytes > 0
     gradients = 2 * row.params_trainable
     assert row.training_bytes > gradients
 
 
-def test_classes_come_from_the_shards_where_they_are(shards: Path) -> None:
-    (found,), _ = find_subjects("demo/video", [f"data.shards={shards}"])
-    assert found.heads == {head: len(names) for head, names in ShardFolder(shards).classes.items()}
+def test_classes_come_from_local_shards(shards: Path) -> None:
+    (profiled,), _ = find_models("demo/video", [f"data.shards={shards}"])
+    assert profiled.heads == {head: len(names) for head, names in ShardFolder(shards).classes.items()}
 
 
-def test_shards_of_other_classes_than_the_recipes_are_refused(shards: Path, tmp_path: Path) -> None:
+def test_shards_with_other_classes_than_the_recipe_are_refused(shards: Path, tmp_path: Path) -> None:
     changes = [f"data.shards={shards}", "data.heads={verb: 97}", f"runs_dir={tmp_path}"]
     recipe = load_recipe("demo/video", changes)
     for refuse in (
         lambda: check_heads(recipe.data, ShardFolder(shards)),
         lambda: train(recipe, World(0, 0, 1, "localhost", 1), validate),
-        lambda: find_subjects("demo/video", changes),
+        lambda: find_models("demo/video", changes),
     ):
         with pytest.raises(UserError, match=r"the shards' classes are verb \d+, noun \d+; data\.heads says verb 97"):
             refuse()
     assert not (tmp_path / "demo").exists()
 
 
-def test_unknown_classes_are_asked_for() -> None:
+def test_unknown_classes_are_an_error() -> None:
     with pytest.raises(UserError, match=r"there are no shards in demo/shards, and data\.heads is empty"):
-        find_subjects("demo/distill")
+        find_models("demo/distill")
 
 
-def test_the_teacher_is_the_finished_run_or_the_recipe_or_left_out_aloud(tmp_path: Path) -> None:
+def test_the_teacher_is_a_finished_run_a_recipe_or_noted(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "demo" / "teacher"
     overrides = [*DEMO, f"runs_dir={tmp_path}/runs"]
-    subjects, notes = find_subjects("demo/distill", overrides)
-    assert [(s.role, s.run) for s in subjects] == [("teacher", "demo/teacher"), ("student", "demo/distill")]
+    profiled_models, notes = find_models("demo/distill", overrides)
+    assert [(s.role, s.run) for s in profiled_models] == [("teacher", "demo/teacher"), ("student", "demo/distill")]
     assert notes == []
     other = load_recipe("demo/teacher").model.model_copy(update={"fc_width": 12})
-    save_model(KarmmaModel(other, subjects[0].inputs, (V, F_, A), subjects[0].heads), run)
-    (teacher, _), notes = find_subjects("demo/distill", overrides)
+    save_model(KarmmaModel(other, profiled_models[0].inputs, (V, F_, A), profiled_models[0].heads), run)
+    (teacher, _), notes = find_models("demo/distill", overrides)
     assert (teacher.role, teacher.run, teacher.model.fc_width) == ("teacher", str(run), 12)
-    (student,), notes = find_subjects("demo/distill", [*overrides, "after=[]", "distill.teacher=gone"])
+    (student,), notes = find_models("demo/distill", [*overrides, "after=[]", "distill.teacher=gone"])
     assert student.role == "student"
     assert "only the student" in notes[0]
     assert "gone" in notes[0]
 
 
-def test_every_subset_has_a_row_per_model_and_alike_ones_are_as_if_counted_one_by_one() -> None:
-    found, subjects = profile_recipe("demo/distill", DEMO)
-    assert [(row.modalities, row.model) for row in found.rows] == [(s, m) for s in ALL for m in ("teacher", "student")]
-    for of in subjects:
-        row = next(row for row in found.rows if (row.model, row.modalities) == (of.role, (F_, A)))
-        assert row == cost(of, (F_, A), flops_per_clip(twin(of)))
+def test_rows_of_equal_sizes_are_as_if_counted_separately() -> None:
+    counts, profiled_models = profile_recipe("demo/distill", DEMO)
+    assert [(row.modalities, row.model) for row in counts.rows] == [(s, m) for s in ALL for m in ("teacher", "student")]
+    for profiled in profiled_models:
+        row = next(row for row in counts.rows if (row.model, row.modalities) == (profiled.role, (F_, A)))
+        assert row == cost(profiled, (F_, A), flops_per_clip(on_meta(profiled)))
 
 
 def test_json_holds_the_promised_fields(capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,8 +324,8 @@ def test_tables_of_full_sized_models_fit_a_terminal() -> None:
         shown = console.export_text()
         assert "…" not in shown
         assert max(len(line) for line in shown.splitlines()) <= 80
-        wanted = ("358.505", "57.57", "2,767.5", "1,234.6", "V+F+A", "median of 5", "note: a remark")
-        assert all(text in shown for text in wanted)
+        expected = ("358.505", "57.57", "2,767.5", "1,234.6", "V+F+A", "median of 5", "note: a remark")
+        assert all(text in shown for text in expected)
         assert ("ratio" in shown) is ratio
         assert ("0.21" in shown) is ratio
 

@@ -1,4 +1,4 @@
-"""A batch divides over ranks and passes within what a device takes; where it does not, the nearest that do are said."""
+"""Batches divide over ranks and passes within the limit of a device; otherwise the error names alternatives."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def recipe(name: str = "student", lanes: int = 0, slurm: dict[str, Any] | None =
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_recipe_runs_as_it_is_on_1_to_16_ranks(name: str, num_ranks: int) -> None:
+def test_every_shipped_recipe_runs_unchanged_on_these_ranks(name: str, num_ranks: int) -> None:
     shipped = load_recipe(name)
     batch_size, limit = shipped.training.batch_size, shipped.training.max_micro_batch_size
     division = divide_batch(shipped, num_ranks)
     assert limit is not None
-    assert division.micro_batch_size == min(limit, batch_size // num_ranks)  # no pass smaller than it has to be
+    assert division.micro_batch_size == min(limit, batch_size // num_ranks)  # passes are as large as possible
     assert division.warning == ""
     schedule = Schedule(2 * batch_size, batch_size, num_ranks, division.accumulation)
     places = [
@@ -63,7 +63,7 @@ def test_every_shipped_recipe_runs_as_it_is_on_1_to_16_ranks(name: str, num_rank
 
 
 @given(st.integers(1, 8), st.integers(1, 60), st.integers(1, 70))
-def test_passes_are_equal_within_the_limit_and_the_fewest(num_ranks: int, rank_clips: int, limit: int) -> None:
+def test_passes_are_equal_within_the_limit_and_minimal_in_number(num_ranks: int, rank_clips: int, limit: int) -> None:
     batch_size = num_ranks * rank_clips
     division = divide_batch(recipe(batch_size=batch_size, max_micro_batch_size=limit), num_ranks)
     assert num_ranks * division.accumulation * division.micro_batch_size == batch_size
@@ -73,7 +73,7 @@ def test_passes_are_equal_within_the_limit_and_the_fewest(num_ranks: int, rank_c
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.sampled_from([None, 1, 4, 100]))
-def test_a_given_accumulation_holds_whatever_the_limit(
+def test_given_accumulation_overrides_the_limit(
     num_ranks: int, accumulation: int, size: int, limit: int | None
 ) -> None:
     batch_size = num_ranks * accumulation * size
@@ -84,18 +84,18 @@ def test_a_given_accumulation_holds_whatever_the_limit(
 
 
 @given(st.integers(1, 6), st.integers(1, 60))
-def test_without_either_setting_a_rank_takes_its_clips_at_once(num_ranks: int, rank_clips: int) -> None:
+def test_without_either_setting_a_rank_uses_one_pass(num_ranks: int, rank_clips: int) -> None:
     assert divide_batch(recipe(batch_size=num_ranks * rank_clips), num_ranks).accumulation == 1
 
 
-def test_a_batch_that_leaves_passes_much_smaller_than_the_limit_is_warned_of() -> None:
+def test_passes_much_smaller_than_the_limit_cause_a_warning() -> None:
     division = divide_batch(recipe(batch_size=104, max_micro_batch_size=12), 8)
     assert str(division) == "104 = 8 ranks x 13 passes x 1 clip"
-    assert "13 clips divide into no fewer than 13 passes of 1, though 12 fit" in division.warning
+    assert "13 clips need 13 passes of 1, although 12 clips fit" in division.warning
 
 
 @given(st.integers(1, 200), st.integers(1, 70), st.integers(1, 5), st.sampled_from([0, 1, 2, 3, 8]))
-def test_the_nearest_divide_and_nothing_nearer_does(
+def test_nearest_alternatives_divide_and_no_nearer_one_does(
     batch_size: int, num_ranks: int, accumulation: int, lanes: int
 ) -> None:
     def is_good(size: int, ranks: int) -> bool:
@@ -111,7 +111,7 @@ def test_the_nearest_divide_and_nothing_nearer_does(
 
 
 @given(st.integers(1, 200), st.integers(1, 70), st.integers(1, 5), st.sampled_from([0, 2, 3]))
-def test_what_the_error_says_to_type_works(batch_size: int, num_ranks: int, accumulation: int, lanes: int) -> None:
+def test_suggested_option_of_the_error_works(batch_size: int, num_ranks: int, accumulation: int, lanes: int) -> None:
     given_one = recipe(lanes=lanes, batch_size=batch_size, accumulation=accumulation)
     if batch_size % (num_ranks * accumulation) == 0:
         divide_batch(given_one, num_ranks)
@@ -120,9 +120,9 @@ def test_what_the_error_says_to_type_works(batch_size: int, num_ranks: int, accu
         divide_batch(given_one, num_ranks)
     line = str(raised.value)
     assert "\n" not in line
-    whole, times, parts, rest = map(int, re.findall(r"\((\d+) = (\d+) x (\d+) \+ (\d+)\)", line)[0])
-    assert (whole, parts) == (batch_size, num_ranks * accumulation)
-    assert whole == times * parts + rest
+    total, times, parts, rest = map(int, re.findall(r"\((\d+) = (\d+) x (\d+) \+ (\d+)\)", line)[0])
+    assert (total, parts) == (batch_size, num_ranks * accumulation)
+    assert total == times * parts + rest
     (typed,) = re.findall(r"--set training\.batch_size=(\d+)", line)
     better = recipe(lanes=lanes, batch_size=int(typed), accumulation=accumulation)
     divide_batch(better, num_ranks)
@@ -131,14 +131,14 @@ def test_what_the_error_says_to_type_works(batch_size: int, num_ranks: int, accu
         divide_batch(given_one, int(num))
 
 
-def test_the_line_names_arithmetic_neighbours_and_what_to_type() -> None:
+def test_error_shows_arithmetic_alternatives_and_an_option() -> None:
     assert indivisible(96, 7) == (
         "training.batch_size 96 does not divide over 7 ranks (96 = 13 x 7 + 5); the nearest batch sizes that do: "
         "91 or 98 (--set training.batch_size=98), the nearest numbers of ranks: 6 or 8"
     )
 
 
-def test_in_a_chain_the_recipe_is_named_and_what_is_done_is_not_looked_at() -> None:
+def test_chain_error_names_the_recipe_and_skips_finished_ones() -> None:
     chain = [recipe("teacher", batch_size=32), recipe("student", batch_size=96)]
     assert [str(division) for division in check_batches(chain, 8)] == [
         "32 = 8 ranks x 1 pass x 4 clips", "96 = 8 ranks x 1 pass x 12 clips"
@@ -150,7 +150,7 @@ def test_in_a_chain_the_recipe_is_named_and_what_is_done_is_not_looked_at() -> N
         check_batches(chain, 7, done={"teacher"})
 
 
-def test_a_run_is_the_same_run_on_other_ranks_and_devices() -> None:
+def test_micro_batch_settings_may_change_on_resume() -> None:
     first = recipe(batch_size=96)
     second = recipe(batch_size=96, accumulation=16, max_micro_batch_size=12)
     assert differing_fields(first, second) == {}
@@ -158,7 +158,7 @@ def test_a_run_is_the_same_run_on_other_ranks_and_devices() -> None:
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of runs, and the repository as the working directory."""
+    """Return an empty folder of runs, with the repository as the working directory."""
     monkeypatch.chdir(ROOT)
     return tmp_path / "runs"
 
@@ -169,8 +169,8 @@ def finish_teacher(runs: Path) -> None:
     write_state(folder, "finished")
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr."""
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the only line on stderr."""
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -179,30 +179,31 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     "where", [["--local", "7"], ["--slurm", "--nodes", "1", "--gpus-per-node", "7"]], ids=["local", "slurm"]
 )
 @pytest.mark.parametrize("how", [["--dry-run"], []], ids=["shown", "started"])
-def test_launch_refuses_ranks_that_do_not_divide_before_anything_starts(
+def test_launch_refuses_indivisible_batches_before_starting(
     runs: Path, capsys: pytest.CaptureFixture[str], where: list[str], how: list[str]
 ) -> None:
     finish_teacher(runs)
     assert main(["launch", "epic_kitchens/distill", *where, "--set", f"runs_dir={runs}", *how]) == 2
-    assert said(capsys) == f"error: epic_kitchens/distill: {indivisible(96, 7)}"
+    assert error_line(capsys) == f"error: epic_kitchens/distill: {indivisible(96, 7)}"
     better = ["--set", "training.batch_size=98", "--dry-run"]
     assert main(["launch", "epic_kitchens/distill", *where, "--set", f"runs_dir={runs}", *better]) == 0
 
 
-def test_launch_looks_at_what_each_job_still_has_to_train(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_checks_only_unfinished_recipes_of_each_job(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launch = ["launch", "--set", f"runs_dir={runs}", "--dry-run", "--gpus-per-node", "8"]
     assert main([*launch, "--slurm", "epic_kitchens/distill", "--nodes", "3"]) == 2
-    assert said(capsys).startswith("error: epic_kitchens/teacher: training.batch_size 32 does not divide over 24 ranks")
+    expected = "error: epic_kitchens/teacher: training.batch_size 32 does not divide over 24 ranks"
+    assert error_line(capsys).startswith(expected)
     assert main([*launch, "epic_kitchens/teacher", "--then", "epic_kitchens/distill", "--nodes", "3"]) == 2
-    assert said(capsys).startswith("error: epic_kitchens/teacher: ")
+    assert error_line(capsys).startswith("error: epic_kitchens/teacher: ")
     finish_teacher(runs)
     assert main([*launch, "--slurm", "epic_kitchens/distill", "--nodes", "3"]) == 0
-    elsewhere = ["--set", "slurm.extra=[--ntasks-per-node=5]"]  # the job itself looks when it knows its ranks
+    elsewhere = ["--set", "slurm.extra=[--ntasks-per-node=5]"]  # the job itself checks once it knows its ranks
     assert main([*launch, "--slurm", "epic_kitchens/distill", "--nodes", "7", *elsewhere]) == 0
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_the_ranks_of_a_job_know_before_they_meet(
+def test_ranks_of_a_job_check_their_batches_before_joining(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
     finish_teacher(runs)
@@ -218,7 +219,7 @@ def test_the_ranks_of_a_job_know_before_they_meet(
     assert not list(runs.glob("epic_kitchens/distill*"))
 
 
-def test_doctor_counts_this_machines_gpus(
+def test_doctor_checks_batches_for_this_machines_gpus(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus: list[dict[str, Any]] = []
@@ -239,7 +240,7 @@ def test_doctor_counts_this_machines_gpus(
     assert main(["doctor", "--json"]) == 1
 
 
-def test_doctor_looks_at_the_ranks_of_a_slurm_job_too(runs: Path) -> None:
+def test_doctor_also_checks_the_ranks_of_a_slurm_job(runs: Path) -> None:
     odd = recipe(batch_size=100, slurm={"nodes": 2, "gpus_per_node": 8}).model_copy(update={"runs_dir": str(runs)})
     here, there = machine.check_batch([odd], 0)
     assert (here.state, here.found) == ("ok", "100 = 1 rank x 1 pass x 100 clips")
@@ -249,7 +250,7 @@ def test_doctor_looks_at_the_ranks_of_a_slurm_job_too(runs: Path) -> None:
     assert machine.check_batch([odd], 0) == []
 
 
-def test_decoded_batches_in_shared_memory_are_those_of_a_pass() -> None:
-    whole = recipe(batch_size=96, slurm={"nodes": 1, "gpus_per_node": 1})
+def test_shared_memory_counts_the_clips_of_one_pass() -> None:
+    total = recipe(batch_size=96, slurm={"nodes": 1, "gpus_per_node": 1})
     parts = recipe(batch_size=96, max_micro_batch_size=12, slurm={"nodes": 1, "gpus_per_node": 1})
-    assert machine.shared_memory_bytes(whole) == 8 * machine.shared_memory_bytes(parts)
+    assert machine.shared_memory_bytes(total) == 8 * machine.shared_memory_bytes(parts)

@@ -1,4 +1,4 @@
-"""`karmma-dist runs` says of every run what became of it, also of those that could not say it themselves."""
+"""`karmma-dist runs` shows the state of every run, including runs that were killed before they could write it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from karmma_dist.cli import main
 from karmma_dist.errors import UserError
 from karmma_dist.runs.folder import STATE, write_state
 from karmma_dist.runs.listing import Run, find_runs, print_runs
-from karmma_dist.runs.process import is_alive, whereabouts
+from karmma_dist.runs.process import is_alive, process_info
 from kits.patience import HANGS_S
 
 HOUR = 3600.0
 
 
 def make_run(runs: Path, name: str, state: str | None = None, epochs: int = 4, **values: Any) -> Path:
-    """A run folder as the trainer leaves it; `state` None: none is written."""
+    """Make a run folder as the trainer does; `state` None: without state.json."""
     folder = runs / name
     folder.mkdir(parents=True)
     recipe = {"name": name, "runs_dir": str(runs), "training": {"epochs": epochs, "batch_size": 6}}
@@ -45,21 +45,20 @@ def train_line(step: int, epoch: int, loss: float) -> dict[str, Any]:
 
 
 def elsewhere() -> dict[str, Any]:
-    """A process on a machine that this one knows nothing of."""
+    """Return the info of a process on a machine that this one cannot check."""
     return {"host": "n17", "pid": 12, "machine": "another", "started": 5}
 
 
 def ended_process() -> dict[str, Any]:
-    """The whereabouts of a process of this machine that has ended by now."""
-    script = "import json; from karmma_dist.runs.process import whereabouts; print(json.dumps(whereabouts()))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS_S, check=True)
-    return dict(json.loads(done.stdout))
+    """Return the info of a process of this machine that has ended."""
+    script = "import json; from karmma_dist.runs.process import process_info; print(json.dumps(process_info()))"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS_S, check=True)
+    return dict(json.loads(child.stdout))
 
 
 def only(runs: Path, jobs: dict[str, str] | None = None, **more: Any) -> Run:
-    found = find_runs(runs, lambda _: jobs, **more)
-    assert len(found) == 1
-    return found[0]
+    (run,) = find_runs(runs, lambda _: jobs, **more)
+    return run
 
 
 def test_a_run_shows_step_total_loss_and_best_accuracy(tmp_path: Path) -> None:
@@ -73,14 +72,14 @@ def test_a_run_shows_step_total_loss_and_best_accuracy(tmp_path: Path) -> None:
     assert run.best == {"metric": "action_top1", "value": 30.0}
 
 
-def test_the_best_that_the_run_kept_wins_over_its_log(tmp_path: Path) -> None:
+def test_the_recorded_best_overrides_the_log(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "student", "finished", step=20)
     log(folder, {"kind": "validation", "step": 20, "epoch": 0, "action_top1": 30.0})
     (folder / "best").mkdir()
     write_state(folder / "best", "best", metric="verb_loss", value=0.5)
     run = only(tmp_path)
     assert run.best == {"metric": "verb_loss", "value": 0.5}
-    assert run.name == "student"  # best/ is no run of its own
+    assert run.name == "student"  # best/ is not listed as a run
 
 
 def test_steps_per_epoch_are_known_once_an_epoch_is_over(tmp_path: Path) -> None:
@@ -91,7 +90,7 @@ def test_steps_per_epoch_are_known_once_an_epoch_is_over(tmp_path: Path) -> None
     assert only(tmp_path).total_steps == 60
 
 
-def test_a_metrics_line_cut_by_a_crash_is_passed_over(tmp_path: Path) -> None:
+def test_a_metrics_line_cut_by_a_crash_is_skipped(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "student", "failed")
     log(folder, train_line(10, 0, 2.0))
     with open(folder / "metrics.jsonl", "a") as file:
@@ -100,9 +99,9 @@ def test_a_metrics_line_cut_by_a_crash_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_this_process_is_alive_and_one_that_ended_is_not() -> None:
-    assert is_alive(whereabouts()) is True
+    assert is_alive(process_info()) is True
     assert is_alive(ended_process()) is False
-    assert is_alive({**whereabouts(), "started": 1}) is False  # the pid, but of an earlier process
+    assert is_alive({**process_info(), "started": 1}) is False  # an earlier process with the same pid
     assert is_alive(elsewhere()) is None
 
 
@@ -112,12 +111,12 @@ def test_a_running_run_is_running_while_its_process_lives(tmp_path: Path) -> Non
     assert (run.state, run.resume) == ("running", None)
 
 
-def test_a_killed_run_on_this_machine_is_known_to_have_died(tmp_path: Path) -> None:
+def test_a_killed_run_on_this_machine_is_listed_as_died(tmp_path: Path) -> None:
     make_run(tmp_path, "student", "running", **ended_process())
     run = only(tmp_path)
     assert run.state == "died"
     assert run.why is not None
-    assert "is gone" in run.why
+    assert "has ended" in run.why
     assert run.resume == f"karmma-dist train {tmp_path}/student/recipe.yaml"
 
 
@@ -125,15 +124,15 @@ def test_a_killed_run_on_this_machine_is_known_to_have_died(tmp_path: Path) -> N
     ("job", "state"),
     [("RUNNING", "running"), ("COMPLETING", "running"), ("PENDING", "preempted"), ("TIMEOUT", "died"), (None, "died")],
 )
-def test_a_run_on_another_host_is_what_slurm_says_of_its_job(tmp_path: Path, job: str | None, state: str) -> None:
+def test_a_run_on_another_host_follows_its_job_state(tmp_path: Path, job: str | None, state: str) -> None:
     make_run(tmp_path, "student", "running", job_id="41", nodes=2, **elsewhere())
     run = only(tmp_path, {} if job is None else {"41": job})
     assert run.state == state
-    again = f"karmma-dist launch {tmp_path}/student/recipe.yaml --slurm --nodes 2"
-    assert run.resume == (again if state == "died" else None)
+    command = f"karmma-dist launch {tmp_path}/student/recipe.yaml --slurm --nodes 2"
+    assert run.resume == (command if state == "died" else None)
 
 
-def test_only_jobs_that_may_still_live_are_asked_for(tmp_path: Path) -> None:
+def test_slurm_is_asked_only_about_jobs_that_may_be_alive(tmp_path: Path) -> None:
     make_run(tmp_path, "a", "finished", step=1, job_id="1")
     make_run(tmp_path, "b", "running", **elsewhere(), job_id="2")
     asked: list[list[str]] = []
@@ -141,15 +140,15 @@ def test_only_jobs_that_may_still_live_are_asked_for(tmp_path: Path) -> None:
     assert asked == [["2"]]
 
 
-def test_a_preempted_run_whose_job_waits_needs_no_command(tmp_path: Path) -> None:
+def test_a_preempted_run_in_the_queue_has_no_resume_command(tmp_path: Path) -> None:
     make_run(tmp_path, "student", "preempted", why="time limit", job_id="41")
     waiting, gone = only(tmp_path, {"41": "PENDING"}), only(tmp_path, {})
-    assert waiting.why == "time limit; job 41 waits in the queue and goes on by itself"
+    assert waiting.why == "time limit; job 41 waits in the queue and resumes by itself"
     assert (waiting.resume, waiting.state) == (None, "preempted")
     assert gone.resume is not None
 
 
-def test_silence_from_where_nobody_can_look_is_a_question_not_an_answer(tmp_path: Path) -> None:
+def test_long_silence_of_an_uncheckable_process_may_be_death(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "student", "running", **elsewhere())
     written = (folder / STATE).stat().st_mtime
     assert only(tmp_path, now=written + 60).state == "running"
@@ -170,14 +169,15 @@ def test_a_log_line_is_a_sign_of_life(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("", "cannot be read"), ('{"state": "fini', "cannot be read"), ("[]", "holds no object")]
+    ("content", "message"),
+    [("", "cannot be read"), ('{"state": "fini', "cannot be read"), ("[]", "is not a JSON object")],
 )
-def test_an_unreadable_state_is_damage_not_absence(tmp_path: Path, content: str, said: str) -> None:
+def test_an_unreadable_state_is_damage(tmp_path: Path, content: str, message: str) -> None:
     folder = make_run(tmp_path, "student")
     (folder / STATE).write_text(content)
     run = only(tmp_path)
     assert run.state == "damaged"
-    assert said in (run.why or "")
+    assert message in (run.why or "")
     assert run.resume is None
 
 
@@ -186,30 +186,30 @@ def test_a_run_without_a_recipe_is_damaged(tmp_path: Path) -> None:
     assert only(tmp_path).state == "damaged"
 
 
-def test_ranks_that_ran_here_are_started_here_again(tmp_path: Path) -> None:
+def test_a_run_on_local_ranks_resumes_on_local_ranks(tmp_path: Path) -> None:
     make_run(tmp_path, "student", "interrupted", ranks=2)
     resume = only(tmp_path).resume
     assert resume == f"karmma-dist launch {tmp_path}/student/recipe.yaml --local 2"
 
 
-def test_a_stopped_run_goes_on_once_the_stop_file_is_gone(tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_after_its_stop_file_is_removed(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "student", "stopped")
     (folder / "STOP").touch()
     assert (only(tmp_path).resume or "").startswith(f"rm {folder}/STOP && karmma-dist train ")
 
 
-def test_a_moved_run_is_resumed_where_it_lies_now(tmp_path: Path) -> None:
+def test_a_moved_run_resumes_in_its_new_folder(tmp_path: Path) -> None:
     make_run(tmp_path / "old", "kitchen/student", "failed")
     (tmp_path / "old").rename(tmp_path / "new home")
     words = shlex.split(only(tmp_path).resume or "")
     assert words[-2:] == ["--set", f"runs_dir={tmp_path / 'new home'}"]
 
 
-def test_runs_are_found_at_any_depth_and_the_latest_comes_first(tmp_path: Path) -> None:
-    for place, name in enumerate(["a", "kitchen/b", "kitchen/c"]):
-        write_state(make_run(tmp_path, name), "finished", step=1, time=1000.0 + place)
-    found = find_runs(tmp_path, now=2000.0)
-    assert [run.name for run in found] == ["kitchen/c", "kitchen/b", "a"]
+def test_runs_are_found_at_any_depth_latest_first(tmp_path: Path) -> None:
+    for index, name in enumerate(["a", "kitchen/b", "kitchen/c"]):
+        write_state(make_run(tmp_path, name), "finished", step=1, time=1000.0 + index)
+    runs = find_runs(tmp_path, now=2000.0)
+    assert [run.name for run in runs] == ["kitchen/c", "kitchen/b", "a"]
     assert find_runs(tmp_path / "kitchen" / "b", now=2000.0)[0].name == "b"
 
 
@@ -219,10 +219,10 @@ def test_the_table_keeps_each_command_on_one_line(tmp_path: Path, capsys: pytest
     print_runs(find_runs(runs))
     lines = capsys.readouterr().out.splitlines()
     assert "student: failed: UserError: [video] is broken" in lines
-    assert f"student: go on with: karmma-dist train {runs}/student/recipe.yaml" in lines
+    assert f"student: resume with: karmma-dist train {runs}/student/recipe.yaml" in lines
 
 
-def test_the_command_prints_json_and_names_a_folder_that_is_not_there(
+def test_the_command_prints_json_and_names_a_missing_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run(tmp_path, "student", "finished", step=3)

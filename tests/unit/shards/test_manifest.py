@@ -192,3 +192,14 @@ def test_content_that_is_no_json_object_is_refused(content: bytes) -> None:
     for parse in (Manifest.parse, lambda content: ShardIndex.parse(content, "a.tar"), parse_metadata):
         with pytest.raises(ValueError):
             parse(content)
+
+
+@pytest.mark.parametrize("split", ["../evil", "", "a/b", "a\\b", "a\0b", "x" * 101, "manifest", "test-000001", "TRAIN"])
+@pytest.mark.parametrize("place", ["splits", "plan.clips"])
+def test_a_manifest_whose_splits_cannot_begin_a_file_is_refused(shards: Path, split: str, place: str) -> None:
+    manifest = json.loads((shards / MANIFEST).read_bytes())
+    fields = manifest["splits"] if place == "splits" else manifest["plan"]["clips"]
+    fields[split] = fields["validation"]
+    said = "differ only in case" if split == "TRAIN" else "is no name of a split"
+    with pytest.raises(ValueError, match=f"^{place}: .*{said}"):
+        Manifest.parse(json_bytes(manifest))

@@ -206,7 +206,7 @@ def test_an_index_that_is_lost_or_cut_is_refused(tiny: Path, tmp_path: Path) -> 
     refused(root, r"train-000000\.index\.json: index cannot be read")
 
 
-def test_a_tar_that_grew_after_its_index_was_written_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_a_tar_larger_than_declared_is_refused(tiny: Path, tmp_path: Path) -> None:
     root = copied(tiny, tmp_path)
     with open(root / "train-000000.tar", "ab") as tar:
         tar.write(b"\0" * BLOCK)

@@ -248,7 +248,7 @@ def test_flow_scaled_like_video_is_normalised_by_imagenet_statistics(shards: Pat
     torch.testing.assert_close(flow[:, 2], torch.full_like(flow[:, 2], -0.406 / 0.225))
 
 
-def test_shards_that_are_missing_or_lack_a_modality_are_one_line(shards: Path, tmp_path: Path) -> None:
+def test_missing_or_unfitting_shards_are_one_line(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such shards folder"):
         open_shards(data_recipe(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()

@@ -26,7 +26,7 @@ def test_one_frame_comes_from_each_segment(num_frames: int, epoch: int, key: str
 
 
 @given(st.integers(1, 100), st.integers(1, 4), st.integers(0, 100))
-def test_a_dense_window_keeps_its_stride_and_stays_inside_the_clip(stored: int, stride: int, epoch: int) -> None:
+def test_a_dense_window_keeps_its_stride_inside_the_clip(stored: int, stride: int, epoch: int) -> None:
     video = VideoInput(num_frames=8, sampling="dense", stride=stride)
     frames = (training_view(video, stored, 0, epoch, "k").times_F * stored).astype(int)
     assert frames.min() >= 0

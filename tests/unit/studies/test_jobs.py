@@ -1,4 +1,4 @@
-"""Runs of a study are trained in order, some side by side, each by one study at a time; a stand-in trains them."""
+"""Runs of a study are trained in order, several in parallel, each by one study at a time (here by a fake trainer)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ with open("order", "a") as order:
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[StudyRun]:
-    """Teacher and student for two seeds, in a fresh working directory, trained by the stand-in."""
+    """Plan teacher and student for two seeds in a fresh working directory, with the fake trainer."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jobs, "rank_command", lambda words: [sys.executable, "-c", TRAINER, words[1]])
     monkeypatch.setattr(jobs, "_LOOK_EVERY_S", 0.05)
@@ -63,16 +63,16 @@ def order() -> list[str]:
 
 
 def test_every_run_begins_after_those_it_needs(runs: list[StudyRun]) -> None:
-    said: list[str] = []
-    assert train_runs(runs, Path("out"), 2, said.append) == {}
+    messages: list[str] = []
+    assert train_runs(runs, Path("out"), 2, messages.append) == {}
     happened = order()
     for run in runs:
         for need in run.needs:
             assert happened.index(f"end {need}") < happened.index(f"begin {run.name}")
-    assert len([line for line in said if "finished after" in line]) == 4
+    assert len([line for line in messages if "finished after" in line]) == 4
 
 
-def test_two_run_side_by_side_and_no_more(runs: list[StudyRun]) -> None:
+def test_at_most_two_runs_train_in_parallel(runs: list[StudyRun]) -> None:
     behave(takes_s=0.3)
     train_runs(runs, Path("out"), 2, print)
     at_once = most = 0
@@ -82,14 +82,14 @@ def test_two_run_side_by_side_and_no_more(runs: list[StudyRun]) -> None:
     assert most == 2
 
 
-def test_what_is_finished_is_not_trained_again(runs: list[StudyRun]) -> None:
+def test_finished_runs_are_not_trained_again(runs: list[StudyRun]) -> None:
     train_runs(runs, Path("out"), 2, print)
     before = order()
     assert train_runs(runs, Path("out"), 2, print) == {}
     assert order() == before
 
 
-def test_a_failure_is_one_line_what_needs_it_is_named_and_the_others_go_on(runs: list[StudyRun]) -> None:
+def test_a_failed_run_does_not_stop_independent_runs(runs: list[StudyRun]) -> None:
     behave(fails="teacher@seed0")
     missing = train_runs(runs, Path("out"), 1, print)
     student = next(run.name for run in runs if "student" in run.name and run.name.endswith("@seed0"))
@@ -105,7 +105,7 @@ def test_a_run_that_another_study_trains_is_waited_for(runs: list[StudyRun]) -> 
     released = threading.Event()
 
     def finish() -> None:
-        while not Path("ready").is_file():  # the other teacher has begun: this study has been refused this one
+        while not Path("ready").is_file():  # the other teacher has started, so this study could not lock the first
             time.sleep(0.02)
         released.set()
         other.close()
@@ -127,7 +127,7 @@ def test_ctrl_c_ends_the_children_in_order(runs: list[StudyRun]) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # threads inherit it: the study alone takes the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by threads: only the study gets it
     try:
         thread.start()
         with pytest.raises(Stopped, match=r"tiny/teacher@seed0 trained: run the same command again") as stopped:

@@ -1,4 +1,4 @@
-"""A study file is checked whole, and its plan trains everything once."""
+"""A study file is fully checked, and its plan trains every run once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows(*changed: dict[str, Any]) -> dict[str, Any]:
-    """A study's rows: those of the tiny one, with changes to each in turn."""
+    """Return the rows of the tiny study, with the given changes to each row in turn."""
     return {"rows": [{**row, **change} for row, change in zip(STUDY["rows"], changed, strict=True)]}
 
 
@@ -49,7 +49,7 @@ def test_every_study_that_ships_has_a_plan(name: str) -> None:
     assert set(planned.cells) == {(row.label, seed) for row in file.study.rows for seed in (0, 1)}
 
 
-def test_there_are_studies_of_every_table_of_the_paper() -> None:
+def test_every_table_of_the_paper_has_a_study() -> None:
     assert {f"epic_kitchens/{name}" for name in ("tab1", "tab2", "tab3", "tab4", "tab5", "tab6", "fig6")} <= {*SHIPPED}
     assert {"epic_kitchens_star/tab1", "something_something/tab1", "grid_epic/tab1"} <= {*SHIPPED}
 
@@ -61,12 +61,12 @@ def test_installations_hold_every_study() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"row": []}, r"unknown key 'row' \(did you mean 'rows'\?\)"),
         (rows({"lable": "x"}, {}), r"unknown key 'rows\.0\.lable' \(did you mean 'label'\?\)"),
         (rows({"label": "student"}, {}), "two rows are called 'student'"),
-        (rows({"published": {"al": 1.0}}, {}), r"row 'teacher': published names no column 'al' \(did you mean 'all'"),
+        (rows({"published": {"al": 1.0}}, {}), r"row 'teacher': published: no column 'al' \(did you mean 'all'"),
         (rows({}, {"recipe": "tiny/studnt"}), r"row 'student': tiny/studnt: no such file \(did you mean"),
         (rows({}, {"set": ["distill.alhpa=1"]}), r"row 'student': .*'distill\.alhpa' \(did you mean 'alpha'"),
         (rows({}, {"set_of": {"tiny/techer": ["seed=1"]}}), "row 'student': set_of names 'tiny/techer'"),
@@ -77,22 +77,22 @@ def test_installations_hold_every_study() -> None:
         ({"columns": [{"name": "all", "at": "drop 1.5"}]}, "at 'drop 1.5' is not"),
         ({"columns": [{"name": "all", "at": "V"}], "evaluate": {}}, "needs evaluate.subsets: true"),
         ({"columns": [{"name": "all", "at": "area"}], "evaluate": {}}, "needs evaluate.sweep: true"),
-        ({"columns": [{"name": "all", "metric": "params", "tested": True}]}, "no spread"),
-        ({"tests": [["teacher", "studend"]]}, r"tests name no row 'studend' \(did you mean 'student'"),
+        ({"columns": [{"name": "all", "metric": "params", "tested": True}]}, "a cost"),
+        ({"tests": [["teacher", "studend"]]}, r"tests: no row 'studend' \(did you mean 'student'"),
     ],
 )
-def test_what_is_wrong_is_one_line_that_names_file_and_row(
-    home: Path, changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+def test_an_invalid_study_is_one_line_with_its_file(
+    home: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_study(home, changes)
     assert main(["study", "tiny/tab0", "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert re.search(said, error)
+    assert re.search(message, error)
     assert str(path.relative_to(home)) in error
 
 
-def test_a_row_or_study_that_does_not_exist_is_named_with_the_nearest(home: Path) -> None:
+def test_an_unknown_row_or_study_suggests_the_nearest(home: Path) -> None:
     write_study(home)
     with pytest.raises(UserError, match=r"no row 'studnt' \(did you mean 'student'"):
         plan_study(load_study("tiny/tab0"), only=("studnt",))
@@ -101,7 +101,7 @@ def test_a_row_or_study_that_does_not_exist_is_named_with_the_nearest(home: Path
 
 
 @pytest.mark.parametrize("how", [["--dry-run"], ["--slurm", "--dry-run"], ["--slurm"], []])
-def test_a_finished_teacher_of_other_classes_is_refused_before_anything_is_trained(
+def test_a_teacher_of_other_classes_is_refused_before_training(
     home: Path, capsys: pytest.CaptureFixture[str], how: list[str]
 ) -> None:
     write_study(home, rows({}, {"set": ["distill.teacher=other", "after=[]"]}))
@@ -113,11 +113,11 @@ def test_a_finished_teacher_of_other_classes_is_refused_before_anything_is_train
     assert main(["study", "tiny/tab0", *how]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "the classes of its teacher other are noun 7, verb 4, those of the clips noun 6, verb 4" in error
+    assert "its teacher other has the classes noun 7, verb 4, but the clips have noun 6, verb 4" in error
     assert not (home / "runs").exists()
 
 
-def test_a_study_is_found_by_its_short_name_and_by_its_path(home: Path) -> None:
+def test_a_study_is_found_by_name_and_path(home: Path) -> None:
     path = write_study(home)
     assert load_study("tiny/tab0").name == load_study(str(path)).name == "tiny/tab0"
 
@@ -138,7 +138,7 @@ def test_all_rows_share_one_teacher_per_seed(home: Path) -> None:
         assert run.needs == (f"tiny/teacher@seed{seed}",)
 
 
-def test_runs_come_after_what_they_need(home: Path) -> None:
+def test_runs_come_after_their_dependencies(home: Path) -> None:
     planned = plan(home, {"rows": STUDY["rows"][::-1]})
     seen: set[str] = set()
     for run in planned.runs.values():
@@ -156,11 +156,11 @@ def test_two_rows_of_the_same_training_are_one_run(home: Path) -> None:
 
 def test_one_name_for_two_trainings_is_refused(home: Path) -> None:
     clash = rows({"recipe": "tiny/student", "suffix": "a", "set": ["distill.alpha=0.1"]}, {"suffix": "a"})
-    with pytest.raises(UserError, match=r"row 'student': its run tiny/student\+a@seed0 is also that of row 'teacher'"):
+    with pytest.raises(UserError, match=r"row 'student': row 'teacher' has a run of .* tiny/student\+a@seed0"):
         plan(home, clash)
 
 
-def test_what_is_set_for_all_runs_names_them_unless_it_changes_nothing_learned(home: Path) -> None:
+def test_global_overrides_change_names_only_if_they_affect_learning(home: Path) -> None:
     places = plan(home, num_seeds=1, overrides=["data.num_workers=1", "runs_dir=elsewhere", "training.threads=2"])
     assert "tiny/teacher@seed0" in places.runs
     assert places.out == Path("elsewhere/studies/tiny/tab0")
@@ -170,25 +170,25 @@ def test_what_is_set_for_all_runs_names_them_unless_it_changes_nothing_learned(h
     assert not set(longer.runs) & set(places.runs)
 
 
-def test_another_teacher_of_one_row_is_another_run_and_so_is_its_student(home: Path) -> None:
+def test_another_teacher_makes_another_teacher_and_student_run(home: Path) -> None:
     other = rows({}, {"set": [], "set_of": {"tiny/teacher": ["training.epochs=2"]}})
     planned = plan(home, other, num_seeds=1)
-    own = planned.runs[planned.cells["student", 0]]
-    assert own.name.startswith("tiny/student+below-")
-    assert own.needs != (planned.cells["teacher", 0],)
-    assert planned.runs[own.needs[0]].recipe.training.epochs == 2
+    student = planned.runs[planned.cells["student", 0]]
+    assert student.name.startswith("tiny/student+below-")
+    assert student.needs != (planned.cells["teacher", 0],)
+    assert planned.runs[student.needs[0]].recipe.training.epochs == 2
 
 
-def test_a_written_recipe_is_the_run_and_finds_what_it_comes_after(home: Path) -> None:
+def test_a_written_recipe_equals_the_run_and_finds_its_dependencies(home: Path) -> None:
     planned = plan(home, num_seeds=1)
-    for run in planned.runs.values():  # as each is trained
+    for run in planned.runs.values():  # as for training
         assert load_chain(str(write_recipe(home, run)))[-1] == run.recipe
         run.recipe.run_dir.mkdir(parents=True)
         save_recipe(run.recipe, run.recipe.run_dir / "recipe.yaml")
     assert recipe_file(home, run) == home / "recipes" / f"{run.name}.yaml"
 
 
-def test_a_finished_run_is_known_and_one_of_another_recipe_refused(home: Path) -> None:
+def test_a_finished_run_of_another_recipe_is_refused(home: Path) -> None:
     run = plan(home, num_seeds=1).runs["tiny/teacher@seed0"]
     assert run.state() == "to train"
     run.recipe.run_dir.mkdir(parents=True)
@@ -205,7 +205,7 @@ def test_a_finished_run_is_known_and_one_of_another_recipe_refused(home: Path) -
         run.state()
 
 
-def test_only_narrows_what_is_trained(home: Path) -> None:
+def test_the_option_only_restricts_training(home: Path) -> None:
     planned = plan(home, only=("teacher",))
     assert {run.name for run in planned.chosen_runs} == {"tiny/teacher@seed0", "tiny/teacher@seed1"}
 
@@ -218,7 +218,7 @@ def test_the_plan_is_printed_with_costs_without_shards_or_weights(
     assert teacher.clips == student.clips == 30
     assert teacher.flops is not None
     assert student.flops is not None
-    assert 1.2 < student.flops / teacher.flops < 1.5  # the teacher's forward pass: a third of training
+    assert 1.2 < student.flops / teacher.flops < 1.5  # the teacher's forward pass is a third of its training
     assert main(["study", "tiny/tab0", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "1 x 30" in shown
@@ -226,7 +226,7 @@ def test_the_plan_is_printed_with_costs_without_shards_or_weights(
     assert not (home / "runs").exists()
 
 
-def test_slurm_jobs_are_arrays_over_seeds_that_wait_task_by_task(home: Path) -> None:
+def test_slurm_jobs_are_arrays_with_one_task_per_seed(home: Path) -> None:
     write_study(home)
     (home / "slurm").symlink_to(ROOT / "slurm")
     planned = plan_study(load_study("tiny/tab0"), overrides=["slurm.gpus_per_node=5"])
@@ -241,7 +241,7 @@ def test_slurm_jobs_are_arrays_over_seeds_that_wait_task_by_task(home: Path) -> 
     assert not (home / "out").exists()
 
 
-def test_a_study_whose_batches_the_ranks_do_not_divide_is_not_submitted(home: Path) -> None:
+def test_a_study_with_indivisible_batches_is_not_submitted(home: Path) -> None:
     write_study(home)
     (home / "slurm").symlink_to(ROOT / "slurm")
     planned = plan_study(load_study("tiny/tab0"), overrides=["slurm.gpus_per_node=3"])

@@ -1,4 +1,4 @@
-"""Figures over seeds and clips: known values, and what an interval must hold."""
+"""Figures over seeds and clips: known values, and the coverage of intervals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODALITIES = ("video", "flow", "audio")
 def outcomes(
     accuracy: float, random: np.random.Generator, difficulty_N: np.ndarray, subsets: bool = False
 ) -> ClipResults:
-    """A model that gets `accuracy` of the clips right, more often the easier they are."""
+    """Return a model that is right on `accuracy` of the clips, more often on easier clips."""
     conditions = build_conditions(MODALITIES, subsets=subsets, sweep=subsets, num_seeds=2 if subsets else 1)
     shape = (len(difficulty_N), len(conditions))
     right_NK = random.uniform(size=shape) < np.clip(accuracy + difficulty_N[:, None], 0, 1)
@@ -36,7 +36,7 @@ def outcomes(
         (-2.2281389, 10, 0.05), (1.9623391, 1000, 0.05), (8.610302, 4, 0.001),
     ],
 )  # fmt: skip
-def test_students_t_has_the_values_of_the_tables(t: float, degrees: int, p: float) -> None:
+def test_students_t_matches_published_tables(t: float, degrees: int, p: float) -> None:
     assert student_t_p(t, degrees) == pytest.approx(p, rel=1e-5)
 
 
@@ -46,14 +46,14 @@ def test_students_t_has_its_closed_forms(t: float) -> None:
     assert student_t_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-10)
 
 
-def test_the_incomplete_beta_function_is_one_of_its_own_mirror() -> None:
+def test_the_incomplete_beta_function_is_symmetric() -> None:
     for a, b, x in ((2.0, 3.0, 0.3), (0.5, 0.5, 0.9), (20.0, 1.5, 0.95)):
         assert incomplete_beta(a, b, x) + incomplete_beta(b, a, 1 - x) == pytest.approx(1.0, abs=1e-12)
     assert incomplete_beta(2.0, 3.0, 0.3) == pytest.approx(0.3483, abs=1e-10)  # 6x^2 - 8x^3 + 3x^4
     assert (incomplete_beta(2.0, 3.0, 0.0), incomplete_beta(2.0, 3.0, 1.0)) == (0.0, 1.0)
 
 
-def test_a_paired_t_test_of_numbers_done_by_hand() -> None:
+def test_a_paired_t_test_matches_a_hand_calculation() -> None:
     differences = [1.0, 2.0, 3.0, 4.0, 5.0]  # mean 3, sd sqrt(2.5): t = 4.2426, 4 degrees of freedom
     assert paired_t(differences) == pytest.approx(0.013236, abs=1e-5)
     assert paired_t([1.0]) is None
@@ -65,7 +65,7 @@ def random() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
-def test_means_are_those_of_the_evaluation_itself(random: np.random.Generator) -> None:
+def test_means_equal_those_of_the_evaluation(random: np.random.Generator) -> None:
     one = outcomes(0.5, random, random.normal(0, 0.2, 300), subsets=True)
     ranks_NK = one.ranks["action"]
     rows = [
@@ -93,36 +93,36 @@ def test_means_are_those_of_the_evaluation_itself(random: np.random.Generator) -
 
 def test_top5_is_counted_from_ranks_below_five(random: np.random.Generator) -> None:
     one = outcomes(0.3, random, np.zeros(200))
-    found = Resampled({"x": {0: one}}, [Column(name="top5", metric="action_top5")], num_draws=100)
-    assert found.summary("x", "top5").mean == pytest.approx(100 * float((one.ranks["action"] < 5).mean()))
+    resampled = Resampled({"x": {0: one}}, [Column(name="top5", metric="action_top5")], num_draws=100)
+    assert resampled.summary("x", "top5").mean == pytest.approx(100 * float((one.ranks["action"] < 5).mean()))
 
 
 def test_one_seed_has_an_interval_over_clips_and_no_spread(random: np.random.Generator) -> None:
     one = outcomes(0.5, random, np.zeros(400))
-    found = Resampled({"x": {0: one}}, [Column(name="all")]).summary("x", "all")
-    assert found.sd is None
-    assert found.ci is not None
-    assert found.mean is not None
-    half = 1.96 * math.sqrt(found.mean * (100 - found.mean) / 400)
-    assert found.ci[0] == pytest.approx(found.mean - half, abs=1.0)
-    assert found.ci[1] == pytest.approx(found.mean + half, abs=1.0)
+    resampled = Resampled({"x": {0: one}}, [Column(name="all")]).summary("x", "all")
+    assert resampled.sd is None
+    assert resampled.ci is not None
+    assert resampled.mean is not None
+    half = 1.96 * math.sqrt(resampled.mean * (100 - resampled.mean) / 400)
+    assert resampled.ci[0] == pytest.approx(resampled.mean - half, abs=1.0)
+    assert resampled.ci[1] == pytest.approx(resampled.mean + half, abs=1.0)
 
 
-def test_an_interval_holds_the_variance_of_training(random: np.random.Generator) -> None:
+def test_an_interval_includes_the_variance_between_trainings(random: np.random.Generator) -> None:
     steady = {seed: outcomes(0.5, random, np.zeros(2000)) for seed in range(5)}
     shaky = {seed: outcomes(0.3 + 0.1 * seed, random, np.zeros(2000)) for seed in range(5)}
-    found = Resampled({"steady": steady, "shaky": shaky}, [Column(name="all")])
+    resampled = Resampled({"steady": steady, "shaky": shaky}, [Column(name="all")])
     widths = {}
     for label in ("steady", "shaky"):
-        summary = found.summary(label, "all")
+        summary = resampled.summary(label, "all")
         assert summary.ci is not None
         widths[label] = summary.ci[1] - summary.ci[0]
     assert widths["shaky"] > 4 * widths["steady"]
-    # sd of the seeds' figures 15.8, of their mean 7.07: 3.92 of these are 27.7 points
+    # The seeds' standard deviation is 15.8, that of their mean 7.07; 3.92 times the latter is 27.7 points.
     assert widths["shaky"] == pytest.approx(27.7, abs=4)
 
 
-def test_an_interval_holds_the_truth_about_as_often_as_it_says(random: np.random.Generator) -> None:
+def test_intervals_have_about_their_nominal_coverage(random: np.random.Generator) -> None:
     num_held, num_worlds = 0, 120
     for _ in range(num_worlds):
         difficulty_N = random.normal(0, 0.2, 150)
@@ -143,13 +143,13 @@ def test_differences_are_paired_over_clips_and_seeds(random: np.random.Generator
         better_NK = np.where(random.uniform(size=base.ranks["action"].shape) < 0.05, 0, base.ranks["action"])
         first[seed] = base
         second[seed] = ClipResults(base.keys, base.conditions, {"action": better_NK.astype(np.int32)})
-    found = Resampled({"a": first, "b": second}, [Column(name="all")])
-    (test,) = found.tests([("a", "b")], ["all"])
-    own = found.summary("a", "all")
+    resampled = Resampled({"a": first, "b": second}, [Column(name="all")])
+    (test,) = resampled.tests([("a", "b")], ["all"])
+    single = resampled.summary("a", "all")
     assert test.ci is not None
-    assert own.ci is not None
+    assert single.ci is not None
     assert test.ci[0] > 0
-    assert test.ci[1] - test.ci[0] < 0.3 * (own.ci[1] - own.ci[0])
+    assert test.ci[1] - test.ci[0] < 0.3 * (single.ci[1] - single.ci[0])
     assert test.num_seeds == 4
     assert test.p is not None
     assert test.p < 0.01
@@ -165,22 +165,22 @@ def test_p_values_are_corrected_for_all_tests_of_the_study(random: np.random.Gen
     assert smallest.p_holm == pytest.approx(min(1.0, 3 * smallest.p))
 
 
-def test_a_model_that_was_not_shown_some_clips_is_scored_on_its_own(random: np.random.Generator) -> None:
+def test_missing_clips_count_as_not_shown(random: np.random.Generator) -> None:
     whole = outcomes(0.5, random, np.zeros(100))
     half = ClipResults(whole.keys[:50], whole.conditions, {"action": np.zeros((50, 1), dtype=np.int32)})
-    found = Resampled({"whole": {0: whole}, "half": {0: half}}, [Column(name="all")], num_draws=100)
-    assert found.summary("half", "all").mean == 100.0
-    assert found.num_clips == 100
+    resampled = Resampled({"whole": {0: whole}, "half": {0: half}}, [Column(name="all")], num_draws=100)
+    assert resampled.summary("half", "all").mean == 100.0
+    assert resampled.num_clips == 100
 
 
-def test_seeds_that_one_row_lacks_are_left_out_of_its_figures_and_tests(random: np.random.Generator) -> None:
+def test_missing_seeds_are_left_out_of_figures_and_tests(random: np.random.Generator) -> None:
     models = {
         "a": {s: outcomes(0.5, random, np.zeros(200)) for s in range(3)},
         "b": {s: outcomes(0.6, random, np.zeros(200)) for s in (0, 2)},
     }
-    found = Resampled(models, [Column(name="all")], num_draws=100)
-    assert set(found.summary("b", "all").per_seed) == {0, 2}
-    assert found.tests([("a", "b")], ["all"])[0].num_seeds == 2
+    resampled = Resampled(models, [Column(name="all")], num_draws=100)
+    assert set(resampled.summary("b", "all").per_seed) == {0, 2}
+    assert resampled.tests([("a", "b")], ["all"])[0].num_seeds == 2
 
 
 def test_outcomes_are_read_back_as_they_were(random: np.random.Generator, tmp_path: object) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint's position is one in its data: resuming in other data is refused, naming the difference."""
+"""Checkpoints: saved atomically, resumed only with the same data settings, skipped if damaged."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ from karmma_dist.errors import UserError
 from karmma_dist.recipe import NOT_LEARNED, DistillRecipe, Recipe, load_recipe, save_recipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.order import Position
-from karmma_dist.training.checkpoint import async_saver as saver
+from karmma_dist.training.checkpoint import async_saver as async_saver
 from karmma_dist.training.checkpoint import resume as run_folder
-from karmma_dist.training.checkpoint.async_saver import Saver
-from karmma_dist.training.checkpoint.checkpoint import Saved, checkpoints, data_state, load_checkpoint, newest_whole
+from karmma_dist.training.checkpoint.async_saver import AsyncSaver
+from karmma_dist.training.checkpoint.checkpoint import Saved, checkpoints, data_state, load_checkpoint, newest_undamaged
 from karmma_dist.training.checkpoint.resume import prepare_run_dir
-from karmma_dist.training.checkpoint.zero_state import SavedPieces
+from karmma_dist.training.checkpoint.zero_state import SavedState
 from kits.settings import fields_of, with_another
 
 WORLD = World(0, 0, 1, "127.0.0.1", 1)
 
 
 class MemoryEngine:
-    """Stands in for the DeepSpeed engine: one weight."""
+    """A substitute for the DeepSpeed engine, with one weight."""
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = torch.tensor([weight])
         self.restored = False
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return {"weight:0:w": self.weight.clone()}, {"of": "memory"}
+        return {"weight:0:w": self.weight.clone()}, {"engine": "memory"}
 
-    def restore(self, saved: SavedPieces, whole: dict[str, Any]) -> None:
-        assert whole == {"of": "memory"}
+    def restore(self, saved: SavedState, common: dict[str, Any]) -> None:
+        assert common == {"engine": "memory"}
         self.weight, self.restored = saved.read("weight", "w", 0, 1), True
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank needs no process group."""
-    monkeypatch.setattr(saver, "gather", lambda items: items)
+    """Replace the collectives: one rank needs no process group."""
+    monkeypatch.setattr(async_saver, "gather", lambda items: items)
     monkeypatch.setattr(run_folder, "gather", lambda items: items)
 
 
-def make_saver(run: Recipe, shards: Path, steps_per_epoch: int = 5) -> Saver:
-    return Saver(run, WORLD, steps_per_epoch, data_state(run, ShardFolder(shards)))
+def make_saver(run: Recipe, shards: Path, steps_per_epoch: int = 5) -> AsyncSaver:
+    return AsyncSaver(run, WORLD, steps_per_epoch, data_state(run, ShardFolder(shards)))
 
 
 def save(run: Recipe, shards: Path, *steps: int) -> list[Path]:
-    """Checkpoints after these steps; the weight is the step."""
+    """Save checkpoints after these steps, with the step as the weight, and return all checkpoints."""
     writer = make_saver(run, shards)
     for done in steps:
         writer.save(MemoryEngine(done), done, {"loss": [0.5, 2]}, {"best": done})  # type: ignore[arg-type]
@@ -80,30 +80,30 @@ def recipe(tmp_path: Path, shards: Path, seed: int = 5, batch_size: int = 6, **d
 
 @pytest.fixture
 def saved(tmp_path: Path, shards: Path) -> Path:
-    """A checkpoint of one rank at step 2 of epoch 3."""
+    """Return a checkpoint of one rank at step 2 of epoch 3."""
     (path,) = save(recipe(tmp_path, shards), shards, 17)
     return path
 
 
 def resume(saved: Path, run: Recipe, folder: ShardFolder, world: World = WORLD) -> Saved:
-    """Load it; the engine's state is touched exactly where nothing is refused."""
+    """Load a checkpoint and check that the engine is unchanged if loading is refused."""
     engine = MemoryEngine()
-    found = None
+    loaded = None
     try:
-        found = load_checkpoint(engine, saved, run, world, data_state(run, folder))  # type: ignore[arg-type]
+        loaded = load_checkpoint(engine, saved, run, world, data_state(run, folder))  # type: ignore[arg-type]
     finally:
-        assert engine.restored == (found is not None)
-    return found
+        assert engine.restored == (loaded is not None)
+    return loaded
 
 
-def test_a_checkpoint_is_resumed_at_its_position_also_where_the_shards_have_moved(
+def test_checkpoint_resumes_at_its_position_with_moved_shards(
     saved: Path, tmp_path: Path, shards: Path
 ) -> None:
     assert saved.name == "step-00000017"
     moved = tmp_path / "elsewhere"
     shutil.copytree(shards, moved)
-    found = resume(saved, recipe(tmp_path, moved, num_workers=3), ShardFolder(moved))
-    assert (found.position, found.state, found.averages) == (Position(3, 2), {"best": 17}, [{"loss": [0.5, 2]}])
+    loaded = resume(saved, recipe(tmp_path, moved, num_workers=3), ShardFolder(moved))
+    assert (loaded.position, loaded.state, loaded.averages) == (Position(3, 2), {"best": 17}, [{"loss": [0.5, 2]}])
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_checkpoint_is_resumed_at_its_position_also_where_the_shards_have_move
         ({"modality_dropout": {"draw": "independent"}}, "draw stratified, this run has independent"),
     ],
 )
-def test_other_data_settings_are_refused_saying_what_was_and_what_is(
+def test_other_data_settings_are_refused_with_both_values(
     saved: Path, tmp_path: Path, shards: Path, change: dict[str, object], difference: str
 ) -> None:
     with pytest.raises(UserError, match=f"step-00000017: saved with .*{difference}.*--resume never"):
@@ -136,16 +136,21 @@ def test_other_shards_are_refused_by_their_manifest(saved: Path, tmp_path: Path,
         resume(saved, recipe(tmp_path, other), ShardFolder(other))
 
 
-def test_another_number_of_ranks_resumes_it_and_is_said(saved: Path, tmp_path: Path, shards: Path) -> None:
-    found = resume(saved, recipe(tmp_path, shards), ShardFolder(shards), World(0, 0, 2, "127.0.0.1", 1))
-    assert "saved by 1 rank at ZeRO stage 1, resumed by 2 ranks at ZeRO stage 1" in found.note
+def test_resuming_on_another_number_of_ranks_is_noted(saved: Path, tmp_path: Path, shards: Path) -> None:
+    loaded = resume(saved, recipe(tmp_path, shards), ShardFolder(shards), World(0, 0, 2, "127.0.0.1", 1))
+    assert "saved by 1 rank at ZeRO stage 1, resumed by 2 ranks at ZeRO stage 1" in loaded.note
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(None, "not a checkpoint"), ("{", "not a checkpoint"), ("[]", "this version"), ('{"epoch": 1}', "this version")],
+    [
+        (None, "not a checkpoint"),
+        ("{", "not a checkpoint"),
+        ("[]", r"position\.json was not written by this version"),
+        ('{"epoch": 1}', r"position\.json was not written by this version"),
+    ],
 )
-def test_what_is_no_checkpoint_is_one_line(
+def test_invalid_checkpoint_is_refused_in_one_line(
     saved: Path, tmp_path: Path, shards: Path, content: str | None, complaint: str
 ) -> None:
     path = saved / "position.json"
@@ -159,7 +164,7 @@ def ignore(name: str, damage: str) -> None:
     assert damage
 
 
-def complain(name: str, damage: str) -> None:
+def fail_on_damage(name: str, damage: str) -> None:
     pytest.fail(f"{name}: {damage}")
 
 
@@ -173,31 +178,31 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "recipe.yaml", "position.json"])
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-def test_a_damaged_checkpoint_is_left_aside_by_name_and_the_one_before_it_resumed(
+def test_damaged_checkpoint_is_skipped_for_the_one_before(
     tmp_path: Path, shards: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     before, newest = save(recipe(tmp_path, shards), shards, 5, 10)
     damage(newest / name)
-    said: list[str] = []
-    found = newest_whole(tmp_path / "runs" / "run", lambda what, why: said.append(f"{what}: {why}"))
-    assert found == before
-    assert len(said) == 1
-    assert said[0].startswith(f"step-00000010: {name}")
-    with pytest.raises(UserError, match=f"step-00000010: not a whole checkpoint: {name}"):
+    reports: list[str] = []
+    run_dir = tmp_path / "runs" / "run"
+    assert newest_undamaged(run_dir, lambda path, problem: reports.append(f"{path}: {problem}")) == before
+    assert len(reports) == 1
+    assert reports[0].startswith(f"step-00000010: {name}")
+    with pytest.raises(UserError, match=f"step-00000010: not an intact checkpoint: {name}"):
         prepare_run_dir(recipe(tmp_path, shards), WORLD, str(newest))
     damage(before / name)
     with pytest.raises(UserError, match=f"every checkpoint is damaged, the newest in {name}"):
-        newest_whole(tmp_path / "runs" / "run", ignore)
+        newest_undamaged(tmp_path / "runs" / "run", ignore)
 
 
-def test_a_checkpoint_of_another_version_is_refused_not_left_aside(saved: Path) -> None:
+def test_checkpoint_of_another_version_is_refused_not_skipped(saved: Path) -> None:
     about = json.loads((saved / "position.json").read_text())
     (saved / "position.json").write_text(json.dumps({**about, "format": 99, "versions": {"karmma_dist": "9.9"}}))
-    with pytest.raises(UserError, match=r"step-00000017: .*karmma-dist 9\.9 did.*--resume never"):
-        newest_whole(saved.parents[1], ignore)
+    with pytest.raises(UserError, match=r"step-00000017: .*karmma-dist 9\.9.*--resume never"):
+        newest_undamaged(saved.parents[1], ignore)
 
 
-def test_what_is_saved_is_what_was_when_it_was_asked_for(tmp_path: Path, shards: Path) -> None:
+def test_saved_state_is_the_state_at_the_call(tmp_path: Path, shards: Path) -> None:
     run, engine = recipe(tmp_path, shards), MemoryEngine(3.0)
     writer = make_saver(run, shards)
     writer.save(engine, 5, {}, {})  # type: ignore[arg-type]
@@ -207,30 +212,30 @@ def test_what_is_saved_is_what_was_when_it_was_asked_for(tmp_path: Path, shards:
     assert float(engine.weight) == 3.0
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint_whole(
+def test_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     saved: Path, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_half(_: object, path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saver, "save_file", write_half)
+    monkeypatch.setattr(async_saver, "save_file", write_half)
     writer = make_saver(recipe(tmp_path, shards), shards)
     writer.save(MemoryEngine(), 20, {}, {})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"step-00000020: cannot save: rank-00000\.safetensors: No space left"):
         writer.finish()
     assert [path.name for path in sorted(saved.parent.iterdir())] == ["latest", saved.name]
-    assert newest_whole(saved.parents[1], complain) == saved
+    assert newest_undamaged(saved.parents[1], fail_on_damage) == saved
 
 
-def test_the_newest_are_kept_and_those_of_every_nth_epoch_for_good(tmp_path: Path, shards: Path) -> None:
+def test_newest_checkpoints_and_every_nth_epoch_are_kept(tmp_path: Path, shards: Path) -> None:
     run = recipe(tmp_path, shards)
     training = run.training.model_copy(update={"keep_checkpoints": 2, "keep_every_epochs": 2})
-    found = save(run.model_copy(update={"training": training}), shards, *range(1, 24))
-    assert [path.name for path in found] == [f"step-{step:08d}" for step in (10, 20, 22, 23)]
+    kept = save(run.model_copy(update={"training": training}), shards, *range(1, 24))
+    assert [path.name for path in kept] == [f"step-{step:08d}" for step in (10, 20, 22, 23)]
 
 
-def test_a_run_taken_back_to_an_earlier_checkpoint_goes_on_from_there_also_after_being_killed(
+def test_run_reset_to_an_earlier_checkpoint_continues_there(
     tmp_path: Path, shards: Path
 ) -> None:
     run = recipe(tmp_path, shards)
@@ -247,12 +252,12 @@ def test_a_run_taken_back_to_an_earlier_checkpoint_goes_on_from_there_also_after
 
 
 def student(tmp_path: Path, shards: Path) -> Recipe:
-    """A recipe in which every section is there."""
+    """Return a recipe with every section."""
     run = recipe(tmp_path, shards)
     return run.model_copy(update={"stage": "distill", "distill": DistillRecipe(teacher="t")})
 
 
-def test_marked_fields_may_change_on_resume_and_each_other_is_refused_by_name(tmp_path: Path, shards: Path) -> None:
+def test_only_marked_fields_may_change_on_resume(tmp_path: Path, shards: Path) -> None:
     run = student(tmp_path, shards)
     (path,) = save(run, shards, 5)
     fields = fields_of(run, NOT_LEARNED)
@@ -270,7 +275,7 @@ def test_marked_fields_may_change_on_resume_and_each_other_is_refused_by_name(tm
                 prepare_run_dir(changed, WORLD, "auto")
 
 
-def test_what_a_position_depends_on_is_not_marked(tmp_path: Path, shards: Path) -> None:
+def test_fields_that_determine_the_position_are_not_marked(tmp_path: Path, shards: Path) -> None:
     run = student(tmp_path, shards)
     fields = fields_of(run, NOT_LEARNED)
     decisive = [name for name in data_state(run, ShardFolder(shards)) if name in fields]
@@ -278,7 +283,7 @@ def test_what_a_position_depends_on_is_not_marked(tmp_path: Path, shards: Path) 
     assert not [name for name in decisive if fields[name]]
 
 
-def test_a_run_that_was_moved_with_its_folder_of_runs_goes_on(tmp_path: Path, shards: Path) -> None:
+def test_moved_runs_folder_can_be_resumed(tmp_path: Path, shards: Path) -> None:
     run = recipe(tmp_path, shards)
     save(run, shards, 5)
     save_recipe(run, run.run_dir / "recipe.yaml")
@@ -287,7 +292,7 @@ def test_a_run_that_was_moved_with_its_folder_of_runs_goes_on(tmp_path: Path, sh
     assert prepare_run_dir(moved, WORLD, "auto") == str(tmp_path / "moved/run/checkpoints/step-00000005")
 
 
-def test_other_recipes_are_refused_but_not_what_only_says_where_and_how_often(tmp_path: Path, shards: Path) -> None:
+def test_other_recipes_are_refused_but_not_other_zero_stages(tmp_path: Path, shards: Path) -> None:
     run = recipe(tmp_path, shards)
     (path,) = save(run, shards, 5)
     save_recipe(run, run.run_dir / "recipe.yaml")

@@ -1,4 +1,4 @@
-"""Rendezvous, schedule, losses and the damage budget: the parts of training that need no ranks."""
+"""Rendezvous, learning rate, losses and damage limit: the parts of training that need no ranks."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def test_torchruns_variables_are_read() -> None:
     assert find_world(TORCHRUN) == World(3, 1, 4, "n1", 1234)
 
 
-@pytest.mark.parametrize("lost", list(TORCHRUN))
-def test_half_an_environment_is_refused_naming_what_is_missing(lost: str) -> None:
-    with pytest.raises(UserError, match=f"{lost} not"):
-        find_world({name: value for name, value in TORCHRUN.items() if name != lost})
+@pytest.mark.parametrize("missing", list(TORCHRUN))
+def test_incomplete_environment_is_refused_naming_the_missing_variable(missing: str) -> None:
+    with pytest.raises(UserError, match=rf"but {missing} missing"):
+        find_world({name: value for name, value in TORCHRUN.items() if name != missing})
 
 
 def test_sruns_variables_are_read() -> None:
     slurm = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
     assert find_world({**slurm, "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}) == World(5, 1, 8, "n0", 29500)
     assert find_world({**slurm, "MASTER_ADDR": "n0"}).port == 20077
-    with pytest.raises(UserError, match="SLURM_LOCALID not"):
+    with pytest.raises(UserError, match="SLURM_LOCALID missing"):
         find_world({name: value for name, value in slurm.items() if name != "SLURM_LOCALID"})
     with pytest.raises(UserError, match="SLURM_PROCID=x is not a number"):
         find_world({**slurm, "SLURM_PROCID": "x", "MASTER_ADDR": "n0"})
 
 
-def test_linear_decay_is_a_straight_line_back_to_the_start_rate() -> None:
+def test_linear_decay_is_a_line_back_to_start_lr() -> None:
     recipe = OptimizerRecipe(lr=1.0, start_lr=0.0, warmup_epochs=1, schedule="linear")
     rates = [learning_rate(recipe, step, 4, 13, 32) for step in range(13)]
     assert rates[:4] == pytest.approx([0.0, 0.25, 0.5, 0.75])
@@ -71,7 +71,7 @@ def test_scaling_without_a_batch_size_to_scale_from_is_refused() -> None:
 
 
 @given(st.integers(1, 20), st.integers(2, 30), st.floats(0, 2))
-def test_the_rate_starts_and_ends_at_the_start_value_and_never_exceeds_the_highest(
+def test_rate_starts_and_ends_at_start_lr_and_peaks_at_lr(
     steps_per_epoch: int, epochs: int, warmup: float
 ) -> None:
     recipe = OptimizerRecipe(lr=1e-3, start_lr=1e-5, warmup_epochs=warmup)
@@ -84,7 +84,7 @@ def test_the_rate_starts_and_ends_at_the_start_value_and_never_exceeds_the_highe
         assert rates[0] == pytest.approx(1e-5)
 
 
-def test_losses_are_means_over_heads_and_a_perfect_student_has_no_distillation_loss() -> None:
+def test_losses_average_over_heads_and_vanish_for_a_perfect_student() -> None:
     torch.manual_seed(0)
     student = {"verb": torch.randn(4, 5), "noun": torch.randn(4, 7)}
     teacher = {"verb": torch.randn(4, 5), "noun": torch.randn(4, 7)}
@@ -104,8 +104,8 @@ def damaged(*keys: str) -> Batch:
     return batch
 
 
-def test_damage_of_all_ranks_is_written_once_per_clip_and_counted_together(tmp_path: Path) -> None:
-    """Each rank alone is within the budget of 2; together they are not, and both end."""
+def test_damage_is_written_once_per_clip_and_counted_over_ranks(tmp_path: Path) -> None:
+    """Check that ranks whose total exceeds the limit of 2 clips all end, though no rank exceeds it alone."""
     logs = [DamageLog(tmp_path, num_clips=100, max_fraction=0.02, rank=rank) for rank in range(2)]
     logs[0].note(damaged("a", "a"))
     logs[1].note(damaged("a", "b"))
@@ -129,7 +129,7 @@ def test_damage_of_all_ranks_is_written_once_per_clip_and_counted_together(tmp_p
             log.share(events)
 
 
-def test_a_resumed_run_remembers_its_damage_and_writes_none_of_it_again(tmp_path: Path) -> None:
+def test_resumed_run_remembers_its_damage_and_does_not_rewrite_it(tmp_path: Path) -> None:
     first = DamageLog(tmp_path, num_clips=100, max_fraction=0.02)
     first.note(damaged("a", "b"))
     first.flush()
@@ -144,7 +144,7 @@ def test_a_resumed_run_remembers_its_damage_and_writes_none_of_it_again(tmp_path
         resumed.share(resumed.take())
 
 
-def test_the_log_says_what_decoding_and_reading_cost_per_clip_and_second() -> None:
+def test_log_shows_decoding_time_per_clip_and_read_rate() -> None:
     averages = Averages()
     for decoded, seconds in ((1, 0.010), (3, 0.050)):
         batch = collate([None], ["video", "audio"], ["verb"])

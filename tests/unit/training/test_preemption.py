@@ -1,4 +1,4 @@
-"""What stops a run, how ranks agree on it, and what the process ends with."""
+"""Preemption: the reasons to stop a run, the agreement of the ranks, and the exit code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from karmma_dist import cli
 from karmma_dist.errors import Stopped, UserError
 from karmma_dist.training.fault_tolerance.preemption import (
     STOP_FILE,
-    Interruption,
+    PreemptionHandler,
     Stop,
     parse_duration,
     refuse_stop_file,
@@ -27,15 +27,15 @@ from karmma_dist.training.fault_tolerance.preemption import (
     ("number", "state", "code"),
     [(signal.SIGUSR2, "preempted", 85), (signal.SIGTERM, "preempted", 85), (signal.SIGINT, "interrupted", 130)],
 )
-def test_a_signal_only_sets_a_flag_and_decides_how_the_run_ends(
+def test_signal_sets_a_flag_and_determines_the_exit_code(
     tmp_path: Path, number: signal.Signals, state: str, code: int
 ) -> None:
     before = signal.getsignal(number)
-    with Interruption(rank=3) as interruption:
-        assert interruption.agree(tmp_path) is None
+    with PreemptionHandler(rank=3) as preemption:
+        assert preemption.agree(tmp_path) is None
         os.kill(os.getpid(), number)
-        assert interruption.pending
-        assert interruption.agree(tmp_path) == interruption.agree(tmp_path) == Stop(number.name, 3)
+        assert preemption.pending
+        assert preemption.agree(tmp_path) == preemption.agree(tmp_path) == Stop(number.name, 3)
         os.kill(os.getpid(), number)  # again, as in the middle of saving: nothing is raised
     stop = Stop(number.name, 3)
     assert (stop.state, stop.exit_code) == (state, code)
@@ -43,52 +43,52 @@ def test_a_signal_only_sets_a_flag_and_decides_how_the_run_ends(
 
 
 @given(st.lists(st.sampled_from([None, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT]), min_size=1, max_size=4))
-def test_all_ranks_stop_for_the_strongest_reason_that_any_was_told(told: list[signal.Signals | None]) -> None:
+def test_all_ranks_stop_for_the_reason_of_highest_priority(signals: list[signal.Signals | None]) -> None:
     words: list[int] = []
 
     def answers(highest: Callable[[int], int]) -> list[Stop | None]:
         stops = []
-        for rank, number in enumerate(told):
-            with Interruption(rank, None, highest) as interruption:
+        for rank, number in enumerate(signals):
+            with PreemptionHandler(rank, None, highest) as preemption:
                 if number is not None:
                     os.kill(os.getpid(), number)
-                stops.append(interruption.agree(Path("nowhere")))
+                stops.append(preemption.agree(Path("nowhere")))
         return stops
 
     answers(lambda word: words.append(word) or word)  # type: ignore[func-returns-value]
     agreed = answers(lambda word: max(words))  # noqa: ARG005
     strength = {signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGINT: 3}
-    heard_by = [(strength[number], rank) for rank, number in enumerate(told) if number is not None]
+    heard_by = [(strength[number], rank) for rank, number in enumerate(signals) if number is not None]
     if not heard_by:
-        assert agreed == [None] * len(told)
+        assert agreed == [None] * len(signals)
         return
     rank = max(heard_by)[1]
-    number = told[rank]
+    number = signals[rank]
     assert number is not None
-    assert agreed == [Stop(number.name, rank)] * len(told)
+    assert agreed == [Stop(number.name, rank)] * len(signals)
 
 
-def test_a_stop_file_is_rank_0s_to_see_and_keeps_a_run_from_starting(tmp_path: Path) -> None:
+def test_stop_file_is_read_by_rank_0_and_prevents_starting(tmp_path: Path) -> None:
     refuse_stop_file(tmp_path)
     (tmp_path / STOP_FILE).touch()
-    stop = Interruption(rank=0).agree(tmp_path)
+    stop = PreemptionHandler(rank=0).agree(tmp_path)
     assert stop == Stop(STOP_FILE, 0)
     assert (stop.state, stop.exit_code) == ("stopped", 1)
-    assert Interruption(rank=1).agree(tmp_path) is None
-    with pytest.raises(UserError, match="STOP stops this run: remove it"):
+    assert PreemptionHandler(rank=1).agree(tmp_path) is None
+    with pytest.raises(UserError, match="STOP stops this run"):
         refuse_stop_file(tmp_path)
 
 
-def test_the_time_limit_leaves_room_for_the_longest_step_and_save(tmp_path: Path) -> None:
+def test_time_limit_leaves_room_for_the_longest_step_and_save(tmp_path: Path) -> None:
     now = time.monotonic()
-    assert Interruption(0, now - 1).agree(tmp_path) == Stop("time limit", 0)
-    interruption = Interruption(0, now + 10_000)
-    interruption.took(step_s=4_000)
-    interruption.took(step_s=10, save_s=5_000)
-    assert not interruption.pending
-    interruption.took(save_s=7_000)
-    assert interruption.pending
-    stop = interruption.agree(tmp_path)
+    assert PreemptionHandler(0, now - 1).agree(tmp_path) == Stop("time limit", 0)
+    preemption = PreemptionHandler(0, now + 10_000)
+    preemption.record_durations(step_s=4_000)
+    preemption.record_durations(step_s=10, save_s=5_000)
+    assert not preemption.pending
+    preemption.record_durations(save_s=7_000)
+    assert preemption.pending
+    stop = preemption.agree(tmp_path)
     assert stop is not None
     assert (stop.reason, stop.exit_code) == ("time limit", 85)
 
@@ -100,17 +100,17 @@ def test_the_time_limit_leaves_room_for_the_longest_step_and_save(tmp_path: Path
         ("1-00:00:01", 86_401), ("45s", 45), ("1.5h", 5400), ("2d", 172_800), ("10m", 600),
     ],
 )  # fmt: skip
-def test_time_limits_are_read_as_sbatch_writes_them_or_with_a_unit(text: str, seconds: float) -> None:
+def test_time_limits_use_the_sbatch_format_or_a_unit(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "0:00", "x", "1:2:3:4", "1-", "-5", "5w", "h", "1 h", "-1:00"])
-def test_what_is_no_time_is_one_line(text: str) -> None:
-    with pytest.raises(UserError, match="is no time limit"):
+def test_invalid_time_limit_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(UserError, match="is not a time limit"):
         parse_duration(text)
 
 
-def test_the_command_line_prints_why_and_exits_with_the_code(
+def test_command_line_prints_the_reason_and_exits_with_its_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(**_: object) -> None:

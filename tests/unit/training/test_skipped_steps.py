@@ -1,4 +1,4 @@
-"""A step that is not finite changes nothing at any ZeRO stage, is named, and K in a row end the run."""
+"""A step that is not finite changes nothing at any ZeRO stage and is logged; K consecutive ones end the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation.run import validate
 from karmma_dist.recipe import Recipe
 from karmma_dist.training.engine import Engine
-from karmma_dist.training.fault_tolerance.skipped_steps import Skips, Suspect, describe
+from karmma_dist.training.fault_tolerance.skipped_steps import RankStep, SkippedSteps, describe
 from karmma_dist.training.objectives import CrossEntropy
 from karmma_dist.training.trainer import train
 
@@ -48,28 +48,28 @@ def recipe(**changes: dict[str, Any] | str) -> Recipe:
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    one = World(0, 0, 1, "127.0.0.1", free_port())
-    with process_group(one):
-        yield one
+    single = World(0, 0, 1, "127.0.0.1", free_port())
+    with process_group(single):
+        yield single
 
 
 class Line(nn.Module):
-    """Logits of a linear layer, with a parameter that is used times 0."""
+    """A linear layer, with a parameter that is multiplied by 0."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.idle = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
 
     def forward(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """(B, 2)."""
+        """Return logits (B, 2)."""
         return {"out": self.layer(inputs["x"]) + 0 * self.idle}
 
 
 def state_of(engine: Engine) -> list[Tensor]:
-    """Parameters and everything the optimizer holds."""
+    """Return the parameters and the optimizer state."""
     inner = [value for state in engine._optimizer.state.values() for value in state.values()]
     masters = [p for group in engine._optimizer.param_groups for p in group["params"]]
-    return [torch.as_tensor(one).clone() for one in (*engine.whole_state().values(), *masters, *inner)]
+    return [torch.as_tensor(value).clone() for value in (*engine.full_state().values(), *masters, *inner)]
 
 
 @pytest.mark.parametrize("loss_is_finite", [True, False])
@@ -77,7 +77,7 @@ def state_of(engine: Engine) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")]
 )
-def test_a_skipped_step_leaves_every_bit_of_parameters_and_optimizer_and_the_next_one_counts(
+def test_skipped_step_changes_nothing_and_the_next_step_applies(
     world: World, stage: int, precision: str, accumulation: int, loss_is_finite: bool
 ) -> None:
     torch.manual_seed(0)
@@ -106,53 +106,53 @@ def test_a_skipped_step_leaves_every_bit_of_parameters_and_optimizer_and_the_nex
         assert same == bad
 
 
-def test_no_clipping_is_no_clipping(world: World) -> None:
-    """DeepSpeed clips at 1 where nothing is said; 0 says that nothing is clipped."""
+def test_clip_zero_disables_clipping(world: World) -> None:
+    """Check that 0 disables clipping, since DeepSpeed clips at 1 by default."""
     moved = {}
     for clip in (0.0, 1.0):
         torch.manual_seed(0)
         model = Line()
         engine = Engine(model, recipe(optimizer={"name": "sgd", "clip": clip}, training={"zero_stage": 1}), world)
-        start = engine.whole_state()["layer.bias"]
+        start = engine.full_state()["layer.bias"]
         loss = 1000 * engine.forward({"x": torch.ones(6, 3)}, torch.ones(6, 1, dtype=torch.bool))["out"][:, 0].sum()
         engine.backward(loss)
         update = engine.step(0.01)
-        moved[clip] = float((engine.whole_state()["layer.bias"] - start).abs().max())
+        moved[clip] = float((engine.full_state()["layer.bias"] - start).abs().max())
         assert update.norm == pytest.approx(6000 * 2, rel=1e-5)  # three weights and a bias
     assert moved == pytest.approx({0.0: 60.0, 1.0: 0.01 * 0.5}, rel=1e-4)
 
 
-def one_rank(bad: bool, clips: list[str]) -> Suspect:
-    return Suspect(3, not bad, clips)
+def rank_step(bad: bool, clips: list[str]) -> RankStep:
+    return RankStep(3, not bad, clips)
 
 
-def test_the_ranks_with_a_bad_loss_are_named_or_where_only_gradients_are_bad_all() -> None:
-    others = [Suspect(0, True, ["a"]), Suspect(1, False, ["b", "c"])]
-    skips = Skips(5, lambda mine: [*others, *mine])
-    event = skips.note(one_rank(False, ["d"]))
+def test_ranks_with_a_bad_loss_are_named_or_else_all() -> None:
+    others = [RankStep(0, True, ["a"]), RankStep(1, False, ["b", "c"])]
+    skips = SkippedSteps(5, lambda mine: [*others, *mine])
+    event = skips.record_skip(rank_step(False, ["d"]))
     assert describe(event) == "the loss is not finite on rank 1 with b, c"
-    skips = Skips(5, lambda mine: [others[0], *mine])
-    event = skips.note(one_rank(False, ["d"]))
+    skips = SkippedSteps(5, lambda mine: [others[0], *mine])
+    event = skips.record_skip(rank_step(False, ["d"]))
     assert describe(event) == "the gradient is not finite on rank 0 with a; rank 3 with d"
     json.dumps(event)
 
 
-def test_only_skips_in_a_row_end_the_run_and_a_loss_scales_never() -> None:
-    skips = Skips(2, list, scales_loss=True)
+def test_only_consecutive_skips_end_the_run_but_not_loss_scaling() -> None:
+    skips = SkippedSteps(2, list, scales_loss=True)
     for _ in range(3):
-        skips.give_up_after_too_many(skips.note(one_rank(True, ["a"])))
-        skips.applied()
-        skips.give_up_after_too_many(skips.note(one_rank(False, ["a"])))
+        skips.give_up_after_too_many(skips.record_skip(rank_step(True, ["a"])))
+        skips.record_update()
+        skips.give_up_after_too_many(skips.record_skip(rank_step(False, ["a"])))
     assert (skips.num_skipped, skips.num_rescaled) == (3, 3)
-    skips.note(one_rank(True, ["a"]))
+    skips.record_skip(rank_step(True, ["a"]))
     with pytest.raises(UserError, match=r"2 optimizer steps in a row were skipped.*allows 1: the loss is not finite"):
-        skips.give_up_after_too_many(skips.note(one_rank(True, ["a"])))
+        skips.give_up_after_too_many(skips.record_skip(rank_step(True, ["a"])))
 
 
-def test_a_run_goes_on_past_a_bad_step_and_ends_with_its_checkpoint_after_too_many(
+def test_run_survives_a_bad_step_but_not_too_many(
     world: World, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 2, and 7 to the end, are bad; 3 in a row are too many, so the run ends with the 9th."""
+    """Check a run whose steps 2, and 7 to the end, are bad: 3 consecutive ones are too many, so it ends at step 9."""
     calls: list[list[str]] = []
     honest = CrossEntropy.loss
 

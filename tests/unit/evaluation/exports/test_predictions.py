@@ -1,4 +1,4 @@
-"""Predictions are written once per clip and mask, and say what the rows were counted from."""
+"""Predictions are written once per clip and mask, and reproduce the rows."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_the_file_gives_back_every_rows_top1(tmp_path: Path):
             best_N = file[f"log_probs_{head}"][at_N[shown_N]].argmax(axis=1)
             right = int((best_N == file[f"label_{head}"][shown_N]).sum())
             assert row.figures[f"{head}_top1"] == 100.0 * right / row.num_clips
-        assert [m for m, there in zip(MODALITIES, file["condition_modalities"][k], strict=True) if there] == list(
+        assert [m for m, named in zip(MODALITIES, file["condition_modalities"][k], strict=True) if named] == list(
             row.modalities
         )
         assert (file["condition_drop_prob"][k], file["condition_seed"][k]) == (row.drop_prob, row.seed)
 
 
 def soft_batches(num: int) -> list[Batch]:
-    """Clips of which an exact model is not sure, and whose scores never tie."""
+    """Clips on which an exact model is uncertain, with scores that never tie."""
     batches, generator = make_batches(num), torch.Generator().manual_seed(0)
     for batch in batches:
         batch.inputs = {m: x * 0.02 + 0.02 * torch.rand(x.shape, generator=generator) for m, x in batch.inputs.items()}
@@ -77,7 +77,7 @@ def test_every_figure_of_every_row_follows_from_the_file(tmp_path: Path):
             right_S = order_SC[:, 0] == label_S
             sure_S = np.exp(scores_SC.max(axis=1))
             inside = [(sure_S > b / 15) & (sure_S <= (b + 1) / 15) for b in range(15)]
-            gaps = [abs((right_S[of] - sure_S[of]).sum()) for of in inside]
+            gaps = [abs((right_S[in_bin] - sure_S[in_bin]).sum()) for in_bin in inside]
             per_class = [right_S[label_S == label].mean() for label in set(label_S.tolist())]
             expected = {
                 "top1": 100 * right_S.mean(),
@@ -85,7 +85,7 @@ def test_every_figure_of_every_row_follows_from_the_file(tmp_path: Path):
                 "mean_class": 100 * np.mean(per_class),
                 "ece": 100 * sum(gaps) / len(at_S),
             }
-            assert {of: row.figures[f"{name}_{of}"] for of in expected} == pytest.approx(expected, abs=1e-4)
+            assert {metric: row.figures[f"{name}_{metric}"] for metric in expected} == pytest.approx(expected, abs=1e-4)
             ranks_N = results.per_clip.ranks[name][:, k]
             assert (ranks_N[~shown_N] == -1).all()
             assert ((ranks_N[shown_N] == 0) == right_S).all()
@@ -95,7 +95,7 @@ def test_every_figure_of_every_row_follows_from_the_file(tmp_path: Path):
         assert results.summary.majority_top1[head] == 100.0 * most / len(file["keys"])
 
 
-def test_log_probabilities_are_those_of_the_models_own_scores():
+def test_log_probabilities_match_the_models_scores():
     everything = build_conditions(MODALITIES)
     collector, batches, model = PredictionCollector(MODALITIES, everything), soft_batches(20), Fusion().eval()
     evaluate(model, batches, everything, device="cpu", predictions=collector)
@@ -109,17 +109,17 @@ def test_log_probabilities_are_those_of_the_models_own_scores():
             assert found_C == pytest.approx(scores[0].log_softmax(0).numpy(), abs=1e-5)
 
 
-def test_each_condition_gets_what_it_gets_alone():
+def test_each_condition_has_the_predictions_it_has_alone():
     predictions, _ = predict()
     for k, condition in enumerate(CONDITIONS):
         collector = PredictionCollector(MODALITIES, [condition])
         evaluate(Fusion(), make_batches(), [condition], device="cpu", predictions=collector)
-        (keys, found), (expected_keys, expected) = predictions.of_condition(k), collector.finish().of_condition(0)
+        (keys, actual), (expected_keys, expected) = predictions.of_condition(k), collector.finish().of_condition(0)
         assert keys == expected_keys
-        assert all((found[head] == expected[head]).all() for head in HEADS)
+        assert all((actual[head] == expected[head]).all() for head in HEADS)
 
 
-def test_each_prediction_is_of_the_mask_that_follows_from_seed_and_key(tmp_path: Path):
+def test_each_prediction_has_the_mask_of_its_seed_and_key(tmp_path: Path):
     file = written(predict()[0], tmp_path / "predictions.npz")
     bits_M = 1 << np.arange(len(MODALITIES))
     for k, condition in enumerate(CONDITIONS):
@@ -144,13 +144,13 @@ def test_only_different_masks_are_stored():
 @settings(max_examples=15, deadline=None)
 @given(num=st.integers(1, 40), batch_size=st.integers(1, 41))
 def test_predictions_do_not_depend_on_the_batch_size(num: int, batch_size: int):
-    expected, (found, _) = predict(num, num)[0], predict(num, batch_size)
-    assert found.keys == expected.keys == sorted(expected.keys)
+    expected, (actual, _) = predict(num, num)[0], predict(num, batch_size)
+    assert actual.keys == expected.keys == sorted(expected.keys)
     for name in ("present_NM", "prediction_NK", "clip_R", "mask_R"):
-        assert (getattr(found, name) == getattr(expected, name)).all()
+        assert (getattr(actual, name) == getattr(expected, name)).all()
     for head in HEADS:
-        assert (found.labels[head] == expected.labels[head]).all()
-        assert (found.log_probs[head] == expected.log_probs[head]).all()
+        assert (actual.labels[head] == expected.labels[head]).all()
+        assert (actual.log_probs[head] == expected.log_probs[head]).all()
 
 
 def test_collecting_predictions_changes_no_row():
@@ -168,7 +168,7 @@ def test_clips_without_labels_are_predicted_and_not_scored():
     assert len(collector.finish().keys) == 20
 
 
-def test_a_condition_that_nobody_can_show_leaves_no_prediction():
+def test_a_condition_without_clips_has_no_prediction():
     batches = make_batches(num=6)
     for batch in batches:
         batch.present_BM[:, 2] = False
@@ -184,7 +184,7 @@ def test_a_condition_that_nobody_can_show_leaves_no_prediction():
     assert made.of_condition(0)[0] == []
 
 
-def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full_disk(file, **_arrays):
         file.write(b"half")
         raise OSError(28, "No space left on device")
@@ -196,17 +196,17 @@ def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path, monkey
     assert not (tmp_path / "predictions.npz").exists()
 
 
-def test_a_path_that_cannot_be_written_is_refused_before_anything_runs(
+def test_an_unwritable_path_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    for path, says in (
+    for path, message in (
         (tmp_path / "p.csv", "ends in .npz or .parquet"),
         (tmp_path / "p.parquet", r"pip install 'karmma-dist\[parquet\]'"),
         (tmp_path / "none" / "p.npz", "no folder"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             check_path(path)
 
 
@@ -238,7 +238,7 @@ def test_parquet_alone_gives_back_every_rows_top1(tmp_path: Path):
     table = read_parquet(tmp_path / "p.parquet")
     for row in results.rows:
         condition = {"modalities": list(row.modalities), "drop_prob": row.drop_prob, "seed": row.seed}
-        places = [place for place, found in enumerate(table["conditions"]) if condition in found]
+        places = [place for place, listed in enumerate(table["conditions"]) if condition in listed]
         assert len(places) == len({table["key"][place] for place in places}) == row.num_clips
         for head in HEADS:
             right = sum(
@@ -248,7 +248,7 @@ def test_parquet_alone_gives_back_every_rows_top1(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["p.npz", pytest.param("p.parquet", marks=needs_pyarrow)])
-def test_a_kill_while_writing_leaves_the_earlier_file_as_it_was(tmp_path: Path, name: str):
+def test_a_kill_while_writing_keeps_the_earlier_file(tmp_path: Path, name: str):
     program = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"

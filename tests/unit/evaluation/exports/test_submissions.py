@@ -33,18 +33,18 @@ def log_probs(heads: dict[str, int], num: int = 3, seed: int = 0) -> dict[str, n
 
 
 def predictions(heads: dict[str, int], keys: list[str], shown: int | None = None) -> Predictions:
-    """One condition; only the first `shown` clips have its modality."""
+    """Return predictions under one condition; only the first `shown` clips have its modality."""
     shown = len(keys) if shown is None else shown
     masks = (np.arange(len(keys)) < shown).astype(np.uint8)[:, None]
     collector = PredictionCollector(["video"], [Condition(("video",))])
     labels = {head: np.full(len(keys), -1) for head in heads}
-    values = {head: of[:, None] for head, of in log_probs(heads, len(keys)).items()}
+    values = {head: values_NC[:, None] for head, values_NC in log_probs(heads, len(keys)).items()}
     collector.add(keys, masks > 0, labels, masks, masks, values)
     return collector.finish()
 
 
 def check_epic_submission(submission: dict[str, Any], expected_ids: list[str]) -> None:
-    """What the challenge's validation asks of `test.json`."""
+    """Check `test.json` as the challenge's validation does."""
     assert set(submission) == {"version", "challenge", "sls_pt", "sls_tl", "sls_td", "results"}
     assert submission["version"] == "0.2"
     assert submission["challenge"] == "action_recognition"
@@ -59,7 +59,8 @@ def check_epic_submission(submission: dict[str, Any], expected_ids: list[str]) -
             verb, noun = (int(part) for part in action.split(","))
             assert 0 <= verb < 97
             assert 0 <= noun < 300
-        assert all(type(score) is float and np.isfinite(score) for of in segment.values() for score in of.values())
+        scores = [score for by_class in segment.values() for score in by_class.values()]
+        assert all(type(score) is float and np.isfinite(score) for score in scores)
 
 
 def read_zip(path: Path) -> dict[str, Any]:
@@ -78,8 +79,8 @@ def test_the_epic_kitchens_zip_passes_the_challenges_validation(tmp_path: Path):
     assert [submission[level] for level in ("sls_pt", "sls_tl", "sls_td")] == [1, 2, 4]
     for row, narration_id in enumerate(IDS):
         for head, values in scores.items():
-            found = submission["results"][narration_id][head]
-            assert [np.float32(found[str(c)]) for c in range(EPIC[head])] == values[row].tolist()
+            actual = submission["results"][narration_id][head]
+            assert [np.float32(actual[str(c)]) for c in range(EPIC[head])] == values[row].tolist()
 
 
 def test_action_scores_are_the_hundred_most_probable_pairs(tmp_path: Path):
@@ -94,11 +95,11 @@ def test_action_scores_are_the_hundred_most_probable_pairs(tmp_path: Path):
         assert list(actions.values()) == pytest.approx([joint[pair] for pair in best])
 
 
-def test_verb_and_noun_scores_give_the_models_probabilities_after_the_challenges_softmax(tmp_path: Path):
+def test_a_softmax_of_submitted_scores_gives_the_models_probabilities(tmp_path: Path):
     scores = log_probs(EPIC)
     epic_challenge.write_submission(tmp_path / "s.zip", IDS, scores, SupervisionLevels())
-    found = read_zip(tmp_path / "s.zip")["results"][IDS[0]]["noun"]
-    exponents = np.exp(np.array([found[str(c)] for c in range(300)]))
+    actual = read_zip(tmp_path / "s.zip")["results"][IDS[0]]["noun"]
+    exponents = np.exp(np.array([actual[str(c)] for c in range(300)]))
     assert exponents / exponents.sum() == pytest.approx(np.exp(scores["noun"][0]), rel=1e-5)
 
 
@@ -147,7 +148,7 @@ def test_a_submission_that_lacks_a_clip_is_not_written(tmp_path: Path, name: str
     assert path.is_file()
 
 
-def test_a_failure_half_way_leaves_the_earlier_submission_as_it_was(tmp_path: Path):
+def test_a_failed_write_keeps_the_earlier_submission(tmp_path: Path):
     path = tmp_path / "s.zip"
     epic_challenge.write_submission(path, IDS, log_probs(EPIC), SupervisionLevels())
     before = path.read_bytes()
@@ -156,10 +157,10 @@ def test_a_failure_half_way_leaves_the_earlier_submission_as_it_was(tmp_path: Pa
     assert path.read_bytes() == before
 
 
-def test_what_no_leaderboard_takes_is_refused_before_anything_runs(tmp_path: Path):
+def test_invalid_submissions_are_refused_before_anything_runs(tmp_path: Path):
     one, several = [Condition(("video",))], [Condition(("video",)), Condition(("audio",))]
     zipped, levels = ("epic-kitchens", tmp_path / "s.zip"), SupervisionLevels()
-    for exports, heads, conditions, says in (
+    for exports, heads, conditions, message in (
         (Exports(submission=zipped), {"verb": 4, "noun": 10}, one, "challenge has verb 97, noun 300"),
         (Exports(submission=zipped), {"action": 174}, one, "this model's heads are action 174"),
         (Exports(submission=zipped), EPIC, several, "one condition, not of 2"),
@@ -170,7 +171,7 @@ def test_what_no_leaderboard_takes_is_refused_before_anything_runs(tmp_path: Pat
         (Exports(levels=levels), EPIC, one, "--sls has no effect"),
         (Exports(submission=("epic-kitchens", tmp_path / "s.pkl"), levels=levels), EPIC, one, "--sls has no effect"),
     ):
-        with pytest.raises(UserError, match=says) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             exports.check(heads, conditions)
         assert "\n" not in str(caught.value)
     Exports(submission=("epic-kitchens", tmp_path / "s.pkl")).check({"verb": 4, "noun": 10}, one)

@@ -1,4 +1,4 @@
-"""A prediction is the evaluation's own, from a file as from the shards; what cannot be predicted is one line."""
+"""Predictions from files and from shards equal those of an evaluation; bad input is reported in one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ask(place: Path, *clips: str, run: str = "student", **options: object) -> li
 
 @pytest.mark.parametrize("run", ["student", "teacher", "listener"])
 @pytest.mark.parametrize(("key", "span"), [(f"one_{n}", span) for n, span in enumerate(SPANS)])
-def test_a_file_is_predicted_as_the_packed_clip_of_the_same_span(place: Path, run: str, key: str, span: tuple):
+def test_a_file_is_predicted_like_its_packed_clip(place: Path, run: str, key: str, span: tuple):
     start_s, stop_s = (float(text) if text else None for text in span)
     (of_file,) = ask(place, str(place / "raw/one.mp4"), run=run, start_s=start_s, stop_s=stop_s)
     (of_key,) = ask(place, key, run=run)
@@ -47,8 +47,8 @@ def test_a_file_is_predicted_as_the_packed_clip_of_the_same_span(place: Path, ru
 
 
 def test_other_spans_and_other_packing_settings_give_other_predictions(place: Path):
-    one, other = (ask(place, str(place / "raw/one.mp4"), start_s=start)[0].guesses for start in (0.2, 1.0))
-    assert one != other
+    first, second = (ask(place, str(place / "raw/one.mp4"), start_s=start)[0].guesses for start in (0.2, 1.0))
+    assert first != second
     settings = json.loads((place / "shards/manifest.json").read_text())["settings"]
     path = place / "raw/one.mp4"
     sizes = []
@@ -61,7 +61,7 @@ def test_other_spans_and_other_packing_settings_give_other_predictions(place: Pa
 
 @pytest.mark.parametrize("run", ["student", "teacher"])
 def test_a_key_is_predicted_as_the_evaluation_predicts_it(place: Path, run: str):
-    """The one clip of the validation split is "open tap": its loss and its ranks are in the evaluation's rows."""
+    """The only clip of the validation split is "open tap"; the evaluation's rows contain its loss and ranks."""
     plan = plan_evaluation(
         place / run, lambda available: build_conditions(available, subsets=True), shards=str(place / "shards"),
         num_workers=0,
@@ -83,51 +83,51 @@ def test_a_key_is_predicted_as_the_evaluation_predicts_it(place: Path, run: str)
             assert -math.log(probability) == pytest.approx(row["verb_loss"] + row["noun_loss"], rel=1e-5)
 
 
-def test_what_a_clip_lacks_is_said_and_what_is_switched_off_is_not_used(place: Path):
+def test_absent_modalities_are_named_and_switched_off_ones_unused(place: Path):
     silent_file, silent_key = ask(place, str(place / "raw/silent.mp4"), "silent_0")
     for prediction in (silent_file, silent_key):
         assert (prediction.found, prediction.absent, prediction.switched_off) == (["video", "flow"], ["audio"], [])
     (sound,) = ask(place, str(place / "raw/sound.m4a"))
     assert (sound.found, sound.absent) == (["audio"], ["video", "flow"])
     assert [guess.modalities for guess in sound.guesses] == [["audio"]]
-    (whole,) = ask(place, "one_0")
+    (complete,) = ask(place, "one_0")
     (narrowed,) = ask(place, "one_0", modalities="V,A")
     assert (narrowed.found, narrowed.absent, narrowed.switched_off) == (["video", "audio"], [], ["flow"])
-    assert narrowed.guesses[0] == whole.guesses[0]
-    assert narrowed.guesses[-1] != whole.guesses[-1]
+    assert narrowed.guesses[0] == complete.guesses[0]
+    assert narrowed.guesses[-1] != complete.guesses[-1]
 
 
 logits = st.lists(st.floats(-5, 5), min_size=1, max_size=6)
 
 
 @given(logits, logits)
-def test_actions_are_pairs_in_the_order_of_the_product_of_their_probabilities(verb: list[float], noun: list[float]):
+def test_actions_are_pairs_sorted_by_joint_probability(verb: list[float], noun: list[float]):
     scores = {"verb": torch.tensor(verb, dtype=torch.float64), "noun": torch.tensor(noun, dtype=torch.float64)}
-    log_probs = {head: of.log_softmax(0) for head, of in scores.items()}
-    found = likeliest(log_probs, {}, num=100)
+    log_probs = {head: scores_C.log_softmax(0) for head, scores_C in scores.items()}
+    actual = likeliest(log_probs, {}, num=100)
     expected = {
         (v, n): math.exp(float(log_probs["verb"][v] + log_probs["noun"][n]))
         for v, n in product(range(len(verb)), range(len(noun)))
     }
-    assert {(a.classes["verb"], a.classes["noun"]): a.probability for a in found} == pytest.approx(expected)
-    assert [action.probability for action in found] == sorted((a.probability for a in found), reverse=True)
-    assert sum(action.probability for action in found) == pytest.approx(1)
-    assert all(action.names == {head: str(number) for head, number in action.classes.items()} for action in found)
+    assert {(a.classes["verb"], a.classes["noun"]): a.probability for a in actual} == pytest.approx(expected)
+    assert [action.probability for action in actual] == sorted((a.probability for a in actual), reverse=True)
+    assert sum(action.probability for action in actual) == pytest.approx(1)
+    assert all(action.names == {head: str(number) for head, number in action.classes.items()} for action in actual)
 
 
 def test_a_model_without_verbs_and_nouns_predicts_its_actions():
-    found = likeliest({"action": torch.tensor([0.1, 0.7, 0.2]).log()}, {"action": ["a", "b", "c"]}, num=2)
-    assert [(action.names, round(action.probability, 3)) for action in found] == [
+    actual = likeliest({"action": torch.tensor([0.1, 0.7, 0.2]).log()}, {"action": ["a", "b", "c"]}, num=2)
+    assert [(action.names, round(action.probability, 3)) for action in actual] == [
         ({"action": "b"}, 0.7), ({"action": "c"}, 0.2),
     ]  # fmt: skip
 
 
-def test_diverged_weights_are_said():
+def test_diverged_weights_are_reported():
     with pytest.raises(UserError, match="nan"):
         likeliest({"action": torch.tensor([0.1, float("nan")])}, {})
 
 
-def test_a_long_video_is_warned_of_before_it_is_packed(place: Path, caplog, monkeypatch):
+def test_a_long_video_causes_a_warning_before_packing(place: Path, caplog, monkeypatch):
     monkeypatch.setattr(predict_media, "LONG_S", 1.5)
     with caplog.at_level(logging.WARNING):
         ask(place, str(place / "raw/one.mp4"))
@@ -155,37 +155,38 @@ def test_the_command_prints_names_and_json(place: Path, capsys):
     assert "silent_0 (0.8 s): found video (V), flow (F); no audio" in out
     assert "V+F+A says" in out
     assert main(["predict", *arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"clips": [one.to_dict() for one in ask(place, "one_0", "silent_0")]}
+    expected = [prediction.to_dict() for prediction in ask(place, "one_0", "silent_0")]
+    assert json.loads(capsys.readouterr().out) == {"clips": expected}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        (["student", "one_9"], "no clip 'one_9', nor a file of this name (did you mean 'one_"),
+        (["student", "one_9"], "no clip 'one_9', and no file of this name (did you mean 'one_"),
         (["student", "gone.mp4"], "gone.mp4: no such file"),
         (["student", "RAW"], "is a folder"),
         (["student", "RAW/train.csv"], "not a video file"),
         (["student", "RAW/one.mp4", "--start", "100"], "the video ends at 2.40 s"),
         (["student", "RAW/one.mp4", "--start", "1", "--stop", "0.5"], "stop 0.5 s is not after start 1 s"),
-        (["student", "one_0", "--start", "1"], "--start and --stop cut files"),
+        (["student", "one_0", "--start", "1"], "--start and --stop apply to files"),
         (["student", "one_0", "--modalities", "D"], "modality 'detections' is not one of this model's"),
         (["student", "one_0", "--modalities", "X"], "unknown modality 'X'"),
         (["listener", "RAW/silent.mp4"], "it has video, but the model is to be given audio"),
-        (["listener", "silent_0"], "it has video and flow, but the model is to be given audio"),
+        (["listener", "silent_0"], "the clip has video and flow, but the model needs one of audio"),
         (["student", "RAW/sound.m4a", "--modalities", "V,F"], "it has audio, but the model is to be given video, flow"),
         (["nothing", "one_0"], "no such run folder"),
-        (["student", ""], "a clip without a name"),
+        (["student", ""], "a clip has an empty name"),
         (["student", "RAW/one.mp4", "--start", "nan"], "one.mp4: start nan is not a number of seconds"),
         (["student", "RAW/one.mp4", "--stop", "inf"], "one.mp4: stop inf is not a number of seconds"),
         (["student", "RAW/../shards/train-000000.tar"], "is a tar archive"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys, arguments: list[str], says: str):
+def test_bad_input_is_one_line_and_exit_code_2(place: Path, capsys, arguments: list[str], message: str):
     run, *rest = [text.replace("RAW", str(place / "raw")) for text in arguments]
     assert main(["predict", str(place / run), *rest, "--shards", str(place / "shards")]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
-    assert says in error
+    assert message in error
     assert "\n" not in error
 
 
@@ -201,15 +202,15 @@ def test_every_clip_is_looked_for_before_the_first_is_predicted(place: Path, mon
 
 @pytest.mark.parametrize("clip", ["one_0", "raw/one.mp4"])
 def test_clips_of_another_datasets_shards_are_refused(place: Path, tmp_path: Path, clip: str):
-    """Their labels would be read in the wrong words, and files cut in the wrong way."""
+    """Labels would get the wrong names, and files would be cut with the wrong settings."""
     manifest = json.loads((place / "shards/manifest.json").read_text())
     for path in (place / "shards").iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"heads": {"verb": VERBS[::-1], "noun": NOUNS}}))
     named = str(place / clip) if "/" in clip else clip
-    says = rf"class 0 of 'verb' is '{VERBS[-1]}' in the shards and '{VERBS[0]}' to the model: name shards of the.*set$"
-    with pytest.raises(UserError, match=says):
+    message = rf"class 0 of 'verb' is '{VERBS[-1]}' in the shards, '{VERBS[0]}' in the model: name shards of the.*set$"
+    with pytest.raises(UserError, match=message):
         predict(place / "student", [named], shards=str(tmp_path))
 
 
@@ -224,7 +225,7 @@ def test_a_table_of_four_guesses_fits_a_terminal(place: Path, capsys):
 
 
 def test_eval_breaks_the_sensors_of_packed_clips(place: Path, tmp_path: Path, capsys):
-    """Through the loader and its worker: the sound must come whole, and more must change than the row's name."""
+    """Check through the loader and its worker that the audio arrives uncut, and that the figures change."""
     broken = ("--corrupt", "audio:desync:3", "--corrupt", "camera:black:5")
     arguments = ["eval", str(place / "student"), "--shards", str(place / "shards"), "--split", "train"]
     assert main([*arguments, *broken, "--out", str(tmp_path), "--json"]) == 0
@@ -234,10 +235,10 @@ def test_eval_breaks_the_sensors_of_packed_clips(place: Path, tmp_path: Path, ca
     assert len({json.dumps(row["num_kept"]) for row in rows}) == 1
     assert "| camera:black:5 | 100% of the clip" in (tmp_path / "report.md").read_text()
     assert main([*arguments, "--corrupt", "audio:blur:3"]) == 2
-    assert "there are audio:mute, audio:noise, audio:desync" in capsys.readouterr().err
+    assert "audio:mute, audio:noise, audio:desync" in capsys.readouterr().err
 
 
-def test_eval_breaks_every_view_and_exports_what_it_says_with_whole_sensors(place: Path, tmp_path: Path, capsys):
+def test_eval_breaks_every_view_but_exports_intact_predictions(place: Path, tmp_path: Path, capsys):
     arguments = ["eval", str(place / "student"), "--shards", str(place / "shards"), "--split", "train"]
     broken = ("--corrupt", "audio:noise:5", "--corrupt", "camera:frozen:5")
     rows, files = [], []
@@ -248,10 +249,10 @@ def test_eval_breaks_every_view_and_exports_what_it_says_with_whole_sensors(plac
         rows.append(json.loads(capsys.readouterr().out)["rows"])
         with np.load(path) as file:
             files.append(dict(file))
-    whole, every = rows
-    assert [row["corrupt"] for row in every] == [None, "audio:noise:5", "camera:frozen:5"]
-    assert every[0] == whole[0]
-    assert len({row["verb_loss"] for row in every}) == 3
+    intact, broken = rows
+    assert [row["corrupt"] for row in broken] == [None, "audio:noise:5", "camera:frozen:5"]
+    assert broken[0] == intact[0]
+    assert len({row["verb_loss"] for row in broken}) == 3
     assert files[0].keys() == files[1].keys()
     assert all(np.array_equal(values, files[1][name]) for name, values in files[0].items())
 
@@ -262,7 +263,7 @@ def test_without_shards_nobody_knows_how_to_cut_a_file(place: Path):
             predict(place / "student", [clip])
 
 
-def test_a_damaged_clip_is_an_error_not_a_clip_that_lacks_something(place: Path, tmp_path: Path):
+def test_a_damaged_clip_is_an_error_not_an_absence(place: Path, tmp_path: Path):
     shards = tmp_path / "shards"
     shards.mkdir()
     for path in (place / "shards").iterdir():

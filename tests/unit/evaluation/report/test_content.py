@@ -1,4 +1,4 @@
-"""A report of thousands of conditions shows those that somebody would read, and says where the others are."""
+"""A report of thousands of conditions shows the rows that people read, and names the file with the others."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FULL = ("video", "flow", "audio")
 
 
 def make_content(corrupt: list[str], **choices: object) -> ReportContent:
-    """Two models under the chosen conditions, compared."""
+    """Return two models under the chosen conditions, with their comparison."""
     conditions = build_conditions(MODALITIES, corrupt=corrupt, **choices)
     models = {name: make_results(skill, 1, 40, conditions) for name, skill in (("a", 0.5), ("b", 0.8))}
     comparison = compare(models, num_draws=20)
-    return ReportContent("x", models, ["said"], comparison=comparison)
+    return ReportContent("x", models, ["A note."], comparison=comparison)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def test_a_few_failures_are_shown_under_every_condition():
     assert condense(content) is content
 
 
-def test_of_a_suite_every_failure_is_shown_with_all_modalities_and_every_row_with_whole_sensors(suite):
+def test_a_suite_is_shown_with_all_modalities_and_intact_rows(suite):
     shown = condense(suite)
     for name, results in suite.models.items():
         rows = shown.models[name].rows
-        whole = [row for row in results.rows if row.corrupt is None]
-        assert [row for row in rows if row.corrupt is None] == whole
+        intact = [row for row in results.rows if row.corrupt is None]
+        assert [row for row in rows if row.corrupt is None] == intact
         broken = [row for row in results.rows if row.corrupt and row.modalities == FULL]
         assert [row for row in rows if row.corrupt] == [row for row in broken if row.drop_prob == 0]
         assert {row.corrupt for row in rows} == {row.corrupt for row in results.rows}
@@ -53,26 +53,26 @@ def test_paired_tests_stay_with_their_rows(suite):
     assert [test.condition for test in tests] == [condition_of(row) for row in rows]
 
 
-def test_the_report_says_how_many_rows_it_leaves_out_and_where_they_are(suite, tmp_path):
+def test_the_report_names_omitted_rows_and_their_file(suite, tmp_path):
     num_out = len(suite.models["a"].rows) - len(condense(suite).models["a"].rows)
     *_, note = condense(suite).notes
     for part in (f"{num_out:,} rows", "V+F+A", "results.json", "comparison.json"):
         assert part in note
     text = write_report(tmp_path, suite).read_text()
     assert f"* {note}" in text
-    assert "* said" in text
+    assert "* A note." in text
     page = tmp_path / "report.html"
     assert note in Page(page.read_text()).items
     assert page.stat().st_size <= PAGE_BYTES
 
 
-def test_the_terminal_says_so_too():
+def test_the_terminal_names_omitted_rows_too():
     results = make_results(0.5, 1, 40, build_conditions(MODALITIES, subsets=True, num_seeds=3, corrupt=["suite"]))
     table = terminal_rows(results, "x")
     assert len(table.body) < len(results.rows)
-    assert f"{len(results.rows) - len(table.body):,} more rows with broken sensors: results.json" in table.caption
+    assert f"{len(results.rows) - len(table.body):,} more rows with broken sensors: see results.json" in table.caption
 
 
-def test_a_report_of_nothing_is_refused():
+def test_report_content_without_results_is_refused():
     with pytest.raises(UserError, match="no results to report"):
         ReportContent("x", {})

@@ -1,4 +1,4 @@
-"""report.html is one small file that holds every figure, runs nothing it did not bring, and reads in light and dark."""
+"""report.html is one small file with every figure, runs only its own script, and is legible in light and dark mode."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def page(text) -> Page:
     return Page(text)
 
 
-def test_every_figure_of_every_row_stands_in_the_page(models, page):
+def test_the_page_contains_every_figure_of_every_row(models, page):
     for name, results in models.items():
         header, *lines = page.tables[name]
         assert header[:5] == ["modalities", "drop %", "seed", "clips", "without"]
@@ -70,7 +70,7 @@ def test_figures_that_the_rows_lack_have_no_column(page):
     assert "95 % intervals" not in plain.text
 
 
-def test_clips_dropped_on_purpose_are_told_from_those_the_data_lacks(models, page):
+def test_dropped_modalities_are_distinguished_from_absent_ones(models, page):
     header, *lines = page.tables["Counts"]
     audio = header.index("audio used")
     assert header[audio : audio + 3] == ["audio used", "audio dropped", "audio lacking"]
@@ -84,7 +84,7 @@ def test_clips_dropped_on_purpose_are_told_from_those_the_data_lacks(models, pag
     assert next(line for line in lines if line[:2] == ["V", "0"])[audio : audio + 3] == ["–", "–", "–"]
 
 
-def test_a_row_with_a_broken_sensor_is_no_subset_and_no_point_of_the_curve(models, page):
+def test_broken_sensors_are_in_no_subset_and_no_curve(models, page):
     clean = {name: random_results(seed) for seed, name in enumerate(models)}
     others = Page(html_of("t", clean)).tables
     for label in ("Action top-1 per subset", "Action top-1 per drop probability"):
@@ -94,13 +94,13 @@ def test_a_row_with_a_broken_sensor_is_no_subset_and_no_point_of_the_curve(model
     assert [line[0] for line in broken[1:3]] == ["none", "video:blur:1"]
 
 
-def test_the_best_of_each_line_is_bold_and_a_single_model_has_no_best(models, page):
+def test_the_best_is_bold_unless_the_model_is_alone(models, page):
     best = max(results.summary.subsets.average["action_top1"] for results in models.values())
     assert f"{best:.2f}" in page.bold
     assert Page(html_of("t", {"run": models["student"]})).bold == []
 
 
-def test_sections_that_the_rows_do_not_allow_are_left_out():
+def test_sections_without_rows_are_left_out():
     page = Page(html_of("t", {"run": random_results(0, modalities=["video"], drop_prob=0.0)}))
     assert page.pictures == []
     sections = {"glance", "measured", "figures", "rows", "counts"}
@@ -108,7 +108,7 @@ def test_sections_that_the_rows_do_not_allow_are_left_out():
     assert {link.removeprefix("#") for link in page.links} == sections
 
 
-def test_models_with_other_modalities_stand_side_by_side():
+def test_models_with_different_modalities_share_tables():
     mixed = {"both": random_results(0), "one": random_results(1, modalities=["video"], drop_prob=0.0)}
     tables = Page(html_of("t", mixed)).tables
     assert tables["Clips per model"][2][-2:] == ["not used", "not used"]
@@ -117,7 +117,7 @@ def test_models_with_other_modalities_stand_side_by_side():
     assert tables["Action top-1 per drop probability"][0][1:] == ["both (V+F+A)"]
 
 
-def test_pictures_say_in_words_what_they_show(models, page):
+def test_pictures_describe_their_content_in_words(models, page):
     (curve_title, curve), (bars_title, bars), (broken_title, broken) = page.pictures
     assert "missing" in curve_title
     assert "subset" in bars_title
@@ -128,7 +128,7 @@ def test_pictures_say_in_words_what_they_show(models, page):
         assert f"down to {min(mean):.1f} %" in curve
         full = results.rows[6].figures["action_top1"]
         assert f"{name}: from {full:.1f} % (V+F+A)" in bars
-        assert f"{name}: from {full:.1f} % (whole sensors)" in broken
+        assert f"{name}: from {full:.1f} % (intact sensors)" in broken
 
 
 @settings(max_examples=15)
@@ -144,7 +144,7 @@ def test_names_are_text_whatever_they_hold(name, title, note):
     assert list(page.tables)[-3:] == [hostile, "Counts", "Seconds per step"]
 
 
-def test_the_page_loads_nothing_and_allows_its_own_style_and_script_only(page, text):
+def test_the_page_allows_only_its_own_style_and_script(page, text):
     assert page.loads == []
     assert page.links
     assert all(link.startswith("#") and link[1:] in page.anchors for link in page.links)
@@ -158,7 +158,7 @@ def test_the_page_loads_nothing_and_allows_its_own_style_and_script_only(page, t
     assert policy.startswith("default-src 'none'")
 
 
-def test_intervals_are_those_of_the_figure_and_none_is_made_up(models, page):
+def test_intervals_belong_to_their_figures_and_none_is_invented(models, page):
     summary = models["student"].summary
     average, area = summary.subsets.average["action_top1"], summary.drop_curve.area["action_top1"]
     foot = {line[0]: line[-1] for line in page.tables["Action top-1 per subset"]}
@@ -168,7 +168,7 @@ def test_intervals_are_those_of_the_figure_and_none_is_made_up(models, page):
     half = summary.drop_curve.mean["action_top1"][5]
     assert curve["50"].startswith(f"{half:.2f} ± ")
     assert curve["50"].endswith(f" [{0.9 * half:.2f}, {1.1 * half:.2f}]")
-    # Of several seeds' mean the rows alone do not know the interval.
+    # The rows alone do not contain the interval of a mean over several seeds.
     rest = replace(models["student"], summary=replace(summary, drop_curve=replace(summary.drop_curve, mean_ci=None)))
     lines = {line[0]: line[1] for line in Page(html_of("t", {"x": rest})).tables["Action top-1 per drop probability"]}
     assert "[" in lines["0"]
@@ -182,7 +182,7 @@ def test_the_lowest_loss_and_calibration_error_are_the_best(models, page):
         assert f"{best:.2f}" in page.bold
 
 
-def test_six_models_with_every_subset_a_sweep_and_twelve_corruptions_stay_below_100_kb(tmp_path):
+def test_a_large_report_of_six_models_stays_below_100_kb(tmp_path):
     names = [f"runs/epic_kitchens/model_{seed}" for seed in range(6)]
     six = {name: random_results(seed, num_clips=9644, extras=True, corrupt=FAILURES) for seed, name in enumerate(names)}
     write_report(tmp_path, ReportContent("Six", six, ["One hour."], {"evaluate": 1.0}))
@@ -195,7 +195,7 @@ def test_six_models_with_every_subset_a_sweep_and_twelve_corruptions_stay_below_
         assert len(lines) == len(results.rows) == 34 + 12
         for row, line in zip(results.rows, lines, strict=True):
             assert line[header.index("action top-1")].startswith(f"{row.figures['action_top1']:.2f} [")
-            assert f"| {row.figures['noun_top5']:.2f} |" in markdown  # what the page leaves out stands beside it
+            assert f"| {row.figures['noun_top5']:.2f} |" in markdown  # report.md has the figures that the page omits
     assert any("report.md" in item for item in page.items)
 
 
@@ -211,7 +211,7 @@ def test_a_shorter_page_leaves_out_tables_that_are_folded_only(models):
         before = page
 
 
-def test_the_page_is_written_beside_report_md_whole_or_not_at_all(tmp_path, models):
+def test_the_page_is_written_whole_or_not_at_all(tmp_path, models):
     write_report(tmp_path, ReportContent("First", models))
     first = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<h1>First</h1>" in first
@@ -228,14 +228,14 @@ def palette(dark: bool) -> dict[str, str]:
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance (WCAG 2.2)."""
+    """Return the relative luminance (WCAG 2.2)."""
     channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def contrast(one: str, other: str) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
+def contrast(first: str, second: str) -> float:
+    low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)
 
 

@@ -1,4 +1,4 @@
-"""A section says the same as Markdown, as HTML and in a terminal; a metric from outside is in all of them."""
+"""A section has the same content as Markdown, as HTML and in a terminal, including metrics of other packages."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ sections = st.builds(
 
 
 def values(table: Table) -> list[list[str]]:
-    """What a table shows, line by line."""
+    """Return the texts of a table, line by line."""
     lines = table.cells(table.body) + table.cells(table.foot)
     return [list(table.columns), *([f"{cell.text} {cell.aside}".strip() for cell in line] for line in lines)]
 
@@ -62,7 +62,7 @@ def squeezed(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def of_markdown(text: str) -> Page:
-    """What a Markdown reader makes of it."""
+    """Render Markdown and parse the resulting page."""
     rendered = MarkdownIt("commonmark").enable("table").render(text)
     return Page(rendered.replace(' style="text-align:right"', ""))
 
@@ -75,7 +75,7 @@ def of_terminal(section: Section) -> str:
 
 @settings(max_examples=150)
 @given(section=sections)
-def test_a_section_holds_the_same_values_in_markdown_html_and_terminal(section: Section) -> None:
+def test_a_section_has_equal_values_in_all_formats(section: Section) -> None:
     expected = [values(table) for table in section.tables]
     page, read, shown = Page(html.section(section)), of_markdown(markdown.section(section)), of_terminal(section)
     if len({table.title for table in section.tables}) == len(section.tables):
@@ -92,7 +92,7 @@ def test_a_section_holds_the_same_values_in_markdown_html_and_terminal(section: 
         assert ("<details>" in rendered) == (section.is_folded and bool(section.tables))
 
 
-def test_the_best_is_bold_in_each_and_what_is_beside_it_is_not() -> None:
+def test_the_best_is_bold_and_its_aside_is_not() -> None:
     section = Section("x", "h", tables=[Table("t", ["a", "b"], [["line", Cell("43.00", "[41.00, 45.00]", True)]])])
     assert Page(html.section(section)).bold == ["43.00"]
     assert "| line | **43.00** [41.00, 45.00] |" in markdown.section(section)
@@ -101,7 +101,7 @@ def test_the_best_is_bold_in_each_and_what_is_beside_it_is_not() -> None:
     assert re.search(r"\x1b\[1m43\.00\x1b\[0m\x1b\[2m \[41\.00, 45\.00\]", console.file.getvalue())
 
 
-def test_pictures_are_their_text_where_none_can_be_shown() -> None:
+def test_pictures_have_alternative_text() -> None:
     picture = Picture("a.png", "Title", "From 1 % to 2 %.", lambda: line_figure({"a": {0: Point(1.0)}}, "x", "y"))
     section = Section("x", "h", pictures=[picture])
     assert Page(html.section(section)).pictures == [["Title", "From 1 % to 2 %."]]
@@ -128,7 +128,7 @@ def test_figures_have_two_digits_and_intervals_both_ends(value: float | None, en
     assert percent(float("nan")) == "–"
 
 
-def test_a_metric_from_outside_is_in_every_file_and_in_the_terminal(tmp_path: Path) -> None:
+def test_a_registered_metric_is_in_every_file_and_the_terminal(tmp_path: Path) -> None:
     conditions = build_conditions(MODALITIES, subsets=True, sweep=True)
     with installed(tmp_path, top3=TOP3, odd=ODD_RANKS):
         models = {
@@ -152,11 +152,11 @@ def test_a_metric_from_outside_is_in_every_file_and_in_the_terminal(tmp_path: Pa
         for rows in of_rows:
             assert rows[1][rows[0].index("verb top-3")] == shown
             assert rows[1][rows[0].index("verb odd ranks")] == f"{row.figures['verb_odd']:.2f}"
-    figures = {line[0]: line[1:] for line in page.tables["Every figure with everything present (%): V+F+A"]}
+    figures = {line[0]: line[1:] for line in page.tables["All figures with all modalities present (%): V+F+A"]}
     assert len(figures["action top-3"]) == len(models)
-    said = console.export_text()
-    assert "action top-3" in said
-    assert f"{row.figures['action_top3']:.1f}" in said
+    printed = console.export_text()
+    assert "action top-3" in printed
+    assert f"{row.figures['action_top3']:.1f}" in printed
 
 
 percentages = st.floats(0, 100)
@@ -172,7 +172,7 @@ series = st.dictionaries(st.text("ab<&$_ é", min_size=1), lines, min_size=1, ma
 
 @settings(max_examples=15)
 @given(series=series, kind=st.sampled_from(["lines", "bars", "panels"]))
-def test_a_drawing_is_escaped_has_no_style_and_stays_inside_its_picture(
+def test_a_drawing_is_escaped_unstyled_and_inside_its_picture(
     series: dict[str, dict[int, Point]], kind: str
 ) -> None:
     groups = {name: {f"{x}": point for x, point in line.items()} for name, line in series.items()}
@@ -193,7 +193,7 @@ def test_a_drawing_is_escaped_has_no_style_and_stays_inside_its_picture(
         assert -0.1 <= float(y) <= height + 0.1
 
 
-def test_a_drawing_is_the_same_each_time_and_drawn_once_for_both_files(tmp_path: Path) -> None:
+def test_a_drawing_is_deterministic_and_drawn_once(tmp_path: Path) -> None:
     drawings = []
 
     def draw() -> Figure:
@@ -229,7 +229,7 @@ def test_every_series_is_in_the_legend_whatever_its_name(name: str) -> None:
         assert name.strip() in shown.replace("\u200b", "")
 
 
-def test_a_ninth_series_is_told_from_the_first() -> None:
+def test_a_ninth_series_differs_from_the_first() -> None:
     nine = {str(place): {0: Point(place), 1: Point(place + 1)} for place in range(len(MARKERS) + 1)}
     drawn = svg(Picture("a.png", "t", "d", lambda: line_figure(nine, "x", "y")), "p")
     first = re.findall(r'<path class="s0"[^>]*>', drawn)

@@ -1,4 +1,4 @@
-"""The report holds every row and says what the numbers say, whoever wins."""
+"""The report contains every row, and its sentences follow the numbers, whichever model is best."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.report import terminal
 from karmma_dist.evaluation.report.content import ReportContent
 from karmma_dist.evaluation.report.rows import terminal_rows
-from karmma_dist.evaluation.report.sentences import findings, headline
+from karmma_dist.evaluation.report.sentences import headline, result_sentences
 from karmma_dist.evaluation.report.write import write_report, write_results
 from karmma_dist.evaluation.results import Results, Summary
 from karmma_dist.evaluation.summary import summarise
@@ -29,7 +29,7 @@ STUDENT = [43.00, 40.99, 38.79, 36.48, 33.82, 31.40, 29.78, 27.63, 26.14, 25.17]
 
 
 def make_results(curve, modalities=MODALITIES, majority=1.0, **choices) -> Results:
-    """Results whose sweep is `curve`, and whose subsets keep a share of its start."""
+    """Return results whose sweep is `curve` and whose subsets keep a share of its first value."""
     rows = []
     for condition in build_conditions(modalities, **(choices or {"subsets": True, "sweep": True, "num_seeds": 2})):
         share = len(condition.modalities) / len(modalities)
@@ -86,7 +86,7 @@ def test_report_holds_every_row_count_and_note(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_best_of_each_line_is_bold_and_a_single_model_has_no_best(tmp_path):
+def test_the_best_is_bold_unless_the_model_is_alone(tmp_path):
     text = write_report(tmp_path, ReportContent("t", as_models(baseline=BASELINE, student=STUDENT))).read_text()
     assert "| V+F+A | 9,644 | 40.00 | **43.00** |" in text
     assert "| average rank |  | 2.00 | **1.00** |" in text
@@ -95,7 +95,7 @@ def test_the_best_of_each_line_is_bold_and_a_single_model_has_no_best(tmp_path):
     assert "average rank" not in alone
 
 
-def test_sections_that_the_rows_do_not_allow_are_left_out(tmp_path):
+def test_sections_without_rows_are_left_out(tmp_path):
     models = {"run": make_results(STUDENT, modalities=["video"], drop_prob=0.0)}
     text = write_report(tmp_path, ReportContent("t", models)).read_text()
     assert "png" not in text
@@ -103,53 +103,53 @@ def test_sections_that_the_rows_do_not_allow_are_left_out(tmp_path):
     assert "| V | 0 | 0 | 9,644 | 0 | 43.00 |" in text
 
 
-def test_models_with_other_modalities_stand_side_by_side(tmp_path):
+def test_models_with_different_modalities_share_tables(tmp_path):
     models = as_models(student=STUDENT) | {"one|camera": make_results([20.0] * 10, modalities=["video"])}
     text = write_report(tmp_path, ReportContent("t", models)).read_text()
     assert "| V+F | 9,644 | 28.67 | – |" in text
     assert "one\\|camera" in text
     assert "not used" in text
-    assert any("not compared" in sentence for sentence in findings(models))
+    assert any("not compared" in sentence for sentence in result_sentences(models))
 
 
-def test_the_papers_figures_give_the_papers_finding():
-    text = " ".join(findings(as_models(baseline=BASELINE, dropout=DROPOUT, student=STUDENT)))
-    assert "dropout falls more slowly than baseline: 18.06 points against 27.21, 43.5 % of its start" in text
+def test_the_papers_figures_give_the_papers_result():
+    text = " ".join(result_sentences(as_models(baseline=BASELINE, dropout=DROPOUT, student=STUDENT)))
+    assert "dropout falls more slowly than baseline: 18.06 points against 27.21, or 43.5 % of its initial value" in text
     assert "student falls more slowly than baseline" in text
     assert "student falls more slowly than dropout: 17.83 points against 18.06" in text
-    assert "student loses the fewest points and is the highest" in text
+    assert "student loses the fewest points and has the highest curve" in text
 
 
-def test_the_other_outcome_is_said_as_plainly():
-    text = " ".join(findings(as_models(dropout=DROPOUT, student=BASELINE)))
+def test_the_opposite_result_is_stated_as_plainly():
+    text = " ".join(result_sentences(as_models(dropout=DROPOUT, student=BASELINE)))
     assert "student falls faster than dropout: 27.21 points against 18.06" in text
     assert "It is above dropout at 0 of 10 drop probabilities." in text
 
 
-def test_points_and_shares_that_disagree_are_both_said():
+def test_points_and_shares_that_disagree_are_both_stated():
     low = [value / 4 for value in BASELINE]
-    one_way = " ".join(findings(as_models(student=STUDENT, low=low)))
+    one_way = " ".join(result_sentences(as_models(student=STUDENT, low=low)))
     assert "low falls by fewer points but a larger share than student" in one_way
-    other_way = " ".join(findings(as_models(low=low, student=STUDENT)))
+    other_way = " ".join(result_sentences(as_models(low=low, student=STUDENT)))
     assert "student falls by more points but a smaller share than low" in other_way
 
 
 def test_equal_models_fall_equally():
-    assert "b falls as fast as a" in " ".join(findings(as_models(a=STUDENT, b=STUDENT)))
+    assert "b falls as fast as a" in " ".join(result_sentences(as_models(a=STUDENT, b=STUDENT)))
 
 
-def test_results_alone_do_not_say_how_certain_a_difference_is():
-    pair = findings(as_models(dropout=DROPOUT, student=STUDENT))
-    assert "within the sampling error" not in " ".join(pair)
-    assert sum("is not tested here" in sentence for sentence in pair) == 1
+def test_results_without_comparison_claim_no_significance():
+    pair = result_sentences(as_models(dropout=DROPOUT, student=STUDENT))
+    assert "significant" not in " ".join(pair)
+    assert sum("not tested" in sentence for sentence in pair) == 1
     mixed = as_models(student=STUDENT) | {"camera": make_results(BASELINE, modalities=["video"])}
     for without_pairs in (as_models(student=STUDENT), mixed):
-        assert "is not tested here" not in " ".join(findings(without_pairs))
+        assert "not tested" not in " ".join(result_sentences(without_pairs))
 
 
 def test_a_model_no_better_than_the_commonest_action_is_named():
     models = {"untrained": make_results([2.0] * 10, majority=4.0)}
-    assert any("untrained is nowhere better" in sentence for sentence in findings(models))
+    assert any("untrained is never better" in sentence for sentence in result_sentences(models))
 
 
 def test_terminal_table_has_a_line_per_row():
@@ -164,7 +164,7 @@ def test_terminal_table_has_a_line_per_row():
 
 
 @pytest.mark.parametrize("corrupt", [None, "detections:dropped:3"])
-def test_the_terminal_table_of_conditions_fits_80_columns_and_says_what_was_left_out(corrupt):
+def test_the_terminal_table_fits_80_columns_and_names_excluded_clips(corrupt):
     results = make_results(STUDENT)
     rows = [replace(row, corrupt=corrupt, num_without=3, drop_prob=0.1 * (place % 2))
             for place, row in enumerate(results.rows)]  # fmt: skip
@@ -173,46 +173,47 @@ def test_the_terminal_table_of_conditions_fits_80_columns_and_says_what_was_left
     terminal.print_table(terminal_rows(Results(rows, summary), "student"), console)
     text = console.export_text()
     assert "…" not in text
-    assert "66 unlabelled; without: has none of these" in " ".join(text.split())
+    assert "66 unlabelled; without: clips that have none of the modalities" in " ".join(text.split())
     assert "by noun" not in text
 
 
-def test_what_is_the_same_in_every_row_takes_no_column():
+def test_columns_without_information_are_left_out():
     results = make_results(STUDENT)
     rows = [replace(row, drop_prob=0.0, seed=0, num_without=0) for row in results.rows[:2]]
     assert terminal_rows(Results(rows, results.summary), "x").columns[:3] == ["modalities", "clips", "action top-1"]
 
 
-def test_a_report_on_nothing_is_refused(tmp_path):
+def test_a_report_without_results_is_refused(tmp_path):
     with pytest.raises(UserError, match="no results"):
         write_report(tmp_path, ReportContent("t", {}))
 
 
-def test_the_report_opens_with_one_sentence_that_says_what_came_out_and_the_two_pictures(tmp_path):
+def test_the_report_opens_with_its_headline_and_two_pictures(tmp_path):
     models = as_models(baseline=BASELINE, dropout=DROPOUT, student=STUDENT)
     lines = [line for line in write_report(tmp_path, ReportContent("t", models)).read_text().splitlines() if line]
     area = models["student"].summary.drop_curve.area["action_top1"]
     assert lines[0] == "# t"
     assert lines[1] == headline(models)
-    for part in ("Of 3 models, student is the best", "43.00 % action top-1", f"{area:.2f} %"):
+    for part in ("Of 3 models, student is best", "43.00 % action top-1", f"{area:.2f} %"):
         assert part in lines[1]
     assert lines[2].endswith("(drop_curve.png)")
     assert lines[3].endswith("(subsets.png)")
     assert lines[4] == "## At a glance"
 
 
-def test_the_headline_names_everyone_who_leads_and_no_one_who_does_not():
+def test_the_headline_names_exactly_the_leading_models():
     low = [value / 2 for value in DROPOUT]
     firm = [20.0] * 10
     steep = [50.0, *[1.0] * 9]
-    assert headline(as_models(a=STUDENT, b=STUDENT)).startswith("Of 2 models, a and b are the best")
+    assert headline(as_models(a=STUDENT, b=STUDENT)).startswith("Of 2 models, a and b are best")
     apart = headline(as_models(steep=steep, firm=firm))
-    assert "steep is the best with everything present (50.00 %" in apart
-    assert ", firm where modalities are missing (20.00 %" in apart
+    assert "steep is best with all modalities present (50.00 %" in apart
+    assert ", and firm is best when modalities are missing (20.00 %" in apart
     alone = headline({"run": make_results(low)})
     assert alone.startswith("run reaches 20.75 % action top-1")
     assert "11.71 %" in alone
     poor = headline({"untrained": make_results([2.0] * 10, majority=4.0)})
-    assert poor.endswith("no more than naming the most frequent action.")
+    assert poor.endswith("no better than always predicting the most frequent action.")
     assert headline({"x": make_results(STUDENT, subsets=True)}).endswith("24.57 % on average over the subsets.")
-    assert headline({"x": make_results(STUDENT, modalities=["video"], drop_prob=0.0)}).endswith("everything present.")
+    video = make_results(STUDENT, modalities=["video"], drop_prob=0.0)
+    assert headline({"x": video}).endswith("all modalities present.")
