@@ -3,7 +3,7 @@
 OUT/.staging/
   UNIT.tar            the unit's clips
   UNIT.result.json    digest of settings and raw files, index of the tar, failures; written last
-  UNIT.start          worker process and the recording that it is cutting, or was when it was killed
+  UNIT.start          a line per recording that was started: number of the worker process, name
   manifest.json       the former manifest while shards are being mended
 """
 
@@ -12,12 +12,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-<<<<<<< HEAD
 import multiprocessing
 import os
-=======
 import re
->>>>>>> main
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +24,7 @@ import av
 import cv2
 
 from karmma_dist import __version__
-from karmma_dist.io.files import write_json
+from karmma_dist.io.files import append, write_json
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.recording import Recording, is_of_the_machine
 from karmma_dist.packing.clip_cutter import cut_recording, unexpected_failure
@@ -143,7 +140,8 @@ def _stage(folder: Path, unit: Unit, spec: PackingSpec) -> int:
 def _note_start(folder: Path, unit: Unit, recording: Recording) -> None:
     """Leave the name of the recording that this worker process starts to cut, for `cut_last`."""
     if multiprocessing.parent_process() is not None:
-        _start_path(folder, unit).write_text(f"{os.getpid()} {recording.name}", encoding="utf-8")
+        with append(_start_path(folder, unit)) as file:
+            file.write(f"{os.getpid()} {recording.name}\n".encode())
 
 
 def cut_last(folder: Path, todo: Sequence[Unit]) -> dict[int, str]:
@@ -154,12 +152,12 @@ def cut_last(folder: Path, todo: Sequence[Unit]) -> dict[int, str]:
     names: dict[int, str] = {}
     for unit in todo:
         try:
-            process, name = _start_path(folder, unit).read_text(encoding="utf-8").split(" ", 1)
-            finished = load_staged(folder, unit) is not None
-        except (OSError, ValueError):  # not started, or not written to the end
+            last = _start_path(folder, unit).read_bytes().decode().splitlines()[-1]
+            process, name = last.split(" ", 1)
+            if load_staged(folder, unit) is None:
+                names[int(process)] = name
+        except (OSError, ValueError, IndexError):  # not started, or not written to the end
             continue
-        if not finished and process.isdecimal():
-            names[int(process)] = name
     return names
 
 
