@@ -4,8 +4,8 @@
 
 The temporary name is new at every writing and is created exclusively. A final name that is a symbolic link is replaced
 by the file: the link's target stays as it is. What a killed writer left has a hidden name that ends in `.partial`, so
-nothing takes it for data; the next process that writes into the folder removes it, once its writer is gone on this
-machine, or once it has not been written to for an hour.
+nothing takes it for data; the next process that writes into the folder removes it: at once if its writer ran on this
+machine, else when it has not been written to for a day.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import IO, Any
 from karmma_dist.errors import UserError
 from karmma_dist.processes import machine, started_at
 
-_LEFT_AFTER_S = 3600.0
+_LEFT_AFTER_S = 86_400.0
 """A temporary file of another machine that has not changed for so long was left by a killed writer."""
 _MOST_NAME_BYTES = 200
 """Bytes of the final name that go into a temporary one: file systems allow 255 in all."""
