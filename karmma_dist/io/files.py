@@ -4,8 +4,8 @@
 
 Every write uses a new temporary name and creates it exclusively. If the final name is a symbolic link, the file
 replaces the link, and the link's target stays as it is. The leftover of a killed writer has a hidden name that ends in
-`.partial`, so it is never taken for data; the next process that writes into the folder removes it once its writer is
-gone from this machine, or once it has not been written to for an hour.
+`.partial`, so it is never taken for data; the next process that writes into the folder removes it at once if its
+writer ran on this machine, otherwise once it has not been written to for a day.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import IO, Any
 from karmma_dist.errors import UserError
 from karmma_dist.processes import machine, started_at
 
-_LEFT_AFTER_S = 3600.0
+_LEFT_AFTER_S = 86_400.0
 """A temporary file of another machine that has not changed for so long was left by a killed writer."""
 _MOST_NAME_BYTES = 200
 """Bytes of the final name that go into a temporary one: file systems allow 255 in all."""
