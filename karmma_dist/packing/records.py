@@ -170,12 +170,13 @@ class MediaFinder:
     differs, unless several files match.
 
     Attributes:
+        raw: The raw folder, normalised.
         sought: First path that was looked for.
     """
 
     def __init__(self, raw: Path) -> None:
         self.sought: Path | None = None
-        self._raw = Path(os.path.normpath(raw))
+        self.raw = Path(os.path.normpath(raw))
         self._problems: dict[Path, str] = {}
         self._listings: dict[Path, dict[tuple[str, str], list[Path]]] = {}
         self._renamed: list[tuple[str, str]] = []
@@ -186,7 +187,7 @@ class MediaFinder:
         Raises:
             UserError: the path leaves the raw folder; `place` names what gives the path.
         """
-        path = inside(self._raw, relative, place)
+        path = inside(self.raw, relative, place)
         self.sought = self.sought or path
         return self._find(path, "file")
 
@@ -196,7 +197,7 @@ class MediaFinder:
         Raises:
             UserError: the path leaves the raw folder; `place` names what gives the path.
         """
-        folder = inside(self._raw, relative, place)
+        folder = inside(self.raw, relative, place)
         self.sought = self.sought or folder
         return self._find(folder.with_name(f"{folder.name}.tar"), "file") or self._find(folder, "folder")
 
@@ -237,10 +238,10 @@ class MediaFinder:
 
     def _spellings(self, path: Path) -> list[Path]:
         """Return a path, then the same name in the other Unicode forms."""
-        relative = str(path.relative_to(self._raw))
+        relative = str(path.relative_to(self.raw))
         if relative.isascii():
             return [path]
-        forms = [self._raw / unicodedata.normalize(form, relative) for form in ("NFC", "NFD")]
+        forms = [self.raw / unicodedata.normalize(form, relative) for form in ("NFC", "NFD")]
         return list(dict.fromkeys([path, *forms]))
 
     def _listing(self, folder: Path) -> dict[tuple[str, str], list[Path]]:

@@ -118,7 +118,7 @@ def _recordings(media: dict[Path, _Media], finder: MediaFinder) -> tuple[Recordi
     for path, entry in media.items():
         if not entry.clips:
             continue
-        file = finder.file(str(path), entry.place)
+        file = finder.file(str(path.relative_to(finder.raw)), entry.place)
         if file is not None and places.setdefault(file, entry.place) != entry.place:
             raise UserError(f"{entry.place}: {path} and that of {places[file]} are both {file.name}: write them alike")
         problems = finder.problems([file])

@@ -20,7 +20,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.io.files import sha256_of
 from karmma_dist.packing import pack as pack_module
 from karmma_dist.packing.pack import pack
-from karmma_dist.packing.spec import PackingSpec
+from karmma_dist.packing.spec import PackingSpec, load_spec
 from karmma_dist.packing.tars import staging
 from karmma_dist.packing.tars.assemble import shard_keys
 from karmma_dist.packing.tars.lock import folder_lock
@@ -356,3 +356,22 @@ def test_an_out_folder_that_is_a_file_is_refused(raw: Path, tmp_path: Path) -> N
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="another --out"):
         pack(spec(raw, tmp_path / "out"))
+
+
+def test_a_relative_raw_folder_gives_the_same_shards(
+    kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    movie = next((kitchen / "EPIC-KITCHENS").glob("*/videos/*.MP4"))
+    (tmp_path / "plain").mkdir()
+    shutil.copy(movie, tmp_path / "plain" / "m.mp4")
+    (tmp_path / "plain" / "train.csv").write_text("key,media,start,stop,action\na,m.mp4,0.2,0.8,x\n")
+    monkeypatch.chdir(tmp_path)
+    folders = {"absolute": tmp_path / "plain", "relative": Path("plain"), "dotted": Path("./plain/../plain")}
+    for name, raw in folders.items():
+        pack(load_spec("plain", raw=raw, out=tmp_path / name, overrides=["flow.source=none"]))
+    absolute, *others = (folder_bytes(tmp_path / name) for name in folders)
+    assert others == [absolute, absolute]
+    os.symlink(kitchen, tmp_path / "kitchen")
+    for name, raw in (("k1", kitchen), ("k2", Path("kitchen"))):
+        pack(load_spec("demo", raw=raw, out=tmp_path / name), limit=2)
+    assert folder_bytes(tmp_path / "k1") == folder_bytes(tmp_path / "k2")
