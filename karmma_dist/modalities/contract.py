@@ -107,6 +107,22 @@ class Description:
         return ""
 
     @classmethod
+    def field_types(cls) -> list[tuple[dataclasses.Field[Any], tuple[type, ...]]]:
+        """Return the fields with the types that their values may have.
+
+        Raises:
+            TypeError: a field is not annotated as int, float or str.
+        """
+        fields = dataclasses.fields(cls)
+        names = {field.name: getattr(field.type, "__name__", str(field.type)) for field in fields}
+        unknown = next((name for name, annotation in names.items() if annotation not in _TYPES), None)
+        if unknown is not None:
+            raise TypeError(
+                f"{cls.__name__}.{unknown} is annotated as {names[unknown]}: a description has int, float and str"
+            )
+        return [(field, _TYPES[names[field.name]]) for field in fields]
+
+    @classmethod
     def parse(cls, declared: Mapping[str, Any]) -> Self:
         """Read this class's fields from an entry of KEY.json and ignore all others.
 
@@ -114,10 +130,10 @@ class Description:
             ValueError: a field is missing, has another type, or is a number that is too small.
         """
         values = {}
-        for field in dataclasses.fields(cls):
+        for field, types in cls.field_types():
             value = declared.get(field.name)
-            if isinstance(value, bool) or not isinstance(value, _TYPES[str(field.type)]):
-                raise ValueError(f"{field.name} is {value!r}, not of type {field.type}")
+            if isinstance(value, bool) or not isinstance(value, types):
+                raise ValueError(f"{field.name} is {value!r}, not of type {types[-1].__name__}")
             if not isinstance(value, str) and not value > field.metadata.get("above", 0):
                 raise ValueError(f"{field.name} is {value!r}, too small")
             values[field.name] = value
@@ -232,6 +248,10 @@ class Drawing(ABC):
         return None
 
 
+NUM_SEVERITIES = 5
+"""Number of severities of a breakage, from 1 (slight) to 5 (severe)."""
+
+
 @dataclass(frozen=True)
 class Breakage:
     """One way in which a sensor breaks, `SENSOR:KIND` on the command line, and its effect on this modality."""
@@ -247,6 +267,13 @@ class Breakage:
     """Format string that explains an amount."""
     is_random: bool
     """True if the outcome depends on the seed."""
+
+    def __post_init__(self) -> None:
+        if len(self.amounts) != NUM_SEVERITIES:
+            raise ValueError(
+                f"breakage {self.sensor}:{self.kind} has {len(self.amounts)} amounts, not {NUM_SEVERITIES}: one for "
+                "each severity"
+            )
 
 
 class Breaker(ABC):  # noqa: B024 - the base of the two kinds below
@@ -310,6 +337,11 @@ class Modality:
     """True if a stored member lasts as long as its clip; otherwise it may end with its recording."""
     is_jittered: bool = False
     """True if the view's colour jitter applies to its tensors."""
+
+    def __post_init__(self) -> None:
+        if len(self.letter) != 1 or self.letter != self.letter.upper():
+            raise ValueError(f"modality '{self.name}': its letter '{self.letter}' is not one upper-case letter")
+        self.description.field_types()
 
     @cached_property
     def storage(self) -> Storage:

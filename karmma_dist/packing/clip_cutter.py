@@ -184,5 +184,10 @@ class _Cutter:
         if not stored:
             first = self._spec.modalities[0]
             raise MediaError(first, "cut", f"no modality at {clip.start_s:.2f} s: nothing to store")
+        for name, (_, described) in stored.items():
+            try:
+                MODALITIES[name].description.parse(described)
+            except ValueError as error:  # a bug of the modality: nobody could read what it writes
+                raise TypeError(f"modality '{name}': its storage describes a member by a wrong {error}") from None
         payloads = {name: data for name, (data, _) in stored.items()}
         return CutClip(clip, payloads, {name: described for name, (_, described) in stored.items()}, stop_s)

@@ -54,7 +54,7 @@ def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
         MODALITIES[name].storage.check_settings(section)
     plan = find_reader(spec.reader).read(spec)
     planned = [*plan.splits, *(clip.split for recording in plan.recordings for clip in recording.clips)]
-    if problem := split_problem(dict.fromkeys(planned)):
+    if problem := split_problem(dict.fromkeys(planned)) or plan.problem():
         raise UserError(f"{spec.raw}: reader {spec.reader}: {problem}")
     return _limited(_with_media(plan, spec), limit)
 

@@ -16,7 +16,9 @@ from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.json_fields import JsonObject
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.shards.format import check_key, label_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,31 @@ class Plan:
     """Sentences for the user: splits skipped, settings without effect."""
     sought: Path | None = None
     """First path at which a medium was looked for; None if none was."""
+
+    def problem(self) -> str:
+        """Return in words what a reader did wrong in the plan, naming the clip; empty if nothing."""
+        seen: set[str] = set()
+        for recording in self.recordings:
+            unknown = next((name for name in recording.media if name not in MODALITIES), None)
+            if unknown is not None:
+                return f"recording {recording.name} has media of the unknown modality '{unknown}'"
+            for clip in recording.clips:
+                if clip.key in seen:
+                    return f"two clips have the key {clip.key}"
+                seen.add(clip.key)
+                problem = self._clip_problem(clip)
+                if problem:
+                    return f"clip {clip.key}: {problem}"
+        return ""
+
+    def _clip_problem(self, clip: ClipRecord) -> str:
+        try:
+            check_key(clip.key)
+        except UserError as error:
+            return str(error)
+        if clip.split not in self.splits:
+            return f"its split '{clip.split}' is none of {', '.join(self.splits)}"
+        return label_problem(self.classes, clip.labels)
 
     def keys(self, split: str) -> list[str]:
         """Return the keys of a split's planned clips, sorted."""

@@ -90,6 +90,9 @@ class PackingSpec(Settings):
     def _other_sections(self) -> PackingSpec:
         fields = type(self).model_fields
         others = {name: modality.storage.settings for name, modality in MODALITIES.items() if name not in fields}
+        for name, section in others.items():
+            if "source" not in section.model_fields:
+                raise ValueError(f"modality '{name}': {section.__name__}, its section's class, has no field 'source'")
         others |= {name: reader.paths for name, reader in readers().items() if name not in fields}
         check_other_sections(self, others)
         return self

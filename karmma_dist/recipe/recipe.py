@@ -140,7 +140,7 @@ class Recipe(Settings):
         if self.optimizer.warmup_epochs > self.training.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs {self.optimizer.warmup_epochs:g} exceeds "
-                f"training.epochs {self.training.epochs}"
+                f"training.epochs {self.training.epochs}: set optimizer.warmup_epochs"
             )
         if Path(self.name).is_absolute() or ".." in Path(self.name).parts or not Path(self.name).parts:
             raise ValueError(f"name '{self.name}' must stay inside runs_dir")

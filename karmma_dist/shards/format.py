@@ -252,7 +252,7 @@ def label_problem(classes: dict[str, list[str]], labels: dict[str, int | None]) 
     """Return the problem with a clip's labels, or an empty string."""
     if set(labels) != set(classes):
         heads, expected = (", ".join(sorted(names)) or "none" for names in (labels, classes))
-        return f"the labels are of the heads {heads}, the manifest has {expected}"
+        return f"the labels are of the heads {heads}, expected are {expected}"
     for head, label in labels.items():
         if label is not None and not 0 <= label < len(classes[head]):
             return f"{head} is {label}, outside its {len(classes[head])} classes"

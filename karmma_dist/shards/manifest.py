@@ -89,7 +89,10 @@ class DatasetHeader:
         modalities, heads = values.texts("modalities"), values.nested("heads")
         for place, modality in enumerate(modalities):
             if modality not in MODALITIES:
-                raise ValueError(f"modalities[{place}] is {shown(modality)}, not a known modality")
+                raise ValueError(
+                    f"modalities[{place}] is {shown(modality)}, not a known modality ({', '.join(MODALITIES)}): is the "
+                    "package installed here that adds it?"
+                )
         made_with = values.nested("made_with")
         return cls(
             values.text("dataset"), tuple(modalities), {head: heads.texts(head) for head in heads},

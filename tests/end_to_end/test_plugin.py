@@ -171,3 +171,34 @@ def test_a_missing_method_of_a_part_is_named_when_loaded(tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
     assert "toy" in done.stderr
     assert method in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ('{"num_readings": len(part)}', '{"num_readings": len(part) * 0.5}', "num_readings"),
+        ('{"num_readings": len(part)}', '{}', "num_readings"),
+        ('letter="T"', 'letter="t"', "letter"),
+        ("(0.1, 0.3, 0.5, 0.7, 0.9)", "(0.1, 0.3)", "amounts"),
+        ('    source: Literal["auto", "none"] = "auto"', "    rate: int = 50", "source"),
+        ("    num_readings: int\n\n    @property", "    num_readings: list\n\n    @property", "num_readings"),
+    ],
+)
+def test_a_mistake_of_a_modality_is_named_when_packing(
+    place: Path, tmp_path: Path, before: str, after: str, says: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in SOURCE.glob("*.py"):
+        (source / path.name).write_text(path.read_text())
+    text = (source / "modality.py").read_text()
+    assert before in text
+    (source / "modality.py").write_text(text.replace(before, after, 1))
+    install(tmp_path / "site", source)
+    done = karmma(tmp_path / "site", ("shard", str(place / "toys.yaml"), "--out", str(tmp_path / "shards")))
+    failures = tmp_path / "shards" / "failures.jsonl"
+    told = done.stderr + (failures.read_text() if failures.is_file() else "")
+    assert done.returncode
+    assert "Traceback" not in done.stderr
+    assert "toy" in told
+    assert says in told

@@ -14,8 +14,7 @@ from functools import cached_property
 
 from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities import LETTERS, MODALITIES
-
-NUM_SEVERITIES = 5
+from karmma_dist.modalities.contract import NUM_SEVERITIES
 
 SUITE = "suite"
 """Every kind of the model's sensors at `SUITE_SEVERITIES`."""
@@ -42,10 +41,14 @@ def _kinds() -> dict[str, Kind]:
     kinds: dict[str, Kind] = {}
     breakages = [(modality.name, breakage) for modality in MODALITIES.values() for breakage in modality.breakages]
     for name, breakage in sorted(breakages, key=lambda item: item[1].sensor == item[0]):
-        kind = kinds.setdefault(
-            f"{breakage.sensor}:{breakage.kind}",
-            Kind({}, breakage.amounts, breakage.meaning, breakage.is_random),
-        )
+        key = f"{breakage.sensor}:{breakage.kind}"
+        new = Kind({}, breakage.amounts, breakage.meaning, breakage.is_random)
+        kind = kinds.setdefault(key, new)
+        if (kind.amounts, kind.is_random) != (new.amounts, new.is_random):
+            raise UserError(
+                f"modality '{name}': its breakage {key} has amounts {breakage.amounts}, those of another modality are "
+                f"{kind.amounts}: a sensor breaks all of its modalities alike"
+            )
         kind.effects[name] = breakage.effect
     return kinds
 

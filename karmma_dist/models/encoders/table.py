@@ -42,8 +42,11 @@ def build_encoder(modality: str, recipe: EncoderRecipe, inputs: InputRecipe) -> 
         raise UserError(f"{where}.name: unknown encoder '{recipe.name}'{nearest(recipe.name, list(ENCODERS))}; "
                         f"there are {known}")
     if modality not in kind.modalities:
-        fitting = ", ".join(name for name, other in ENCODERS.items() if modality in other.modalities)
-        raise UserError(f"{where}.name: '{recipe.name}' does not take {modality}; these do: {fitting}")
+        fitting = ", ".join(name for name, other in ENCODERS.items() if modality in other.modalities) or "none"
+        raise UserError(
+            f"{where}.name: '{recipe.name}' takes {' or '.join(kind.arrays)} and {modality} gives "
+            f"{MODALITIES[modality].array}: it does not take {modality}; these do: {fitting}"
+        )
     options = validate(recipe.options, kind.options, f"{where}.options ({recipe.name})")
     encoder = kind.build(modality, inputs, options)
     if recipe.activation_checkpointing:

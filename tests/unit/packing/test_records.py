@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from karmma_dist.errors import UserError
+from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import make_plan, pack
-from karmma_dist.packing.records import Failure, MediaFinder, file_type
+from karmma_dist.packing.records import Failure, MediaFinder, Plan, file_type
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.shards.folder import ShardFolder
 from kits.packing import epic_spec, movie_path, row, write_epic, write_frames, write_movie
@@ -180,3 +184,31 @@ def test_the_exact_name_comes_before_other_spellings(tmp_path: Path) -> None:
     assert finder.notes() == ["1 media found under another spelling; the first is n.MP4 for n.mp4"]
     assert finder.file("o.mp4", "row") is None
     assert finder.sought == tmp_path / "m.mp4"
+
+
+def plan_of(**changes: Any) -> Plan:
+    clip = ClipRecord("a", "train", 0.0, 1.0, {"action": 1})
+    other = replace(ClipRecord("b", "train", 0.0, 1.0, {"action": 0}), **changes)
+    return Plan((Recording("r", "", (clip, other)),), {"action": ["x", "y"]}, ("train",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"key": "a"}, "two clips have the key a"),
+        ({"key": "b.c"}, r"b\.c"),
+        ({"key": "../b"}, r"\.\./b"),
+        ({"split": "training"}, "split 'training' is none of train"),
+        ({"labels": {"action": 2}}, "clip b: action is 2"),
+        ({"labels": {"action": -1}}, "clip b: action is -1"),
+        ({"labels": {"verb": 0}}, "clip b: the labels are of the heads verb"),
+    ],
+)
+def test_what_a_reader_does_wrong_is_named_before_anything_is_cut(changes: dict[str, Any], says: str) -> None:
+    assert plan_of().problem() == ""
+    assert re.search(says, plan_of(**changes).problem())
+
+
+def test_media_of_an_unknown_modality_are_named() -> None:
+    recording = Recording("r", "", (), media={"fllow": MediaFile(Path("x"))})
+    assert "'fllow'" in Plan((recording,), {}, ()).problem()
