@@ -25,7 +25,7 @@ MOST_LATE_S = 10.0
 """Seconds by which a clip may end after everything that its recording has; it is cut shorter or filled with silence."""
 _FOREVER_S = 1e9
 _LONGEST_S = 24 * 3600.0
-"""Seconds beyond which the length that a container declares is not believed."""
+"""Seconds beyond which the length that a container declares, or the number of a file, is not believed."""
 
 
 def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip | Failure]:
@@ -156,7 +156,7 @@ class _Cutter:
         if isinstance(self._shown, VideoFile):
             ends.append(self._shown.end_s)
         elif self._shown is not None:
-            ends.append(self._shown.last / self._recording.nominal_fps)
+            ends.append(min(self._shown.last / self._recording.nominal_fps, _LONGEST_S))
         elif self._file is not None and self._file.video is not None and self._file.video.duration is not None:
             ends.append(min(float(self._file.video.duration * self._file.video.time_base), _LONGEST_S))
         return max((end_s for end_s in ends if end_s is not None), default=None)

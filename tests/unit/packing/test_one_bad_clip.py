@@ -85,6 +85,15 @@ def test_the_end_of_the_longest_medium_counts(tmp_path: Path) -> None:
     assert isinstance(cut["b"], Failure)
 
 
+def test_the_number_of_a_file_decides_no_allocation(tmp_path: Path) -> None:
+    frames = write_frames(tmp_path / "m", [*range(1, 121), 9_999_999_999])
+    clips = (ClipRecord("a", "train", 0.0, 1.0, {"verb": 0}, stop_frame=61), ClipRecord("b", "train", 0.0, 1e8, {}))
+    cut = _cut(Recording("r", "p", clips, frames=frames))
+    assert isinstance(cut["a"], CutClip)
+    assert isinstance(cut["b"], Failure)
+    assert "stop 100000000 s is after the end of m" in cut["b"].error
+
+
 class _Bug(Exception):
     pass
 
