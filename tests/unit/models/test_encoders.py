@@ -197,7 +197,7 @@ def test_stlt_frames_attend_to_earlier_ones_last_token_to_all() -> None:
     ("modality", "name", "options", "message"),
     [
         ("video", "swin3d_s", {}, r"model.encoders.video.name: unknown encoder 'swin3d_s' \(did you mean 'swin3d_"),
-        ("audio", "stlt", {}, "'stlt' does not take audio; these do: swin3d_t, .*ast_t, small_audio"),
+        ("audio", "stlt", {}, "stlt.*boxes.*audio gives spectrograms.*: swin3d_t, .*ast_t, small_audio"),
         ("video", "small_video", {"widht": 8}, r"small_video.*unknown key 'widht' \(did you mean 'width'\?\)"),
         ("video", "small_video", {"width": 9}, "'width'.*multiple of 4"),
         ("video", "swin3d_t", {"depths": [1]}, "unknown key 'depths'"),
