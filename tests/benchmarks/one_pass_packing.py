@@ -35,7 +35,7 @@ from karmma_dist.modalities.encode import Geometry, x264_options
 from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.modalities.video import VideoSpec
 from karmma_dist.modalities.video_file import Shrinker, VideoFile
-from karmma_dist.modalities.yuv import ToI420, planes
+from karmma_dist.modalities.yuv import Orientation, ToI420, planes
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import make_plan
 from karmma_dist.packing.records import CutClip
@@ -181,7 +181,7 @@ def source_lumas(recording: Recording, video: VideoSpec) -> tuple[list[float], l
     assert recording.video_file is not None
     times, lumas = [], []
     with VideoFile(recording.video_file) as movie:
-        shrinker = Shrinker(Geometry.of(movie.video.width, movie.video.height, video), 0, 0)
+        shrinker = Shrinker(Geometry.of(movie.video.width, movie.video.height, video), Orientation(), 0)
         for time_s, frame in movie.frames():
             times.append(time_s)
             lumas.append(planes(shrinker(frame))[0])
