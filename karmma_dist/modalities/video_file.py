@@ -145,7 +145,8 @@ class VideoFile:
 
     def _note_frame(self, frame: av.VideoFrame, time_s: float) -> None:
         """Count a frame, record a gap before it, and set its end."""
-        own_s = float((frame.duration or 0) * frame.time_base) if frame.time_base else 0.0
+        base = frame.time_base
+        own_s = (frame.duration or 0) * base.numerator / base.denominator if base else 0.0
         if own_s > 0:
             self._intervals.append(own_s)
         period_s = own_s if own_s > 0 else float(1 / self.fps)
@@ -240,7 +241,8 @@ class _Ends:
     def add(self, packet: Any) -> None:
         """Note a packet."""
         if packet.pts is not None:
-            self.last_s = max(self.last_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            base = packet.time_base
+            self.last_s = max(self.last_s, (packet.pts + (packet.duration or 0)) * base.numerator / base.denominator)
 
 
 def _seconds_of_tag(text: str) -> float | None:
@@ -304,7 +306,8 @@ def pixel_aspect(stream: Any) -> Fraction:
 
 def _decode(container: Any, stream: Any, ends: _Ends) -> Iterator[tuple[Any, float | None, str]]:
     """Yield (frame, time, "") and, for packets that do not decode, (None, time, problem); times of the container."""
-    packets = container.demux() if stream.duration is None else container.demux(stream)
+    has_duration = stream.duration is not None  # if not, the ends of all streams tell whether the file was cut
+    packets = container.demux(stream) if has_duration else container.demux()
     while True:
         try:
             packet = next(packets)
@@ -315,9 +318,10 @@ def _decode(container: Any, stream: Any, ends: _Ends) -> Iterator[tuple[Any, flo
                 raise
             yield None, None, reason(error)
             return
-        ends.add(packet)
-        if packet.stream.index != stream.index:
-            continue
+        if not has_duration:
+            ends.add(packet)
+            if packet.stream.index != stream.index:
+                continue
         if packet.is_corrupt:
             yield None, None if packet.pts is None else float(packet.pts * packet.time_base), "corrupt packet"
         try:
