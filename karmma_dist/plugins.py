@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import TypeVar
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import UserError, nearest
 
 Plugin = TypeVar("Plugin")
 
@@ -43,3 +43,17 @@ def with_plugins(own: Mapping[str, Plugin], group: str, kind: type[Plugin]) -> d
             raise UserError(f"{where}: the name '{name}' of a {kind.__name__.lower()} is taken; {known}")
         table[name] = plugin
     return table
+
+
+def find_plugin(table: Mapping[str, Plugin], name: str, field: str) -> Plugin:
+    """Return the entry of a table that a recipe's field names.
+
+    Raises:
+        UserError: the table has no such entry; the message names the field, the nearest and the known names.
+    """
+    if name not in table:
+        kind = next(iter(table.values())).__class__.__name__.removesuffix("Type").lower()
+        raise UserError(
+            f"{field}: unknown {kind} '{name}'{nearest(name, list(table))}; known are {', '.join(table)}"
+        )
+    return table[name]

@@ -18,7 +18,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from karmma_dist.settings import Settings
@@ -107,6 +107,7 @@ class Description:
         return ""
 
     @classmethod
+    @cache
     def field_types(cls) -> list[tuple[dataclasses.Field[Any], tuple[type, ...]]]:
         """Return the fields with the types that their values may have.
 

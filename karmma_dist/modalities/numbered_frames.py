@@ -19,7 +19,7 @@ import tarfile
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import cv2
 import numpy as np
@@ -152,15 +152,18 @@ class NumberedFrames:
                 raise MediaError(self.modality, "decode", problem)
             if isinstance(member, Path):
                 return member.read_bytes()
-            assert self._tar is not None
-            file = self._tar.extractfile(member)
+            file = self._open_member(member)
             return file.read() if file else b""
-        except KeyError:
-            assert isinstance(member, tarfile.TarInfo)
-            problem = f"{self.path.name}: {member.name} links to {member.linkname}, which is not in the tar"
-            raise MediaError(self.modality, "decode", problem) from None
         except (OSError, tarfile.TarError) as error:
             raise media_error(error, self.modality, "decode", f"{self.path.name}: {error}") from None
+
+    def _open_member(self, member: tarfile.TarInfo) -> IO[bytes] | None:
+        assert self._tar is not None
+        try:
+            return self._tar.extractfile(member)
+        except KeyError:  # of tarfile, for the target of a link
+            problem = f"{self.path.name}: {member.name} links to {member.linkname}, which is not in the tar"
+            raise MediaError(self.modality, "decode", problem) from None
 
     def _list_folder(self) -> None:
         try:

@@ -110,6 +110,13 @@ def media_error(error: BaseException, modality: str, stage: str, text: str) -> M
 MOST_PIXELS = 1 << 26
 """Largest number of pixels of a picture, 8192 x 8192; a damaged header could declare any number."""
 
+LONGEST_S = 24 * 3600.0
+"""Longest length of a recording in seconds; a damaged header could declare any length."""
+
+GAP_S = 0.015
+"""Seconds by which audio may be out of place. It is less than the shortest usual packet (20 ms of Opus), so that lost
+packets do not add up, and more than the rounding of containers to milliseconds."""
+
 CUT_TOLERANCE_S = 0.5
 """Seconds by which a stream may end before the end that its container declares; an earlier end counts as cut."""
 

@@ -24,6 +24,7 @@ from karmma_dist.modalities.encode import Geometry
 from karmma_dist.modalities.file_type import unusable_type
 from karmma_dist.modalities.recording import (
     CUT_TOLERANCE_S,
+    GAP_S,
     MOST_PIXELS,
     MediaError,
     Stretches,
@@ -57,10 +58,14 @@ def open_media(path: Path) -> Any:
     try:
         if problem := unusable_type(path):
             raise MediaError("video", "open", f"{path.name}: {problem}")
-        # FFmpeg would take a name such as `concat:a.mp4` for a protocol.
-        return av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file"})
+        return _open_container(path)
     except (av.error.FFmpegError, OSError) as error:
         raise media_error(error, "video", "open", f"{path.name}: {reason(error)}") from None
+
+
+def _open_container(path: Path) -> Any:
+    # FFmpeg would take a name such as `concat:a.mp4` for a protocol.
+    return av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file"})
 
 
 class VideoFile:
@@ -158,15 +163,15 @@ class VideoFile:
         self.num_frames += 1
         self.end_s = time_s + period_s
 
-    def audio_frames(self, damage: Stretches) -> Iterator[tuple[Any, float | None, str]]:
+    def audio_frames(self, damage: Stretches) -> Iterator[tuple[Any, float, str]]:
         """Yield (frame, time, "") of the best audio stream in a separate pass, and (None, time, problem) for damage.
 
-        Times are seconds from the start of the file; None if the frame follows the previous one.
+        Times are seconds from the start of the file; a frame without a time follows the previous one.
 
         Args:
             damage: Receives the end of the stream if the stream was cut.
         """
-        with open_media(self.path) as container:
+        with _open_container(self.path) as container:
             stream = container.streams.best("audio")
             if stream is None:
                 return
@@ -174,10 +179,10 @@ class VideoFile:
             stream.codec_context.options = _CHECKED
             ends, end_s = _Ends(), 0.0
             for frame, stamp_s, problem in _decode(container, stream, ends):
-                time_s = None if stamp_s is None else stamp_s - self._origin_s
+                time_s = end_s if stamp_s is None else stamp_s - self._origin_s
                 yield frame, time_s, problem
                 if frame is not None:
-                    end_s = (end_s if time_s is None else time_s) + frame.samples / frame.sample_rate
+                    end_s = time_s + frame.samples / frame.sample_rate
             self._check_end(stream, end_s, ends, damage)
 
     @property
@@ -204,7 +209,7 @@ class VideoFile:
             # A stream that ends well before the others was not cut.
             if last_s < file_end_s - CUT_TOLERANCE_S and end_s > last_s - INTERLEAVING_S:
                 declared_s = file_end_s
-        if declared_s is not None and self.numbers_samples and stream.type == "audio" and end_s < declared_s - 0.015:
+        if declared_s is not None and self.numbers_samples and stream.type == "audio" and end_s < declared_s - GAP_S:
             # The remaining frames are numbered anew, so the place of the lost ones is unknown.
             damage.end_all(0.0, f"{declared_s - end_s:.2f} of {declared_s:.2f} s are lost")
         elif declared_s is not None and end_s < declared_s - CUT_TOLERANCE_S:

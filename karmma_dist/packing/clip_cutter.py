@@ -15,7 +15,14 @@ from karmma_dist.errors import one_line
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.modalities.numbered_frames import NumberedFrames
 from karmma_dist.modalities.pictures import CutPictures, Outcome, pass_over_pictures
-from karmma_dist.modalities.recording import ClipRecord, MediaError, Recording, is_of_the_machine, media_error
+from karmma_dist.modalities.recording import (
+    LONGEST_S,
+    ClipRecord,
+    MediaError,
+    Recording,
+    is_of_the_machine,
+    media_error,
+)
 from karmma_dist.modalities.storage import Source
 from karmma_dist.modalities.video_file import VideoFile
 from karmma_dist.packing.records import UNEXPECTED, CutClip, Failure
@@ -24,8 +31,6 @@ from karmma_dist.packing.spec import PackingSpec
 MOST_LATE_S = 10.0
 """Seconds by which a clip may end after everything that its recording has; it is cut shorter or filled with silence."""
 _FOREVER_S = 1e9
-_LONGEST_S = 24 * 3600.0
-"""Seconds beyond which the length that a container declares, or the number of a file, is not believed."""
 
 
 def cut_recording(recording: Recording, spec: PackingSpec) -> Iterator[CutClip | Failure]:
@@ -156,9 +161,9 @@ class _Cutter:
         if isinstance(self._shown, VideoFile):
             ends.append(self._shown.end_s)
         elif self._shown is not None:
-            ends.append(min(self._shown.last / self._recording.nominal_fps, _LONGEST_S))
+            ends.append(min(self._shown.last / self._recording.nominal_fps, LONGEST_S))
         elif self._file is not None and self._file.video is not None and self._file.video.duration is not None:
-            ends.append(min(float(self._file.video.duration * self._file.video.time_base), _LONGEST_S))
+            ends.append(min(float(self._file.video.duration * self._file.video.time_base), LONGEST_S))
         return max((end_s for end_s in ends if end_s is not None), default=None)
 
     def complete(self, clip: ClipRecord, pictures: CutPictures) -> CutClip:

@@ -224,7 +224,7 @@ def split_problem(splits: Iterable[str]) -> str:
 
 
 def member_name(key: str, modality: str) -> str:
-    """Return the file name inside the tar: `member_name("P01_01_0", "video") == "P01_01_0.video.mp4"`."""
+    """Return the file name of a clip's member inside the tar: the key, a dot, and the modality's suffix or `json`."""
     return f"{key}.json" if modality == "json" else f"{key}.{MODALITIES[modality].member}"
 
 

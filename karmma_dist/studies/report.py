@@ -19,14 +19,12 @@ from karmma_dist.evaluation.report.model import (
     Table,
     TableLine,
     interval,
-    p_equals,
     p_value,
 )
 from karmma_dist.evaluation.report.plots import Line, Point, line_figure
 from karmma_dist.evaluation.report.sections import CURVE_PLOT
-from karmma_dist.evaluation.report.sentences import compared_heading
+from karmma_dist.evaluation.report.sentences import compared_heading, lead
 from karmma_dist.evaluation.report.write import RESULTS, write_page
-from karmma_dist.evaluation.summary import LEVEL
 from karmma_dist.io.files import write_json
 from karmma_dist.studies.statistics import Summary, Test
 from karmma_dist.studies.study import Column, Row, Study
@@ -145,10 +143,7 @@ def _certainty(report: StudyReport, column: Column, best: str, second: str) -> s
     """Return whether the lead in a column is significant over seeds and clips, in words; empty without a test."""
     tests = [test for test in report.tests if test.column == column.name]
     test = next((test for test in tests if {test.first, test.second} == {best, second}), None)
-    if test is None or test.p_holm is None:
-        return ""
-    certainty = "is not significant" if test.p_holm >= LEVEL else "is significant"
-    return f"; its lead over “{second}” {certainty}, {p_equals(test.p_holm)}"
+    return "" if test is None or test.p_holm is None else lead(f"“{second}”", test.p_holm)
 
 
 def _grid(report: StudyReport) -> tuple[list[str], list[TableLine]]:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from karmma_dist.errors import UserError, nearest
+from karmma_dist.errors import UserError
 from karmma_dist.models.losses import cross_entropy, distillation
-from karmma_dist.plugins import with_plugins
+from karmma_dist.plugins import find_plugin, with_plugins
 from karmma_dist.recipe import DistillRecipe, Recipe
 from karmma_dist.settings import Settings, validate
 from karmma_dist.streaming.batch import Batch
@@ -125,12 +125,7 @@ def build_objective(recipe: Recipe, soft_targets: SoftTargets | None) -> Objecti
         name, options = ("cross_entropy" if recipe.distill is None else "distillation"), {}
     else:
         name, options = recipe.objective.name, recipe.objective.options
-    table = objective_table()
-    if name not in table:
-        raise UserError(
-            f"objective.name: unknown objective '{name}'{nearest(name, list(table))}; known are {', '.join(table)}"
-        )
-    entry = table[name]
+    entry = find_plugin(objective_table(), name, "objective.name")
     return entry.build(validate(options, entry.options, f"objective.options ({name})"), recipe, soft_targets)
 
 

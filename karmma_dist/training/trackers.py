@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from karmma_dist.errors import UserError, nearest
 from karmma_dist.io.files import append, write_whole
-from karmma_dist.plugins import with_plugins
+from karmma_dist.plugins import find_plugin, with_plugins
 from karmma_dist.recipe import Recipe
 from karmma_dist.runs.folder import step_of
 
@@ -87,18 +86,12 @@ class RunLog:
     """
 
     def __init__(self, recipe: Recipe, resumed: int) -> None:
-        table = tracker_table()
-        for name in recipe.training.trackers:
-            if name not in table:
-                raise UserError(
-                    f"training.trackers: unknown tracker '{name}'{nearest(name, list(table))}; "
-                    f"known are {', '.join(table)}"
-                )
+        types = [find_plugin(tracker_table(), name, "training.trackers") for name in recipe.training.trackers]
         self.path = recipe.run_dir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= resumed]
             write_whole(self.path, "".join(line + "\n" for line in kept if resumed).encode())
-        self._trackers = [table[name].build(recipe, resumed) for name in recipe.training.trackers]
+        self._trackers = [tracker.build(recipe, resumed) for tracker in types]
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Append one line `{"kind", "step", "epoch", ...values}`; `step` is the number of optimizer steps done."""

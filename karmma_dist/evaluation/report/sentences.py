@@ -123,8 +123,13 @@ def _certainty(
     test = test_of(next(pair for pair in comparison.pairs if {*pair.models} == {leaders[0], second}))
     if test is None:
         return ""
-    certainty = "is not significant" if test.p_holm >= LEVEL else "is significant"
-    return f"; its lead over {second} {certainty}, {p_equals(test.p_holm)}"
+    return lead(second, test.p_holm)
+
+
+def lead(second: str, p_holm: float) -> str:
+    """Return whether the lead over the second best is significant, in words that end a sentence."""
+    certainty = "is not significant" if p_holm >= LEVEL else "is significant"
+    return f"; its lead over {second} {certainty}, {p_equals(p_holm)}"
 
 
 def _full_test(pair: PairTests, models: Models) -> ConditionTest | None:

@@ -20,6 +20,8 @@ from karmma_dist.errors import UserError, one_line
 from karmma_dist.modalities.audio import SAMPLE_RATE, AudioSpec
 from karmma_dist.modalities.recording import (
     CUT_TOLERANCE_S,
+    GAP_S,
+    LONGEST_S,
     ClipRecord,
     MediaError,
     Recording,
@@ -47,12 +49,6 @@ def encode_flac(samples: np.ndarray) -> bytes:
         for packet in [*stream.encode(frame), *stream.encode(None)]:
             container.mux(packet)
     return file.getvalue()
-
-
-_GAP_S = 0.015
-"""Seconds by which audio may be out of place; beyond that, silence fills a gap and an overlap is dropped. It is less
-than the shortest usual packet (20 ms of Opus), so that lost packets do not add up, and more than the rounding of
-containers to milliseconds."""
 
 
 _LONGEST_GAP_S = 3600.0
@@ -93,7 +89,7 @@ class Sound:
         if frame.layout.nb_channels > _MOST_MIXED_CHANNELS:
             frame = mean_of_channels(frame)
         layout = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if layout != self._layout or abs(time_s - self._expected_s) > _GAP_S:
+        if layout != self._layout or abs(time_s - self._expected_s) > GAP_S:
             self._flush()
             missing = round(time_s * SAMPLE_RATE) - self._length
             # An encoder's priming samples lie before time 0, and repeated audio overlaps earlier samples.
@@ -113,20 +109,19 @@ class Sound:
         """Record a gap or jump before a frame; return False if later frames cannot be placed."""
         if not self._layout:
             self._start_s = time_s
+            if time_s <= _LONGEST_GAP_S:
+                return True
         late_s = time_s - self._expected_s
-        longest_s = self._longest_gap_s if self._longest_gap_s <= _GAP_S else self._longest_gap_s + 2 * frame_s
-        if -CUT_TOLERANCE_S <= late_s <= longest_s:  # packets are lost whole
-            return True
-        if self._layout and late_s < 0:
+        if late_s < -CUT_TOLERANCE_S:
             self.damage.end_all(self._expected_s, f"the clock jumps back to {time_s:.2f} s")
-        elif late_s > _LONGEST_GAP_S:
+            return False
+        if late_s > _LONGEST_GAP_S:
             self.damage.start(self._expected_s, f"the clock jumps to {time_s:.0f} s")
-        elif self._layout:
+            return False
+        packets_s = 0.0 if self._longest_gap_s <= GAP_S else 2 * frame_s  # packets are lost whole
+        if late_s > self._longest_gap_s + packets_s:
             self.damage.spans.append((self._expected_s, time_s, f"no sound until {time_s:.2f} s"))
-            return True
-        else:
-            return True
-        return False
+        return True
 
     def finish(self) -> None:
         """Join the samples after the last frame."""
@@ -185,8 +180,6 @@ def mean_of_channels(frame: av.AudioFrame) -> av.AudioFrame:
 
 
 _CHUNK_S = 10
-_LONGEST_S = 24 * 3600
-"""Seconds of the longest recording that is believed: one that declares more would only take memory."""
 _MOST_CHUNK_BYTES = 1 << 28
 """Bytes of a dataset's chunk, which is unpacked as a whole."""
 
@@ -256,7 +249,7 @@ def _read(file: Any, recording: str, rate: int) -> Sound:
 
 def _missing_samples(samples: Any, rate: int) -> str | None:
     """Return the problem of a dataset that declares more samples than it stores; HDF5 would read them as zeros."""
-    if samples.size > _LONGEST_S * rate:
+    if samples.size > LONGEST_S * rate:
         return f"declares {samples.size:,} samples, {samples.size / rate / 3600:,.0f} hours"
     if samples.chunks is None:
         stored, declared = samples.id.get_storage_size(), samples.size * samples.dtype.itemsize
@@ -287,9 +280,8 @@ def sound_of(video_file: VideoFile) -> Sound | None:
     try:
         if not video_file.has_audio:
             return None
-        sound, end_s = Sound(_GAP_S if video_file.numbers_samples else CUT_TOLERANCE_S), 0.0
+        sound = Sound(GAP_S if video_file.numbers_samples else CUT_TOLERANCE_S)
         for frame, time_s, problem in video_file.audio_frames(sound.damage):
-            time_s = end_s if time_s is None else time_s
             if frame is None:
                 sound.damage.start(time_s, problem)
                 continue
@@ -299,7 +291,6 @@ def sound_of(video_file: VideoFile) -> Sound | None:
                 sound.damage.stop(time_s)
             if not sound.add(frame, time_s):
                 break
-            end_s = time_s + frame.samples / frame.sample_rate
         sound.finish()
         return sound
     except (av.error.FFmpegError, ValueError) as error:

@@ -433,17 +433,25 @@ def test_ctrl_c_while_workers_start_is_one_line(stuck: tuple[Path, list[Path]], 
     assert errors == ["interrupted: run the same command again to go on"]
 
 
-def test_after_a_kill_inside_a_shard_the_rerun_completes(
-    frames: Path, packed_frames: dict[str, str], tmp_path: Path
-) -> None:
+@contextmanager
+def killed_inside_the_second_shard(frames: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], IO[bytes]]]:
+    """Yield a packer that writes its second shard, and the pipe that it writes to; it is killed after the block."""
     out, pipe = tmp_path / "out", tmp_path / "pipe"
     os.mkfifo(pipe)
     with redirected(".train-000001.tar.", pipe, tmp_path / "site"):
         process = start(frames, out)
     with open(pipe, "rb", buffering=0) as shard:  # waits for the packer that writes it
-        assert shard.read(512).startswith(b"P0")
+        yield process, shard
         os.kill(process.pid, signal.SIGKILL)
         end_of(process)
+
+
+def test_after_a_kill_inside_a_shard_the_rerun_completes(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with killed_inside_the_second_shard(frames, tmp_path) as (_, shard):
+        assert shard.read(512).startswith(b"P0")
     assert (out / "train-000000.tar").is_file()
     assert not (out / "train-000001.tar").exists()
     expect_nothing_looks_whole(out, packed_frames)
@@ -564,16 +572,11 @@ def test_staging_that_leads_elsewhere_is_refused(sounds: Path, tmp_path: Path) -
 def test_what_a_killed_packer_left_is_removed_by_the_next_one(
     frames: Path, packed_frames: dict[str, str], tmp_path: Path
 ) -> None:
-    out, pipe = tmp_path / "out", tmp_path / "pipe"
-    os.mkfifo(pipe)
-    with redirected(".train-000001.tar.", pipe, tmp_path / "site"):
-        process = start(frames, out)
-    with open(pipe, "rb", buffering=0) as shard:  # waits for the packer that writes it
+    out = tmp_path / "out"
+    with killed_inside_the_second_shard(frames, tmp_path) as (process, shard):
         assert shard.read(1)
         for folder in (out, out / ".staging"):
             (folder / f".x.tar.{files._short_machine()}-{process.pid}-0123abcd.partial").write_bytes(b"half")
-        os.kill(process.pid, signal.SIGKILL)
-        end_of(process)
     assert main(command(frames, out, workers=1)) == 0
     assert folder_bytes(out) == packed_frames
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
