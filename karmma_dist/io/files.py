@@ -29,6 +29,8 @@ from typing import IO, Any
 from karmma_dist.errors import UserError
 from karmma_dist.processes import machine, started_at
 
+MOST_BYTES = 256 << 20
+"""Bytes of a file that is read whole, unless its reader allows for more or less."""
 _LEFT_AFTER_S = 86_400.0
 """A temporary file of another machine that has not changed for so long was left by a killed writer."""
 _MOST_NAME_BYTES = 200
@@ -169,6 +171,26 @@ def write_json(path: Path, value: Any) -> None:
 def json_bytes(value: Any) -> bytes:
     """Return compact JSON in UTF-8: one line with its line break."""
     return (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+
+
+def read_file(path: Path, limit: int = MOST_BYTES) -> bytes:
+    """Return the content of a file.
+
+    Args:
+        path: Path of the file.
+        limit: Largest number of bytes that such a file may have.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is no regular file (a FIFO would block and a device never end);
+            `strerror` says what.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"has more than {limit:,} bytes", str(path))
+    return content
 
 
 def sha256_of(path: Path) -> str:

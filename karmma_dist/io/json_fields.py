@@ -12,7 +12,10 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from karmma_dist.io.files import MOST_BYTES, read_file
 
 _MOST = 2**63
 """Whole numbers from here on are no size, place or class, and may be too large for a float."""
@@ -36,18 +39,32 @@ def strict_decoder() -> json.JSONDecoder:
     )
 
 
-def parse_strictly(text: str) -> Any:
-    """Parse JSON with `strict_decoder`.
+def parse_strictly(content: bytes | str) -> Any:
+    """Parse JSON with `strict_decoder`; bytes must be UTF-8 without a byte order mark.
 
     Raises:
-        ValueError: the text is not JSON, or the decoder refuses it.
+        ValueError: the content is not JSON, or the decoder refuses it.
     """
     try:
-        value = strict_decoder().decode(text)
+        value = strict_decoder().decode(content if isinstance(content, str) else content.decode())
         _check_texts([value])
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value
+
+
+def read_json(path: Path, limit: int = MOST_BYTES) -> JsonObject:
+    """Read a file that holds one JSON object, with `parse_strictly`.
+
+    Args:
+        path: Path of the file.
+        limit: Largest number of bytes that such a file may have.
+
+    Raises:
+        OSError: the file does not exist, cannot be read, is larger, or is no regular file.
+        ValueError: its content is not a JSON object, or `parse_strictly` refuses it.
+    """
+    return JsonObject(parse_strictly(read_file(path, limit)))
 
 
 def parse_list(text: str) -> Iterator[Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karmma_dist.io.json_fields import JsonObject, parse_list, parse_strictly
+from karmma_dist.io.json_fields import JsonObject, parse_list, parse_strictly, read_json
 
 FIELDS = JsonObject.parse(
     b'{"a": {"text": "x", "whole": 3, "number": 1.5, "null": null, "texts": ["x"], "wholes": [0, 7], "objects": [{}]}}'
@@ -84,3 +86,34 @@ def test_a_text_is_a_list_value_by_value_if_it_is_one_as_a_whole(text: str) -> N
     except ValueError:
         values = None
     assert values == (expected if isinstance(expected, list) else None)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"a": 1, "a": 2}', "'a' occurs twice"),
+        (b'{"a": Infinity}', "Infinity is not a JSON number"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": "\x01"}', "Invalid control character"),
+        (b'{"a": "\xff"}', "invalid start byte"),
+        ('{"a": 1}'.encode("utf-16"), "invalid start byte"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"[1]", "not an object"),
+        (b"", "Expecting value"),
+    ],
+    ids=["twice", "infinity", "nan", "control", "bytes", "utf16", "deep", "list", "empty"],
+)
+def test_a_file_that_is_no_plain_json_object_is_a_value_error(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        read_json(path)
+
+
+def test_a_file_without_an_end_or_without_a_writer_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "large").write_bytes(b'{"a": 1}' + b" " * 100)
+    for path, limit in ((tmp_path / "fifo", 100), (Path("/dev/zero"), 100), (tmp_path, 100), (tmp_path / "large", 100)):
+        with pytest.raises(OSError, match=r"no regular file|more than 100 bytes|directory"):
+            read_json(path, limit)
+    assert read_json(tmp_path / "large", 108).whole("a") == 1
