@@ -173,6 +173,19 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file to read, at once even if it is a FIFO that nobody writes.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return file
+
+
 def read_file(path: Path, limit: int = MOST_BYTES) -> bytes:
     """Return the content of a file.
 
@@ -184,9 +197,7 @@ def read_file(path: Path, limit: int = MOST_BYTES) -> bytes:
         OSError: it cannot be read, is larger, or is no regular file (a FIFO would block and a device never end);
             `strerror` says what.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", str(path))
+    with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"has more than {limit:,} bytes", str(path))

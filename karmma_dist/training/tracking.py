@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -87,6 +88,11 @@ def _shares(name: str, right: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.stack(list(right.values())).all(dim=0).float().mean(), **shares}
 
 
+def _nan_for_null(total: float | None) -> float:
+    """Return a stored sum: JSON has null for one that is not finite."""
+    return math.nan if total is None else total
+
+
 class Averages:
     """Running means of measurements, kept on the device so that no step waits for them."""
 
@@ -110,7 +116,7 @@ class Averages:
         return {name: [float(total), count] for name, (total, count) in self._values.items()}
 
     def restore(
-        self, states: Sequence[Mapping[str, Sequence[float]]], rank: int, num_ranks: int, passes: Fraction = _SAME
+        self, states: Sequence[Mapping[str, Sequence[Any]]], rank: int, num_ranks: int, passes: Fraction = _SAME
     ) -> None:
         """Restore the sums of the saved ranks, or their mean if the number of ranks has changed.
 
@@ -121,6 +127,7 @@ class Averages:
             passes: ratio of this run's forward passes per optimizer step to those of the saved run; it gives the steps
                 before and after the save equal weight in a mean.
         """
+        states = [{name: (_nan_for_null(total), count) for name, (total, count) in s.items()} for s in states]
         if len(states) == num_ranks:
             self._values = {name: (total, int(count)) for name, (total, count) in states[rank].items()}
         else:

@@ -11,11 +11,10 @@ end with the same message; earlier checkpoints stay intact.
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,11 @@ from karmma_dist.distributed.collectives import gather
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import remove, write_json, write_whole
+from karmma_dist.io.json_fields import JsonObject, read_json
 from karmma_dist.recipe import Recipe
 from karmma_dist.streaming.order import Position
-from karmma_dist.training.checkpoint.checkpoint import checksum, complete, prune
+from karmma_dist.training.checkpoint.checkpoint import checksum, complete, prune, versions
+from karmma_dist.training.checkpoint.record import CheckpointRecord, FileSum, rank_files, step_folder
 from karmma_dist.training.engine import Engine
 
 _WRITE_LIMIT_S = 1800.0
@@ -42,7 +43,7 @@ class _Pending:
 
     partial: Path
     final: Path
-    about: dict[str, Any]
+    record: CheckpointRecord
     writer: threading.Thread
     is_complete: bool = False
     """True if the folder has its final name; only set on the main rank."""
@@ -86,17 +87,17 @@ class AsyncSaver:
         self.finish()
         began = time.perf_counter()
         parent = self._recipe.run_dir / "checkpoints"
-        final = parent / f"step-{done:08d}"
+        final = parent / step_folder(done)
         partial = parent / f".{final.name}.partial"
         self._agree(_prepare(partial) if self._world.is_main else None, partial)
         tensors, engine_state = engine.snapshot()
         position = Position(*divmod(done, self._steps_per_epoch))
-        about = {
-            "epoch": position.epoch, "step": position.step, "world_size": self._world.size,
-            "zero_stage": self._recipe.training.zero_stage, "data": self._data, "engine": engine_state, "state": state,
-        }  # fmt: skip
+        record = CheckpointRecord(
+            position, done, self._world.size, self._recipe.training.zero_stage, self._data, engine_state, state,
+            versions(), {},
+        )  # fmt: skip
         writer = threading.Thread(target=self._write, args=(partial, tensors, averages), name="checkpoint writer")
-        self._pending = _Pending(partial, final, about, writer)
+        self._pending = _Pending(partial, final, record, writer)
         writer.start()
         self._count_wait(began)
 
@@ -141,11 +142,11 @@ class AsyncSaver:
         return lost
 
     def _write(self, partial: Path, tensors: dict[str, Tensor], averages: dict[str, list[float]]) -> None:
-        path = partial / f"rank-{self._world.rank:05d}.safetensors"
-        note = path.with_suffix(".json")
+        path, note = (partial / name for name in rank_files(self._world.rank))
         try:
             write_whole(path, lambda partial_file: save_file(tensors, partial_file))
-            write_json(note, {**checksum(path), "averages": averages})
+            written = checksum(path)
+            write_json(note, {"bytes": written.num_bytes, "crc32": written.crc32, "averages": averages})
         except Exception as error:  # any error must reach the main thread, and no other rank may wait for this one
             self._error = f"{path.name}: {_reason(error)}"
             path.unlink(missing_ok=True)  # frees space for the note
@@ -154,9 +155,9 @@ class AsyncSaver:
             except OSError as second:
                 self._error += f" ({note.name}: {_reason(second)})"
 
-    def _notes(self, pending: _Pending) -> list[dict[str, Any] | None]:
+    def _notes(self, pending: _Pending) -> list[JsonObject | None]:
         """Return each rank's note, or None for a rank that has not written yet."""
-        return [_read(pending.partial / f"rank-{rank:05d}.json") for rank in range(self._world.size)]
+        return [_read(pending.partial / rank_files(rank)[1]) for rank in range(self._world.size)]
 
     def _is_decided(self, pending: _Pending) -> bool:
         """Return True if every rank has written, one has failed, or the save already has its final name."""
@@ -178,10 +179,10 @@ class AsyncSaver:
         try:
             for rank, note in enumerate(self._notes(pending)):
                 assert note is not None
-                name = f"rank-{rank:05d}"
-                files[f"{name}.safetensors"] = {"bytes": note["bytes"], "crc32": note["crc32"]}
-                files[f"{name}.json"] = checksum(pending.partial / f"{name}.json")
-            complete(pending.partial, pending.final, self._recipe, pending.about, files)
+                part, about = rank_files(rank)
+                files[part] = FileSum(note.whole("bytes"), note.whole("crc32"))
+                files[about] = checksum(pending.partial / about)
+            complete(pending.partial, pending.final, self._recipe, replace(pending.record, files=files))
             prune(self._recipe, pending.final, self._steps_per_epoch)
         except OSError as error:
             self._error = _reason(error)
@@ -218,13 +219,12 @@ def _prepare(partial: Path) -> str | None:
     return None
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> JsonObject | None:
     """Return a rank's note, or None if it does not exist yet."""
     try:
-        note: dict[str, Any] = json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError:
         return None
-    return note
 
 
 def _reason(error: Exception) -> str:

@@ -2,8 +2,8 @@
 
     runs/NAME/checkpoints/
       step-00000120/            complete: renamed to this only after every rank has written its part
-        position.json           epoch, step, the data settings that give the position its meaning, versions, and the
-                                bytes and crc32 of the other files
+        position.json           epoch, step, the data settings that give the position its meaning, versions, bytes and
+                                crc32 of the other files, and a checksum of itself: see `record`
         recipe.yaml             the resolved recipe
         rank-00000.safetensors  rank 0's part of the weights and the optimizer state: see `zero_state`
         rank-00000.json         the size and crc32 of that file, and rank 0's running means
@@ -18,12 +18,12 @@ weights files, and a checksum detects whether those files have changed.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
+import re
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,20 @@ import torch
 import karmma_dist
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import remove, sync, write_json, write_whole
+from karmma_dist.io.files import open_regular, read_file, remove, sync, write_whole
+from karmma_dist.io.json_fields import read_json, shown
 from karmma_dist.recipe import Recipe, save_recipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.order import Position
+from karmma_dist.training.checkpoint.record import POSITION, CheckpointRecord, FileSum, read_record
 from karmma_dist.training.checkpoint.zero_state import SavedState
 from karmma_dist.training.engine import Engine
 
-FORMAT = 2
-"""Version of a checkpoint's layout."""
-POSITION = "position.json"
-"""File that marks a folder as a checkpoint."""
 LATEST = "latest"
 """File that names the checkpoint to resume from."""
+
+_NAME = re.compile(r"step-[0-9]{8,}")
+_MOST_BYTES_OF_LATEST = 4096
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Saved:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
+    return sorted((path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)), key=_steps)
 
 
 def data_state(recipe: Recipe, folder: ShardFolder) -> dict[str, Any]:
@@ -94,24 +95,21 @@ def versions() -> dict[str, str]:
     }
 
 
-def complete(
-    partial: Path, final: Path, recipe: Recipe, about: Mapping[str, Any], files: Mapping[str, Mapping[str, int]]
-) -> None:
+def complete(partial: Path, final: Path, recipe: Recipe, record: CheckpointRecord) -> None:
     """Rename a folder in which every rank has written its part, and point `latest` to it. Only for the main rank.
 
     Args:
         partial: the folder that the ranks wrote.
         final: its final path.
         recipe: the run's recipe.
-        about: content of position.json other than the list of files.
-        files: bytes and crc32 of every rank's file, all of them already on disk.
+        record: the content of position.json, with the checksums of every rank's files, all of them already on disk.
 
     Raises:
         OSError: a file cannot be written, for example for lack of space; earlier checkpoints are unchanged.
     """
     save_recipe(recipe, partial / "recipe.yaml")
-    files = {**files, "recipe.yaml": checksum(partial / "recipe.yaml")}
-    write_json(partial / POSITION, {"format": FORMAT, **about, "versions": versions(), "files": files})
+    record = replace(record, files={**record.files, "recipe.yaml": checksum(partial / "recipe.yaml")})
+    write_whole(partial / POSITION, record.to_bytes())
     sync(partial)
     if final.exists():
         discard(final)
@@ -132,10 +130,10 @@ def prune(recipe: Recipe, newest: Path, steps_per_epoch: int) -> None:
     Later checkpoints stay: they exist if a run was resumed from an earlier checkpoint, and will be overwritten.
     """
     training = recipe.training
-    older = [path for path in checkpoints(recipe.run_dir) if path.name <= newest.name]
+    older = [path for path in checkpoints(recipe.run_dir) if _steps(path) <= _steps(newest)]
     for path in older[: -training.keep_checkpoints]:
         every = training.keep_every_epochs * steps_per_epoch
-        if not every or int(path.name.removeprefix("step-")) % every:
+        if not every or _steps(path) % every:
             discard(path)
 
 
@@ -150,20 +148,19 @@ def discard(checkpoint: Path) -> None:
 def find_damage(checkpoint: Path) -> str | None:
     """Read every byte of a checkpoint and return a description of its first damage, or None if it is intact.
 
-    Raises:
-        UserError: another version wrote the checkpoint.
+    A checkpoint of another version of this software is damage too: it cannot be resumed from.
     """
     try:
-        about = json.loads((checkpoint / POSITION).read_text())
+        files = read_record(checkpoint).files
     except (OSError, ValueError) as error:
-        return f"{POSITION}: {error}"
-    for name, expected in _checked(checkpoint, about)["files"].items():
+        return f"{POSITION}: {_reason(error)}"
+    for name, expected in files.items():
         try:
             actual = checksum(checkpoint / name)
         except OSError as error:
-            return f"{name}: {error.strerror}"
-        if actual["bytes"] != expected["bytes"]:
-            return f"{name}: {actual['bytes']} of {expected['bytes']} bytes"
+            return f"{name}: {_reason(error)}"
+        if actual.num_bytes != expected.num_bytes:
+            return f"{name}: {actual.num_bytes} of {expected.num_bytes} bytes"
         if actual != expected:
             return f"{name}: its crc32 differs from the recorded value"
     return None
@@ -174,26 +171,48 @@ def newest_undamaged(run_dir: Path, report_damage: Callable[[str, str], None]) -
 
     Args:
         run_dir: the run's folder.
-        report_damage: called with the name and the damage of each checkpoint that is skipped.
+        report_damage: called with the name and the damage of each checkpoint that is skipped, and of `latest`.
 
     Raises:
-        UserError: another version wrote a checkpoint, or all checkpoints are damaged.
+        UserError: all checkpoints are damaged.
     """
     candidates = checkpoints(run_dir)
-    pointer = run_dir / "checkpoints" / LATEST
-    latest = pointer.read_text().strip() if pointer.is_file() else ""
-    newest_first = sorted(candidates, key=lambda path: (not latest or path.name <= latest, path.name), reverse=True)
+    latest = _read_latest(run_dir / "checkpoints", report_damage) if candidates else None
+    newest_first = sorted(
+        candidates, key=lambda path: (latest is None or _steps(path) <= _steps(latest), _steps(path)), reverse=True
+    )
+    first = ""
     for path in newest_first:
         damage = find_damage(path)
         if damage is None:
             return path
+        first = first or damage
         report_damage(path.name, damage)
     if candidates:
         raise UserError(
-            f"{run_dir}/checkpoints: every checkpoint is damaged, the newest in {find_damage(newest_first[0])}: "
+            f"{run_dir}/checkpoints: every checkpoint is damaged, the newest in {first}: "
             "restore one from a backup, or start over with --resume never"
         )
     return None
+
+
+def _read_latest(folder: Path, report_damage: Callable[[str, str], None]) -> Path | None:
+    """Return the checkpoint that `latest` names; None if it names none, which is reported unless it is missing."""
+    try:
+        name = read_file(folder / LATEST, _MOST_BYTES_OF_LATEST).decode().removesuffix("\n")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        report_damage(LATEST, _reason(error))
+        return None
+    if not _NAME.fullmatch(name) or not (folder / name).exists():
+        report_damage(LATEST, f"names {shown(name)}, which is no checkpoint here")
+        return None
+    return folder / name
+
+
+def _steps(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def load_checkpoint(engine: Engine, folder: Path, recipe: Recipe, world: World, data: dict[str, Any]) -> Saved:
@@ -204,56 +223,51 @@ def load_checkpoint(engine: Engine, folder: Path, recipe: Recipe, world: World, 
             model.
     """
     try:
-        about = json.loads((folder / POSITION).read_text())
+        record = read_record(folder)
+        parts = [folder / name for name in record.files if name.endswith(".safetensors")]
+        averages = [read_json(part.with_suffix(".json")).nested("averages").unchecked() for part in parts]
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a checkpoint: {error}") from None
-    before = _checked(folder, about)["data"]
+        raise UserError(
+            f"{folder}: not an intact checkpoint: {_reason(error)}: resume another one, or use --resume auto"
+        ) from None
+    before = record.data
     for name in [*data, *(before.keys() - data.keys())]:
         if before.get(name) != data.get(name):
             raise UserError(
                 f"{folder}: saved with {name} {before.get(name)}, this run has {data.get(name)}: "
                 "resume as it was saved, or start over with --resume never"
             )
-    parts = [folder / name for name in about["files"] if name.endswith(".safetensors")]
     with SavedState(parts) as shards:
-        engine.restore(shards, about["engine"])
-    position = Position(about["epoch"], about["step"])
-    notes = [json.loads(part.with_suffix(".json").read_text()) for part in parts]
-    return Saved(position, [note["averages"] for note in notes], about["state"], _note(folder, about, recipe, world))
+        engine.restore(shards, record.engine)
+    return Saved(record.position, averages, record.state, _note(folder, record, recipe, world))
 
 
-def checksum(path: Path) -> dict[str, int]:
-    """Return the size and the crc32 of a file."""
+def checksum(path: Path) -> FileSum:
+    """Return the size and the crc32 of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
     size = crc = 0
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             size, crc = size + len(block), zlib.crc32(block, crc)
-    return {"bytes": size, "crc32": crc}
+    return FileSum(size, crc)
 
 
-def _checked(folder: Path, about: Any) -> dict[str, Any]:
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        wrote = about.get("versions", {}).get("karmma_dist") if isinstance(about, dict) else None
-        raise UserError(
-            f"{folder}: {POSITION} was not written by this version"
-            f"{f' but by karmma-dist {wrote}' if wrote else ''}: resume with that version, "
-            "or start over with --resume never"
-        )
-    outside = next((name for name in about["files"] if name in ("", "..") or Path(name).name != name), None)
-    if outside is not None:
-        raise UserError(f"{folder}: {POSITION}: files names '{outside}', which is not in the folder")
-    return about
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
-def _note(folder: Path, about: Mapping[str, Any], recipe: Recipe, world: World) -> str:
+def _note(folder: Path, record: CheckpointRecord, recipe: Recipe, world: World) -> str:
     def layout(ranks: int, stage: int) -> str:
         return f"{ranks} rank{'s' if ranks != 1 else ''} at ZeRO stage {stage}"
 
-    before, now = layout(about["world_size"], about["zero_stage"]), layout(world.size, recipe.training.zero_stage)
+    before, now = layout(record.world_size, record.zero_stage), layout(world.size, recipe.training.zero_stage)
     changes = [
-        f"{name} was {about['versions'].get(name)} and is now {version}: results may differ in the last bits"
+        f"{name} was {record.versions.get(name)} and is now {version}: results may differ in the last bits"
         for name, version in versions().items()
-        if about["versions"].get(name) != version
+        if record.versions.get(name) != version
     ]
     layouts = [f"saved by {before}, resumed by {now}"] if before != now else []
     return "; ".join([f"resumed {folder.name}", *layouts, *changes])

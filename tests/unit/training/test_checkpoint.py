@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from karmma_dist.training.checkpoint import async_saver as async_saver
 from karmma_dist.training.checkpoint import resume as run_folder
 from karmma_dist.training.checkpoint.async_saver import AsyncSaver
 from karmma_dist.training.checkpoint.checkpoint import Saved, checkpoints, data_state, load_checkpoint, newest_undamaged
+from karmma_dist.training.checkpoint.record import CheckpointRecord, FileSum, read_record
 from karmma_dist.training.checkpoint.resume import prepare_run_dir
 from karmma_dist.training.checkpoint.zero_state import SavedState
 from kits.settings import fields_of, with_another
@@ -144,10 +147,11 @@ def test_resuming_on_another_number_of_ranks_is_noted(saved: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "not a checkpoint"),
-        ("{", "not a checkpoint"),
-        ("[]", r"position\.json was not written by this version"),
-        ('{"epoch": 1}', r"position\.json was not written by this version"),
+        (None, "not an intact checkpoint: No such file"),
+        ("{", r"not an intact checkpoint: does not end with its checksum \(1 bytes\)"),
+        ("[]", "not an intact checkpoint: does not end with its checksum"),
+        ('{"epoch": 1}', "not an intact checkpoint: is of format None"),
+        ('{"format": 2, "versions": {"karmma_dist": "0.1"}}', "format 2 and was written by karmma-dist '0.1'"),
     ],
 )
 def test_invalid_checkpoint_is_refused_in_one_line(
@@ -195,11 +199,118 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(
         newest_undamaged(tmp_path / "runs" / "run", ignore)
 
 
-def test_checkpoint_of_another_version_is_refused_not_skipped(saved: Path) -> None:
-    about = json.loads((saved / "position.json").read_text())
-    (saved / "position.json").write_text(json.dumps({**about, "format": 99, "versions": {"karmma_dist": "9.9"}}))
-    with pytest.raises(UserError, match=r"step-00000017: .*karmma-dist 9\.9.*--resume never"):
-        newest_undamaged(saved.parents[1], ignore)
+OTHERS = {
+    "another version": b'{"format": 99, "versions": {"karmma_dist": "9.9"}}',
+    "list": b"[]", "null": b"null", "number": b"1", "text": b'"x"', "infinity": b'{"format": 3, "epoch": Infinity}',
+    "deep": b"[" * 100_000, "not UTF-8": b"\xff\xfe{", "empty": b"", "zeros": bytes(2000),
+    "types": b'{"format": 3, "versions": 5, "files": 7}', "long number": b'{"format": ' + b"9" * 5000 + b"}",
+}  # fmt: skip
+"""Contents of position.json that a reader may stumble over."""
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS.keys())
+def test_a_checkpoint_whose_record_is_something_else_is_skipped_for_the_one_before(
+    tmp_path: Path, shards: Path, content: bytes
+) -> None:
+    before, newest = save(recipe(tmp_path, shards), shards, 5, 10)
+    (newest / "position.json").write_bytes(content)
+    assert named_damage(before) == ["step-00000010: position.json"]
+    with pytest.raises(UserError, match="step-00000010: not an intact checkpoint: "):
+        resume(newest, recipe(tmp_path, shards), ShardFolder(shards))
+
+
+def named_damage(expected: Path) -> list[str]:
+    """Expect that a run resumes from a checkpoint; return the others that it names, each with the damaged file."""
+    reports: list[str] = []
+    run_dir = expected.parents[1]
+    assert newest_undamaged(run_dir, lambda name, damage: reports.append(f"{name}: {damage}")) == expected
+    return [": ".join(report.split(": ")[:2]) for report in reports]
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def as_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def as_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "recipe.yaml", "position.json"])
+@pytest.mark.parametrize("change", [as_folder, as_fifo, as_loop])
+def test_a_checkpoint_with_something_else_than_a_file_is_skipped(
+    tmp_path: Path, shards: Path, name: str, change: Callable[[Path], None]
+) -> None:
+    before, newest = save(recipe(tmp_path, shards), shards, 5, 10)
+    change(newest / name)
+    assert named_damage(before) == [f"step-00000010: {name}"]
+
+
+def test_a_checkpoint_that_is_a_file_or_bears_another_step_is_skipped(tmp_path: Path, shards: Path) -> None:
+    before, newest = save(recipe(tmp_path, shards), shards, 5, 10)
+    newest.rename(newest.with_name("step-00000020"))
+    (newest.with_name("step-00000030")).touch()
+    assert named_damage(before) == [
+        "latest: names 'step-00000010', which is no checkpoint here",
+        "step-00000030: position.json", "step-00000020: position.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"step-99999999\n", b"../x", b"", b"\0" * 9, b"step-00000010 \n", b"step-x\n" * 999],
+    ids=["bytes", "absent", "outside", "empty", "zeros", "blank", "long"],
+)  # fmt: skip
+def test_a_damaged_pointer_is_named_and_the_newest_checkpoint_taken(
+    tmp_path: Path, shards: Path, content: bytes
+) -> None:
+    _, newest = save(recipe(tmp_path, shards), shards, 5, 10)
+    (newest.parent / "latest").write_bytes(content)
+    assert [report.split(":")[0] for report in named_damage(newest)] == ["latest"]
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_left_alone(tmp_path: Path, shards: Path) -> None:
+    run = recipe(tmp_path, shards)
+    (path,) = save(run, shards, 5)
+    copy = path.with_name("step-00000005.backup")
+    shutil.copytree(path, copy)
+    assert checkpoints(run.run_dir) == [path]
+    save(run, shards, 10, 15, 20)
+    assert resume(copy, run, ShardFolder(shards)).position == Position(1, 0)
+
+
+def test_no_bit_of_the_record_may_flip(saved: Path) -> None:
+    content = (saved / "position.json").read_bytes()
+    assert CheckpointRecord.parse(content).steps == 17
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError):
+            CheckpointRecord.parse(bytes(flipped))
+    for place in range(len(content)):
+        before, after = content[:place], content[place:]
+        for other in (before, before + after[1:], before + b" " + after):
+            with pytest.raises(ValueError):
+                CheckpointRecord.parse(other)
+
+
+@pytest.mark.parametrize("name", ["../file", "/etc/hostname", "..", "", "a/b", ".hidden", "x" * 300, "a\nb"])
+def test_a_record_that_names_files_outside_of_its_folder_is_damage(saved: Path, name: str) -> None:
+    record = read_record(saved)
+    with pytest.raises(ValueError, match="which is not in the folder"):
+        CheckpointRecord.parse(replace(record, files={**record.files, name: FileSum(1, 1)}).to_bytes())
+
+
+def test_a_record_must_name_the_files_of_every_rank(saved: Path) -> None:
+    record = read_record(saved)
+    for changed in (replace(record, world_size=2), replace(record, files={}), replace(record, world_size=10**12)):
+        with pytest.raises(ValueError, match="files are"):
+            CheckpointRecord.parse(changed.to_bytes())
 
 
 def test_saved_state_is_the_state_at_the_call(tmp_path: Path, shards: Path) -> None:
