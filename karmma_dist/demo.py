@@ -37,6 +37,7 @@ from karmma_dist.packing.spec import load_spec
 from karmma_dist.packing.synthetic.kitchen import write_kitchen
 from karmma_dist.progress import Report
 from karmma_dist.recipe import Recipe, load_chain
+from karmma_dist.runs.owner import owned
 from karmma_dist.studies.jobs import train_runs
 from karmma_dist.studies.plan import StudyRun
 
@@ -53,8 +54,13 @@ def run_demo(out: Path, report: Report) -> Path:
     """Run the demo in `out` and return the path of its report.
 
     Raises:
-        UserError: `out` holds another demo's files.
+        UserError: another demo runs in `out`, or `out` holds another demo's files.
     """
+    with owned(out, "a demo is running", report):
+        return _run_steps(out, report)
+
+
+def _run_steps(out: Path, report: Report) -> Path:
     timings = Timings(out / "timings.json")
     raw, shards = out / "raw", out / "shards"
     if not raw.exists():

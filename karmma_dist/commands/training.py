@@ -78,7 +78,7 @@ def train(
     deadline = None if max_time is None else _STARTED + parse_duration(max_time)
     from karmma_dist.evaluation.metrics import known_figure
     from karmma_dist.evaluation.run import validate
-    from karmma_dist.training.trainer import train_chain
+    from karmma_dist.training.chain import train_chain
 
     for run, scores in train_chain(chain, validate, resume, deadline=deadline).items():
         metrics = {name: figure.metric for name in scores if (figure := known_figure(name)) is not None}

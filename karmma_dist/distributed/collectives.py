@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from karmma_dist.distributed import heartbeat
+from karmma_dist.errors import UserError
 
 
 def gather(items: list[Any]) -> list[Any]:
@@ -17,6 +18,13 @@ def gather(items: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def raise_on_all(problem: str | None) -> None:
+    """Raise the problem of the first rank that has one as `UserError`, on every rank."""
+    problems = gather([problem] if problem else [])
+    if problems:
+        raise UserError(problems[0])
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:

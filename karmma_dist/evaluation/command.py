@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition, build_conditions
 from karmma_dist.evaluation.exports.exports import Exports
@@ -38,6 +39,7 @@ from karmma_dist.modalities import parse_modalities
 from karmma_dist.models.model_card import CARD, ModelCard
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Progress, Report, silent
+from karmma_dist.runs.owner import owned
 from karmma_dist.settings import read_tree, validate
 from karmma_dist.terminal import print_line
 
@@ -83,6 +85,29 @@ class Request:
         return plan_runs(runs, plan) if len(runs) > 1 else {runs[0]: plan(runs[0])}
 
 
+@contextmanager
+def owned_on_main(folders: Sequence[Path], world: World) -> Iterator[None]:
+    """Own the folders that rank 0 writes while the block runs. Every rank must call this.
+
+    Raises:
+        UserError: another evaluation writes into one of them.
+    """
+    with ExitStack() as stack:
+        problem = None
+        try:
+            for folder in folders if world.is_main else ():
+                stack.enter_context(owned(folder, "an evaluation is being written here"))
+        except UserError as error:
+            problem = f"{error}; or name another folder with --out"
+        if world.size > 1:
+            from karmma_dist.distributed.collectives import raise_on_all
+
+            raise_on_all(problem)
+        elif problem:
+            raise UserError(problem)
+        yield
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The evaluated runs of a request."""
@@ -126,6 +151,8 @@ def evaluate_request(request: Request) -> Evaluation | None:
     with ExitStack() as stack:
         world = stack.enter_context(joined_ranks())
         plans = request.plans()
+        folders = [plan.folder for plan in plans.values()] + [comparison_folder] * (len(plans) > 1)
+        stack.enter_context(owned_on_main(folders, world))
         report: Report = stack.enter_context(Progress()) if world.is_main else silent
         if len(plans) > 1:
             done, comparison = evaluate_and_compare(

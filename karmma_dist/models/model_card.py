@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from pydantic import model_validator
 from safetensors.torch import save_file
+from torch import Tensor
 
 from karmma_dist.errors import UserError, masked
 from karmma_dist.io.files import write_whole
@@ -48,6 +50,11 @@ class ModelCard(Settings):
         return self
 
 
+def find_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity, or None."""
+    return next((name for name, tensor in tensors if not bool(torch.isfinite(tensor).all())), None)
+
+
 def save_model(
     model: KarmmaModel,
     run_dir: Path,
@@ -62,7 +69,15 @@ def save_model(
         run_dir: Run folder, created if needed.
         recipe: Recipe of the run, for its name.
         classes: Class names by head.
+
+    Raises:
+        UserError: a parameter is not finite; the earlier files stay as they are.
     """
+    if (name := find_nonfinite(model.named_parameters())) is not None:
+        raise UserError(
+            f"{run_dir / WEIGHTS}: not saved, since the model has diverged: '{name}' holds NaN or infinity (an earlier "
+            "file stays as it is): lower optimizer.lr, and start over with --resume never"
+        )
     encoders = {modality: _without_secrets(model.recipe.encoders[modality]) for modality in model.modalities}
     card = ModelCard(
         run=recipe.name if recipe else "",

@@ -18,7 +18,8 @@ class OptimizerRecipe(Settings):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Highest learning rate, reached after warm-up [ours]."""
     start_lr: Annotated[float, Field(ge=0)] = 1e-6
-    """Learning rate at the first and the last step [paper: back to the start value; ours: 1e-6]."""
+    """Learning rate at the first step of the warm-up and at the last step of the run, unless it is the only one [paper:
+    back to the start value; ours: 1e-6]."""
     lr_batch_size: Positive | None = None
     """Batch size that `lr` and `start_lr` were chosen for; None: training.batch_size."""
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"

@@ -118,6 +118,11 @@ def ask_squeue(ids: list[str]) -> dict[str, str] | None:
     return {job: state for job, _, state in (line.partition(" ") for line in squeue.stdout.splitlines())}
 
 
+def has_ended(job_state: str | None) -> bool:
+    """Return True if a Slurm job of this state does not run and will not; None: Slurm no longer knows the job."""
+    return job_state is None or job_state in _ENDED
+
+
 def print_runs(runs: Iterable[Run]) -> None:
     """Print a table of runs, and below it the cause of each state and the command that resumes each run."""
     rows: list[list[str]] = []

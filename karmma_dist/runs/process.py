@@ -37,6 +37,12 @@ def is_alive(info: Mapping[str, Any]) -> bool | None:
     return started_at(int(info["pid"])) == info["started"]
 
 
+def is_this_process(info: Mapping[str, Any]) -> bool:
+    """Return True if `process_info` described this process."""
+    own = process_info()
+    return all(info.get(name) == own.get(name) for name in ("host", "pid", "machine", "started"))
+
+
 def _num_ranks(environment: Mapping[str, str]) -> int:
     if "RANK" in environment:
         return _number(environment.get("WORLD_SIZE"))

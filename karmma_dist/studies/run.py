@@ -11,6 +11,7 @@ from karmma_dist.evaluation.plan import check_folder
 from karmma_dist.evaluation.results import ClipResults
 from karmma_dist.models.model_card import CARD, ModelCard
 from karmma_dist.progress import Report
+from karmma_dist.runs.owner import owned
 from karmma_dist.settings import read_tree, validate
 from karmma_dist.studies.costs import Counter
 from karmma_dist.studies.jobs import train_runs
@@ -41,19 +42,21 @@ def carry_out_study(plan: StudyPlan, out: Path, num_at_once: int, progress: Repo
         say: Called with one line about the state of a run.
 
     Raises:
-        UserError: a folder holds a run of another recipe, or the report cannot be written.
+        UserError: another process carries out this study, a folder holds a run of another recipe, or the report cannot
+            be written.
         Stopped: a signal arrived, and the runs in training have saved.
     """
     check_folder(out, "give another with --out")
     check_teachers(plan)
-    missing: dict[str, str] = {}
-    outcomes: dict[str, dict[int, ClipResults]] = {}
-    if plan.file.study.is_measured:
-        unfinished = [run for run in plan.chosen_runs if run.state() != "finished"]
-        missing = train_runs(unfinished, out, num_at_once, say, progress)
-        outcomes = _evaluate(plan, progress, missing, say)
-    report = _report(plan, outcomes, missing)
-    return Done(report, write_study_report(report, out))
+    with owned(out, "this study is being carried out", progress):
+        missing: dict[str, str] = {}
+        outcomes: dict[str, dict[int, ClipResults]] = {}
+        if plan.file.study.is_measured:
+            unfinished = [run for run in plan.chosen_runs if run.state() != "finished"]
+            missing = train_runs(unfinished, out, num_at_once, say, progress)
+            outcomes = _evaluate(plan, progress, missing, say)
+        report = _report(plan, outcomes, missing)
+        return Done(report, write_study_report(report, out))
 
 
 def check_teachers(plan: StudyPlan) -> None:

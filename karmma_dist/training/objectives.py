@@ -9,7 +9,7 @@ A recipe selects one in its section `objective`; without that section, the stage
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from karmma_dist.distributed.collectives import raise_on_all
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.models.losses import cross_entropy, distillation
 from karmma_dist.plugins import find_plugin, with_plugins
 from karmma_dist.recipe import DistillRecipe, Recipe
 from karmma_dist.settings import Settings, validate
+from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.format import Clip, label_problem
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.training.engine import ShardedModule
 from karmma_dist.training.teacher import Teacher
@@ -127,6 +131,56 @@ def build_objective(recipe: Recipe, soft_targets: SoftTargets | None) -> Objecti
         name, options = recipe.objective.name, recipe.objective.options
     entry = find_plugin(objective_table(), name, "objective.name")
     return entry.build(validate(options, entry.options, f"objective.options ({name})"), recipe, soft_targets)
+
+
+def check_labels(recipe: Recipe, folder: ShardFolder, clips: Iterable[Clip], world: World) -> None:
+    """Check, before the first step, that losses and scores can be computed. Every rank must call this.
+
+    Args:
+        recipe: The run's recipe.
+        folder: The opened shards.
+        clips: The training clips.
+        world: This rank.
+
+    Raises:
+        UserError: a training clip has no label, a class of a training or validation clip does not exist, or no clip of
+            the validation split has a label for every head.
+    """
+    raise_on_all(_label_problem(recipe, folder, clips) if world.is_main else None)
+
+
+def _label_problem(recipe: Recipe, folder: ShardFolder, clips: Iterable[Clip]) -> str | None:
+    split = recipe.data.validation_split
+    try:
+        validated = [] if split == recipe.data.train_split else folder.clips(split)
+    except UserError as error:
+        return str(error)
+    return _unlabelled(recipe.data.train_split, folder, clips) or _unscored(split, folder, validated)
+
+
+def _unlabelled(split: str, folder: ShardFolder, clips: Iterable[Clip]) -> str | None:
+    for clip in clips:
+        head = next((head for head in folder.classes if clip.labels.get(head) is None), None)
+        if head is not None:
+            return (
+                f"{folder.where}: clip {clip.key} of split '{split}' has no label for head '{head}': train on a "
+                "labelled split (data.train_split), or pack without this clip"
+            )
+        if problem := label_problem(folder.classes, clip.labels):
+            return f"{folder.where}: clip {clip.key} of split '{split}': {problem}: pack the clips again"
+    return None
+
+
+def _unscored(split: str, folder: ShardFolder, clips: Sequence[Clip]) -> str | None:
+    for clip in clips:
+        if problem := label_problem(folder.classes, clip.labels):
+            return f"{folder.where}: clip {clip.key} of split '{split}': {problem}: pack the clips again"
+    if clips and not any(None not in clip.labels.values() for clip in clips):
+        return (
+            f"{folder.where}: no clip of split '{split}' has a label for every head, so a validation has nothing to "
+            "score: name a labelled split in data.validation_split"
+        )
+    return None
 
 
 def soft_targets_of(teacher: Teacher | ShardedModule) -> SoftTargets:

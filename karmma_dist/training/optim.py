@@ -39,17 +39,23 @@ def learning_rate(
     """Return the learning rate of optimizer step `step` (0-based).
 
     The rate rises from start_lr to lr over the warm-up, then falls to start_lr at the last step along
-    `recipe.schedule`. Both rates are scaled to `batch_size` (clips per optimizer step) as `recipe.lr_scaling` says.
+    `recipe.schedule`. A warm-up as long as the run rises until the step before the last, which has start_lr too; the
+    only step of a run has lr. Both rates are scaled to `batch_size` (clips per optimizer step) as `recipe.lr_scaling`
+    says.
     """
     return recipe.rate_factor(batch_size) * _unscaled(recipe, step, steps_per_epoch, total_steps)
 
 
 def _unscaled(recipe: OptimizerRecipe, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    last = total_steps - 1
+    if last == 0:
+        return recipe.lr
+    if step == last:
+        return recipe.start_lr
     warmup = recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
         return recipe.start_lr + (recipe.lr - recipe.start_lr) * step / warmup
-    span = total_steps - 1 - warmup
-    progress = (step - warmup) / span if span > 0 else 1.0
+    progress = (step - warmup) / (last - warmup)
     if recipe.schedule == "linear":
         return recipe.start_lr + (recipe.lr - recipe.start_lr) * (1 - progress)
     return recipe.start_lr + (recipe.lr - recipe.start_lr) * 0.5 * (1 + math.cos(math.pi * progress))

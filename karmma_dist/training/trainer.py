@@ -1,4 +1,4 @@
-"""The trainer: joins the ranks, and for each recipe of a chain streams batches, updates, validates and saves.
+"""The trainer: streams batches, updates, validates and saves, in a run folder that is its own.
 
     runs/NAME/
       recipe.yaml  state.json  metrics.jsonl  events.out.tfevents.*  damage.jsonl  ensemble.json  trace/
@@ -11,35 +11,31 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import math
-import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
 
-from karmma_dist.distributed.collectives import barrier, gather, highest, mean_over_ranks, store
+from karmma_dist.distributed.collectives import barrier, gather, highest, mean_over_ranks, raise_on_all, store
 from karmma_dist.distributed.graph_check import GraphCheck
 from karmma_dist.distributed.heartbeat import START_S, mark
-from karmma_dist.distributed.process_group import process_group
-from karmma_dist.distributed.world import World, find_world
-from karmma_dist.errors import Stopped
+from karmma_dist.distributed.world import World
+from karmma_dist.errors import Stopped, UserError
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import save_model
 from karmma_dist.models.weights import build_model
-from karmma_dist.progress import Progress, Report, silent
+from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe
-from karmma_dist.recipe.micro_batches import check_batches, divide_batch
-from karmma_dist.runs.folder import finished_names, read_state, validation_at, write_state
+from karmma_dist.recipe.micro_batches import divide_batch
+from karmma_dist.runs.folder import read_state, validation_at, write_state
+from karmma_dist.runs.owner import Ownership
 from karmma_dist.seeding import forward_seed
-from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, check_heads, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule
@@ -47,20 +43,18 @@ from karmma_dist.streaming.prefetch import on_device
 from karmma_dist.training.checkpoint.async_saver import AsyncSaver
 from karmma_dist.training.checkpoint.best import BestWeights
 from karmma_dist.training.checkpoint.checkpoint import data_state, load_checkpoint
-from karmma_dist.training.checkpoint.resume import prepare_run_dir
+from karmma_dist.training.checkpoint.resume import own_run_dir, prepare_run_dir
 from karmma_dist.training.engine import Engine, Update, full_model
 from karmma_dist.training.fault_tolerance.damaged_clips import DamageLog
 from karmma_dist.training.fault_tolerance.preemption import PreemptionHandler, Stop, refuse_stop_file
 from karmma_dist.training.fault_tolerance.skipped_steps import RankStep, SkippedSteps, describe
-from karmma_dist.training.objectives import build_objective, soft_targets_of
+from karmma_dist.training.objectives import build_objective, check_labels, soft_targets_of
 from karmma_dist.training.optim import learning_rate
 from karmma_dist.training.profiler import tracing
 from karmma_dist.training.teacher import build_teacher, members_of
 from karmma_dist.training.throughput import Throughput
 from karmma_dist.training.trackers import RunLog
 from karmma_dist.training.tracking import Averages, loading_sums, pace
-
-_logger = logging.getLogger(__name__)
 
 
 class Validate(Protocol):
@@ -100,30 +94,36 @@ def train(
         The metrics of the last validation.
 
     Raises:
-        UserError: the shards are bad, the run folder holds another recipe or a file STOP, the teacher does not fit, too
-            many clips are damaged, too many steps are not finite, or the ranks' graphs differ.
+        UserError: the shards are bad, a clip has no label, another process owns the run folder, it holds another recipe
+            or a file STOP, the teacher does not fit, too many clips are damaged, too many steps or a parameter are not
+            finite, or the ranks' graphs differ.
         Stopped: the run was stopped, after saving.
     """
     refuse_stop_file(recipe.run_dir)
     folder = open_shards(recipe.data)
     check_heads(recipe.data, folder)
-    start = prepare_run_dir(recipe, world, resume, report)
-    if start == "finished":
-        report(f"train {recipe.name}", 1, 1, "already finished (start over with --resume never)")
-        return dict(read_state(recipe.run_dir).get("metrics", {}))
-    preemption = preemption or PreemptionHandler(world.rank, None, highest)
-    trainer = Trainer(recipe, world, folder, validate, report, preemption)
-    if start:
-        trainer.resume(Path(start))
-    try:
-        return trainer.run()
-    except BaseException as error:
-        if world.is_main and not isinstance(error, Stopped):
-            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            write_state(recipe.run_dir, state, error=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        trainer.saver.close()
+    clips = TrainingClips(
+        folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size, recipe.modalities
+    )
+    check_labels(recipe, folder, clips.clips, world)
+    with own_run_dir(recipe, world, report) as ownership:
+        start = prepare_run_dir(recipe, world, resume, report)
+        if start == "finished":
+            report(f"train {recipe.name}", 1, 1, "already finished (start over with --resume never)")
+            return dict(read_state(recipe.run_dir).get("metrics", {}))
+        preemption = preemption or PreemptionHandler(world.rank, None, highest)
+        trainer = Trainer(recipe, world, clips, validate, report, preemption, ownership)
+        if start:
+            trainer.resume(Path(start))
+        try:
+            return trainer.run()
+        except BaseException as error:
+            if ownership and not ownership.is_lost and not isinstance(error, Stopped):
+                state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                write_state(recipe.run_dir, state, error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            trainer.saver.close()
 
 
 class _StopRequested(Exception):
@@ -150,26 +150,24 @@ class Trainer:
         self,
         recipe: Recipe,
         world: World,
-        folder: ShardFolder,
+        clips: TrainingClips,
         validate: Validate,
         report: Report,
         preemption: PreemptionHandler,
+        ownership: Ownership | None,
     ) -> None:
         self.recipe, self.world, self.validate, self.report = recipe, world, validate, report
-        self.preemption = preemption
+        self.clips, self.preemption, self.ownership = clips, preemption, ownership
         if recipe.training.threads:
             torch.set_num_threads(recipe.training.threads)
-        self.clips = TrainingClips(
-            folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size, recipe.modalities
-        )
         self.division = divide_batch(recipe, world.size)
         self.schedule = Schedule(
-            len(self.clips.clips), recipe.training.batch_size, world.size, self.division.accumulation
+            len(clips.clips), recipe.training.batch_size, world.size, self.division.accumulation
         )
         self.steps_per_epoch = self.schedule.steps_per_epoch
         self.total_steps = self.steps_per_epoch * recipe.training.epochs
-        self.classes = folder.classes
-        self.data_state = data_state(recipe, folder)
+        self.classes = clips.folder.classes
+        self.data_state = data_state(recipe, clips.folder)
         self.best = BestWeights(recipe, self.classes, validate.metrics(self.classes))
         self.engine = Engine(build_model(recipe, self.classes, report, world.is_main), recipe, world)
         heads = {head: len(names) for head, names in self.classes.items()}
@@ -185,9 +183,9 @@ class Trainer:
             recipe.training.peak_tflops, verbose=world.is_main,
         )  # fmt: skip
         self.position = Position(0, 0)
-        self._is_warm = False
+        self._is_warm = self._save_is_due = False
         self.saver = AsyncSaver(recipe, world, self.steps_per_epoch, self.data_state)
-        self.damage = DamageLog(recipe.run_dir, len(self.clips.clips), recipe.data.max_damaged_fraction, world.rank)
+        self.damage = DamageLog(recipe.run_dir, len(clips.clips), recipe.data.max_damaged_fraction, world.rank)
         self.averages = Averages()
         self.skips = SkippedSteps(recipe.training.max_skipped_steps, gather, self.engine.dtype == torch.float16)
         self.graph_check = GraphCheck(
@@ -318,6 +316,8 @@ class Trainer:
         training = self.recipe.training
         epoch, step = divmod(done, self.steps_per_epoch)
         self._mark(f"after step {done}")
+        if self.ownership:
+            self.ownership.check()
         self.saver.poll()
         stop = self.preemption.agree(self.recipe.run_dir)
         if done % training.log_every_steps == 0 or step == 0:
@@ -326,14 +326,13 @@ class Trainer:
         if stop:
             self._stop(stop, done)
         every_steps = training.checkpoint_every_steps
-        save = bool(every_steps and done % every_steps == 0)
-        if step:
-            if save:
-                self.save_now(done)
-            return
-        if self._is_validated_after(done):
-            self._validate(done)
-        if save or done == self.total_steps or epoch % training.checkpoint_every_epochs == 0:
+        self._save_is_due |= bool(every_steps and done % every_steps == 0)
+        if step == 0:
+            if self._is_validated_after(done):
+                self._validate(done)
+            self._save_is_due |= done == self.total_steps or epoch % training.checkpoint_every_epochs == 0
+        if self._save_is_due and not self.skips.is_skipping:  # a run that can only skip must not replace good states
+            self._save_is_due = False
             self.save_now(done)
 
     def _is_validated_after(self, done: int) -> bool:
@@ -370,13 +369,17 @@ class Trainer:
 
     def _stop(self, stop: Stop, done: int) -> NoReturn:
         """Save, and raise `Stopped` on every rank."""
-        self.save_now(done, wait=True)
+        saved = "saved"
+        if self.skips.is_skipping:
+            saved = "not saved, since its last steps were skipped"
+        else:
+            self.save_now(done, wait=True)
         reason = f"{stop.reason} on rank {stop.rank}"
         if self.log:
             self.log.close()
             write_state(self.recipe.run_dir, stop.state, why=reason, reason=stop.reason, rank=stop.rank, step=done)
         raise Stopped(
-            f"{self.recipe.name}: {stop.state} by {reason} after step {done} of {self.total_steps}, saved: "
+            f"{self.recipe.name}: {stop.state} by {reason} after step {done} of {self.total_steps}, {saved}: "
             f"{stop.advice}",
             stop.exit_code,
         )
@@ -414,12 +417,21 @@ class Trainer:
             self.metrics = self.validate(model, self.recipe, self.world, self._between_batches)
         except _StopRequested as request:
             self._stop(request.stop, done)
-        if self.log:
-            self.log.write("validation", done, (done - 1) // self.steps_per_epoch, self.metrics)
-            save_model(model, self.recipe.run_dir, recipe=self.recipe, classes=self.classes)
-            self.best.save_if_better(model, self.metrics, done, (done - 1) // self.steps_per_epoch)
-        barrier()
+        raise_on_all(self._keep_validated(model, done))
         self.engine.model.train()
+
+    def _keep_validated(self, model: KarmmaModel, done: int) -> str | None:
+        """Write the metrics and weights of a validation, on the main rank; return what prevents it."""
+        if not self.log:
+            return None
+        epoch = (done - 1) // self.steps_per_epoch
+        try:
+            self.log.write("validation", done, epoch, self.metrics)
+            save_model(model, self.recipe.run_dir, recipe=self.recipe, classes=self.classes)
+            self.best.save_if_better(model, self.metrics, done, epoch)
+        except UserError as error:
+            return str(error)
+        return None
 
     def _between_batches(self) -> None:
         mark("validating", START_S)
@@ -434,63 +446,3 @@ class Trainer:
         scores = " ".join(f"{name} {value:.1f}" for name, value in itertools.islice(self.metrics.items(), 1))
         note = f"{epoch} loss {loss:.3f} {scores}" if loss is not None else epoch
         self.report(f"train {self.recipe.name}", done, self.total_steps, f"{note} {details}".rstrip())
-
-
-def train_chain(
-    chain: Sequence[Recipe],
-    validate: Validate,
-    resume: str = "auto",
-    report: Report | None = None,
-    deadline: float | None = None,
-) -> dict[str, dict[str, float]]:
-    """Train recipes one after the other on the ranks that the environment describes. Every rank must call this.
-
-    Finished runs of the earlier recipes are used as they are, regardless of the settings they were trained with.
-    `resume` applies to the last recipe.
-
-    Args:
-        chain: recipes, each after the recipes it builds on.
-        validate: measures a model in training.
-        resume: "auto", "never" or the path of a checkpoint.
-        report: receives progress on rank 0; None: a progress display of this process.
-        deadline: `time.monotonic()` by which the ranks must have saved and ended; None: no limit.
-
-    Returns:
-        The metrics of each run's last validation, by run, on rank 0; an empty dict on other ranks.
-
-    Raises:
-        UserError: the input is bad (see `train`), or the ranks do not divide a batch evenly.
-        Stopped: a signal, the deadline or a file STOP stopped the run, after saving; or another rank is lost.
-    """
-    world = find_world(os.environ)
-    last = chain[-1]
-    finished = finished_names(chain) if resume == "auto" else finished_names(chain[:-1])
-    check_batches(chain, world.size, finished)  # before training starts, and before any rank waits for another
-    with contextlib.ExitStack() as stack:
-        on_loss = partial(_record_lost_rank, chain, world)
-        stack.enter_context(process_group(world, last.training.collective_timeout_s, on_loss))
-        preemption = stack.enter_context(PreemptionHandler(world.rank, deadline, highest))
-        rank_report = silent if not world.is_main else report or stack.enter_context(Progress())
-        scores = {}
-        for recipe in chain[:-1]:
-            scores[recipe.name] = _train_unless_finished(recipe, world, validate, rank_report, preemption)
-        scores[last.name] = train(last, world, validate, resume=resume, report=rank_report, preemption=preemption)
-        return scores if world.is_main else {}
-
-
-def _record_lost_rank(chain: Sequence[Recipe], world: World, reason: str) -> None:
-    """Record in the state of the current run that another rank is lost."""
-    for recipe in chain if world.is_main else ():
-        if read_state(recipe.run_dir).get("state") == "running":
-            write_state(recipe.run_dir, "failed", error=reason)
-
-
-def _train_unless_finished(
-    recipe: Recipe, world: World, validate: Validate, report: Report, preemption: PreemptionHandler
-) -> dict[str, float]:
-    state = read_state(recipe.run_dir)
-    barrier()  # every rank must read the state before any rank trains
-    if state.get("state") == "finished":
-        report(f"train {recipe.name}", 1, 1, f"already finished in {recipe.run_dir}")
-        return dict(state["metrics"])
-    return train(recipe, world, validate, report=report, preemption=preemption)

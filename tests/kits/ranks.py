@@ -37,7 +37,7 @@ ADAMW = ("optimizer.name=adamw", "optimizer.lr=0.003", "optimizer.weight_decay=0
 
 _IMPORTED_ONCE = [
     "karmma_dist.distributed.preflight.preflight",  # first: it quietens torch, which reads that when it is imported
-    "karmma_dist.training.trainer", "karmma_dist.evaluation.run", "torch._dynamo", "torch.utils.tensorboard",
+    "karmma_dist.training.chain", "karmma_dist.evaluation.run", "torch._dynamo", "torch.utils.tensorboard",
 ]  # fmt: skip
 
 

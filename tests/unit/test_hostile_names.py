@@ -265,12 +265,12 @@ def test_doctor_and_preflight(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_launch_and_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from karmma_dist.training import trainer
+    from karmma_dist.training import chain
 
     names = f"--set=name={json.dumps(HOSTILE)}"
     assert main(["launch", "demo/teacher", "--local", "1", names, "--dry-run"]) == 0
     expect_text(capsys.readouterr().out, "Put [something]")
-    monkeypatch.setattr(trainer, "train_chain", lambda *_, **__: {HOSTILE: {"action_top1": 1.0}})
+    monkeypatch.setattr(chain, "train_chain", lambda *_, **__: {HOSTILE: {"action_top1": 1.0}})
     assert main(["train", "demo/teacher", f"--set=runs_dir={json.dumps(str(tmp_path))}"]) == 0
     expect_text(capsys.readouterr().out, f"{SHOWN}: action_top1 1.00 (")
 

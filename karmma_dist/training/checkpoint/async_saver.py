@@ -21,15 +21,17 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from karmma_dist.distributed.collectives import gather
+from karmma_dist.distributed.collectives import gather, raise_on_all
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import remove, write_json, write_whole
 from karmma_dist.io.json_fields import JsonObject, read_json
+from karmma_dist.models.model_card import find_nonfinite
 from karmma_dist.recipe import Recipe
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.checkpoint.checkpoint import checksum, complete, prune, versions
 from karmma_dist.training.checkpoint.record import CheckpointRecord, FileSum, rank_files, step_folder
+from karmma_dist.training.checkpoint.zero_state import is_buffer
 from karmma_dist.training.engine import Engine
 
 _WRITE_LIMIT_S = 1800.0
@@ -82,15 +84,16 @@ class AsyncSaver:
             state: further JSON values to save, equal on every rank.
 
         Raises:
-            UserError: this save cannot be started, or the last save failed.
+            UserError: this save cannot be started, the state is not finite, or the last save failed.
         """
         self.finish()
         began = time.perf_counter()
         parent = self._recipe.run_dir / "checkpoints"
         final = parent / step_folder(done)
         partial = parent / f".{final.name}.partial"
-        self._agree(_prepare(partial) if self._world.is_main else None, partial)
         tensors, engine_state = engine.snapshot()
+        self._refuse_diverged(tensors, final)
+        self._agree(_prepare(partial) if self._world.is_main else None, partial)
         position = Position(*divmod(done, self._steps_per_epoch))
         record = CheckpointRecord(
             position, done, self._world.size, self._recipe.training.zero_stage, self._data, engine_state, state,
@@ -188,6 +191,14 @@ class AsyncSaver:
             self._error = _reason(error)
             return
         pending.is_complete = True
+
+    def _refuse_diverged(self, tensors: dict[str, Tensor], final: Path) -> None:
+        """Raise `UserError` on every rank if any rank's state is not finite."""
+        name = find_nonfinite((name, tensor) for name, tensor in tensors.items() if not is_buffer(name))
+        raise_on_all(
+            name and f"{final}: not saved, since the model has diverged: '{name}' holds NaN or infinity; earlier "
+            "checkpoints are intact: lower optimizer.lr, and start over with --resume never"
+        )
 
     def _agree(self, error: str | None, partial: Path) -> None:
         """Raise `UserError` on every rank if any rank has an error; the main rank removes the partial folder."""

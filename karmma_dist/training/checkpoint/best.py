@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,9 @@ class BestWeights:
             epoch: 0-based epoch after which it was validated.
         """
         value, best = metrics.get(self._metric), self.record.get("value")
-        if value is None:
+        if value is None or not math.isfinite(value):
             return False
-        if best is not None and not (value < best if self._lower_is_better else value > best):
+        if best is not None and math.isfinite(best) and not (value < best if self._lower_is_better else value > best):
             return False
         save_model(model, self.folder, recipe=self._recipe, classes=self._classes)
         write_state(

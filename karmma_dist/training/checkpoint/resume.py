@@ -1,19 +1,44 @@
-"""Prepares a run folder before training: it may be new, hold another run, be finished, or be resumed."""
+"""Prepares a run folder before training: another process may own it; it may be new, hold another run, be finished, or
+be resumed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.distributed.collectives import gather
+from karmma_dist.distributed.collectives import gather, raise_on_all
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError, masked
 from karmma_dist.io.files import remove
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
 from karmma_dist.runs.folder import BEST, ENSEMBLE, read_state, write_state
+from karmma_dist.runs.owner import Ownership, owned
 from karmma_dist.settings import flat, unmarked
 from karmma_dist.training.checkpoint.checkpoint import checkpoints, find_damage, newest_undamaged, set_latest
+
+
+@contextmanager
+def own_run_dir(recipe: Recipe, world: World, report: Report = silent) -> Iterator[Ownership | None]:
+    """Own the run folder while the block runs; yield the ownership on the main rank, None on the others.
+
+    Every rank must call this.
+
+    Raises:
+        UserError: another process owns the folder, or it cannot be written.
+    """
+    with ExitStack() as stack:
+        ownership, problem = None, None
+        try:
+            if world.is_main:
+                ownership = stack.enter_context(owned(recipe.run_dir, "is being trained", report))
+        except UserError as error:
+            problem = str(error)
+        raise_on_all(problem)
+        yield ownership
 
 
 def prepare_run_dir(recipe: Recipe, world: World, resume: str, report: Report = silent) -> str:

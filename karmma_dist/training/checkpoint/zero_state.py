@@ -228,6 +228,11 @@ class SavedState:
         return float(file.get_tensor(key))
 
 
+def is_buffer(key: str) -> bool:
+    """Return True if a tensor of a snapshot is a module's buffer."""
+    return key.startswith("buffer:")
+
+
 def _key(kind: str, start: int, name: str) -> str:
     return f"{kind}:{start}:{name}"
 

@@ -33,6 +33,8 @@ class SkippedSteps:
     def __init__(self, allowed: int, gather: Callable[[list[Any]], list[Any]], scales_loss: bool = False) -> None:
         self._allowed, self._gather, self._scales_loss = allowed, gather, scales_loss
         self._in_a_row = 0
+        self.is_skipping = False
+        """True if the last step was skipped."""
         self.num_skipped = 0
         """Number of steps skipped because a loss or gradient was not finite."""
         self.num_rescaled = 0
@@ -40,7 +42,7 @@ class SkippedSteps:
 
     def record_update(self) -> None:
         """Record that the parameters were updated."""
-        self._in_a_row = 0
+        self._in_a_row, self.is_skipping = 0, False
 
     def record_skip(self, local: RankStep) -> dict[str, Any]:
         """Record that a step was skipped. Every rank must call this.
@@ -48,6 +50,7 @@ class SkippedSteps:
         Returns:
             The event for the log: `cause` (loss, gradient or loss_scale) and `suspects`, equal on every rank.
         """
+        self.is_skipping = True
         all_ranks = self._gather([local])
         suspects = [rank_step for rank_step in all_ranks if not rank_step.loss_is_finite]
         if not suspects and self._scales_loss:

@@ -20,8 +20,8 @@ from karmma_dist.recipe import Recipe, load_recipe
 from karmma_dist.recipe.micro_batches import check_batches, divide_batch, indivisible, nearest_divisible
 from karmma_dist.runs.folder import write_state
 from karmma_dist.streaming.order import Position, Schedule
+from karmma_dist.training.chain import train_chain
 from karmma_dist.training.checkpoint.resume import differing_fields
-from karmma_dist.training.trainer import train_chain
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = sorted(
