@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import re
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
+from kits.patience import HANGS_S
 from kits.ranks import ADAMW, RECIPE, Rank, command, karmma_dist, outcome, start
 
 OFTEN = ("training.checkpoint_every_steps=1", "training.log_every_steps=2")
@@ -113,3 +116,58 @@ def test_kills_while_saving_and_while_training_change_no_bit(
     assert losses == expected_losses, (in_save, later)
     assert all(torch.equal(weights[name], expected) for name, expected in expected_weights.items())
     assert not list(checkpoints.glob(".*"))
+
+
+SLOWLY = (
+    "import time\nfrom karmma_dist.training.engine import Engine\nbackward = Engine.backward\n"
+    "def slowly(self, loss):\n    time.sleep(0.5)\n    backward(self, loss)\n"
+    "Engine.backward = slowly\n"
+)
+
+
+def test_a_run_that_is_started_twice_is_trained_once(undisturbed: Path, shards: Path, tmp_path: Path) -> None:
+    """Start it again while it trains, on one and on two ranks; kill it, and start it a third time."""
+    settings = (*ADAMW, *OFTEN)
+    (first,) = start(tmp_path, shards, 1, *settings, script=SLOWLY)
+    try:
+        latest = tmp_path / "runs/student/checkpoints/latest"
+        wait_until(latest.exists, first)
+        for num_ranks in (1, 2):
+            for second in start(tmp_path, shards, num_ranks, *settings):
+                assert second.wait() == 2, second.stderr
+                assert f"is being trained by process {first.pid} on " in second.stderr
+                assert "Traceback" not in second.stderr
+        assert first.is_running
+    finally:
+        first.kill()
+    assert list((tmp_path / "runs/student").glob(".owner-*"))
+    end(start(tmp_path, shards, 1, *settings), 0)
+    assert not list((tmp_path / "runs/student").glob(".owner-*"))
+    weights, losses = outcome(tmp_path)
+    expected_weights, expected_losses = outcome(undisturbed)
+    assert losses == expected_losses
+    assert all(torch.equal(weights[name], expected) for name, expected in expected_weights.items())
+
+
+def test_a_run_whose_owner_file_is_removed_stops(shards: Path, tmp_path: Path) -> None:
+    """Remove it while the run trains, as a process that takes it for dead would."""
+    (rank,) = start(tmp_path, shards, 1, *OFTEN, script=SLOWLY)
+    try:
+        run_dir = tmp_path / "runs/student"
+        wait_until((run_dir / "checkpoints/latest").exists, rank)
+        for path in run_dir.glob(".owner-*"):
+            path.unlink()
+        assert rank.wait() == 2
+    finally:
+        rank.kill()
+    assert re.search(r"\.owner-\w+\.json: was removed, so another process may own this folder", rank.stderr)
+    assert '"state":"running"' in (run_dir / "state.json").read_text()
+
+
+def wait_until(is_so: Callable[[], bool], rank: Rank) -> None:
+    """Wait until something is so, as long as the rank runs."""
+    limit = time.monotonic() + HANGS_S
+    while not is_so():
+        assert rank.is_running, rank.stderr
+        assert time.monotonic() < limit
+        time.sleep(0.05)

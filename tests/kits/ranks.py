@@ -70,6 +70,11 @@ class Rank:
         """True if the process has not ended."""
         return self._process.exitcode is None
 
+    @property
+    def pid(self) -> int | None:
+        """Its process id."""
+        return self._process.pid
+
     def kill(self) -> None:
         """Kill the process if it still runs, and wait until it has ended."""
         self._process.kill()

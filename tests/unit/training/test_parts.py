@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -70,18 +71,29 @@ def test_scaling_without_a_batch_size_to_scale_from_is_refused() -> None:
         OptimizerRecipe(lr_scaling="sqrt")
 
 
-@given(st.integers(1, 20), st.integers(2, 30), st.floats(0, 2))
+@given(st.integers(1, 20), st.integers(1, 30), st.floats(0, 1), st.sampled_from(["cosine", "linear"]))
 def test_rate_starts_and_ends_at_start_lr_and_peaks_at_lr(
-    steps_per_epoch: int, epochs: int, warmup: float
+    steps_per_epoch: int, epochs: int, part: float, schedule: str
 ) -> None:
-    recipe = OptimizerRecipe(lr=1e-3, start_lr=1e-5, warmup_epochs=warmup)
+    """Check warm-ups of any length up to that of the run."""
+    recipe = OptimizerRecipe.model_validate(
+        {"lr": 1e-3, "start_lr": 1e-5, "warmup_epochs": part * epochs, "schedule": schedule}
+    )
     total = steps_per_epoch * epochs
     rates = [learning_rate(recipe, step, steps_per_epoch, total, 32) for step in range(total)]
     assert max(rates) <= 1e-3 + 1e-12
     assert min(rates) >= 1e-5 - 1e-12
-    assert rates[-1] == pytest.approx(1e-5) or total - 1 <= warmup * steps_per_epoch
-    if warmup * steps_per_epoch >= 1:
+    assert rates[-1] == pytest.approx(1e-5 if total > 1 else 1e-3)
+    warmup = recipe.warmup_epochs * steps_per_epoch
+    if warmup >= 1 and total > 1:
         assert rates[0] == pytest.approx(1e-5)
+    rising = [later - earlier for earlier, later in itertools.pairwise(rates[: min(total - 1, int(warmup) + 1)])]
+    assert all(step > 0 for step in rising)
+
+
+def test_a_run_of_one_step_has_the_full_rate() -> None:
+    for warmup in (0, 0.5, 1):
+        assert learning_rate(OptimizerRecipe(lr=0.1, start_lr=0.0, warmup_epochs=warmup), 0, 1, 1, 32) == 0.1
 
 
 def test_losses_average_over_heads_and_vanish_for_a_perfect_student() -> None:

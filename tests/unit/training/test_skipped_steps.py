@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from karmma_dist.distributed.process_group import process_group
 from karmma_dist.distributed.world import World, free_port
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.run import validate
+from karmma_dist.models.model_card import find_nonfinite
 from karmma_dist.recipe import Recipe
+from karmma_dist.training.checkpoint.checkpoint import find_damage
 from karmma_dist.training.engine import Engine
 from karmma_dist.training.fault_tolerance.skipped_steps import RankStep, SkippedSteps, describe
 from karmma_dist.training.objectives import CrossEntropy
@@ -175,5 +178,56 @@ def test_run_survives_a_bad_step_but_not_too_many(
     losses = {line["step"]: line.get("loss") for line in lines if line["kind"] == "train"}
     assert {step for step, loss in losses.items() if loss is None} == {2, 7, 8}
     steps_per_epoch = len(calls[0]) and 28 // 6
-    assert (run.run_dir / "checkpoints" / f"step-{steps_per_epoch:08d}").is_dir()
+    saved = [path.name for path in sorted((run.run_dir / "checkpoints").glob("step-*"))]
+    assert saved == [f"step-{steps_per_epoch:08d}"]  # that of step 8 is due while steps are being skipped
+    assert json.loads((run.run_dir / "state.json").read_text())["state"] == "failed"
+
+
+def test_a_checkpoint_due_at_a_skipped_step_is_saved_after_the_next_update(
+    world: World, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check a run whose steps 3, 4 and 12, the last, are bad; checkpoints are due after steps 4, 8 and 12."""
+    honest, calls = CrossEntropy.loss, []
+
+    def poisoned(self: CrossEntropy, logits: dict[str, Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        calls.append(batch.step)
+        loss, parts = honest(self, logits, batch)
+        return loss * (torch.nan if len(calls) in (3, 4, 12) else 1.0), parts
+
+    monkeypatch.setattr(CrossEntropy, "loss", poisoned)
+    training = {"epochs": 3, "max_skipped_steps": 3, "keep_checkpoints": 9}
+    run = recipe(data={"shards": str(shards)}, training=training, runs_dir=str(tmp_path))
+    train(run, world, validate)
+    saved = [path.name for path in sorted((run.run_dir / "checkpoints").glob("step-*"))]
+    assert saved == ["step-00000005", "step-00000008"]
+    assert json.loads((run.run_dir / "state.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("moment", ["checkpoint", "validation"])
+def test_a_diverged_model_replaces_neither_a_checkpoint_nor_weights(
+    world: World, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Check a run with parameters that become NaN in the middle of an epoch, or just before a validation."""
+    settings = {"epochs": 2, "checkpoint_every_steps": 1, "keep_checkpoints": 1, "validate_every_epochs": 1}
+    run = recipe(data={"shards": str(shards)}, training=settings, runs_dir=str(tmp_path))
+    step, counted = Engine.step, []
+    at = 5 if moment == "checkpoint" else 8
+
+    def diverging(self: Engine, lr: float) -> Any:
+        update = step(self, lr)
+        counted.append(lr)
+        if len(counted) == at:
+            next(iter(self.model.parameters())).data.fill_(torch.nan)
+            for flat in self._shards._flats:
+                flat.data[0] = torch.nan
+        return update
+
+    monkeypatch.setattr(Engine, "step", diverging)
+    with pytest.raises(UserError, match=r"not saved, .* diverged: .* holds NaN or infinity|the weights diverged"):
+        train(run, world, validate)
+    (saved,) = (run.run_dir / "checkpoints").glob("step-*")
+    assert saved.name == f"step-{at - 1:08d}"
+    assert find_damage(saved) is None
+    for folder in (run.run_dir, run.run_dir / "best"):
+        assert find_nonfinite(load_file(folder / "weights.safetensors").items()) is None
     assert json.loads((run.run_dir / "state.json").read_text())["state"] == "failed"
