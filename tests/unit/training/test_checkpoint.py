@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from karmma_dist.distributed import collectives
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import NOT_LEARNED, DistillRecipe, Recipe, load_recipe, save_recipe
@@ -52,6 +54,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the collectives: one rank needs no process group."""
     monkeypatch.setattr(async_saver, "gather", lambda items: items)
     monkeypatch.setattr(run_folder, "gather", lambda items: items)
+    monkeypatch.setattr(collectives, "gather", lambda items: items)
 
 
 def make_saver(run: Recipe, shards: Path, steps_per_epoch: int = 5) -> AsyncSaver:
@@ -297,6 +300,61 @@ def test_no_bit_of_the_record_may_flip(saved: Path) -> None:
         for other in (before, before + after[1:], before + b" " + after):
             with pytest.raises(ValueError):
                 CheckpointRecord.parse(other)
+
+
+def damage_at_random(path: Path, draw: random.Random) -> None:
+    """Damage a file in one of the ways in which disks, copies and people do it."""
+    content = path.read_bytes()
+    kind = draw.choice(["flip", "cut", "zeros", "longer", "gone", "folder", "fifo", "link", "other", "unreadable"])
+    if kind in ("flip", "cut", "zeros", "longer", "other"):
+        at = draw.randrange(len(content))
+        changed = {
+            "flip": content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :],
+            "cut": content[:at],
+            "zeros": content[:at] + bytes(len(content) - at),
+            "longer": content + content[at:],
+            "other": draw.choice(list(OTHERS.values())),
+        }
+        path.write_bytes(changed[kind])
+        return
+    path.unlink()
+    {"folder": path.mkdir, "fifo": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("nowhere")}.get(
+        kind, lambda: None
+    )()
+
+
+def test_damaged_run_folders_resume_from_an_intact_checkpoint_or_not_at_all(tmp_path: Path, shards: Path) -> None:
+    """Damage 300 copies of a folder of three checkpoints, each in up to six places."""
+    run = recipe(tmp_path, shards)
+    training = run.training.model_copy(update={"keep_checkpoints": 3})
+    original = save(run.model_copy(update={"training": training}), shards, 5, 10, 15)[0].parent
+    files = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
+    for seed in range(300):
+        draw, folder = random.Random(seed), tmp_path / "copies" / str(seed)
+        shutil.copytree(original, folder / "checkpoints")
+        hit = draw.sample(files, draw.randint(1, 6))
+        for name in hit:
+            damage_at_random(folder / "checkpoints" / name, draw)
+        changed = {name for name in hit if not _is_same(original / name, folder / "checkpoints" / name)}
+        intact = [path for path in checkpoints(folder) if not any(name.parts[0] == path.name for name in changed)]
+        reports: list[str] = []
+        if intact:
+            chosen = newest_undamaged(folder, lambda name, _, reports=reports: reports.append(name))
+            assert chosen == intact[-1], seed
+            pointer = ["latest"] if "latest" in reports else []
+            assert reports == [*pointer, *_after(checkpoints(folder), chosen)], seed
+        else:
+            with pytest.raises(UserError, match="every checkpoint is damaged"):
+                newest_undamaged(folder, ignore)
+        shutil.rmtree(folder)
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    return second.is_file() and first.read_bytes() == second.read_bytes()
+
+
+def _after(paths: list[Path], chosen: Path) -> list[str]:
+    return [path.name for path in reversed(paths[paths.index(chosen) + 1 :])]
 
 
 @pytest.mark.parametrize("name", ["../file", "/etc/hostname", "..", "", "a/b", ".hidden", "x" * 300, "a\nb"])
