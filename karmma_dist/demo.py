@@ -12,7 +12,6 @@ A repeated run does only the unfinished steps.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from karmma_dist.evaluation.results import parse_results
 from karmma_dist.evaluation.run import Evaluated, carry_out
 from karmma_dist.evaluation.statistics.compare import parse_comparison
 from karmma_dist.io.files import whole_folder, write_json
+from karmma_dist.io.json_fields import JsonObject, read_json
 from karmma_dist.models.weights import own_weights
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
@@ -139,17 +139,22 @@ def _stored_comparison(path: Path, runs: Mapping[str, Path]) -> dict[str, Any] |
         return None
     comparison = _read_object(path)
     results = {title: _read_object(file) for title, file in stored.items()}
-    return comparison if comparison.get("models") == results else None
+    return comparison if "comparison" in comparison and comparison.get("models") == results else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        return read_json(path, with_gaps=True).unchecked()
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}): remove it to make it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object: remove it to make it again")
-    return content
+
+
+def _read_seconds(path: Path) -> dict[str, float]:
+    content = JsonObject(_read_object(path))
+    try:
+        return {step: content.number(step) for step in content}
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: remove it to measure again") from None
 
 
 def _make_raw(raw: Path, report: Report) -> None:
@@ -175,7 +180,7 @@ class Timings:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.seconds: dict[str, float] = _read_seconds(path) if path.is_file() else {}
 
     def measure(self, step: str, work: Callable[[], Done]) -> Done:
         """Run `work` and return its result; keep the longest time of a repeated step, which may be done already."""

@@ -12,7 +12,6 @@ Legend: N clips.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from karmma_dist.errors import UserError
+from karmma_dist.packing.readers.tables import integer, rows
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip, DamageError
 
@@ -113,19 +113,13 @@ def participants(folder: ShardFolder, clips: Sequence[Clip]) -> Callable[[str], 
 def _classes(path: Path, head: str, num_classes: int) -> frozenset[int]:
     classes = set()
     for row, text in _column(path, head):
-        if not text.isdigit() or int(text) >= num_classes:
+        label = integer(row, head, text)
+        if not 0 <= label < num_classes:
             raise UserError(f"{row}: {head} '{text}' is not one of the model's {num_classes} classes")
-        classes.add(int(text))
+        classes.add(label)
     return frozenset(classes)
 
 
 def _column(path: Path, column: str) -> list[tuple[str, str]]:
     """Return the cells of one column of a CSV as (`FILE, row N`, text)."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if column not in (reader.fieldnames or ()):
-                raise UserError(f"{path}: column '{column}' is missing")
-            return [(f"{path}, row {reader.line_num}", (row[column] or "").strip()) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV: {error}") from None
+    return [(place, row[column].strip()) for place, row in rows(path, (column,), may_be_empty=True)]

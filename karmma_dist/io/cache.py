@@ -34,6 +34,7 @@ from typing import IO
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import remove, sha256_of
+from karmma_dist.io.json_fields import JsonObject, parse_strictly, shown
 from karmma_dist.io.locks import FileLock
 
 _ENTRY = re.compile(r"[0-9a-f]{64}")
@@ -257,6 +258,15 @@ def _is_ours(status: os.stat_result) -> bool:
     return status.st_uid in (os.geteuid(), 0)
 
 
+def _failure(text: str) -> FetchError:
+    """Return the error that the holder of a lock file wrote into it, with its cause alone if it is not whole."""
+    try:
+        message, damaged, passing = JsonObject({"arguments": parse_strictly(text)}).items("arguments")
+    except ValueError:
+        return FetchError(f"failed in another process: {shown(text)}", damaged=False)
+    return FetchError(str(message), damaged is True, passing is True)
+
+
 @contextmanager
 def _turn(path: Path) -> Iterator[IO[str] | None]:
     """Wait for a lock file and yield it, or yield None if its holder finished meanwhile.
@@ -273,7 +283,7 @@ def _turn(path: Path) -> Iterator[IO[str] | None]:
         if not lock.is_at_its_path():
             lock.file.seek(0)
             if failure := lock.file.read():
-                raise FetchError(*json.loads(failure))
+                raise _failure(failure)
             yield None
             return
         lock.file.truncate(0)

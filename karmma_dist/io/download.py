@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import random
 import time
@@ -22,6 +21,7 @@ from fsspec.callbacks import Callback
 
 from karmma_dist.errors import URL, UserError, masked, one_line
 from karmma_dist.io.cache import Content, FetchError
+from karmma_dist.io.json_fields import JsonObject
 
 TRIES = 5
 """Number of tries to download one file."""
@@ -103,7 +103,7 @@ class _Moved(Callback):
 def _read_json(url: str) -> bytes:
     text: bytes = _ask(url, lambda system: system.cat_file(url))
     try:
-        json.loads(text)
+        JsonObject.parse(text, may_repeat=True)
     except ValueError:
         raise FetchError("not valid JSON", damaged=True, passing=True) from None
     return text

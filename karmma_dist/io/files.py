@@ -15,6 +15,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -170,7 +171,29 @@ def write_json(path: Path, value: Any) -> None:
 
 def json_bytes(value: Any) -> bytes:
     """Return compact JSON in UTF-8: one line with its line break."""
-    return (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+    return (json_text(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+
+
+def json_text(value: Any, **layout: Any) -> str:
+    """Return JSON, with null for each number that is not finite: JSON has no NaN.
+
+    Args:
+        value: The value.
+        layout: Arguments of `json.dumps`.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **layout)
+    except ValueError:
+        return json.dumps(_with_gaps(value), allow_nan=False, **layout)
+
+
+def _with_gaps(value: Any) -> Any:
+    """Return a JSON value in which None replaces each number that is not finite."""
+    if isinstance(value, dict):
+        return {name: _with_gaps(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_gaps(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_regular(path: Path) -> IO[bytes]:

@@ -11,7 +11,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from karmma_dist.io.files import MOST_BYTES, read_file
 _MOST = 2**63
 """Whole numbers from here on are no size, place or class, and may be too large for a float."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -34,37 +35,48 @@ def strict_decoder() -> json.JSONDecoder:
     It raises ValueError for a name that occurs twice in an object, a number that is not finite or has more than 300
     digits, and a text that is no Unicode (half of a surrogate pair).
     """
+    return _decoder(_refuse_constant)
+
+
+def _decoder(parse_constant: Callable[[str], Any]) -> json.JSONDecoder:
     return json.JSONDecoder(
-        object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_int, parse_float=_float
+        object_pairs_hook=_unique, parse_constant=parse_constant, parse_int=_int, parse_float=_float
     )
 
 
-def parse_strictly(content: bytes | str) -> Any:
+def parse_strictly(content: bytes | str, *, with_gaps: bool = False) -> Any:
     """Parse JSON with `strict_decoder`; bytes must be UTF-8 without a byte order mark.
+
+    Args:
+        content: The JSON.
+        with_gaps: True to read NaN, Infinity and -Infinity, which are no JSON, as null: so Python's json writes
+            measured values that are not finite.
 
     Raises:
         ValueError: the content is not JSON, or the decoder refuses it.
     """
     try:
-        value = strict_decoder().decode(content if isinstance(content, str) else content.decode())
+        decoder = _decoder(_gap) if with_gaps else strict_decoder()
+        value = decoder.decode(content if isinstance(content, str) else content.decode())
         _check_texts([value])
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value
 
 
-def read_json(path: Path, limit: int = MOST_BYTES) -> JsonObject:
+def read_json(path: Path, limit: int = MOST_BYTES, *, with_gaps: bool = False) -> JsonObject:
     """Read a file that holds one JSON object, with `parse_strictly`.
 
     Args:
         path: Path of the file.
         limit: Largest number of bytes that such a file may have.
+        with_gaps: True to read NaN, Infinity and -Infinity as null.
 
     Raises:
         OSError: the file does not exist, cannot be read, is larger, or is no regular file.
         ValueError: its content is not a JSON object, or `parse_strictly` refuses it.
     """
-    return JsonObject(parse_strictly(read_file(path, limit)))
+    return JsonObject(parse_strictly(read_file(path, limit), with_gaps=with_gaps))
 
 
 def parse_list(text: str) -> Iterator[Any]:
@@ -118,6 +130,10 @@ def _check_texts(values: list[Any]) -> None:
             _check_texts(value)
 
 
+def _gap(_: str) -> None:
+    return None
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
@@ -133,6 +149,15 @@ def _float(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits[:20]} is too large a number")
     return value
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    return fields if len(fields) == len(pairs) else _unique(pairs)
+
+
+_QUICK = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_float)
+_QUICK_UNIQUE = json.JSONDecoder(object_pairs_hook=_unique_names, parse_constant=_refuse_constant, parse_float=_float)
 
 
 class JsonObject:
@@ -154,14 +179,23 @@ class JsonObject:
         self.path, self._values = path, value
 
     @classmethod
-    def parse(cls, content: bytes | str) -> JsonObject:
-        """Parse the content of a file.
+    def parse(cls, content: bytes | str, *, may_repeat: bool = False) -> JsonObject:
+        """Parse the content of a file like `parse_strictly`, in half of its time.
+
+        Numbers of 300 to 4,300 digits pass here; `whole` and `number` refuse them.
+
+        Args:
+            content: The JSON.
+            may_repeat: True to take the last of fields of the same name, which saves a tenth of the time.
 
         Raises:
-            ValueError: the content is not a JSON object.
+            ValueError: the content is not a JSON object, or `parse_strictly` refuses it.
         """
+        text = content if isinstance(content, str) else content.decode()
+        if _ESCAPED_SURROGATE.search(text) or (not text.isascii() and _SURROGATE.search(text)):
+            return cls(parse_strictly(text))
         try:
-            return cls(json.loads(content))
+            return cls((_QUICK if may_repeat else _QUICK_UNIQUE).decode(text))
         except RecursionError:
             raise ValueError("nested too deeply") from None
 

@@ -41,6 +41,7 @@ from typing import IO, Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import create
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.processes import machine, started_at
 
 BEAT_S = 5.0
@@ -215,10 +216,9 @@ def _others(own: _Announced, lock: Path) -> Iterator[_Other]:
 def _parsed(text: bytes) -> dict[str, Any]:
     """Return what a holder says of itself; nothing where it has not been written yet."""
     try:
-        about = json.loads(text)
+        return JsonObject.parse(text).unchecked()
     except ValueError:
         return {}
-    return about if isinstance(about, dict) else {}
 
 
 def _is_dead(about: dict[str, Any], silent_s: float) -> bool:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import refuse_link, remove_left, write_whole
+from karmma_dist.io.files import read_file, refuse_link, remove_left, write_whole
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities import MODALITIES, letters
 from karmma_dist.modalities.recording import ClipRecord, Recording, is_of_the_machine
@@ -278,7 +278,7 @@ class _Run:
                 raise UserError(f"{self.out}: holds {stray.name} but no {MANIFEST}: choose another --out or remove it")
             return None
         try:
-            manifest = Manifest.parse(path.read_bytes(), str(path))
+            manifest = Manifest.parse(read_file(path), str(path))
             difference = difference_between(manifest.header, self.spec, self.header.plan)
         except UserError:
             raise
@@ -359,7 +359,7 @@ def read_failures(path: Path) -> list[Failure]:
         UserError: the file is not a list of failures.
     """
     try:
-        lines = path.read_bytes().splitlines() if file_type(path) == "file" else []
+        lines = read_file(path).splitlines() if file_type(path) == "file" else []
         return [Failure.from_fields(JsonObject.parse(line)) for line in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a list of failures ({error}): remove it and pack again") from None

@@ -7,8 +7,9 @@ checked too.
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -20,12 +21,11 @@ from typing import Any
 import yaml
 
 from karmma_dist.errors import UserError, one_line
-from karmma_dist.runs.folder import STATE
+from karmma_dist.io.json_fields import JsonObject
+from karmma_dist.runs.folder import BEST, METRICS, STATE, MetricsLine, metrics_lines, read_state, run_folders
 from karmma_dist.runs.process import is_alive
 from karmma_dist.terminal import print_table
 
-_NO_RUNS = {"checkpoints", "eval", "best", "trace"}
-"""Subfolders of a run that never hold another run."""
 _SILENT_S = 1800.0
 """Seconds of silence after which a run is presumed dead, unless twenty log lines take longer."""
 _QUEUE_TIMEOUT_S = 10.0
@@ -37,6 +37,9 @@ _ENDED = {
     "TIMEOUT", "gone",
 }  # fmt: skip
 """Slurm's states of a job that will not run again; "gone" is a job that Slurm no longer knows."""
+
+_JOB_ID = re.compile("[0-9]{1,18}")
+"""Ids of jobs that Slurm may be asked about: another would make it refuse the whole question."""
 
 JobStates = Callable[[list[str]], dict[str, str] | None]
 """A function that returns the states of Slurm jobs by id, without forgotten jobs; None if Slurm cannot be asked."""
@@ -51,7 +54,7 @@ class Run:
     state: str
     """State of the run. running, preempted, interrupted, stopped, finished or failed: as the run wrote it; died: the
     run wrote running, but its process or job has ended; died?: the run has long been silent, and its process cannot be
-    checked from here; damaged: state.json or recipe.yaml cannot be read."""
+    checked from here; damaged: one of its files cannot be read, or holds what no run writes."""
     why: str | None
     """Cause of the state, in one line, if known."""
     step: int | None
@@ -68,6 +71,25 @@ class Run:
     """Seconds since the last sign of life."""
     resume: str | None
     """Command that resumes the run; None if the run cannot be resumed or resumes by itself."""
+
+
+@dataclass
+class _Files:
+    """What a run folder holds besides its metrics."""
+
+    recipe: dict[str, Any] | None
+    """recipe.yaml; None if it cannot be read."""
+    state: dict[str, Any]
+    """state.json; empty if it cannot be read."""
+    best: dict[str, Any]
+    """`metric` and `value` of the best validation, as the run recorded it; may be empty."""
+    problems: list[str]
+    """Causes of the damage, each one line."""
+
+    @property
+    def is_known(self) -> bool:
+        """True if recipe and state can be read."""
+        return self.recipe is not None and bool(self.state)
 
 
 @dataclass
@@ -95,14 +117,14 @@ def find_runs(folder: Path, job_states: JobStates | None = None, now: float | No
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: name a folder of runs, or start a run: karmma-dist train RECIPE")
     now = time.time() if now is None else now
-    files = {run: (_read_recipe(run), _read_state(run)) for run in _run_folders(folder)}
+    files = {run: _read_files(run, error) for run, error in run_folders(folder)}
     unsettled = {
-        str(state["job_id"])
-        for _, state in files.values()
-        if state.get("state") in ("running", "preempted") and "job_id" in state
+        found.state["job_id"]
+        for found in files.values()
+        if found.state.get("state") in ("running", "preempted") and _JOB_ID.fullmatch(found.state.get("job_id", ""))
     }
     jobs = (job_states or ask_squeue)(sorted(unsettled)) if unsettled else None
-    runs = [_describe(folder, run, recipe, state, jobs, now) for run, (recipe, state) in files.items()]
+    runs = [_describe(folder, run, found, jobs, now) for run, found in files.items()]
     return sorted(runs, key=lambda run: run.age_s)
 
 
@@ -110,7 +132,9 @@ def ask_squeue(ids: list[str]) -> dict[str, str] | None:
     """Return the states of Slurm jobs from squeue, as `JobStates` describes."""
     command = ["squeue", "--noheader", "--format=%A %T", f"--jobs={','.join(ids)}"]
     try:
-        squeue = subprocess.run(command, capture_output=True, text=True, timeout=_QUEUE_TIMEOUT_S)
+        squeue = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_QUEUE_TIMEOUT_S
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     if squeue.returncode and "Invalid job id" not in squeue.stderr:
@@ -144,24 +168,45 @@ def to_json(runs: Iterable[Run]) -> list[dict[str, Any]]:
     return [asdict(run) for run in runs]
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        if STATE in files or "recipe.yaml" in files:
-            yield Path(parent)
-            folders[:] = [name for name in folders if name not in _NO_RUNS]
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-
-
-def _read_state(run: Path) -> dict[str, Any]:
-    """Return state.json, or a damaged state with its cause if the file is missing or cannot be read."""
-    path = run / STATE
+def _read_files(run: Path, error: OSError | None) -> _Files:
+    """Read the files of a run folder; `error` is why the folder cannot be listed."""
+    if error is not None:
+        return _Files(None, {}, {}, [f"{run} cannot be read: {error.strerror}"])
+    problems: list[str] = []
+    state: dict[str, Any] = {}
+    best: dict[str, Any] = {}
+    recipe = _read_recipe(run)
+    if recipe is None:
+        problems.append(f"{run / 'recipe.yaml'} is missing or not a recipe")
+    else:
+        try:
+            _check_recipe(JsonObject(recipe))
+        except ValueError as error:
+            problems.append(f"{run / 'recipe.yaml'}: {error}")
+            recipe = None
     try:
-        state = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {"state": "damaged", "why": f"{path} is missing"}
-    except (OSError, ValueError) as error:
-        return {"state": "damaged", "why": f"{path} cannot be read: {error}"}
-    return state if isinstance(state, dict) else {"state": "damaged", "why": f"{path} is not a JSON object"}
+        state = read_state(run)
+        if not state:
+            problems.append(f"{run / STATE} is missing")
+        best = state.get("best") or read_state(run / BEST)
+    except UserError as error:
+        problems.append(str(error))
+    return _Files(recipe, state, best, problems)
+
+
+def _check_recipe(recipe: JsonObject) -> None:
+    """Check the fields of a recipe that are used here.
+
+    Raises:
+        ValueError: a field is of another type.
+    """
+    for name in ("name", "runs_dir"):
+        if name in recipe and not re.fullmatch(r"[^\0]+", recipe.text(name)):
+            raise recipe.problem(name)
+    training = recipe.nested("training") if recipe.others().get("training") is not None else JsonObject({})
+    for name in ("epochs", "batch_size", "log_every_steps"):
+        if training.others().get(name) is not None:
+            training.whole(name)
 
 
 def _read_recipe(run: Path) -> dict[str, Any] | None:
@@ -173,25 +218,33 @@ def _read_recipe(run: Path) -> dict[str, Any] | None:
     return recipe if isinstance(recipe, dict) and "name" in recipe else None
 
 
-def _describe(
-    top: Path, run: Path, recipe: dict[str, Any] | None, state: dict[str, Any], jobs: dict[str, str] | None, now: float
-) -> Run:
-    metrics = _read_metrics(run)
+def _describe(top: Path, run: Path, files: _Files, jobs: dict[str, str] | None, now: float) -> Run:
+    recipe, state, problems = files.recipe, files.state, list(files.problems)
+    metrics = _Metrics()
+    try:
+        metrics = _read_metrics(run)
+    except (OSError, ValueError) as error:
+        problems.append(f"{run / METRICS}: {getattr(error, 'strerror', None) or error}")
     training = (recipe or {}).get("training") or {}
     epochs = training.get("epochs")
-    job_id = None if state.get("job_id") is None else str(state["job_id"])
+    job_id = state.get("job_id")
     age_s = max(0.0, now - _last_sign(run, state))
-    shown, cause = _settle(state, jobs, age_s, _patience_s(training, metrics))
-    if recipe is None:
-        shown, cause = "damaged", f"{run / 'recipe.yaml'} is missing or not a recipe"
-    finished = shown == "finished"
+    settled, cause = _settle(state, jobs, age_s, _patience_s(training, metrics))
+    if problems:
+        written = f" (state.json: {settled})" if files.is_known else ""
+        cause = one_line("; ".join(problems)) + written
+    finished = settled == "finished"
     step = state.get("step", metrics.step)
     total = step if finished else epochs * metrics.steps_per_epoch if epochs and metrics.steps_per_epoch else None
-    is_queued = shown == "preempted" and jobs is not None and jobs.get(job_id or "", "gone") not in _ENDED
-    can_resume = recipe is not None and not finished and shown not in ("running", "damaged") and not is_queued
+    is_queued = settled == "preempted" and jobs is not None and jobs.get(job_id or "", "gone") not in _ENDED
+    can_resume = files.is_known and not finished and settled != "running" and not is_queued
+    best = metrics.best
+    if {"metric", "value"} <= files.best.keys():
+        best = {"metric": files.best["metric"], "value": files.best["value"]}
     return Run(
-        name=str(run.relative_to(top)) if run != top else run.resolve().name, folder=str(run), state=shown, why=cause,
-        step=step, total_steps=total, epochs=epochs, loss=metrics.loss, best=_best(run, state) or metrics.best,
+        name=str(run.relative_to(top)) if run != top else run.resolve().name, folder=str(run),
+        state="damaged" if problems else settled, why=cause,
+        step=step, total_steps=total, epochs=epochs, loss=metrics.loss, best=best,
         job_id=job_id, host=state.get("host"), age_s=age_s,
         resume=_resume_command(run, recipe, state) if can_resume and recipe else None,
     )  # fmt: skip
@@ -233,7 +286,7 @@ def _patience_s(training: Mapping[str, Any], metrics: _Metrics) -> float:
 
 def _last_sign(run: Path, state: Mapping[str, Any]) -> float:
     """Return the time at which the run last wrote its state or a line of metrics, in seconds since the epoch."""
-    written = [_modified(run / "metrics.jsonl"), float(state.get("time", 0.0))]
+    written = [_modified(run / METRICS), float(state.get("time", 0.0))]
     return max(written) or _modified(run / "recipe.yaml")
 
 
@@ -245,61 +298,54 @@ def _modified(path: Path) -> float:
 
 
 def _read_metrics(run: Path) -> _Metrics:
+    """Read the lines of metrics.jsonl that matter here; most lines of a long run do not.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is no line of metrics; it is named by its number.
+    """
+    lines = metrics_lines(run)[:-1]  # a crash may have cut what follows the last line break
+
+    def entries(numbers: Iterable[int]) -> Iterator[MetricsLine]:
+        for number in numbers:
+            try:
+                if lines[number]:
+                    yield MetricsLine.parse(lines[number])
+            except ValueError as error:
+                raise ValueError(f"line {number + 1}: {error}") from None
+
     metrics = _Metrics()
-    try:
-        lines = (run / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return metrics  # no line has been written yet
-    for line in reversed(lines):
-        entry = _entry(line)
-        if entry.get("kind") == "train":
-            metrics.step, metrics.loss, metrics.clips_per_s = entry["step"], entry.get("loss"), entry.get("clips_per_s")
-            break
-    validations = [entry for line in lines if b'"validation"' in line and (entry := _entry(line))]
-    metrics.best = _best_of(validations)
+    last = next((entry for entry in entries(reversed(range(len(lines)))) if entry.kind == "train"), None)
+    if last is not None:
+        metrics.step, metrics.loss, metrics.clips_per_s = last.step, last.number("loss"), last.number("clips_per_s")
+    named = [number for number, line in enumerate(lines) if b'"validation"' in line]
+    validations = [entry for entry in entries(named) if entry.kind == "validation"]
+    metrics.best = _best_of([entry.numbers() for entry in validations])
     if validations:  # these are written only at the end of an epoch
-        metrics.steps_per_epoch = validations[0]["step"] // (validations[0]["epoch"] + 1)
+        metrics.steps_per_epoch = validations[0].step // (validations[0].epoch + 1)
         return metrics
     before = 0
-    for entry in map(_entry, lines):
-        if entry.get("epoch", 0) > 0:
+    for entry in entries(range(len(lines))):
+        if entry.epoch > 0:
             metrics.steps_per_epoch = before or None
             break
-        before = entry.get("step", before)
+        before = entry.step
     return metrics
 
 
-def _entry(line: bytes) -> dict[str, Any]:
-    """Parse a line of metrics; return an empty entry for a line cut by a crash."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) and {"kind", "step", "epoch"} <= entry.keys() else {}
-
-
-def _best_of(validations: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _best_of(validations: list[dict[str, float]]) -> dict[str, Any] | None:
     """Return the highest value of the first metric of validations, the percentage by which models are compared."""
-    names = [name for entry in validations for name in entry if name not in ("kind", "step", "epoch")]
-    if not names:
-        return None
-    metric = names[0]
-    return {"metric": metric, "value": max(entry[metric] for entry in validations if metric in entry)}
-
-
-def _best(run: Path, state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the best validation that the run itself has recorded, or None."""
-    for record in (state.get("best"), _read_state(run / "best")):
-        if isinstance(record, dict) and {"metric", "value"} <= record.keys():
-            return {"metric": record["metric"], "value": record["value"]}
-    return None
+    metric = next((name for scores in validations for name in scores), None)
+    values = [scores[metric] for scores in validations if metric in scores and math.isfinite(scores[metric])]
+    return {"metric": metric, "value": max(values)} if values else None
 
 
 def _resume_command(run: Path, recipe: Mapping[str, Any], state: Mapping[str, Any]) -> str:
     """Return the command that resumes the run as it was started: through Slurm, on several local ranks, or alone."""
     words = [str(run / "recipe.yaml")]
-    if (Path(recipe.get("runs_dir", "runs")) / recipe["name"]).resolve() != run.resolve():
-        runs_dir = run.resolve()
+    real = Path(os.path.realpath(run))
+    if os.path.realpath(Path(recipe.get("runs_dir", "runs")) / recipe["name"]) != str(real):
+        runs_dir = real
         for _ in Path(recipe["name"]).parts:
             runs_dir = runs_dir.parent
         words += ["--set", f"runs_dir={runs_dir}"]

@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.files import read_file
 from karmma_dist.shards.format import (
     MANIFEST,
     Clip,
@@ -44,7 +45,7 @@ class ShardFolder:
             raise UserError(f"{self.root}: no such shards folder (pack one with: karmma-dist shard)")
         if not path.is_file():
             raise UserError(f"{self.root}: no {MANIFEST}, so no packed shards (pack some with: karmma-dist shard)")
-        content = path.read_bytes()
+        content = read_file(path)
         self.manifest: Manifest = usable_manifest(content, str(path))
         self.sha256 = hashlib.sha256(content).hexdigest()
         """Hash of the manifest, which names those of all shards: equal only for the same clips in the same order."""
@@ -120,7 +121,7 @@ class ShardFolder:
         Raises:
             OSError: the index cannot be read.
         """
-        return index_path(self.root / shard.name).read_bytes()
+        return read_file(index_path(self.root / shard.name))
 
     def open_tar(self, name: str) -> int:
         """Return a descriptor of a shard, open for reading; the caller closes it.

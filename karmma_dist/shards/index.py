@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.io.files import json_bytes
+from karmma_dist.io.files import json_bytes, read_file
 from karmma_dist.io.json_fields import JsonObject, shown
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.shards.format import CLIP_KEY, SCHEMA, Clip, DamageError, Member, index_path, parse_declarations
@@ -49,7 +49,7 @@ class ShardIndex:
         Raises:
             ValueError: the content is not an index; the message names the field.
         """
-        return cls.from_fields(JsonObject.parse(content), shard)
+        return cls.from_fields(JsonObject.parse(content, may_repeat=True), shard)  # its hash is in the manifest
 
     @classmethod
     def from_fields(cls, values: JsonObject, shard: str) -> ShardIndex:
@@ -126,7 +126,7 @@ def read_index(tar: Path) -> ShardIndex:
         OSError: the file cannot be read.
         ValueError: the file is not an index.
     """
-    return ShardIndex.parse(index_path(tar).read_bytes(), tar.name)
+    return ShardIndex.parse(read_file(index_path(tar)), tar.name)
 
 
 def build_index(tar: Path, modalities: tuple[str, ...], header: DatasetHeader | None = None) -> ShardIndex:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import json_bytes
+from karmma_dist.io.files import json_bytes, read_file
 from karmma_dist.io.json_fields import JsonObject, shown
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.shards.format import MANIFEST, SCHEMA, TAR_NAME, split_problem
@@ -263,7 +263,7 @@ def read_manifest(root: Path) -> Manifest:
         ValueError: the file is not a manifest.
     """
     path = root / MANIFEST
-    return Manifest.parse(path.read_bytes(), str(path))
+    return Manifest.parse(read_file(path), str(path))
 
 
 def usable_manifest(content: bytes, path: str) -> Manifest:

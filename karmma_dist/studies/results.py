@@ -25,6 +25,7 @@ from karmma_dist.evaluation.report.write import write_results
 from karmma_dist.evaluation.results import ClipResults
 from karmma_dist.evaluation.run import carry_out
 from karmma_dist.io.files import write_whole
+from karmma_dist.io.json_fields import JsonObject, parse_strictly
 from karmma_dist.modalities import parse_modalities
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Report
@@ -88,10 +89,23 @@ def write_outcomes(path: Path, outcomes: ClipResults) -> None:
     write_whole(path, write)
 
 
+def _condition(fields: JsonObject) -> Condition:
+    corrupt = None if fields.is_null("corrupt") else fields.text("corrupt")
+    drop_prob = float(fields.number("drop_prob"))
+    return Condition(tuple(fields.texts("modalities")), drop_prob, fields.whole("seed"), corrupt)
+
+
 def read_outcomes(path: Path) -> ClipResults:
-    """Read the results per clip that `write_outcomes` wrote."""
+    """Read the results per clip that `write_outcomes` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        KeyError: an array is missing.
+        ValueError: the file, or its list of conditions, is damaged.
+        zipfile.BadZipFile: the file is cut.
+    """
     with np.load(path, allow_pickle=False) as file:
-        stored = json.loads(str(file["conditions"]))
-        listed = [Condition(**fields | {"modalities": tuple(fields["modalities"])}) for fields in stored]
+        stored = JsonObject({"conditions": parse_strictly(str(file["conditions"]))}).objects("conditions")
+        listed = [_condition(fields) for fields in stored]
         ranks = {name.removeprefix("ranks_"): file[name] for name in file.files if name.startswith("ranks_")}
         return ClipResults([str(key) for key in file["keys"]], listed, ranks)

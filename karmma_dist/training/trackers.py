@@ -6,17 +6,16 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from karmma_dist.io.files import append, write_whole
+from karmma_dist.io.files import append, json_text, write_whole
 from karmma_dist.plugins import find_plugin, with_plugins
 from karmma_dist.recipe import Recipe
-from karmma_dist.runs.folder import step_of
+from karmma_dist.runs.folder import METRICS, metrics_lines, step_of
 
 
 class Tracker(ABC):
@@ -87,10 +86,11 @@ class RunLog:
 
     def __init__(self, recipe: Recipe, resumed: int) -> None:
         types = [find_plugin(tracker_table(), name, "training.trackers") for name in recipe.training.trackers]
-        self.path = recipe.run_dir / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= resumed]
-            write_whole(self.path, "".join(line + "\n" for line in kept if resumed).encode())
+        self.path = recipe.run_dir / METRICS
+        lines = metrics_lines(recipe.run_dir)
+        if lines:
+            kept = [line for line in lines if step_of(line) <= resumed]
+            write_whole(self.path, b"".join(line + b"\n" for line in kept if resumed))
         self._trackers = [tracker.build(recipe, resumed) for tracker in types]
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
@@ -102,7 +102,7 @@ class RunLog:
     def write_event(self, kind: str, step: int, epoch: int, **values: Any) -> None:
         """Append one line of other values than metrics, which trackers do not receive."""
         with append(self.path) as file:
-            file.write((json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n").encode())
+            file.write((json_text({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n").encode())
 
     def close(self) -> None:
         """Close the trackers."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.contract import DecodeError, Decoder, StoredError, View
 from karmma_dist.modalities.detections import NUM_VALUES, DetectionsDescription, DetectionsInput
 from karmma_dist.modalities.stored_frames import floor_places
@@ -82,12 +82,9 @@ def picture_size(data: bytes) -> tuple[int, int]:
 
 def _content(data: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(data)
+        return JsonObject.parse(data).unchecked()
     except ValueError as error:
-        raise DecodeError(f"not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DecodeError("not a JSON object")
-    return content
+        raise DecodeError(f"not a JSON object: {error}") from None
 
 
 def _is_box(box: object) -> bool:

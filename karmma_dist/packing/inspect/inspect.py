@@ -6,12 +6,13 @@ contact_sheet(ShardFolder("shards/epic_kitchens"), Path("sheet.png"))
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.io.files import read_file
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities import letters
 from karmma_dist.packing.inspect.sheet import draw_sheet
 from karmma_dist.packing.pack import FAILURES
@@ -38,7 +39,7 @@ def describe(folder: ShardFolder) -> dict[str, Any]:
         "modalities": folder.modalities,
         "classes": folder.classes,
         "splits": {split: _describe_split(folder, split) for split in folder.splits},
-        "failures": len(failures.read_bytes().splitlines()) if failures.is_file() else 0,
+        "failures": len(read_file(failures).splitlines()) if failures.is_file() else 0,
         "settings": header.settings,
     }
 
@@ -52,7 +53,7 @@ def describe_clip(folder: ShardFolder, key: str) -> dict[str, Any]:
     """
     clip = find_clip(folder, key)
     folder.metadata(clip)
-    described: dict[str, Any] = json.loads(folder.read(clip, "json"))
+    described = JsonObject.parse(folder.read(clip, "json")).unchecked()
     described["shard"] = clip.shard
     described["offsets"] = {name: member.offset for name, member in clip.members.items() if member is not None}
     described["label_names"] = label_names(folder, clip)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.io.files import read_file
 from karmma_dist.io.json_fields import shown
 from karmma_dist.packing.records import file_type, inside, raw_file
 from karmma_dist.shards.format import check_key
@@ -112,10 +113,10 @@ def read_text(path: Path) -> str:
         UserError: the file cannot be read, is of another format, or is not UTF-8.
     """
     try:
-        with open(path, "rb") as file:
-            packed = path.suffix == ".gz" or file.read(2) == _GZIP
-        with gzip.open(path) if packed else open(path, "rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+        content = read_file(path, _MOST_BYTES)
+        if path.suffix == ".gz" or content.startswith(_GZIP):
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(_MOST_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > _MOST_BYTES:
@@ -141,8 +142,15 @@ def _row_of(content: bytes, place: int) -> int:
     return 1 + before.count(b"\n") + before.count(b"\r")
 
 
-def rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+def rows(
+    table: Path, columns: tuple[str, ...], *, may_be_empty: bool = False
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (`FILE, row N`, row) of a CSV, plain or gzipped, that has at least these columns.
+
+    Args:
+        table: The CSV.
+        columns: Columns that it must have.
+        may_be_empty: True if a header without rows is right.
 
     Raises:
         UserError: the file cannot be read as CSV, lacks a column or names one twice, has no row, or a row with another
@@ -171,7 +179,7 @@ def rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str,
         raise UserError(f"{table}, row {last_line + 1}: cannot be read as CSV: {text}") from None
     if not header:
         raise UserError(f"{table}: is empty: expected a header with {', '.join(columns)}")
-    if not num_rows:
+    if not num_rows and not may_be_empty:
         raise UserError(f"{table}: has a header and no row (a file that does not exist is skipped)")
 
 

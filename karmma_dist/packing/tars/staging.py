@@ -24,7 +24,7 @@ import av
 import cv2
 
 from karmma_dist import __version__
-from karmma_dist.io.files import append, write_json
+from karmma_dist.io.files import append, read_file, write_json
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.recording import Recording, is_of_the_machine
 from karmma_dist.packing.clip_cutter import cut_recording, unexpected_failure
@@ -89,7 +89,7 @@ def load_staged(folder: Path, unit: Unit) -> Staged | None:
     """Return a unit's result; None if it is missing, of other settings or raw files, or its tar is incomplete."""
     tar = folder / f"{unit.name}.tar"
     try:
-        result = JsonObject.parse(_result_path(folder, unit).read_bytes())
+        result = JsonObject.parse(read_file(_result_path(folder, unit)))
         index = ShardIndex.from_fields(result.nested("index"), tar.name)
         failures = [Failure.from_fields(failure) for failure in result.objects("failures")]
         is_whole = result.text("digest") == unit.digest and tar.stat().st_size == index.num_bytes
@@ -152,7 +152,7 @@ def cut_last(folder: Path, todo: Sequence[Unit]) -> dict[int, str]:
     names: dict[int, str] = {}
     for unit in todo:
         try:
-            last = _start_path(folder, unit).read_bytes().decode().splitlines()[-1]
+            last = read_file(_start_path(folder, unit)).decode().splitlines()[-1]
             process, name = last.split(" ", 1)
             if load_staged(folder, unit) is None:
                 names[int(process)] = name

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import append
+from karmma_dist.io.files import append, json_text, read_file
+from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.streaming.batch import Batch
+
+_TEXTS = ("shard", "key", "member", "what")
+"""Fields of an event that messages show."""
 
 
 class DamageLog:
@@ -70,11 +73,17 @@ class DamageLog:
         self._write(self.take())
 
     def written(self) -> list[dict[str, Any]]:
-        """Return the events in damage.jsonl; a line truncated by a crash is ignored."""
+        """Return the events in damage.jsonl; a line truncated by a crash is ignored.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
         events = []
-        for line in self._path.read_text().splitlines() if self._path.exists() else []:
-            with contextlib.suppress(ValueError):
-                events.append(json.loads(line))
+        with contextlib.suppress(FileNotFoundError):
+            for line in read_file(self._path).split(b"\n"):
+                with contextlib.suppress(ValueError):
+                    fields = JsonObject.parse(line)
+                    events.append({**fields.unchecked(), **{name: fields.text(name) for name in _TEXTS}})
         return events
 
     def remember(self, events: Iterable[dict[str, Any]]) -> None:
@@ -91,7 +100,7 @@ class DamageLog:
         return new
 
     def _write(self, events: Iterable[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(event) + "\n" for event in events)
+        text = "".join(json_text(event) + "\n" for event in events)
         if text:
             with append(self._path) as file:
                 file.write(text.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,23 @@ def test_a_bad_list_is_one_line_with_file_and_row(tmp_path):
     raises("no head 'noun'", lists, {"verb": 4})
     (lists / "EPIC_100_tail_nouns.csv").write_text("class\n1\n")
     raises("tail_nouns.csv: column 'noun' is missing", lists)
-    (lists / "EPIC_100_tail_nouns.csv").write_bytes(b"\xff\xfe\x00")
-    raises("tail_nouns.csv: cannot be read as CSV", lists)
+    for content, message in (
+        (b"\xff\xfen\x00o\x00", "tail_nouns.csv: is UTF-16"),
+        (b"noun\n1\x00\n", "tail_nouns.csv, row 2: has a NUL byte"),
+        (b"noun\n\xff\n", "tail_nouns.csv, row 2: byte 0xff is not UTF-8"),
+        (b"noun,noun\n1,2\n", "tail_nouns.csv: column 'noun' occurs twice"),
+        (b"noun,x\n1\n", "tail_nouns.csv, row 2: has fewer fields"),
+        (b"noun\n1,2\n", "tail_nouns.csv, row 2: has more fields"),
+        ("noun\n\u00b2\n".encode(), "tail_nouns.csv, row 2: noun '\u00b2' is not a whole number"),
+        (b'noun\n"1\n', "a quote is opened and never closed"),
+        (b"", "tail_nouns.csv: is empty"),
+    ):
+        (lists / "EPIC_100_tail_nouns.csv").write_bytes(content)
+        raises(message, lists)
+    (lists / "EPIC_100_tail_nouns.csv").write_bytes(b"\xef\xbb\xbfnoun\r\n1\r\n")
+    assert read_groups(lists, HEADS, participant_of).tail["noun"] == {1}
+    os.mkfifo(lists / "EPIC_100_unseen_participant_ids_fifo.csv")
+    raises("ids_fifo.csv: cannot be read: is no regular file", lists)
+    (lists / "EPIC_100_unseen_participant_ids_fifo.csv").unlink()
     (lists / "EPIC_100_tail_nouns.csv").unlink()
     raises("tail_nouns.csv: no such file, but the other tail list", lists)

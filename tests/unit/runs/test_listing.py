@@ -170,7 +170,7 @@ def test_a_log_line_is_a_sign_of_life(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "cannot be read"), ('{"state": "fini', "cannot be read"), ("[]", "is not a JSON object")],
+    [("", "cannot be read"), ('{"state": "fini', "cannot be read"), ("[]", "not an object")],
 )
 def test_an_unreadable_state_is_damage(tmp_path: Path, content: str, message: str) -> None:
     folder = make_run(tmp_path, "student")
