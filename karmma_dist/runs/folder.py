@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from karmma_dist.io.disk_errors import DiskError
 from karmma_dist.io.files import write_json
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.recipe import Recipe
@@ -39,8 +40,15 @@ def write_state(run_dir: Path, state: str, **values: Any) -> None:
         state: `running`, `finished` or `failed`; `preempted`, `interrupted` or `stopped` for a run that ended early
             after saving; `best` in best/.
         values: Further fields.
+
+    Raises:
+        DiskError: the disk is full or fails; not for a run that failed, whose own reason matters more.
     """
-    write_json(run_dir / STATE, {"state": state, "time": time.time(), **process_info(), **values})
+    try:
+        write_json(run_dir / STATE, {"state": state, "time": time.time(), **process_info(), **values})
+    except DiskError:
+        if state not in ("failed", "interrupted"):
+            raise
 
 
 def run_places(run: Path) -> tuple[Path, Path]:

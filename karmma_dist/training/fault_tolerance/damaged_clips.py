@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import append
+from karmma_dist.io.files import append_whole
 from karmma_dist.streaming.batch import Batch
 
 
@@ -93,5 +93,4 @@ class DamageLog:
     def _write(self, events: Iterable[dict[str, Any]]) -> None:
         text = "".join(json.dumps(event) + "\n" for event in events)
         if text:
-            with append(self._path) as file:
-                file.write(text.encode())
+            append_whole(self._path, text.encode())
