@@ -88,6 +88,12 @@ def make_folder(path: Path) -> None:
             raise
 
 
+def free_bytes(folder: Path) -> int | None:
+    """Return how many bytes this user may still write to the disk of a folder; None if it does not say."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+
 def _number(error: Exception) -> int | None:
     """Return the operating system's number of an error; None if it has none."""
     if isinstance(error, OSError):
