@@ -29,6 +29,7 @@ from karmma_dist.evaluation.report.write import RESULTS, write_report
 from karmma_dist.evaluation.results import parse_results
 from karmma_dist.evaluation.run import Evaluated, carry_out
 from karmma_dist.evaluation.statistics.compare import parse_comparison
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import whole_folder, write_json
 from karmma_dist.io.json_fields import JsonObject, read_json
 from karmma_dist.models.weights import own_weights
@@ -159,7 +160,7 @@ def _read_seconds(path: Path) -> dict[str, float]:
 
 def _make_raw(raw: Path, report: Report) -> None:
     """Write the recordings under a temporary name and rename them, so that the folder is complete or absent."""
-    raw.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(raw.parent)
     with whole_folder(raw) as partial_raw:
         write_kitchen(partial_raw, seed=_SEED, progress=report)
 
@@ -187,7 +188,7 @@ class Timings:
         started = time.perf_counter()
         done = work()
         seconds = time.perf_counter() - started
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         self.seconds[step] = max(seconds, self.seconds.get(step, 0.0))
         write_json(self._path, self.seconds)
         return done

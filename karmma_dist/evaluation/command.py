@@ -34,6 +34,7 @@ from karmma_dist.evaluation.statistics.compare import (
     compare,
 )
 from karmma_dist.evaluation.views import parse_views
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import write_json
 from karmma_dist.modalities import parse_modalities
 from karmma_dist.models.model_card import CARD, ModelCard
@@ -247,7 +248,7 @@ def write_run(run: Evaluated) -> Path:
 
 def write_comparison(folder: Path, done: dict[str, Evaluated], comparison: Comparison) -> Path:
     """Write comparison.json, report.md and plots into `folder`, and return the report's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / COMPARISON, to_dict(done, comparison))
     models = {name: run.results for name, run in done.items()}
     return write_report(folder, ReportContent(title(list(done.values())), models, comparison=comparison))

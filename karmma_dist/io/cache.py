@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import IO
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import remove, sha256_of
+from karmma_dist.io.disk_errors import free_bytes
+from karmma_dist.io.files import MOST_BYTES, remove, sha256_of
 from karmma_dist.io.json_fields import JsonObject, parse_strictly, shown
 from karmma_dist.io.locks import FileLock
 
@@ -73,6 +74,13 @@ class Content:
     """Size in bytes; None if unknown."""
     url: str = ""
     """URL of the file; required if `sha256` is None."""
+    most_bytes: int = MOST_BYTES
+    """Largest number of bytes that such a file may have, where `size` is unknown."""
+
+    def __post_init__(self) -> None:
+        """Take a known size as the largest."""
+        if self.size is not None:
+            object.__setattr__(self, "most_bytes", self.size)
 
     @property
     def name(self) -> str:
@@ -107,7 +115,8 @@ class Cache:
 
         Raises:
             FetchError: the file could not be downloaded.
-            UserError: the folder cannot be written, its disk is full, or others may write to it.
+            UserError: the folder cannot be written, its disk is full, others may write to it, or an entry of this
+                size does not fit.
         """
         try:
             while True:
@@ -172,6 +181,9 @@ class Cache:
             partial = self.root / f".{content.name}.{secrets.token_hex(8)}.partial"
             try:
                 self._remove_partials(content.name)
+                if content.size is not None:
+                    with self._alone():
+                        self._make_room(content.size, is_new=True)
                 partial.mkdir(mode=0o700)  # nobody else can put a link into it between two tries
                 file = partial / "file"
                 fetch(file)
@@ -197,8 +209,16 @@ class Cache:
             lock.take()
             yield
 
-    def _make_room(self, size: int) -> None:
-        """Remove the least recently used entries until `size` bytes fit, and the partial files of dead downloads."""
+    def _make_room(self, size: int, is_new: bool = False) -> None:
+        """Remove the least recently used entries until `size` bytes fit, and the partial files of dead downloads.
+
+        Args:
+            size: Number of bytes.
+            is_new: The bytes are yet to be written, so the disk needs room for them too.
+
+        Raises:
+            UserError: they cannot fit; nothing was removed for them.
+        """
         entries: list[tuple[int, int, str]] = []
         for item in os.scandir(self.root):
             if _ENTRY.fullmatch(item.name):
@@ -206,12 +226,30 @@ class Cache:
                 entries.append((status.st_mtime_ns, status.st_size, item.path))
             elif match := _PARTIAL.fullmatch(item.name):
                 self._remove_if_dead(match[1])
-        excess = sum(entry[1] for entry in entries) + size - self.limit_bytes
+        used = sum(entry[1] for entry in entries)
+        excess = used + size - self.limit_bytes
+        if is_new:
+            excess = max(excess, self._missing_bytes(size, used))
         for _, freed, path in sorted(entries):
             if excess <= 0:
                 return
             os.unlink(path)
             excess -= freed
+
+    def _missing_bytes(self, size: int, used: int) -> int:
+        """Return how many bytes of entries must go, so that the disk has room for `size` more."""
+        if size > self.limit_bytes:
+            raise UserError(
+                f"cache folder {self.root}: a file of {size} bytes does not fit into data.cache_bytes "
+                f"({self.limit_bytes}): raise it"
+            )
+        free = free_bytes(self.root)
+        if free is not None and size > free + used:
+            raise UserError(
+                f"cache folder {self.root}: no room for a file of {size} bytes: {free} bytes of its disk are free, "
+                f"{used} are the cache's: free some space, or name another folder ({_SETTINGS})"
+            )
+        return 0 if free is None else size - free
 
     def _remove_if_dead(self, name: str) -> None:
         with FileLock(self.root / f".{name}.lock") as lock:

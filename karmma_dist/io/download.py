@@ -1,6 +1,7 @@
 """Downloads from a web server or an object store: repeated if that may help, checked, without secrets in messages.
 
-Shards (`shards/remote.py`) and starting weights (`models/weights.py`) are downloaded here into a `cache`.
+Shards (`shards/remote.py`) and starting weights (`models/weights.py`) are downloaded here into a `cache`. No server can
+keep a download going: each has a largest size, whatever the server declares, and a lowest rate (`io/transfer.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
-from fsspec.callbacks import Callback
 
 from karmma_dist.errors import URL, UserError, masked, one_line
 from karmma_dist.io.cache import Content, FetchError
+from karmma_dist.io.disk_errors import DiskError, naming
+from karmma_dist.io.files import MOST_BYTES, create
 from karmma_dist.io.json_fields import JsonObject
+from karmma_dist.io.transfer import Sink, receive
 
 TRIES = 5
 """Number of tries to download one file."""
@@ -30,7 +33,7 @@ FIRST_WAIT_S = 1.0
 """Mean pause in seconds before the second try; it doubles with each further try."""
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 30.0, 60.0
-"""Seconds of silence after which a web server counts as failed; the time for a whole file is not limited."""
+"""Seconds of silence after which a web server counts as failed; for one that sends little see `transfer.WINDOW_S`."""
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 _PASSING_STATUS = {408, 425, 429}
@@ -62,51 +65,52 @@ def fetch(url: str, content: Content, path: Path, moved: Callable[[int, int], No
     def attempt() -> None:
         path.unlink(missing_ok=True)
         try:
-            _ask(url, lambda system: system.get_file(url, str(path), callback=_Moved(moved)))
+            _download(url, content, path, moved)
         except FetchError as error:
-            if path.exists() and path.stat().st_size and error.passing:
+            if path.exists() and path.stat().st_size and error.passing and not error.damaged:
                 message = f"broke off after {path.stat().st_size} of {content.size or '?'} bytes ({error.what})"
                 raise FetchError(message, damaged=True, passing=True) from None
             raise
-        if path.is_dir():
-            path.rmdir()
-        if not path.exists():
-            raise FetchError("is a folder", damaged=True)
         if problem := content.problem(path):
             raise FetchError(problem, damaged=True, passing=True)
 
     _with_tries(attempt)
 
 
-def fetch_json(url: str) -> bytes:
-    """Download the text of a JSON file.
+def fetch_json(url: str, most_bytes: int = MOST_BYTES) -> bytes:
+    """Download the text of a JSON file of at most `most_bytes`.
 
     Raises:
-        FetchError: the file is missing or is not JSON, or the server refuses or cannot be reached.
+        FetchError: the file is missing, too large or not JSON, or the server refuses or cannot be reached.
     """
-    return _with_tries(partial(_read_json, url))
+    return _with_tries(partial(_read_json, url, most_bytes))
 
 
-class _Moved(Callback):
-    """An fsspec callback that passes the progress of a download on as two numbers."""
+def _download(url: str, content: Content, path: Path, moved: Callable[[int, int], None] | None) -> None:
+    with naming(path):
+        file = open(create(path), "wb", buffering=0)  # noqa: SIM115 - closed below, where errors have a name
 
-    def __init__(self, moved: Callable[[int, int], None] | None) -> None:
-        super().__init__()
-        self._moved = moved
+    def write(data: bytes) -> None:
+        with naming(path):
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
 
-    def call(self, hook_name: str | None = None, **kwargs: Any) -> None:  # noqa: ARG002 - fsspec's signature
-        """Pass on the progress; fsspec calls this after each change of `size` and `value`."""
-        if self._moved:
-            self._moved(self.value, self.size or 0)
-
-
-def _read_json(url: str) -> bytes:
-    text: bytes = _ask(url, lambda system: system.cat_file(url))
     try:
-        JsonObject.parse(text, may_repeat=True)
+        _ask(url, lambda system: receive(system, url, Sink(write, content, path, moved)))
+    finally:
+        with naming(path):
+            file.close()
+
+
+def _read_json(url: str, most_bytes: int) -> bytes:
+    text = bytearray()
+    _ask(url, lambda system: receive(system, url, Sink(text.extend, Content(None, None, url, most_bytes))))
+    try:
+        JsonObject.parse(bytes(text), may_repeat=True)
     except ValueError:
         raise FetchError("not valid JSON", damaged=True, passing=True) from None
-    return text
+    return bytes(text)
 
 
 def _with_tries(attempt: Callable[[], T]) -> T:
@@ -133,6 +137,8 @@ def _ask(url: str, request: Callable[[Any], T]) -> T:
         raise UserError(f"{masked(url)}: '{scheme}' is not a protocol of fsspec") from None
     try:
         return request(system)
+    except (FetchError, DiskError):
+        raise
     except OSError as error:
         if error.errno in _DISK:
             raise
@@ -164,6 +170,10 @@ def _failure(error: Exception) -> FetchError:
     reason = one_line(f"HTTP {status}" if status else getattr(error, "strerror", None) or type(error).__name__)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return FetchError("not found on the server", damaged=True)
+    if isinstance(error, IsADirectoryError):
+        return FetchError("is a folder", damaged=True)
+    if type(error).__name__ == "TooManyRedirects":
+        return FetchError("redirects without an end", damaged=False)
     refused = status is not None and 400 <= status < 500 and status not in _PASSING_STATUS
     if refused or isinstance(error, (PermissionError, ValueError)):
         return FetchError(f"refused ({reason})", damaged=False)

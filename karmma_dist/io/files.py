@@ -6,6 +6,8 @@ Every write uses a new temporary name and creates it exclusively. If the final n
 replaces the link, and the link's target stays as it is. The leftover of a killed writer has a hidden name that ends in
 `.partial`, so it is never taken for data; the next process that writes into the folder removes it at once if its
 writer ran on this machine, otherwise once it has not been written to for a day.
+
+Whatever the disk refuses comes out with the final name of the file (`disk_errors.DiskError`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.disk_errors import naming
 from karmma_dist.processes import machine, started_at
 
 MOST_BYTES = 256 << 20
@@ -62,14 +66,61 @@ def append(path: Path) -> IO[bytes]:
     """Open a file, new or not, to write at its end.
 
     Raises:
+        DiskError: the disk is full or fails.
         UserError: it is a symbolic link.
     """
+    return io.BufferedWriter(_NamedFile(path, path, _open_end(path)))
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Write at the end of a file, new or not: all of it, or nothing if the disk does not take it.
+
+    Raises:
+        DiskError: the disk is full or fails.
+        UserError: it is a symbolic link.
+    """
+    descriptor = _open_end(path)
+    written = 0
     try:
-        return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "ab")
+        with naming(path):
+            while written < len(content):
+                written += os.write(descriptor, content[written:])
+    except OSError:
+        end = os.lseek(descriptor, 0, os.SEEK_CUR)
+        if written and os.fstat(descriptor).st_size == end:  # otherwise another process has written after it
+            os.ftruncate(descriptor, end - written)
+        raise
+    finally:
+        with naming(path):
+            os.close(descriptor)
+
+
+def _open_end(path: Path) -> int:
+    try:
+        with naming(path):
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(f"{path}: {_LINK}") from None
         raise
+
+
+class _NamedFile(io.FileIO):
+    """An open file whose errors of writing bear the name that the file is to have."""
+
+    def __init__(self, path: Path, temporary: Path, descriptor: int) -> None:
+        super().__init__(descriptor, "wb")
+        self._path, self._temporary = path, temporary
+
+    def write(self, data: Any, /) -> int:
+        """Write bytes, maybe not all of them, and return how many."""
+        with naming(self._path, self._temporary):
+            return super().write(data)
+
+    def close(self) -> None:
+        """Close the file; some file systems say only now that they could not write."""
+        with naming(self._path, self._temporary):
+            super().close()
 
 
 def refuse_link(path: Path) -> None:
@@ -104,14 +155,21 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a file to write, which gets the name `path` at the end of the block, and none at all if the block fails."""
+    """Yield a file to write, which gets the name `path` at the end of the block, and none at all if the block fails.
+
+    Raises:
+        DiskError: the disk is full or fails.
+    """
     temporary = temporary_name(path)
     try:
-        with open(create(temporary), "wb") as file:
+        with naming(path, temporary):
+            raw = _NamedFile(path, temporary, create(temporary))
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            with naming(path, temporary):
+                os.fsync(file.fileno())
+        _rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -126,6 +184,9 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
     Args:
         path: Path of the file.
         content: Bytes to write, or a function that writes the file to the given path.
+
+    Raises:
+        DiskError: the disk is full or fails, as the operating system or a library says.
     """
     if isinstance(content, bytes):
         with whole_file(path) as file:
@@ -133,19 +194,20 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
         return
     temporary = temporary_name(path)
     try:
-        descriptor = create(temporary)
-        try:
-            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-        finally:
-            os.close(descriptor)
-        content(temporary)
-        descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)  # the writer may have made it anew
-        try:
-            os.fchmod(descriptor, mode)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            descriptor = create(temporary)
+            try:
+                mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            finally:
+                os.close(descriptor)
+            content(temporary)
+            descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)  # it may have been made anew
+            try:
+                os.fchmod(descriptor, mode)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -153,15 +215,25 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder, which gets the name `path` at the end of the block, and is removed if the block fails."""
+    """Yield a new folder, which gets the name `path` at the end of the block, and is removed if the block fails.
+
+    Raises:
+        DiskError: the disk is full or fails.
+    """
     temporary = temporary_name(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with naming(path, temporary):
+        temporary.mkdir()
+        try:
+            yield temporary
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    with naming(path, temporary):
+        os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from karmma_dist.errors import UserError, masked
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import write_whole
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.weights import WEIGHTS, load_exactly, own_weights, read_weights
@@ -88,7 +89,7 @@ def save_model(
         inputs=model.inputs,
     )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     write_whole(run_dir / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     write_whole(run_dir / CARD, dump(card).encode())
 

@@ -67,6 +67,8 @@ def build_model(
 
 WEIGHTS = "weights.safetensors"
 """File name of a run's weights."""
+MOST_BYTES = 32 << 30
+"""Largest size of a file of weights at a URL."""
 
 Log = Callable[[str], object]
 """Function that logs one line for the user."""
@@ -323,7 +325,7 @@ def _read(source: Path, sha256: str | None) -> dict[str, Tensor]:
 
 def _download(url: str, sha256: str | None, cache_dir: str | None, report: Report) -> dict[str, Tensor]:
     """Return the weights at a URL; one process of a node downloads the file, the others wait for it."""
-    cache, content = Cache(cache_root(cache_dir) / "weights"), Content(sha256, None, url)
+    cache, content = Cache(cache_root(cache_dir) / "weights"), Content(sha256, None, url, MOST_BYTES)
     if sha256:
         cache.remove_if_damaged(content)
     try:
@@ -346,7 +348,7 @@ def _fetch(url: str, sha256: str | None, report: Report, cache: Cache, path: Pat
     def moved(done: int, total: int) -> None:
         report(f"download {name}", done // 10**6, total // 10**6, "MB")
 
-    fetch(url, Content(None, None, url), path, moved)
+    fetch(url, Content(None, None, url, MOST_BYTES), path, moved)
     if problem := _sha256_problem(path, sha256):
         raise FetchError(f"{problem}: removed; correct the URL or the hash", damaged=True)
 

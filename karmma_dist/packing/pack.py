@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import read_file, refuse_link, remove_left, write_whole
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities import MODALITIES, letters
@@ -197,7 +198,7 @@ def pack(
     plan = make_plan(spec, limit)
     out = Path(spec.out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         with folder_lock(out, part) as may_assemble:
             summary = _Run(spec, plan, limit, progress or silent).run(workers, part, retry_failed, may_assemble)
     except OSError as error:
@@ -242,7 +243,7 @@ class _Run:
         if finished and not (retry_failed and known):
             shutil.rmtree(self.staging, ignore_errors=True)
             return self._summary("already packed", known)
-        self.staging.mkdir(exist_ok=True)
+        make_folder(self.staging)
         remove_left(self.staging)
         packed = packed_clips(self.out, former) if former else {}
         given_up = set() if retry_failed else {failure.key for failure in known}

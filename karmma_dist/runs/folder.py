@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.disk_errors import DiskError
 from karmma_dist.io.files import read_file, write_json
 from karmma_dist.io.json_fields import JsonObject, parse_strictly, read_json
 from karmma_dist.recipe import Recipe
@@ -110,8 +111,15 @@ def write_state(run_dir: Path, state: str, **values: Any) -> None:
         state: `running`, `finished` or `failed`; `preempted`, `interrupted` or `stopped` for a run that ended early
             after saving; `best` in best/.
         values: Further fields.
+
+    Raises:
+        DiskError: the disk is full or fails; not for a run that failed, whose own reason matters more.
     """
-    write_json(run_dir / STATE, {"state": state, "time": time.time(), **process_info(), **values})
+    try:
+        write_json(run_dir / STATE, {"state": state, "time": time.time(), **process_info(), **values})
+    except DiskError:
+        if state not in ("failed", "interrupted"):
+            raise
 
 
 def run_places(run: Path) -> tuple[Path, Path]:

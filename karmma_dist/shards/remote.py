@@ -20,12 +20,16 @@ from urllib.parse import urlsplit, urlunsplit
 from karmma_dist.errors import UserError
 from karmma_dist.io.cache import Cache, Content, FetchError, cache_root
 from karmma_dist.io.download import fetch, fetch_json, is_url, masked
+from karmma_dist.io.files import MOST_BYTES
 from karmma_dist.recipe import DataRecipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import MANIFEST, Clip, DamageError, index_path
 from karmma_dist.shards.manifest import Manifest, ShardEntry, SplitEntry, usable_manifest
 
 _INDEXES_AT_ONCE = 8
+_INDEX_BYTES, _INDEX_BYTES_OF_A_CLIP = 16 << 20, 64 << 10
+"""Largest size of an index: the manifest does not declare it, but the number of its clips."""
+_MANIFEST_BYTES = MOST_BYTES
 _logger = logging.getLogger(__name__)
 
 
@@ -92,7 +96,8 @@ class RemoteShards(ShardFolder):
             UserError: the index cannot be fetched.
         """
         name = index_path(Path(shard.name)).name
-        content = Content(shard.index_sha256, None)
+        most_bytes = min(_INDEX_BYTES + shard.num_clips * _INDEX_BYTES_OF_A_CLIP, MOST_BYTES)
+        content = Content(shard.index_sha256, None, most_bytes=most_bytes)
         self._cache.remove_if_damaged(content)
         try:
             descriptor = self._open(name, content)
@@ -142,7 +147,7 @@ class RemoteShards(ShardFolder):
     def _fetch_manifest(self) -> bytes:
         url = _join(self._url, MANIFEST)
         try:
-            return fetch_json(url)
+            return fetch_json(url, _MANIFEST_BYTES)
         except FetchError as error:
             advice = "is this the URL of a packed folder?" if error.damaged else "check URL, network and password"
             raise UserError(f"{masked(url)}: {error.what}: {advice}") from None

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from karmma_dist.errors import ERROR_FILE, LOST_RANK, Stopped, one_line
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import append
 from karmma_dist.io.locks import FileLock
 from karmma_dist.launching.local import rank_command
@@ -59,7 +60,7 @@ def recipe_file(folder: Path, run: StudyRun) -> Path:
 def write_recipe(folder: Path, run: StudyRun) -> Path:
     """Write the resolved recipe of a run and return its path."""
     path = recipe_file(folder, run)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     save_recipe(run.recipe, path)
     return path
 
@@ -135,7 +136,7 @@ class _Workshop:
 
     def _start(self, run: StudyRun) -> bool | None:
         """Start a child and return True; return False if the run is finished, None if another study trains it."""
-        run.recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run.recipe.run_dir)
         lock = FileLock(run.recipe.run_dir / LOCK)  # held while the child runs
         if not lock.take(wait=False):
             lock.release()
@@ -145,7 +146,7 @@ class _Workshop:
             return False
         path = write_recipe(self._folder, run)
         words = self._folder / "logs" / f"{run.name}.error"
-        words.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(words.parent)
         words.unlink(missing_ok=True)
         slot = self._free.pop(0)
         with append(words.with_suffix(".log")) as log:

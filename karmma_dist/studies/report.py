@@ -25,6 +25,7 @@ from karmma_dist.evaluation.report.plots import Line, Point, line_figure
 from karmma_dist.evaluation.report.sections import CURVE_PLOT
 from karmma_dist.evaluation.report.sentences import compared_heading, lead
 from karmma_dist.evaluation.report.write import RESULTS, write_page
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import write_json
 from karmma_dist.studies.statistics import Summary, Test
 from karmma_dist.studies.study import Column, Row, Study
@@ -98,7 +99,7 @@ def write_study_report(report: StudyReport, folder: Path) -> Path:
 
     Each file is written whole or not at all.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / RESULTS, report.to_dict())
     return write_page(folder, study_page(report))
 

@@ -24,6 +24,7 @@ from karmma_dist.evaluation.plan import default_split, plan_evaluation
 from karmma_dist.evaluation.report.write import write_results
 from karmma_dist.evaluation.results import ClipResults
 from karmma_dist.evaluation.run import carry_out
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import write_whole
 from karmma_dist.io.json_fields import JsonObject, parse_strictly
 from karmma_dist.modalities import parse_modalities
@@ -85,7 +86,7 @@ def write_outcomes(path: Path, outcomes: ClipResults) -> None:
         with open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_whole(path, write)
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import gzip
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from karmma_dist.io.disk_errors import make_folder, naming
+from karmma_dist.io.files import remove, temporary_name, write_whole
+
 _logger = logging.getLogger(__name__)
+_PROBE_BYTES = 1 << 20
+_TAIL_BYTES = 64
 
 
 class Trace:
@@ -18,7 +27,7 @@ class Trace:
 
     Args:
         steps: start and stop; None: no trace.
-        path: output file, .json or .json.gz.
+        path: output file, .json.gz.
     """
 
     def __init__(self, steps: tuple[int, int] | None, path: Path) -> None:
@@ -43,16 +52,48 @@ class Trace:
         self._span.enter_context(record_function(f"step {step}"))
 
     def end(self) -> None:
-        """Write the trace if tracing is running."""
+        """Write the trace if tracing is running.
+
+        Raises:
+            DiskError: the disk is full or fails.
+        """
         if self._running is None:
             return
         running, self._running = self._running, None
         self._span.close()
         running.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.unlink(missing_ok=True)  # a link of this name would be written through
-        running.export_chrome_trace(str(self._path))
+        make_folder(self._path.parent)
+        plain = temporary_name(self._path)  # a folder: the profiler makes further names of that of its file
+        try:
+            with naming(self._path, plain):
+                plain.mkdir()
+                _export(running, plain / "trace.json")
+            write_whole(self._path, lambda temporary: _compress(plain / "trace.json", temporary))
+        finally:
+            remove(plain)
         _logger.warning("trace written to %s: open it at ui.perfetto.dev", self._path)
+
+
+def _export(running: profile, path: Path) -> None:
+    """Write a trace. The profiler prints what the disk refuses, and goes on without a file or with a part of it."""
+    running.export_chrome_trace(str(path))
+    if path.is_file() and _ends_with_brace(path):
+        return
+    for written in (*path.parent.iterdir(), path):
+        with open(written, "ab") as file:
+            file.write(bytes(_PROBE_BYTES))  # raises the error that the profiler has met
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+
+def _ends_with_brace(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        return file.read().rstrip().endswith(b"}")
+
+
+def _compress(source: Path, target: Path) -> None:
+    with open(source, "rb") as plain, gzip.open(target, "wb") as packed:
+        shutil.copyfileobj(plain, packed)
 
 
 @contextlib.contextmanager
@@ -65,5 +106,10 @@ def tracing(steps: tuple[int, int] | None, run_dir: Path, first: int, total: int
     trace = Trace(steps, run_dir / "trace" / "rank0.json.gz")
     try:
         yield trace
-    finally:
-        trace.end()
+    except BaseException:
+        try:
+            trace.end()
+        except OSError as error:  # must not take the place of the first error
+            _logger.warning("no trace: %s", error)
+        raise
+    trace.end()

@@ -6,13 +6,18 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import os
+import socket
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from karmma_dist.io.files import append, json_text, write_whole
+from karmma_dist.io.files import append_whole, json_text, write_whole
 from karmma_dist.plugins import find_plugin, with_plugins
 from karmma_dist.recipe import Recipe
 from karmma_dist.runs.folder import METRICS, metrics_lines, step_of
@@ -46,22 +51,43 @@ class TrackerType:
     that step, so metrics of those steps from an earlier process must be replaced."""
 
 
+_numbers = itertools.count()
+_VERSION = "brain.Event:2"
+
+
 class TensorBoard(Tracker):
-    """A tracker that writes TensorBoard event files into the run folder."""
+    """A tracker that writes TensorBoard event files into the run folder.
+
+    The events are those of PyTorch's SummaryWriter, but they are written at once and by this thread: where the disk is
+    full, that of SummaryWriter prints a traceback, and training learns of it later or not at all.
+    """
 
     def __init__(self, recipe: Recipe, resumed: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.writer import Event, SessionLog
 
-        self._events = SummaryWriter(str(recipe.run_dir), purge_step=resumed + 1)
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        self._path = recipe.run_dir / name
+        purge = Event(step=resumed + 1, session_log=SessionLog(status=SessionLog.START))  # hides the repeated steps
+        self._add([Event(file_version=_VERSION), Event(step=resumed + 1, file_version=_VERSION), purge])
 
     def write(self, kind: str, step: int, epoch: int, values: Mapping[str, float]) -> None:  # noqa: ARG002
         """Add a scalar KIND/NAME for each metric."""
-        for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+        from torch.utils.tensorboard.summary import scalar
+        from torch.utils.tensorboard.writer import Event
+
+        self._add([Event(step=step, summary=scalar(f"{kind}/{name}", value)) for name, value in values.items()])
+
+    def _add(self, events: Sequence[Any]) -> None:
+        from torch.utils.tensorboard import RecordWriter
+
+        records = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        append_whole(self._path, records.getvalue())
 
     def close(self) -> None:
-        """Flush the event file."""
-        self._events.close()
+        """Do nothing: every event is written already."""
 
 
 _OWN = {"tensorboard": TrackerType(TensorBoard)}
@@ -101,8 +127,8 @@ class RunLog:
 
     def write_event(self, kind: str, step: int, epoch: int, **values: Any) -> None:
         """Append one line of other values than metrics, which trackers do not receive."""
-        with append(self.path) as file:
-            file.write((json_text({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n").encode())
+        line = json_text({"kind": kind, "step": step, "epoch": epoch, **values})
+        append_whole(self.path, f"{line}\n".encode())
 
     def close(self) -> None:
         """Close the trackers."""

@@ -12,6 +12,7 @@ from karmma_dist.evaluation.report.model import Page
 from karmma_dist.evaluation.report.plots import save_figure
 from karmma_dist.evaluation.report.sections import evaluation_page, shorter_pages
 from karmma_dist.evaluation.results import Results
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import write_json, write_whole
 
 RESULTS = "results.json"
@@ -23,7 +24,7 @@ PAGE_BYTES = 100_000
 
 def write_results(results: Results, folder: Path) -> Path:
     """Write `folder`/results.json, whole or not at all, and return its path. A missing folder is created."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / RESULTS, results.to_dict())
     return folder / RESULTS
 
@@ -55,7 +56,7 @@ def write_page(folder: Path, page: Page, shorter: Iterable[Page] = ()) -> Path:
         document = html.page(candidate).encode()
         if len(document) <= PAGE_BYTES:
             break
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for picture in page.pictures:
         save_figure(picture.figure, folder / picture.file)
     write_whole(folder / REPORT, text.encode())

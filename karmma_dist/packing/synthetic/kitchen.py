@@ -9,6 +9,8 @@ Some recordings have no audio and some no video, as in real datasets.
 from __future__ import annotations
 
 import csv
+import io
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import av
 import cv2
 import numpy as np
 
+from karmma_dist.io.disk_errors import make_folder
+from karmma_dist.io.files import write_whole
 from karmma_dist.packing.synthetic.scene import FPS, HEIGHT, NOUNS, SOUND_RATE, VERBS, WIDTH, Event, Scene, sound
 from karmma_dist.progress import Report
 from karmma_dist.seeding import kitchen_generator
@@ -56,12 +60,12 @@ def write_kitchen(
     """
     total = train_recordings + validation_recordings
     first_participants = {"train": 1, "validation": 2 + (train_recordings - 1) // _PER_PARTICIPANT}
-    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    make_folder(root / "annotations")
     _write_classes(root / "annotations" / "EPIC_100_verb_classes.csv", VERBS, "motion")
     _write_classes(root / "annotations" / "EPIC_100_noun_classes.csv", NOUNS, "object")
     done = 0
     for split, number in (("train", train_recordings), ("validation", validation_recordings)):
-        rows: list[dict[str, Any]] = []
+        rows: list[Sequence[Any]] = []
         for index in range(number):
             participant = f"P{first_participants[split] + index // _PER_PARTICIPANT:02d}"
             name = f"{participant}_{index % _PER_PARTICIPANT + 1:02d}"
@@ -74,10 +78,7 @@ def write_kitchen(
             done += 1
             if progress is not None:
                 progress("record", done, total)
-        with open(root / "annotations" / f"EPIC_100_{split}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, _COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        _write_table(root / "annotations" / f"EPIC_100_{split}.csv", _COLUMNS, rows)
 
 
 def _events(number: int, random: np.random.Generator) -> list[Event]:
@@ -104,7 +105,7 @@ def _write_video_file(
     has_audio: bool,
 ) -> None:
     """Write one recording second by second, so that video and audio are interleaved in the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     duration_s = int(np.ceil(events[-1].stop_s + 0.3))
     scene = Scene(events, difficulty, random)
     samples = sound(events, duration_s, difficulty, random)
@@ -145,16 +146,15 @@ def _add_audio(container: Any, stream: Any, samples: np.ndarray, second: int) ->
     container.mux(stream.encode(frame))
 
 
-def _row(participant: str, name: str, place: int, event: Event) -> dict[str, Any]:
+def _row(participant: str, name: str, place: int, event: Event) -> Sequence[Any]:
     # As in Epic-Kitchens, a quarter of the clips overlap the next one: the annotation ends after the action.
     stop_s = event.stop_s + (0.35 if place % 4 == 1 else 0.0)
     verb, noun = VERBS[event.verb], NOUNS[event.noun]
-    values = (
+    return (
         f"{name}_{place}", participant, name, _timestamp(event.start_s + 0.1), _timestamp(event.start_s),
         _timestamp(stop_s), int(event.start_s * _NOMINAL_FPS), int(stop_s * _NOMINAL_FPS), f"{verb} {noun}",
         verb, event.verb, noun, event.noun, f"['{noun}']", f"[{event.noun}]",
     )  # fmt: skip
-    return dict(zip(_COLUMNS, values, strict=True))
 
 
 def _timestamp(time_s: float) -> str:
@@ -164,7 +164,11 @@ def _timestamp(time_s: float) -> str:
 
 
 def _write_classes(path: Path, names: tuple[str, ...], category: str) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("id", "key", "instances", "category"))
-        writer.writerows((number, name, f"['{name}']", category) for number, name in enumerate(names))
+    rows = [(number, name, f"['{name}']", category) for number, name in enumerate(names)]
+    _write_table(path, ("id", "key", "instances", "category"), rows)
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    write_whole(path, text.getvalue().encode())

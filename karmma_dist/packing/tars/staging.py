@@ -24,7 +24,7 @@ import av
 import cv2
 
 from karmma_dist import __version__
-from karmma_dist.io.files import append, read_file, write_json
+from karmma_dist.io.files import append_whole, read_file, write_json
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities.recording import Recording, is_of_the_machine
 from karmma_dist.packing.clip_cutter import cut_recording, unexpected_failure
@@ -140,8 +140,7 @@ def _stage(folder: Path, unit: Unit, spec: PackingSpec) -> int:
 def _note_start(folder: Path, unit: Unit, recording: Recording) -> None:
     """Leave the name of the recording that this worker process starts to cut, for `cut_last`."""
     if multiprocessing.parent_process() is not None:
-        with append(_start_path(folder, unit)) as file:
-            file.write(f"{os.getpid()} {recording.name}\n".encode())
+        append_whole(_start_path(folder, unit), f"{os.getpid()} {recording.name}\n".encode())
 
 
 def cut_last(folder: Path, todo: Sequence[Unit]) -> dict[int, str]:

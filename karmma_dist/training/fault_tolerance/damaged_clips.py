@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.files import append, json_text, read_file
+from karmma_dist.io.files import append_whole, json_text, read_file
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.streaming.batch import Batch
 
@@ -102,5 +102,4 @@ class DamageLog:
     def _write(self, events: Iterable[dict[str, Any]]) -> None:
         text = "".join(json_text(event) + "\n" for event in events)
         if text:
-            with append(self._path) as file:
-                file.write(text.encode())
+            append_whole(self._path, text.encode())
