@@ -112,7 +112,7 @@ class Heartbeat:
         Returns:
             The exception that names it; None if `error` is not a collective's or no rank is lost.
         """
-        if not _is_collective_error(error):
+        if not is_collective_error(error):
             return None
         self._work_ends.set()
         self._is_lost.wait(self._limit_s / 2 + 2 * _BEAT_S + _GRACE_S)
@@ -216,7 +216,7 @@ class Heartbeat:
         )
 
 
-def _is_collective_error(error: BaseException) -> bool:
+def is_collective_error(error: BaseException) -> bool:
     """Return True if torch's communication raised the error."""
     if isinstance(error, dist.DistError):
         return True

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from karmma_dist.distributed import heartbeat
 from karmma_dist.distributed.collectives import leave_job, store
 from karmma_dist.distributed.heartbeat import Heartbeat
+from karmma_dist.distributed.rendezvous import rendezvous
 from karmma_dist.distributed.world import World
-from karmma_dist.errors import Stopped, UserError
+from karmma_dist.errors import Stopped, UserError, one_line
 
 _TIMEOUT = datetime.timedelta(minutes=15)
 """PyTorch's limit on a collective: it ends a process without naming the missing rank, so `Heartbeat` acts earlier."""
@@ -53,6 +54,7 @@ def process_group(
         on_loss: Called in a thread, before a rank that waits for a lost rank is ended.
 
     Raises:
+        UserError: the ranks cannot meet, or cannot connect to each other.
         Stopped: another rank died, hangs or left because of an error.
     """
     variables = {
@@ -63,7 +65,7 @@ def process_group(
         if torch.cuda.is_available():
             torch.cuda.set_device(device_of(world))
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+            _join(world)
         if world.size == 1:
             yield
             return
@@ -79,6 +81,25 @@ def process_group(
                 heartbeat.set_current(None)
                 if beating.lost is None:
                     dist.destroy_process_group()
+
+
+def _join(world: World) -> None:
+    """Meet the other ranks and connect to them.
+
+    Raises:
+        UserError: the ranks cannot meet, or cannot connect to each other.
+    """
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    job_store = rendezvous(world)
+    try:
+        dist.init_process_group(backend, store=job_store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
+    except RuntimeError as error:
+        if not heartbeat.is_collective_error(error):
+            raise
+        raise UserError(
+            f"the ranks have met at {world.endpoint}, but {backend} does not connect them: {one_line(error, 300)}: set "
+            f"{'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME to the network interface that joins the nodes"
+        ) from None
 
 
 def _leave(beating: Heartbeat, error: BaseException) -> None:

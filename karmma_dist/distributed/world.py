@@ -10,6 +10,8 @@ Variables of other launchers (Open MPI, PMI) are ignored: under mpirun, set torc
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +21,11 @@ from dataclasses import dataclass
 from karmma_dist.errors import UserError
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+_HOST_NAME = re.compile(r"(?:[\w-]{1,63}\.)*[\w-]{1,63}\.?")
+_DOTTED = re.compile(r"[0-9]+(?:\.[0-9]+){3}\.?")
+_LONGEST_NAME = 253
+_SCONTROL_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,11 @@ class World:
     def is_main(self) -> bool:
         """True on rank 0, the only rank that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def endpoint(self) -> str:
+        """Address and port for messages: `n1:29500`, `[::1]:29500`."""
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
 ALONE = World(0, 0, 1, "127.0.0.1", 0)
@@ -61,7 +73,8 @@ def find_world(environment: Mapping[str, str]) -> World:
     rank, local_rank, size, port = (
         _number(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     )
-    return _checked(World(rank, local_rank, size, environment["MASTER_ADDR"], port), "RANK", "WORLD_SIZE")
+    address = _address(environment["MASTER_ADDR"])
+    return _checked(World(rank, local_rank, size, address, port), "RANK", "WORLD_SIZE")
 
 
 def free_port() -> int:
@@ -78,7 +91,8 @@ def _slurm_world(environment: Mapping[str, str]) -> World:
     rank, local_rank, size = (
         _number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
     )
-    address = environment.get("MASTER_ADDR") or _first_host(environment, size)
+    given = environment.get("MASTER_ADDR")
+    address = _address(given) if given else _first_host(environment, size)
     has_port = bool(environment.get("MASTER_PORT"))
     port = _number(environment, "MASTER_PORT") if has_port else 20_000 + _number(environment, "SLURM_JOB_ID") % 20_000
     return _checked(World(rank, local_rank, size, address, port), "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
@@ -94,8 +108,6 @@ def _checked(world: World, rank_name: str, size_name: str) -> World:
         raise UserError(
             f"local rank {world.local_rank} of {rank_name}={world.rank}: ranks are counted from 0 on every node"
         )
-    if not world.address.strip():
-        raise UserError("MASTER_ADDR is empty: set it to the host of rank 0")
     if not 0 < world.port < 2**16:
         raise UserError(f"MASTER_PORT={world.port}: a port is 1 to 65535")
     return world
@@ -108,14 +120,42 @@ def _first_host(environment: Mapping[str, str], size: int) -> str:
     scontrol = shutil.which("scontrol")
     if not nodes or not scontrol:
         raise UserError("MASTER_ADDR is not set and the first host of the Slurm step is unknown: export MASTER_ADDR")
-    hostnames = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, timeout=30)
+    command = [scontrol, "show", "hostnames", nodes]
+    try:
+        hostnames = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SCONTROL_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"scontrol show hostnames {nodes} failed: export MASTER_ADDR ({error})") from None
     if hostnames.returncode or not hostnames.stdout.split():
         raise UserError(f"scontrol show hostnames {nodes} failed: export MASTER_ADDR ({hostnames.stderr.strip()})")
     return hostnames.stdout.split()[0]
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
+def _address(text: str) -> str:
+    """Return a MASTER_ADDR without the brackets of an IPv6 address.
+
+    Raises:
+        UserError: it is empty, or neither a host's name nor an address.
+    """
+    address = text.strip()
+    if not address:
+        raise UserError("MASTER_ADDR is empty: set it to the host of rank 0")
+    if address.startswith("[") and address.endswith("]"):
+        address = address[1:-1]
+    is_ip = True
     try:
-        return int(environment[name])
+        ipaddress.ip_address(address)
     except ValueError:
-        raise UserError(f"{name}={environment[name]} is not a number") from None
+        is_ip = False
+    if is_ip or (_HOST_NAME.fullmatch(address) and len(address) <= _LONGEST_NAME and not _DOTTED.fullmatch(address)):
+        return address
+    host, _, port = address.rpartition(":")
+    has_port = bool(_HOST_NAME.fullmatch(host)) and port.isdecimal()
+    advice = f"set it to {host}, and MASTER_PORT to {port}" if has_port else "set it to the host of rank 0"
+    raise UserError(f"MASTER_ADDR={text!r} is neither a host name nor an address: {advice}")
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment[name].strip()
+    if not _NUMBER.fullmatch(text):
+        raise UserError(f"{name}={environment[name]} is not a number")
+    return int(text)

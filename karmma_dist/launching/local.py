@@ -8,6 +8,7 @@ ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -15,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from karmma_dist.distributed.world import free_port
-from karmma_dist.errors import ERROR_FILE, LOST_RANK
+from karmma_dist.errors import ERROR_FILE, LOST_RANK, UserError
 from karmma_dist.processes import dying_with_parent, kill_sessions, signal_name
 from karmma_dist.recipe import Recipe
 from karmma_dist.recipe.micro_batches import check_batches
@@ -33,6 +34,8 @@ _POLL_EVERY_S = 1.0
 that a rank has ended."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 _AWAITED = {signal.SIGCHLD, *_FORWARDED}
+_USER_ERROR = 2
+"""Exit code of ranks that have said what is wrong with their input."""
 _PREEMPTED = 85
 """Exit code of ranks that were preempted and have saved."""
 
@@ -81,8 +84,8 @@ def launch_local(num_ranks: int, command: Sequence[str], grace_s: float = _GRACE
     # Blocked before the first rank starts and received one by one below, so that none is lost and none interrupts.
     unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     try:
-        with tempfile.TemporaryDirectory(prefix="karmma-dist-launch-") as folder:
-            ranks = Ranks(num_ranks, command, Path(folder), unmasked)
+        with _messages_folder() as folder:
+            ranks = Ranks(num_ranks, command, folder, unmasked)
             try:
                 ranks.wait(grace_s)
             finally:
@@ -92,6 +95,23 @@ def launch_local(num_ranks: int, command: Sequence[str], grace_s: float = _GRACE
             return ranks.exit_code
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+
+
+@contextlib.contextmanager
+def _messages_folder() -> Iterator[Path]:
+    """Yield a temporary folder for the ranks' final messages.
+
+    Raises:
+        UserError: no folder for temporary files can be written.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="karmma-dist-launch-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"no temporary folder can be made ({error.strerror or error}): set TMPDIR to a folder that can be written"
+        ) from None
+    with folder as name:
+        yield Path(name)
 
 
 class Ranks:
@@ -166,18 +186,26 @@ class Ranks:
                 ranks_by_line.setdefault(line, []).append(rank)
         lost = {line: ranks_by_line.pop(line) for line in list(ranks_by_line) if line.startswith(LOST_RANK)}
         followers = {rank for ranks in lost.values() for rank in ranks}  # these only noticed the loss of another rank
+        speakers = {rank for ranks in ranks_by_line.values() for rank in ranks}
         lines = [line if 0 in ranks else f"rank {ranks[0]}: {line}" for line, ranks in ranks_by_line.items()]
         if self._interrupted:
             return lines or ["interrupted: the ranks were killed before they reported anything"]
-        for rank, code in self.ended.items():
-            if code < 0:
-                lines.append(f"error: rank {rank} was killed by {signal_name(-code)}; the others were ended")
-            elif code not in (0, 2, _PREEMPTED) and rank not in followers:
-                lines.append(f"error: rank {rank} ended with exit code {code}; the others were ended")
-            else:
-                continue
-            break  # only the first failure matters; the others followed from it
+        silent = {
+            rank: code
+            for rank, code in self.ended.items()
+            if code not in (0, _PREEMPTED) and rank not in followers and (code != _USER_ERROR or rank not in speakers)
+        }
+        if silent:
+            first = next(iter(silent.values()))  # only the first failure matters; the others followed from it
+            lines.append(self._silent_end([rank for rank, code in silent.items() if code == first], first))
         return lines or [line.removeprefix(LOST_RANK) for line in lost][:1]
+
+    def _silent_end(self, ranks: Sequence[int], code: int) -> str:
+        """Return the line about ranks that ended in the same way without saying why."""
+        names = f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, sorted(ranks)))}"
+        verb = "was" if len(ranks) == 1 else "were"
+        end = f"{verb} killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        return f"error: {names} {end}" + ("; the others were ended" if len(ranks) < len(self._processes) else "")
 
     def _send(self, number: int) -> None:
         for rank, process in enumerate(self._processes):

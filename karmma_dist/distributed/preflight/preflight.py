@@ -21,13 +21,14 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read at import: silences torch's log of errors reported here
 
 import torch.distributed as dist
 
+from karmma_dist.distributed.job_store import hosts_store
 from karmma_dist.distributed.preflight.facts import (
     Facts,
     attempt,
@@ -45,7 +46,7 @@ from karmma_dist.distributed.preflight.probes import (
     planned_hosts,
     time_all_reduce,
 )
-from karmma_dist.distributed.world import World, find_world
+from karmma_dist.distributed.world import World, find_world, free_port
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe
 from karmma_dist.recipe.micro_batches import check_batches
@@ -106,36 +107,27 @@ def preflight(
     """
     outcome = Outcome()
     had_group = dist.is_initialized()
+    if world.size == 1:  # nobody else needs its address
+        world = replace(world, address="127.0.0.1", port=free_port())
     try:
-        kept_by_torchrun = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = connect(world, timeout_s / 2, keep=world.rank == 0 and not kept_by_torchrun)
-    except (RuntimeError, ValueError) as error:
-        outcome.failures = [_unreachable(world, timeout_s / 2, error)]
+        store = connect(world, timeout_s / 2, keep=world.size == 1 or hosts_store(world, environment))
+    except UserError as error:
+        outcome.failures = [f"rank {world.rank} ({node_name()}): {error}"]
         return outcome
     try:
         if world.rank == 0:
             _MainRank(chain, world, timeout_s, store, outcome).run(environment)
         else:
             _OtherRank(chain, world, timeout_s, store, outcome).run()
+    except UserError as error:
+        outcome.failures.append(str(error))
     except dist.DistError:
         host = node_name()
-        outcome.failures.append(f"rank {world.rank} ({host}): rank 0 ({world.address}:{world.port}) stopped answering")
+        outcome.failures.append(f"rank {world.rank} ({host}): rank 0 ({world.endpoint}) stopped answering")
     finally:
         if dist.is_initialized() and not (had_group or outcome.must_exit):
             dist.destroy_process_group()
     return outcome
-
-
-def _unreachable(world: World, timeout_s: float, error: Exception) -> str:
-    host, address = node_name(), f"{world.address}:{world.port}"
-    if "EADDRINUSE" in str(error):
-        return f"rank {world.rank} ({host}): {address} is in use: set another MASTER_PORT"
-    if world.rank == 0:
-        return f"rank 0 ({host}): cannot be reached at {address} from its own node: set MASTER_ADDR to this node"
-    return (
-        f"rank {world.rank} ({host}): does not reach rank 0 at {address} within {timeout_s:.0f} s: rank 0 did not "
-        "start, a firewall blocks the port, or MASTER_ADDR or MASTER_PORT is wrong"
-    )
 
 
 def report(outcome: Outcome, world: World, as_json: bool = False) -> None:
@@ -176,6 +168,25 @@ class _Rank:
         self.limit_s = timeout_s / 5
         """Seconds for one stage of this rank, less than rank 0 waits, so that the rank itself can report what hangs."""
 
+    def arrive(self) -> None:
+        """Publish this rank's first facts.
+
+        Raises:
+            UserError: another process has this rank, or the first rank has another WORLD_SIZE.
+        """
+        rank, me = self.world.rank, f"{node_name()} pid {os.getpid()}"
+        holder = self.store.compare_set(f"holder/{rank}", "", me).decode()
+        size = int(self.store.compare_set("size", "", str(self.world.size)))
+        misfit = ""
+        if self.store.add(f"claims/{rank}", 1) > 1:
+            misfit = f"two processes are rank {rank} ({holder}, {me}): give every process its own RANK"
+        elif size != self.world.size:
+            misfit = f"WORLD_SIZE={self.world.size} on rank {rank} ({me}), but {size} on the first rank: set it alike"
+        if misfit:
+            self.store.set("misfit", misfit)
+            raise UserError(misfit)
+        self.put("hello", self.facts)
+
     def put(self, name: str, value: Any) -> None:
         """Publish a value under a name and this rank's number."""
         self.store.set(f"{name}/{self.world.rank}", json.dumps(value))
@@ -210,7 +221,7 @@ class _OtherRank(_Rank):
 
     def run(self) -> None:
         """Run this rank's part until rank 0 publishes the result."""
-        self.put("hello", self.facts)
+        self.arrive()
         start = self._receive("start")
         self.put("clock", time.time())
         if start["complete"]:
@@ -232,9 +243,12 @@ class _MainRank(_Rank):
 
     def run(self, environment: Mapping[str, str]) -> None:
         """Run the preflight from the arrival of the ranks until all of them have received its result."""
-        self.put("hello", self.facts)
+        self.arrive()
         hello = self._collect("hello", self.timeout_s / 2)
-        if len(hello) < self.world.size:
+        misfit = self.store.get("misfit").decode() if self.store.check(["misfit"]) else None
+        if misfit is not None:
+            self.outcome.failures.append(misfit)
+        if misfit is not None or len(hello) < self.world.size:
             self._name_missing(hello, environment)
             self._broadcast("start", {"complete": False})
         else:

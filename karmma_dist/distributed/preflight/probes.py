@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from karmma_dist.distributed.job_store import open_store
 from karmma_dist.distributed.process_group import device_of
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
@@ -109,11 +110,12 @@ def connect(world: World, timeout_s: float, *, keep: bool) -> dist.Store:
         world: World of this rank.
         timeout_s: Seconds after which a connection or a wait fails.
         keep: True if this process hosts the store.
+
+    Raises:
+        UserError: the store cannot be reached, or its port cannot be opened.
     """
-    store = dist.TCPStore(
-        world.address, world.port, is_master=keep, wait_for_workers=False,
-        timeout=datetime.timedelta(seconds=timeout_s),
-    )  # fmt: skip
+    store = open_store(world, hosts=keep, late_s=timeout_s, hopeless_s=timeout_s)
+    store.set_timeout(datetime.timedelta(seconds=timeout_s))
     return dist.PrefixStore("karmma_dist/preflight", store)
 
 

@@ -90,7 +90,7 @@ def test_a_rank_that_never_arrives_is_named() -> None:
 def test_without_rank_0_each_rank_names_the_address_it_tried() -> None:
     (outcome,) = run_ranks(None, [], timeout_s=4.0)
     assert "rank 1 (" in outcome.failures[0]
-    assert "does not reach rank 0 at 127.0.0.1:" in outcome.failures[0]
+    assert "cannot reach rank 0 at 127.0.0.1:" in outcome.failures[0]
     assert not outcome.reported
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from karmma_dist.distributed.world import World, find_world
-from karmma_dist.errors import ERROR_FILE, say
+from karmma_dist.errors import ERROR_FILE, UserError, say
 from karmma_dist.launching.local import launch_local, rank_command, shown_commands
 from kits.patience import HANGS_S
 
@@ -137,6 +139,64 @@ sys.exit(1)
     code, _, err = run(body)
     assert code in (1, 7)  # whichever was first
     assert err == "error: rank 1 ended with exit code 7; the others were ended\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "line"),
+    [
+        ("sys.exit(2)", "error: ranks 1, 2 ended with exit code 2; the others were ended\n"),
+        ("sys.exit(7)", "error: ranks 1, 2 ended with exit code 7; the others were ended\n"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "error: ranks 1, 2 were killed by SIGKILL; the others were ended\n"),
+    ],
+)
+def test_ranks_that_end_without_a_word_before_the_others_meet_are_named(end: str, line: str) -> None:
+    body = f"""
+if rank:
+    {end}
+"""
+    _, out, err = run(body, num_ranks=3)
+    assert (out, err) == ("", line)
+
+
+def test_a_rank_that_has_said_what_is_wrong_is_not_named_again() -> None:
+    body = 'if rank == 1:\n    say("error: bad")\n    sys.exit(2)\nif rank == 2:\n    sys.exit(2)'
+    _, _, err = run(body, num_ranks=3)
+    assert sorted(err.splitlines()) == [
+        "error: rank 2 ended with exit code 2; the others were ended", "rank 1: error: bad",
+    ]  # fmt: skip
+
+
+def test_ranks_that_cannot_meet_leave_one_line() -> None:
+    """Rank 0's port is taken: the other rank, which is told nothing, has nothing to add."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        body = f"""
+os.environ["MASTER_PORT"] = "{taken.getsockname()[1]}"
+sys.argv = ["karmma-dist"]
+from karmma_dist import cli
+from karmma_dist.distributed.process_group import process_group
+from karmma_dist.distributed.world import find_world
+def join():
+    with process_group(find_world(os.environ)):
+        pass
+cli.cli = lambda **_: join()
+sys.exit(cli.main([]))
+"""
+        code, _, err = run(body, grace_s=1.0)
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith("error: rank 0 (")
+    assert "cannot listen at 127.0.0.1:" in line
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(UserError, match=r"Read-only file system.*TMPDIR"):
+        launch_local(1, ["true"])
 
 
 def test_ranks_that_wait_for_a_failed_rank_are_killed() -> None:
