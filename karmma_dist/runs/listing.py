@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from karmma_dist.errors import UserError, one_line
 from karmma_dist.runs.folder import STATE
+from karmma_dist.runs.name import read_written_recipe
 from karmma_dist.runs.process import is_alive
 from karmma_dist.terminal import print_table
 
@@ -95,7 +94,7 @@ def find_runs(folder: Path, job_states: JobStates | None = None, now: float | No
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: name a folder of runs, or start a run: karmma-dist train RECIPE")
     now = time.time() if now is None else now
-    files = {run: (_read_recipe(run), _read_state(run)) for run in _run_folders(folder)}
+    files = {run: (read_written_recipe(run), _read_state(run)) for run in _run_folders(folder)}
     unsettled = {
         str(state["job_id"])
         for _, state in files.values()
@@ -157,15 +156,6 @@ def _read_state(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         return {"state": "damaged", "why": f"{path} cannot be read: {error}"}
     return state if isinstance(state, dict) else {"state": "damaged", "why": f"{path} is not a JSON object"}
-
-
-def _read_recipe(run: Path) -> dict[str, Any] | None:
-    """Return recipe.yaml without validation, since recipes of other versions are listed too; None if unreadable."""
-    try:
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return recipe if isinstance(recipe, dict) and "name" in recipe else None
 
 
 def _describe(

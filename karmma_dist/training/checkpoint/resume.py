@@ -12,6 +12,7 @@ from karmma_dist.io.files import remove
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
 from karmma_dist.runs.folder import BEST, ENSEMBLE, read_state, write_state
+from karmma_dist.runs.name import check_place
 from karmma_dist.settings import flat, unmarked
 from karmma_dist.training.checkpoint.checkpoint import checkpoints, find_damage, newest_undamaged, set_latest
 
@@ -35,6 +36,7 @@ def prepare_run_dir(recipe: Recipe, world: World, resume: str, report: Report = 
 
 
 def _check_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
+    check_place(recipe)
     run_dir = recipe.run_dir
     saved = read_run_recipe(run_dir) if (run_dir / "recipe.yaml").is_file() else None
     start = ""
