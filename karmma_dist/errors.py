@@ -14,8 +14,8 @@ ERROR_FILE = "KARMMA_DIST_ERROR_FILE"
 LOST_RANK = "lost rank: "
 """Prefix of a line in that file that only reports another rank, whose own line may say more."""
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-"""Beginning of a URL."""
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
+"""Beginning of a URL; the limit keeps the search in a long text from taking its length squared."""
 
 
 class UserError(ValueError):
@@ -50,7 +50,7 @@ def one_line(error: object, limit: int | None = None) -> str:
 def quoted(value: object, most: int = 60) -> str:
     """Return a value as messages quote it: its repr without secrets, of at most `most` characters."""
     if isinstance(value, str):
-        text = repr(_without_secrets(value[:10_000]))
+        text = repr(_without_secrets(value[:2_000]))
         return text if len(text) <= most else f"{text[: most - 4]}...{text[0]}"
     text = _without_secrets(reprlib.repr(value))
     return text if len(text) <= most else f"{text[: most - 3]}..."

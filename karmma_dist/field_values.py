@@ -40,7 +40,7 @@ Seconds = Annotated[float, Field(ge=0, le=10**6)]
 """A time to wait, of at most eleven days: longer ones exceed what poll(2) takes."""
 
 _NUMBERS: tuple[Any, ...] = (int, float, ByteSize)
-_SIZE = re.compile(r"[0-9]{0,20}\.?[0-9]{1,20} *[A-Za-z]*")
+_SIZE = re.compile(r"(?:0|[1-9][0-9]{0,20})(?:\.[0-9]{1,20})? ?[A-Za-z]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ZEROS = re.compile(r"([-+]?)0+([0-9]+)")
 _UNDERSCORES = re.compile(r"[-+]?[0-9]+(?:_[0-9]+)+")

@@ -224,7 +224,7 @@ def _extended(base: Any, path: Path) -> Path:
     if not isinstance(name, str):
         raise UserError(f"{path}: extends is {quoted(plain_values(base))}: give the path of one file, or remove it")
     try:
-        return (path.parent / expand_home(name)).resolve()
+        return Path(os.path.realpath(path.parent / expand_home(name)))
     except ValueError as error:
         raise UserError(f"{path}: extends is {quoted(name)}: {error}") from None
 
