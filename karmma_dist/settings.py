@@ -260,7 +260,7 @@ def dump(settings: Settings, *, in_ascii: bool = False) -> str:
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    where = f"--set {override if len(override) <= 80 else quoted(override)[1:-1]}"
+    where = f"--set {override if len(override) <= 80 and override.isprintable() else quoted(override)}"
     parts = key.strip().split(".")
     if not equals or not all(parts) or len(parts) > MOST_DEPTH:
         raise UserError(f"{where}: expected KEY=VALUE, for example --set training.epochs=3")
@@ -295,7 +295,7 @@ def _expand(value: Any, path: Path) -> Any:
 
 
 def _explain(problem: Any, cls: type[Settings]) -> str:
-    location = [str(part) if len(str(part)) <= 60 else quoted(part) for part in problem["loc"]]
+    location = [quoted(str(part))[1:-1] for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'{nearest(location[-1], _fields_at(cls, location[:-1]))}"

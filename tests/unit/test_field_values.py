@@ -182,7 +182,7 @@ def test_a_number_is_decimal_be_it_in_quotes_or_not(text: str, number: int) -> N
         ("010", "write 10, or 8 if it is octal"), ("-010", "write -10, or -8"), ("089", "write 89$"), ("00", "write 0"),
         ("1_000", "write 1000"), ("0x10", "write 16"), ("0o10", "write 8"), ("0b11", "write 3"), (".inf", "finite"),
         ("-.INF", "finite"), (".nan", "finite"), ("inf", "finite"), ("nan", "finite"), ("Infinity", "finite"),
-        ("1e999", "finite"), ("true", "not true or false"), ("FALSE", "not true or false"), ("yes", "expected a number$"),
+        ("1e999", "finite"), ("true", "not true or false"), ("FALSE", "not true or false"), ("yes", "a number$"),
         ("12:00:00", "expected a number$"), ("2024-01-01", "expected a number$"), ("''", "a number$"),
         ("fast", "expected a number$"), ("'true'", "expected a number$"), ("\u0663", "a number$"),
     ],

@@ -23,7 +23,8 @@ model: {{encoders: {{audio: {{name: small_audio}}}}}}
 UNSAFE = {
     "", ".", "..", "./", "a/", "/a", "a//b", "a/./b", "a/../b", "../a", "a/..", "~", "~/a", "a/~b", "-x", "--set",
     "a/-x", ".a", "a/.b", ".lock", ".study.lock", "a\n", "a\nb", "a\tb", "a\0b", "a\x1bb", "a\x7f", "a\x85b",
-    "a\u2028b", "a\u202eb", "a\ud800", "b\udc80", " a", "a ", "a/ b", "a /b", "\u3000a", "x" * 201, "a/" + "x" * 201, "\u00fc" * 101,
+    "a\u2028b", "a\u202eb", "a\ud800", "b\udc80", " a", "a ",
+    "a/ b", "a /b", "\u3000a", "x" * 201, "a/" + "x" * 201, "\u00fc" * 101,
     "events.out.tfevents.1", "a/best", "best/a", "a/checkpoints/b", "a/recipe.yaml",
     *OWN_NAMES,
 }  # fmt: skip
