@@ -183,8 +183,11 @@ def test_a_wrong_override_is_a_short_line(tmp_path: Path, override: str, message
 
 
 @pytest.mark.parametrize(
-    "named", ["[base.yaml]", "{a: b}", "3", "''", "null", "", "~", ".", "a.yaml", "pipe", "/dev/zero", "loop", '"a\\0b"',
-              "x" * 300, "nowhere.yaml", "~nobody-has-this-name/x"]
+    "named",
+    [
+        "[base.yaml]", "{a: b}", "3", "''", "null", "", "~", ".", "a.yaml", "pipe", "/dev/zero", "loop", '"a\\0b"',
+        "x" * 300, "nowhere.yaml", "~nobody-has-this-name/x",
+    ],
 )  # fmt: skip
 def test_what_is_extended_is_one_file(tmp_path: Path, named: str) -> None:
     os.mkfifo(tmp_path / "pipe")
