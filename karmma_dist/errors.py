@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from urllib.parse import urlsplit, urlunsplit
 
 from karmma_dist.terminal import print_line
@@ -13,8 +14,8 @@ ERROR_FILE = "KARMMA_DIST_ERROR_FILE"
 LOST_RANK = "lost rank: "
 """Prefix of a line in that file that only reports another rank, whose own line may say more."""
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-"""Beginning of a URL."""
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
+"""Beginning of a URL; the limit keeps the search in a long text from taking its length squared."""
 
 
 class UserError(ValueError):
@@ -43,7 +44,20 @@ def one_line(error: object, limit: int | None = None) -> str:
         error: Error or text; each run of white space becomes one space, and URLs are `masked`.
         limit: Largest number of characters; None for no limit.
     """
-    return re.sub(rf"{URL.pattern}\S+", lambda match: masked(match[0]), " ".join(str(error).split()))[:limit]
+    return _without_secrets(" ".join(str(error).split()))[:limit]
+
+
+def quoted(value: object, most: int = 60) -> str:
+    """Return a value as messages quote it: its repr without secrets, of at most `most` characters."""
+    if isinstance(value, str):
+        text = repr(_without_secrets(value[:2_000]))
+        return text if len(text) <= most else f"{text[: most - 4]}...{text[0]}"
+    text = _without_secrets(reprlib.repr(value))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _without_secrets(text: str) -> str:
+    return re.sub(rf"{URL.pattern}\S+", lambda match: masked(match[0]), text)
 
 
 def masked(url: str) -> str:

@@ -1,6 +1,7 @@
 """Typed YAML files: `extends`, `${ENVIRONMENT}` variables, `a.b=c` overrides, and errors that name file and key.
 
-Recipes (`recipe.py`) and packing specifications (`packing/spec.py`) are both read through here.
+Recipes, packing specifications, studies and model cards are all read through here; `io/yaml_file.py` parses the YAML,
+and `field_values.py` says what a field takes.
 """
 
 from __future__ import annotations
@@ -8,26 +9,53 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from karmma_dist.errors import UserError, nearest, one_line
+from karmma_dist.errors import UserError, nearest, quoted
+from karmma_dist.field_values import PathText, Positive, Seconds, check_sane, expand_home, fitted
+from karmma_dist.io.yaml_file import MOST_BYTES, MOST_DEPTH, Plain, parse_value, plain_values, read_yaml, to_yaml
 
-Positive = Annotated[int, Field(gt=0)]
+__all__ = [
+    "PathText", "Positive", "Seconds", "Settings", "check_other_sections", "dump", "find_file", "flat",
+    "is_marked", "load_settings", "mark", "marked", "merge", "read_tree", "unmarked", "validate",
+]  # fmt: skip
+
+_MOST_EXTENDED = 32
+"""Files that extend each other."""
+_MOST_PROBLEMS = 10
+"""Problems of a file that its message names."""
+_LONGEST_PROBLEM = 600
+"""Characters of a problem in a message."""
 
 
 class Settings(BaseModel):
-    """A section of a typed YAML file: unknown keys are errors, and the docstring under a field explains it."""
+    """A section of a typed YAML file: unknown keys are errors, and the docstring under a field explains it.
+
+    Every field takes what `field_values.py` describes: text as it is written, and finite numbers of a sane size.
+    """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _fit(cls, value: Any, info: ValidationInfo) -> Any:
+        return fitted(value, cls.model_fields[str(info.field_name)].annotation)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_sane(cls, value: Any, info: ValidationInfo) -> Any:
+        check_sane(value, cls.model_fields[str(info.field_name)])
+        return value
+
 
 S = TypeVar("S", bound=Settings)
+
+Prepare = Callable[[dict[str, Any], Path], None]
 
 
 def mark(keyword: str) -> Any:
@@ -107,50 +135,98 @@ def find_file(name: str, folder: str) -> Path:
     Raises:
         UserError: the file does not exist; the message gives the nearest existing name.
     """
-    direct = Path(name)
-    if direct.is_file():
-        return direct
+    direct = os.path.expanduser(name)
+    if os.path.isfile(direct):
+        return Path(direct)
     homes = [Path.cwd(), Path(__file__).resolve().parent.parent, Path(sys.prefix) / "share" / "karmma-dist"]
     folders = [home / folder for home in homes if (home / folder).is_dir()]
     for base in folders:
         for candidate in (base / name, base / f"{name}.yaml"):
-            if candidate.is_file() and base.resolve() in candidate.resolve().parents:
+            if os.path.isfile(candidate) and base.resolve() in candidate.resolve().parents:
                 return candidate
+    if os.path.exists(direct):
+        raise UserError(f"{name}: a folder, device or pipe: name a file, or a name in {folder}/")
     known = sorted({str(p.relative_to(b).with_suffix("")) for b in folders for p in b.glob("**/*.yaml")})
     stem = re.sub(r"\.ya?ml$", "", name.removeprefix(f"{folder}/"))
-    raise UserError(f"{name}: no such file{nearest(stem, known)}; {folder}/ holds {', '.join(known) or 'nothing'}")
+    shown, held = name if len(name) <= _LONGEST_PROBLEM else quoted(name), ", ".join(known) or "nothing"
+    raise UserError(f"{shown}: no such file{nearest(stem[:200], known)}; {folder}/ holds {held}")
 
 
-def load_settings(path: Path, cls: type[S], overrides: tuple[str, ...] | list[str] = ()) -> S:
+def find_beside(name: str, path: Path, folder: str) -> str:
+    """Return the path of the file `name`, with or without .yaml, in the folder of the file `path` that names it.
+
+    Return the name itself if there is no such file, or if it is the one that `find_file` finds.
+    """
+    if not name or "\0" in name:
+        return name
+    for candidate in (path.parent / name, path.parent / f"{name}.yaml"):
+        if os.path.isfile(candidate):
+            try:
+                is_same = find_file(name, folder).resolve() == candidate.resolve()
+            except UserError:
+                is_same = False
+            return name if is_same else str(candidate.resolve())
+    return name
+
+
+def load_settings(
+    path: Path, cls: type[S], overrides: tuple[str, ...] | list[str] = (), prepare: Prepare | None = None
+) -> S:
     """Read `path` as `cls`: merge extended files, apply `a.b=c` overrides, expand variables, validate.
 
     Raises:
         UserError: the file or a key is invalid; the message gives file, key and nearest match.
     """
-    tree = read_tree(path)
+    tree = read_tree(path, prepare=prepare)
     for override in overrides:
         _override(tree, override)
     return validate(_expand(tree, path), cls, str(path))
 
 
-def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the plain dictionary of a YAML file merged over the one it `extends` (relative to itself)."""
-    path = path.resolve()
+def read_tree(path: Path, *, limit: int = MOST_BYTES, prepare: Prepare | None = None) -> dict[str, Any]:
+    """Return the dictionary of a YAML file merged over the one it `extends` (relative to itself).
+
+    Args:
+        path: Path of the file.
+        limit: Largest number of bytes of a file.
+        prepare: Function that is called with the content and path of each file before it is merged, and may change it.
+
+    Raises:
+        UserError: a file cannot be read, or files extend each other.
+    """
+    return _read_tree(path.resolve(), limit, prepare, ())
+
+
+def _read_tree(path: Path, limit: int, prepare: Prepare | None, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+    if len(seen) > _MOST_EXTENDED:
+        raise UserError(f"{path}: {_MOST_EXTENDED} files extend each other before this one: extend fewer")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path, limit)
     except FileNotFoundError:
-        raise UserError(f"{seen[-1] if seen else path}: extends {path}, which does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
-    tree = {} if tree is None else tree
+        problem = f"{seen[-1]}: extends {path}, which does not exist" if seen else f"{path}: no such file"
+        raise UserError(problem) from None
+    tree = {} if isinstance(tree, Plain) and tree.value is None else tree
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected keys and values at the top level, found a {type(tree).__name__}")
-    base = tree.pop("extends", None)
-    return tree if base is None else merge(read_tree(path.parent / base, (*seen, path)), tree)
+        raise UserError(f"{path}: expected keys and values at the top level, found {quoted(plain_values(tree))}")
+    if prepare is not None:
+        prepare(tree, path)
+    if "extends" not in tree:
+        return tree
+    base = _extended(tree.pop("extends"), path)
+    return merge(_read_tree(base, limit, prepare, (*seen, path)), tree)
+
+
+def _extended(base: Any, path: Path) -> Path:
+    """Return the path of the file that another extends."""
+    name = fitted(base, str)
+    if not isinstance(name, str):
+        raise UserError(f"{path}: extends is {quoted(plain_values(base))}: give the path of one file, or remove it")
+    try:
+        return Path(os.path.realpath(path.parent / expand_home(name)))
+    except ValueError as error:
+        raise UserError(f"{path}: extends is {quoted(name)}: {error}") from None
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -171,31 +247,32 @@ def validate(tree: dict[str, Any], cls: type[S], where: str) -> S:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e, cls) for e in error.errors())) from None
+        problems = [_explain(problem, cls) for problem in error.errors(include_url=False)[:_MOST_PROBLEMS]]
+        more = error.error_count() - len(problems)
+        problems += [f"and {more} more"] if more else []
+        raise UserError(f"{where}: {'; '.join(problems)}") from None
 
 
 def dump(settings: Settings, *, in_ascii: bool = False) -> str:
     """Return the settings as YAML with every field; with `in_ascii`, other characters are escaped in quotes."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=not in_ascii)
+    return to_yaml(settings.model_dump(mode="json"), in_ascii=in_ascii)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set {override}: expected KEY=VALUE, for example --set training.epochs=3")
+    where = f"--set {override if len(override) <= 80 and override.isprintable() else quoted(override)}"
     parts = key.strip().split(".")
+    if not equals or not all(parts) or len(parts) > MOST_DEPTH:
+        raise UserError(f"{where}: expected KEY=VALUE, for example --set training.epochs=3")
     node = tree
     for part in parts[:-1]:
         child = node.setdefault(part, {})
-        if child is None:
-            child = node[part] = {}
+        if isinstance(child, Plain):
+            child = node[part] = {} if child.value is None else child.value
         if not isinstance(child, dict):
-            raise UserError(f"--set {override}: '{part}' holds a value, not a section")
+            raise UserError(f"{where}: {quoted(part)} holds a value, not a section")
         node = child
-    try:
-        node[parts[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    node[parts[-1]] = parse_value(value, where)
 
 
 def _expand(value: Any, path: Path) -> Any:
@@ -203,28 +280,31 @@ def _expand(value: Any, path: Path) -> Any:
         return {key: _expand(item, path) for key, item in value.items()}
     if isinstance(value, list):
         return [_expand(item, path) for item in value]
+    if isinstance(value, Plain):
+        return Plain(_expand(value.text, path), _expand(value.value, path))
     if not isinstance(value, str):
         return value
 
     def replace(match: re.Match[str]) -> str:
         expanded = os.environ.get(match[1], match[2])
         if expanded is None:
-            raise UserError(f"{path}: environment variable {match[1]} is not set (export {match[1]}=...)")
+            raise UserError(f"{path}: environment variable {match[1][:60]} is not set (export {match[1][:60]}=...)")
         return expanded
 
     return _VARIABLE.sub(replace, value)
 
 
 def _explain(problem: Any, cls: type[Settings]) -> str:
-    location = [str(part) for part in problem["loc"]]
+    location = [quoted(str(part))[1:-1] for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'{nearest(location[-1], _fields_at(cls, location[:-1]))}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem.get("input")
-    shown = "" if isinstance(given, dict) or not key else f" (given: {given!r})"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = message if len(message) <= _LONGEST_PROBLEM else f"{message[: _LONGEST_PROBLEM - 3]}..."
+    given = plain_values(problem.get("input"))
+    shown = "" if isinstance(given, dict) or not key else f" (given: {quoted(given)})"
     return f"'{key}': {message}{shown}" if key else message
 
 

@@ -37,11 +37,10 @@ from karmma_dist.evaluation.views import parse_views
 from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import write_json
 from karmma_dist.modalities import parse_modalities
-from karmma_dist.models.model_card import CARD, ModelCard
+from karmma_dist.models.model_card import CARD, ModelCard, read_card
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.runs.owner import owned
-from karmma_dist.settings import read_tree, validate
 from karmma_dist.terminal import print_line
 
 RUNS = Path("runs")
@@ -285,7 +284,7 @@ def _check_runs(runs: Sequence[Path]) -> None:
         card_path = weights.parent / CARD
         if not card_path.is_file():
             raise UserError(f"{weights}: its folder has no {CARD}, so the model to build is unknown")
-        cards[run] = validate(read_tree(card_path), ModelCard, str(card_path))
+        cards[run] = read_card(card_path)
     (first, expected), *others = cards.items()
     for run, card in others:
         if card.heads != expected.heads or (card.classes and expected.classes and card.classes != expected.classes):

@@ -21,10 +21,12 @@ from karmma_dist.io.files import write_whole
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.weights import WEIGHTS, load_exactly, own_weights, read_weights
 from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe, Recipe
-from karmma_dist.settings import Settings, dump, read_tree, validate
+from karmma_dist.settings import Positive, Settings, dump, read_tree, validate
 
 CARD = "model.yaml"
 """File name of the weights' description."""
+_MOST_BYTES = 32 << 20
+"""Bytes of a description: it may name a hundred thousand classes."""
 
 
 class ModelCard(Settings):
@@ -34,7 +36,7 @@ class ModelCard(Settings):
     """Name of the run that wrote the weights."""
     modalities: list[str]
     """Modalities, in the order of `present_BM`."""
-    heads: dict[str, int]
+    heads: dict[str, Positive]
     """Number of classes by head."""
     classes: dict[str, list[str]] = {}
     """Class names by head, in the order of their ids; may be left out."""
@@ -94,6 +96,15 @@ def save_model(
     write_whole(run_dir / CARD, dump(card).encode())
 
 
+def read_card(path: Path) -> ModelCard:
+    """Read the description of a model.
+
+    Raises:
+        UserError: the file cannot be read, or is no such description.
+    """
+    return validate(read_tree(path, limit=_MOST_BYTES), ModelCard, str(path))
+
+
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[KarmmaModel, ModelCard]:
     """Build the model that a run saved, float32, in train mode except frozen encoders. Global random state is kept.
 
@@ -108,7 +119,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[KarmmaMo
     card_path = weights.parent / CARD
     if not card_path.is_file():
         raise UserError(f"{weights}: no {CARD} in its folder, so the model to build is unknown")
-    card = validate(read_tree(card_path), ModelCard, str(card_path))
+    card = read_card(card_path)
     with torch.random.fork_rng(devices=[]):
         model = KarmmaModel(card.model, card.inputs, card.modalities, card.heads)
     load_exactly(model, read_weights(weights), str(weights))

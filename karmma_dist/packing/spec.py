@@ -24,6 +24,7 @@ from karmma_dist.packing.readers.csv_table import PlainPaths
 from karmma_dist.packing.readers.epic_kitchens import EpicKitchensPaths
 from karmma_dist.packing.readers.something_something import SomethingSomethingPaths
 from karmma_dist.settings import (
+    PathText,
     Positive,
     Settings,
     check_other_sections,
@@ -50,11 +51,11 @@ class PackingSpec(Settings):
     """Layout of the raw folder: the name of a reader, and of the section with its sub-paths."""
     dataset: str
     """Name recorded in the manifest."""
-    raw: Annotated[str, NOT_IN_BYTES]
+    raw: Annotated[PathText, NOT_IN_BYTES]
     """Raw folder; ${VARIABLES} are expanded."""
-    out: Annotated[str, NOT_IN_BYTES]
+    out: Annotated[PathText, NOT_IN_BYTES]
     """Folder to write the shards to; ${VARIABLES} are expanded."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Seed of the permutation that spreads clips over shards."""
     clips_per_shard: Positive = 512
     """Maximum number of clips in one shard."""
@@ -74,11 +75,6 @@ class PackingSpec(Settings):
     """Sub-paths of the reader something_something."""
     plain: PlainPaths | None = None
     """Sub-paths of the reader plain."""
-
-    @field_validator("raw", "out")
-    @classmethod
-    def _expand_home(cls, path: str) -> str:
-        return str(Path(path).expanduser())
 
     @field_validator("reader")
     @classmethod

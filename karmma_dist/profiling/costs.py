@@ -21,10 +21,9 @@ from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.flops import ClipFlops, count_flops, flops_per_clip, meta_clip, meta_model, meta_tokens
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.model_card import CARD, ModelCard
+from karmma_dist.models.model_card import CARD, read_card
 from karmma_dist.profiling.memory import FUSION_CLIPS, fusion_peak, inference_peak, training_peak
 from karmma_dist.recipe import InputRecipe, ModelRecipe, Recipe, load_chain
-from karmma_dist.settings import read_tree, validate
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import MANIFEST
 from karmma_dist.streaming.loader import check_heads
@@ -69,7 +68,7 @@ def find_models(name: str, overrides: Sequence[str] = ()) -> tuple[list[Profiled
         return profiled_models, [f"only the student is profiled: profile its experts with their own recipes: {experts}"]
     run = recipe.find_run(recipe.distill.teacher)
     if (run / CARD).is_file():
-        card = validate(read_tree(run / CARD), ModelCard, str(run / CARD))
+        card = read_card(run / CARD)
         if card.modalities != recipe.data.modalities:
             raise UserError(
                 f"{run}: the teacher's modalities {', '.join(card.modalities)} differ from data.modalities, "

@@ -11,7 +11,7 @@ from karmma_dist.modalities.audio import AudioInput
 from karmma_dist.modalities.detections import DetectionsInput
 from karmma_dist.modalities.video import VideoInput
 from karmma_dist.recipe.fields import NOT_LEARNED, SHARED, Probability
-from karmma_dist.settings import Positive, Settings, check_other_sections
+from karmma_dist.settings import PathText, Positive, Seconds, Settings, check_other_sections
 
 
 class InputRecipe(Settings):
@@ -82,9 +82,9 @@ class OrderRecipe(Settings):
 class DataRecipe(Settings):
     """Clips, their modalities, and their loading."""
 
-    shards: Annotated[str, SHARED]
+    shards: Annotated[PathText, SHARED]
     """Folder of packed shards, or its URL: https://..., s3://..., or any other that fsspec opens."""
-    cache_dir: Annotated[str | None, NOT_LEARNED, SHARED] = None
+    cache_dir: Annotated[PathText | None, NOT_LEARNED, SHARED] = None
     """Folder on each node that caches shards from a URL; None: $KARMMA_DIST_CACHE or ~/.cache/karmma-dist."""
     cache_bytes: Annotated[ByteSize, Field(gt=0), NOT_LEARNED, SHARED] = ByteSize(200_000_000_000)
     """Maximum size of the cache: bytes, or a string such as "200 GB". The least recently used shards are removed
@@ -111,9 +111,9 @@ class DataRecipe(Settings):
     """Training-time modality dropout."""
     order: OrderRecipe = OrderRecipe()
     """Order of the training clips."""
-    num_workers: Annotated[int, Field(ge=0), NOT_LEARNED, SHARED] = 1
+    num_workers: Annotated[int, Field(ge=0, le=1000), NOT_LEARNED, SHARED] = 1
     """Decoding processes per rank."""
-    stall_s: Annotated[float, Field(ge=0), NOT_LEARNED] = 120
+    stall_s: Annotated[Seconds, NOT_LEARNED] = 120
     """Seconds without a batch after which the run ends and reports what the decoding process was doing; 0: no limit.
     Requires num_workers of 1 or more."""
     max_damaged_fraction: Annotated[Probability, NOT_LEARNED] = 0.001

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_whole
 from karmma_dist.recipe.fields import SHARED
 from karmma_dist.recipe.recipe import Recipe
-from karmma_dist.settings import dump, find_file, load_settings, marked
+from karmma_dist.settings import dump, find_beside, find_file, load_settings, marked
+
+_MOST_WAITING = 100
+"""Recipes that come after each other."""
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by path or by name under `recipes/` (`demo/distill`), with `a.b=c` overrides applied.
 
+    Recipes that it comes `after` are looked for in the folder of the file that names them first.
+
     Raises:
         UserError: the file does not exist, a key is unknown (the nearest is suggested), or a value is invalid.
     """
-    return load_settings(find_file(name, "recipes"), Recipe, list(overrides))
+    return load_settings(find_file(name, "recipes"), Recipe, list(overrides), _find_earlier)
 
+
+
+def _find_earlier(tree: dict[str, Any], path: Path) -> None:
+    """Replace the names of earlier recipes by the paths of files in the folder of the recipe that names them."""
+    if isinstance(earlier := tree.get("after"), list):
+        tree["after"] = [find_beside(name, path, "recipes") if isinstance(name, str) else name for name in earlier]
 
 
 def shared_overrides(overrides: Sequence[str]) -> list[str]:
@@ -36,17 +48,26 @@ def load_chain(name: str, overrides: Sequence[str] = ()) -> list[Recipe]:
     to the last one.
 
     Raises:
-        UserError: a recipe cannot be loaded (see `load_recipe`), or recipes wait for each other.
+        UserError: a recipe cannot be loaded (see `load_recipe`), recipes wait for each other, or the folder of one's
+            run would be inside that of another.
     """
     shared = shared_overrides(overrides)
     chain: list[Recipe] = []
+    visited: set[str] = set()
 
     def visit(name: str, overrides: Sequence[str], waiting: tuple[str, ...]) -> None:
         recipe = load_recipe(name, overrides)
         if recipe.name in waiting:
             raise UserError(f"recipes wait for each other: {' -> '.join([*waiting, recipe.name])}")
+        if len(waiting) > _MOST_WAITING:
+            raise UserError(f"{recipe.name}: more than {_MOST_WAITING} recipes come after each other: use fewer")
         for earlier in recipe.after:
-            visit(earlier, shared, (*waiting, recipe.name))
+            if earlier not in visited:
+                visit(earlier, shared, (*waiting, recipe.name))
+                visited.add(earlier)
+        for other in chain:
+            if other.run_dir in recipe.run_dir.parents or recipe.run_dir in other.run_dir.parents:
+                raise UserError(f"the runs {other.name} and {recipe.name} would be inside each other: rename one")
         if recipe.name not in [done.name for done in chain]:
             chain.append(recipe)
 
@@ -68,6 +89,6 @@ def read_run_recipe(run_dir: Path) -> Recipe:
         UserError: the folder holds no recipe.
     """
     path = run_dir / "recipe.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{run_dir}: not a run folder: it holds no recipe.yaml")
     return load_settings(path, Recipe)

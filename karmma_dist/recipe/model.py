@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from karmma_dist.errors import nearest, quoted
+from karmma_dist.modalities import MODALITIES
 from karmma_dist.recipe.fields import NOT_LEARNED, Probability
-from karmma_dist.settings import Positive, Settings
+from karmma_dist.settings import PathText, Positive, Settings
 
 
 class EncoderRecipe(Settings):
@@ -17,7 +19,7 @@ class EncoderRecipe(Settings):
     """Name in the table of encoders: swin3d_t, swin3d_b, ast_t, stlt, small_video, small_audio, ..."""
     frozen: bool = False
     """True: the encoder is not trained and stays in eval mode."""
-    weights: str | None = None
+    weights: PathText | None = None
     """Initial weights: a run's name under `runs_dir`, a run folder, a file (.safetensors, or .pth in a published
     layout), or the URL of such a file, which each node downloads once into its cache. None: random."""
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
@@ -74,7 +76,13 @@ class ModelRecipe(Settings):
     learnable tokens replace them (student) [paper]."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> ModelRecipe:
+    def _fits_together(self) -> ModelRecipe:
+        unknown = next((name for name in self.encoders if name not in MODALITIES), None)
+        if unknown is not None:
+            known = ", ".join(MODALITIES)
+            raise ValueError(
+                f"encoders: unknown modality {quoted(unknown)}{nearest(unknown, list(MODALITIES))}; known are {known}"
+            )
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         return self
@@ -93,13 +101,13 @@ class ObjectiveRecipe(Settings):
 class DistillRecipe(Settings):
     """Distillation, stage 2 of the method: alpha * CE + (1 - alpha) * KL(teacher || student)."""
 
-    teacher: str | None = None
+    teacher: PathText | None = None
     """Finished run of the teacher: its name under `runs_dir`, or a run folder."""
     alpha: Probability = 0.7
     """Weight of the cross-entropy; 1.0 means no distillation [fit]."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of both distributions; the KL is scaled by its square [ours]."""
-    teachers: list[str] = []
+    teachers: list[PathText] = []
     """Finished experts, each for some of the modalities, to average instead of a single `teacher` (arXiv 2307.07483):
     runs, or their best weights (`RUN/best`). Each clip is classified by the experts for at least one of its
     modalities."""

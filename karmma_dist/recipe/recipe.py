@@ -16,14 +16,15 @@ from pydantic import Field, model_validator
 from karmma_dist.recipe.data import DataRecipe, InputRecipe
 from karmma_dist.recipe.fields import NOT_LEARNED, SHARED
 from karmma_dist.recipe.model import DistillRecipe, ModelRecipe, ObjectiveRecipe
+from karmma_dist.recipe.name import RunName
 from karmma_dist.recipe.training import OptimizerRecipe, TrainingRecipe
-from karmma_dist.settings import Positive, Settings
+from karmma_dist.settings import PathText, Positive, Settings
 
 
 class ViewsRecipe(Settings):
     """Views per clip in `karmma-dist eval`: temporal x spatial views, whose class probabilities are averaged."""
 
-    temporal: Positive = 1
+    temporal: Annotated[int, Field(gt=0, le=1000)] = 1
     """Number of temporal samplings, spread evenly over the clip: offsets within the segments, or positions of the dense
     window."""
     spatial: Literal[1, 3] = 1
@@ -42,7 +43,7 @@ class EvaluationRecipe(Settings):
     batch_size: Positive = 16
     """Clips per batch and rank; results do not depend on it. With several views per clip, the number of views per batch
     (at least those of one clip)."""
-    annotations: str | None = None
+    annotations: PathText | None = None
     """Folder with Epic-Kitchens' lists of tail classes and unseen participants; adds metrics over their clips."""
     views: ViewsRecipe = ViewsRecipe()
     """Views per clip in `karmma-dist eval`. Validation during training uses one view."""
@@ -52,13 +53,13 @@ class EvaluationRecipe(Settings):
 class SlurmRecipe(Settings):
     """sbatch flags of `launch --slurm`."""
 
-    script: str = "distill.sh"
+    script: PathText = "distill.sh"
     """Script in the slurm/ folder."""
-    nodes: Positive = 2
+    nodes: Annotated[int, Field(gt=0, le=100_000)] = 2
     """Number of nodes."""
-    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    gpus_per_node: Annotated[int, Field(ge=0, le=1000)] = 8
     """GPUs per node, each with one rank; 0: one rank per node, on the CPU."""
-    cpus_per_task: Positive | None = None
+    cpus_per_task: Annotated[int, Field(gt=0, le=10_000)] | None = None
     """CPU cores per rank: one for the model plus data.num_workers for decoding; None: the script's value."""
     time: str | None = None
     """Time limit in sbatch's format, e.g. 2-00:00:00; None: the script's value."""
@@ -74,15 +75,16 @@ class SlurmRecipe(Settings):
 class Recipe(Settings):
     """One run."""
 
-    name: str
+    name: RunName
     """Name of the run, and of its folder under `runs_dir`."""
-    runs_dir: Annotated[str, NOT_LEARNED, SHARED] = "runs"
+    runs_dir: Annotated[PathText, NOT_LEARNED, SHARED] = "runs"
     """Folder of all runs."""
     stage: Literal["supervised", "teacher", "distill"]
     """`supervised`: train a model on labels only. `teacher`: the same with frozen encoders. `distill`: train a student
     online from a finished teacher."""
-    after: Annotated[list[str], NOT_LEARNED] = []
-    """Recipes whose runs this run builds on. Unfinished ones are trained first, on the same ranks."""
+    after: Annotated[list[PathText], NOT_LEARNED] = []
+    """Recipes whose runs this run builds on: files in the folder of the recipe that names them, paths, or names under
+    recipes/. Unfinished ones are trained first, on the same ranks."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Seed of all random choices of the run."""
     data: DataRecipe
@@ -142,8 +144,6 @@ class Recipe(Settings):
                 f"optimizer.warmup_epochs {self.optimizer.warmup_epochs:g} exceeds "
                 f"training.epochs {self.training.epochs}: set optimizer.warmup_epochs"
             )
-        if Path(self.name).is_absolute() or ".." in Path(self.name).parts or not Path(self.name).parts:
-            raise ValueError(f"name '{self.name}' must stay inside runs_dir")
         return self
 
     def _check_modalities(self) -> None:

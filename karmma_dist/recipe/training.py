@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from karmma_dist.recipe.fields import NOT_LEARNED
-from karmma_dist.settings import Positive, Settings
+from karmma_dist.settings import Positive, Seconds, Settings
 
 
 class OptimizerRecipe(Settings):
@@ -78,7 +78,7 @@ class TrainingRecipe(Settings):
     """Optimizer steps between lines of metrics.jsonl."""
     trackers: Annotated[list[str], NOT_LEARNED] = ["tensorboard"]
     """Trackers that receive the metrics in addition to metrics.jsonl: names in the table of trackers."""
-    threads: Annotated[int, Field(ge=0), NOT_LEARNED] = 0
+    threads: Annotated[int, Field(ge=0, le=10_000), NOT_LEARNED] = 0
     """CPU threads of the model per rank; 0: torch's default."""
     best_metric: str = "action_top1"
     """Validation metric that selects the weights in best/, e.g. noun_top5 or verb_loss (for losses, the lowest is
@@ -96,7 +96,7 @@ class TrainingRecipe(Settings):
     skipped."""
     guard_every_steps: Annotated[int, Field(ge=0), NOT_LEARNED] = 1000
     """Optimizer steps between comparisons of the ranks' autograd graphs; 0: only at the first step."""
-    collective_timeout_s: Annotated[float, Field(ge=2), NOT_LEARNED] = 60
+    collective_timeout_s: Annotated[Seconds, Field(ge=2), NOT_LEARNED] = 60
     """Seconds that a training step may wait for a rank; the job then ends and names that rank. A lost process is
     detected in half that time. The first step of a process, validation and saving may each take ten minutes."""
     checkpoint_every_steps: Annotated[int, Field(ge=0), NOT_LEARNED] = 0

@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from karmma_dist.errors import UserError, one_line
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.runs.folder import BEST, METRICS, STATE, MetricsLine, metrics_lines, read_state, run_folders
+from karmma_dist.runs.name import read_written_recipe
 from karmma_dist.runs.process import is_alive
 from karmma_dist.terminal import print_table
 
@@ -175,7 +174,7 @@ def _read_files(run: Path, error: OSError | None) -> _Files:
     problems: list[str] = []
     state: dict[str, Any] = {}
     best: dict[str, Any] = {}
-    recipe = _read_recipe(run)
+    recipe = read_written_recipe(run)
     if recipe is None:
         problems.append(f"{run / 'recipe.yaml'} is missing or not a recipe")
     else:
@@ -207,15 +206,6 @@ def _check_recipe(recipe: JsonObject) -> None:
     for name in ("epochs", "batch_size", "log_every_steps"):
         if training.others().get(name) is not None:
             training.whole(name)
-
-
-def _read_recipe(run: Path) -> dict[str, Any] | None:
-    """Return recipe.yaml without validation, since recipes of other versions are listed too; None if unreadable."""
-    try:
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return recipe if isinstance(recipe, dict) and "name" in recipe else None
 
 
 def _describe(top: Path, run: Path, files: _Files, jobs: dict[str, str] | None, now: float) -> Run:

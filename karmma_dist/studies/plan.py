@@ -19,6 +19,7 @@ from typing import Literal
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe, load_recipe, read_run_recipe
 from karmma_dist.runs.folder import BEST, read_state
+from karmma_dist.runs.name import check_place
 from karmma_dist.studies.study import FOLDER, Row, StudyFile, choose_rows
 from karmma_dist.training.checkpoint.checkpoint import checkpoints
 from karmma_dist.training.checkpoint.resume import differing_fields, refuse_other_recipe
@@ -51,8 +52,9 @@ class StudyRun:
         """Return the state of the run on disk.
 
         Raises:
-            UserError: the folder holds a run of another recipe.
+            UserError: the folder holds a run of another recipe, or may not hold one.
         """
+        check_place(self.recipe)
         folder = self.recipe.run_dir
         is_finished = read_state(folder).get("state") == "finished"
         if not (folder / "recipe.yaml").is_file() or not (is_finished or checkpoints(folder)):

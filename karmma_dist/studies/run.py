@@ -9,10 +9,9 @@ from pathlib import Path
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.plan import check_folder
 from karmma_dist.evaluation.results import ClipResults
-from karmma_dist.models.model_card import CARD, ModelCard
+from karmma_dist.models.model_card import CARD, read_card
 from karmma_dist.progress import Report
 from karmma_dist.runs.owner import owned
-from karmma_dist.settings import read_tree, validate
 from karmma_dist.studies.costs import Counter
 from karmma_dist.studies.jobs import train_runs
 from karmma_dist.studies.plan import StudyPlan
@@ -71,7 +70,7 @@ def check_teachers(plan: StudyPlan) -> None:
         for path in map(run.recipe.find_run, distill.names if distill else []):
             if not (path / CARD).is_file():
                 continue
-            card = validate(read_tree(path / CARD), ModelCard, str(path / CARD))
+            card = read_card(path / CARD)
             heads = counter.heads(run.recipe)
             if card.heads != heads:
                 raise UserError(

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from karmma_dist.errors import UserError, nearest
 from karmma_dist.evaluation.metrics import ACTION, find_figure, known_figure, metric_table
 from karmma_dist.modalities import LETTERS
-from karmma_dist.settings import Settings, find_file, load_settings
+from karmma_dist.settings import PathText, Positive, Settings, find_file, load_settings
 
 FOLDER = "studies"
 """Name of the folder of studies among a dataset's recipes, and of the folder of their reports in `runs_dir`."""
@@ -36,7 +36,8 @@ OVER = ("average", "relative drop", "area", "fall")
 
 _DROP = re.compile(r"drop (0(?:\.\d+)?|1(?:\.0+)?)")
 
-Positive = Annotated[int, Field(gt=0)]
+Seeds = Annotated[int, Field(gt=0, le=1000)]
+"""A number of seeds, each of which is a training or an evaluation."""
 
 
 class Column(Settings):
@@ -104,13 +105,13 @@ class Row(Settings):
 
     label: str
     """Name in the table."""
-    recipe: str
+    recipe: PathText
     """Recipe of the model: a name under recipes/, or a path."""
     set: list[str] = []
     """Overrides `a.b=c` of this recipe only."""
     set_of: dict[str, list[str]] = {}
     """Overrides of recipes that must be trained first, by their names."""
-    suffix: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    suffix: Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=60)] | None = None
     """Suffix of the run's name if overrides change what is learned; None: derived from the overrides."""
     weights: Literal["last", "best"] = "last"
     """Weights to evaluate: those of the last epoch, or of the best validation."""
@@ -127,7 +128,7 @@ class Evaluate(Settings):
     """True to evaluate every subset of the modalities."""
     sweep: bool = False
     """True to evaluate the drop probabilities 0.0, 0.1, ... 0.9 and to plot them."""
-    drop_seeds: Positive = 3
+    drop_seeds: Seeds = 3
     """Number of random draws per drop probability."""
     modalities: list[str] | None = None
     """Letters or names of the modalities shown to the models; None: all modalities of each model."""
@@ -140,9 +141,9 @@ class Study(Settings):
     """First line of the report."""
     caption: str = ""
     """Source and content of the table."""
-    seeds: Positive = 1
+    seeds: Seeds = 1
     """Number of trainings of each row, from seed 0 on; `--seeds` overrides it."""
-    clips: Positive | None = None
+    clips: Annotated[int, Field(gt=0, le=10**12)] | None = None
     """Number of training clips, used for the cost of a plan if the shards are not available."""
     heads: dict[str, Positive] = {}
     """Number of classes per head, used for the cost of a plan if neither shards nor recipes give them."""

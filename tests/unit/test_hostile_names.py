@@ -267,7 +267,7 @@ def test_doctor_and_preflight(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_launch_and_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from karmma_dist.training import chain
 
-    names = f"--set=name={json.dumps(HOSTILE)}"
+    names = f"--set=data.train_split={json.dumps(HOSTILE)}"
     assert main(["launch", "demo/teacher", "--local", "1", names, "--dry-run"]) == 0
     expect_text(capsys.readouterr().out, "Put [something]")
     monkeypatch.setattr(chain, "train_chain", lambda *_, **__: {HOSTILE: {"action_top1": 1.0}})
@@ -277,10 +277,10 @@ def test_launch_and_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_a_recipe_that_is_shown_can_be_read_again(capsys: pytest.CaptureFixture[str]) -> None:
     for name in (HOSTILE, "K\u00fcche"):
-        assert main(["recipe", "show", "demo/teacher", f"--set=name={json.dumps(name)}"]) == 0
+        assert main(["recipe", "show", "demo/teacher", f"--set=data.train_split={json.dumps(name)}"]) == 0
         out = capsys.readouterr().out
         assert acting.search(out) is None
-        assert yaml.safe_load(out)["name"] == name
+        assert yaml.safe_load(out)["data"]["train_split"] == name
 
 
 def test_errors_and_log_messages(capsys: pytest.CaptureFixture[str]) -> None:

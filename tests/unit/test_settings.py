@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -149,3 +150,79 @@ def test_a_mark_is_shown_in_the_schema() -> None:
     assert (field["marked"], field["exclusiveMinimum"], field["description"]) == (True, 0, "Marked.")
     with pytest.raises(ValueError, match="greater than 0"):
         MarkedPart(left_out=0)
+
+
+def test_an_override_is_what_is_written(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "title: a")
+    for text in ("a #b", "12:00:00", "010", "a: b", "- a", "1e-4", "yes", "#b"):
+        assert load_settings(path, Outer, [f"title={text}"]).title == text
+    assert load_settings(path, Outer, ["inner.rate=1e-4"]).inner.rate == 1e-4
+    assert load_settings(path, Outer, ["inner=rate: 3"]).inner.rate == 3
+    assert load_settings(path, Outer, ["inner=", "inner.rate=3"]).inner.rate == 3
+    assert load_settings(path, Outer, ["inner=rate: 3", "inner.names=[a]"]).inner == Inner(rate=3, names=["a"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("title=", r"'title': .*\(given: None\)"), ("title=[1,", "not valid YAML"), ("title=&a [*a]", "begins with &"),
+        ("..=1", "expected KEY=VALUE"), ("a..b=1", "expected KEY=VALUE"), ("=1", "expected KEY=VALUE"),
+        (".title=1", "expected KEY=VALUE"), ("title.=1", "expected KEY=VALUE"), ("a." * 5000 + "b=1", "expected KEY"),
+        ("inner.rate=3 #x", "expected a number"), ("inner.names=[a] #x", "'#x' follows the value"),
+        ("inner.rate=010", "write 10, or 8"), ("k" * 100_000, "expected KEY=VALUE"), ("title=[" + "x" * 99_999, "YAML"),
+        ("k" * 100_000 + "=1", "unknown key 'kkk"), ("title={a: " + "x" * 50_000 + "}", "valid string"),
+    ],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_a_wrong_override_is_a_short_line(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path, "a.yaml", "title: a")
+    with pytest.raises(UserError, match=message) as caught:
+        load_settings(path, Outer, [override])
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "[base.yaml]", "{a: b}", "3", "''", "null", "", "~", ".", "a.yaml", "pipe", "/dev/zero", "loop", '"a\\0b"',
+        "x" * 300, "nowhere.yaml", "~nobody-has-this-name/x",
+    ],
+)  # fmt: skip
+def test_what_is_extended_is_one_file(tmp_path: Path, named: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    write(tmp_path, "base.yaml", "title: base")
+    with pytest.raises(UserError) as caught:
+        load_settings(write(tmp_path, "a.yaml", f"extends: {named}\ntitle: a"), Outer)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_long_row_of_extended_files_is_refused(tmp_path: Path) -> None:
+    for number in range(2000):
+        write(tmp_path, f"{number}.yaml", f"extends: {number + 1}.yaml")
+    with pytest.raises(UserError, match="32 files extend each other"):
+        load_settings(tmp_path / "0.yaml", Outer)
+
+
+def test_a_variable_is_a_number_where_one_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "a.yaml", "title: ${KD_X}\ninner: {rate: '${KD_X}'}")
+    monkeypatch.setenv("KD_X", "1e-3")
+    assert load_settings(path, Outer) == Outer(title="1e-3", inner=Inner(rate=1e-3))
+    for value, message in (("010", "write 10"), ("inf", "finite"), ("x" * 9_000, "expected a number")):
+        monkeypatch.setenv("KD_X", value)
+        with pytest.raises(UserError, match=message):
+            load_settings(path, Outer)
+
+
+def test_a_folder_or_pipe_is_no_file_and_a_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    os.mkfifo("pipe")
+    for name in ("pipe", ".", "/dev/zero"):
+        with pytest.raises(UserError, match="name a file"):
+            find_file(name, "recipes")
+    assert find_file(str(write(tmp_path, "a.yaml", "title: a")), "recipes") == find_file("~/a.yaml", "recipes")
+    for name in ("x" * 5_000, "a\0b", ""):
+        with pytest.raises(UserError):
+            find_file(name, "recipes")

@@ -16,6 +16,7 @@ from karmma_dist.io.files import remove
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
 from karmma_dist.runs.folder import BEST, ENSEMBLE, read_state, write_state
+from karmma_dist.runs.name import check_place
 from karmma_dist.runs.owner import Ownership, owned
 from karmma_dist.settings import flat, unmarked
 from karmma_dist.training.checkpoint.checkpoint import checkpoints, find_damage, newest_undamaged, set_latest
@@ -28,12 +29,13 @@ def own_run_dir(recipe: Recipe, world: World, report: Report = silent) -> Iterat
     Every rank must call this.
 
     Raises:
-        UserError: another process owns the folder, or it cannot be written.
+        UserError: the run's name is unsafe, another process owns the folder, or it cannot be written.
     """
     with ExitStack() as stack:
         ownership, problem = None, None
         try:
             if world.is_main:
+                check_place(recipe)  # before anything is written or removed
                 ownership = stack.enter_context(owned(recipe.run_dir, "is being trained", report))
         except UserError as error:
             problem = str(error)

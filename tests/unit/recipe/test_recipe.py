@@ -131,3 +131,57 @@ def test_compiled_encoder_with_sharded_parameters_is_refused(minimal: str) -> No
     assert load_recipe(minimal, [compiled, "training.zero_stage=2"]).model.encoders["audio"].compile
     with pytest.raises(UserError, match=r"model\.encoders\.audio\.compile .*training\.zero_stage 3"):
         load_recipe(minimal, [compiled, "training.zero_stage=3"])
+
+
+def test_an_earlier_recipe_is_found_in_the_folder_of_the_one_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine" / "base").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "recipes").mkdir(parents=True)
+    for name, after in {"a": "b.yaml", "b": "c", "c": "base/d.yaml", "base/e": "../c"}.items():
+        (tmp_path / "mine" / f"{name}.yaml").write_text(MINIMAL.replace("t/x", name[-1]) + f"after: [{after}]\n")
+    (tmp_path / "mine" / "base" / "d.yaml").write_text(MINIMAL.replace("t/x", "d"))
+    (tmp_path / "mine" / "f.yaml").write_text("extends: base/e.yaml\nname: f\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    chain = load_chain("../mine/a.yaml", ["runs_dir=runs"])
+    assert [recipe.name for recipe in chain] == ["d", "c", "b", "a"]
+    assert [recipe.name for recipe in load_chain("../mine/f.yaml")] == ["d", "c", "f"]
+    copy = chain[-1].run_dir / "recipe.yaml"
+    copy.parent.mkdir(parents=True)
+    save_recipe(chain[-1], copy)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert [recipe.name for recipe in load_chain(f"../elsewhere/{copy}")] == ["d", "c", "b", "a"]
+    assert chain[-1].after == [str(tmp_path / "mine" / "b.yaml")]
+
+
+def test_a_name_under_recipes_stays_the_name_of_an_earlier_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes" / "t").mkdir(parents=True)
+    for name, after in {"first": "", "t/second": "first", "t/first": ""}.items():
+        text = MINIMAL.replace("t/x", name.replace("/", "-"))
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(text + f"after: [{after}]\n")
+    assert load_recipe("epic_kitchens/distill").after == ["epic_kitchens/teacher"]
+    assert [recipe.name for recipe in load_chain("t/second")] == ["t-first", "t-second"]
+    (tmp_path / "recipes" / "t" / "first.yaml").unlink()
+    assert load_recipe("t/second").after == ["first"]
+    assert [recipe.name for recipe in load_chain("t/second")] == ["first", "t-second"]
+
+
+def test_a_chain_of_many_recipes_ends_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(40):
+        others = ", ".join(f"r{number - step}.yaml" for step in (1, 2, 3) if number >= step)
+        (tmp_path / f"r{number}.yaml").write_text(MINIMAL.replace("t/x", f"r{number}") + f"after: [{others}]\n")
+    assert len(load_chain("r39.yaml")) == 40
+
+
+@pytest.mark.parametrize("encoders", ["vidoe", "Video", "", "1"])
+def test_an_encoder_of_an_unknown_modality_is_refused(minimal: str, encoders: str) -> None:
+    message = r"encoders: unknown modality '.*'(.*did you mean 'video'.*)?; known are video"
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(minimal, [f'model.encoders={{audio: {{name: a}}, "{encoders}": {{name: b}}}}'])
+    assert "\n" not in str(caught.value)
+    unused = load_recipe(minimal, ["model.encoders.video.name=small_video"])  # of a modality that a parent recipe has
+    assert list(unused.model.encoders) == ["audio", "video"]

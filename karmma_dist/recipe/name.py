@@ -1,0 +1,60 @@
+"""The name of a run, which is a path below `runs_dir`: only what is safe to create, fill and empty there.
+
+    epic_kitchens/distill, grid_epic/teacher+epochs50-1f3a@seed1       names
+    "", ".", a//b, ../a, /a, .hidden, -x, "a ", a/best, recipe.yaml    refused
+
+`runs/name.py` adds what only the disk tells.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from karmma_dist.errors import quoted
+
+OWN_NAMES = frozenset({
+    "best", "checkpoints", "damage.jsonl", "ensemble.json", "environment.json", "eval", "metrics.jsonl", "model.yaml",
+    "recipe.yaml", "report.html", "report.md", "state.json", "STOP", "trace", "weights.safetensors",
+})  # fmt: skip
+"""Names that a run uses in its own folder; a run inside a run would be taken for one of them."""
+_OWN_BEGINNINGS = ("events.out.tfevents.",)
+_MOST_BYTES = 200
+"""Bytes of a part, which leave room for what temporary files add to names."""
+
+
+def check_run_name(name: str) -> str:
+    """Return the name if a run's folder may have it.
+
+    Raises:
+        ValueError: a part of the name is empty, hidden, too long, one of a run's own files, or leads elsewhere.
+    """
+    if not name:
+        raise ValueError("is empty: the run would be runs_dir itself")
+    for part in name.split("/"):
+        if problem := _problem(part):
+            raise ValueError(problem if part == name else f"its part {quoted(part)} {problem}")
+    return name
+
+
+def _problem(part: str) -> str:
+    """Return what a part of a name must not be; empty if it is fine."""
+    if part in ("", ".", ".."):
+        return "must stay inside runs_dir, and have no empty part, '.' or '..'"
+    if not part.isprintable():
+        return "has a character that cannot be shown, such as a line break: use others"
+    if part != part.strip():
+        return "begins or ends with a space"
+    if part[0] in ".-~":
+        return f"begins with '{part[0]}': such names are hidden files, options or home folders"
+    if len(os.fsencode(part)) > _MOST_BYTES:
+        return f"is too long: at most {_MOST_BYTES} bytes from one / to the next"
+    if part in OWN_NAMES or part.startswith(_OWN_BEGINNINGS):
+        return "is a name that runs use in their own folders: choose another"
+    return ""
+
+
+RunName = Annotated[str, AfterValidator(check_run_name)]
+"""A name that `check_run_name` accepts."""
