@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from karmma_dist.errors import UserError, nearest, one_line
+from karmma_dist.resources import data_folders
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -101,8 +101,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 def find_file(name: str, folder: str) -> Path:
     """Find the YAML file `name`: a path, or a name inside `folder` ("recipes" or "shards").
 
-    The folder may be in the working directory, next to the package, or in the installation's share/karmma-dist, in
-    this order.
+    The folder may be in the working directory or come with the package, in this order.
 
     Raises:
         UserError: the file does not exist; the message gives the nearest existing name.
@@ -110,8 +109,7 @@ def find_file(name: str, folder: str) -> Path:
     direct = Path(name)
     if direct.is_file():
         return direct
-    homes = [Path.cwd(), Path(__file__).resolve().parent.parent, Path(sys.prefix) / "share" / "karmma-dist"]
-    folders = [home / folder for home in homes if (home / folder).is_dir()]
+    folders = data_folders(folder)
     for base in folders:
         for candidate in (base / name, base / f"{name}.yaml"):
             if candidate.is_file() and base.resolve() in candidate.resolve().parents:
