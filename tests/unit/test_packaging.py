@@ -110,6 +110,7 @@ def installation(
     distributions: Distributions, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Installation:
     """The wheel, installed with `--target`, or with `--user` for the interpreter that a virtual environment is of."""
+    pytest.importorskip("pip")
     base = tmp_path_factory.mktemp("installed in") / "a place"
     pip = [sys.executable, "-m", "pip", "--isolated", "--disable-pip-version-check"]
     install = ["install", "--quiet", "--no-index", "--no-deps", "--no-compile", str(distributions.wheel)]
