@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
-$(INSTALLED): setup.cfg pyproject.toml requirements.lock
+$(INSTALLED): setup.cfg setup.py pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit("karmma-dist needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[test]'

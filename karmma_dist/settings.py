@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from pydantic.fields import FieldInfo
 from karmma_dist.errors import UserError, nearest, quoted
 from karmma_dist.field_values import PathText, Positive, Seconds, check_sane, expand_home, fitted
 from karmma_dist.io.yaml_file import MOST_BYTES, MOST_DEPTH, Plain, parse_value, plain_values, read_yaml, to_yaml
+from karmma_dist.resources import data_folders
 
 __all__ = [
     "PathText", "Positive", "Seconds", "Settings", "check_other_sections", "dump", "find_file", "flat",
@@ -129,8 +129,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 def find_file(name: str, folder: str) -> Path:
     """Find the YAML file `name`: a path, or a name inside `folder` ("recipes" or "shards").
 
-    The folder may be in the working directory, next to the package, or in the installation's share/karmma-dist, in
-    this order.
+    The folder may be in the working directory or come with the package, in this order.
 
     Raises:
         UserError: the file does not exist; the message gives the nearest existing name.
@@ -138,8 +137,7 @@ def find_file(name: str, folder: str) -> Path:
     direct = os.path.expanduser(name)
     if os.path.isfile(direct):
         return Path(direct)
-    homes = [Path.cwd(), Path(__file__).resolve().parent.parent, Path(sys.prefix) / "share" / "karmma-dist"]
-    folders = [home / folder for home in homes if (home / folder).is_dir()]
+    folders = data_folders(folder)
     for base in folders:
         for candidate in (base / name, base / f"{name}.yaml"):
             if os.path.isfile(candidate) and base.resolve() in candidate.resolve().parents:
