@@ -10,9 +10,8 @@ Legend: B clips, M modalities, E experts, C classes.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from karmma_dist.distributed.collectives import barrier
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_json
+from karmma_dist.io.json_fields import JsonObject, read_json
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.encoders.transformer import at_least_float32
@@ -238,8 +238,7 @@ def _held_out_losses(
 
     A resumed run returns the losses that it started with.
     """
-    path = recipe.run_dir / ENSEMBLE
-    losses: dict[str, list[float]] = json.loads(path.read_text())["losses"] if path.is_file() else {}
+    losses = _stored_losses(recipe.run_dir / ENSEMBLE, heads, len(members))
     barrier()  # every rank must read the file before the main rank writes it
     if losses:
         return losses
@@ -252,6 +251,25 @@ def _held_out_losses(
         measured.append(measure(member.to(device), recipe.model_copy(update={"data": data, "model": model})))
         member.cpu()  # one at a time: the device may not hold all experts
     return {head: [scores[f"{head}_loss"] for scores in measured] for head in heads}
+
+
+def _stored_losses(path: Path, heads: Collection[str], num_experts: int) -> dict[str, list[float]]:
+    """Return the losses in ensemble.json; empty if the file does not exist.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        fields = read_json(path).nested("losses")
+        losses = {head: [JsonObject({head: loss}).number(head) for loss in fields.items(head)] for head in heads}
+        if any(len(of_experts) != num_experts for of_experts in losses.values()):
+            raise ValueError(f"losses are not of {num_experts} experts")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}): remove it to measure the experts again") from None
+    return losses
 
 
 def _hold_out(path: Path) -> float:

@@ -198,7 +198,8 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint, so that `run` continues from there."""
         saved = load_checkpoint(self.engine, checkpoint, self.recipe, self.world, self.data_state)
-        self.position, self.metrics = saved.position, saved.state["metrics"]
+        self.position = saved.position
+        self.metrics = {name: math.nan if v is None else v for name, v in saved.state["metrics"].items()}
         accumulation = self.schedule.accumulation
         passes = Fraction(accumulation, saved.state.get("accumulation", accumulation))
         self.averages.restore(saved.averages, self.world.rank, self.world.size, passes)

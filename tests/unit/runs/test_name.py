@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 
+from karmma_dist.distributed import collectives
 from karmma_dist.distributed.world import ALONE
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe, save_recipe
 from karmma_dist.runs.folder import write_state
 from karmma_dist.runs.name import check_place, is_run, read_written_recipe
 from karmma_dist.training.checkpoint import resume as preparation
-from karmma_dist.training.checkpoint.resume import prepare_run_dir
+from karmma_dist.training.checkpoint.resume import own_run_dir, prepare_run_dir
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "gather", list)
+    monkeypatch.setattr(collectives, "gather", list)
 
 
 def recipe(runs: Path, name: str) -> Recipe:
@@ -28,6 +30,12 @@ def recipe(runs: Path, name: str) -> Recipe:
         "model": {"encoders": {"audio": {"name": "small_audio"}}},
     }  # fmt: skip
     return Recipe.model_validate(tree).model_copy(update={"name": name})  # as studies name their runs
+
+
+def prepare(run: Recipe, resume: str) -> str:
+    """Own and prepare the folder of a run as a training does."""
+    with own_run_dir(run, ALONE):
+        return prepare_run_dir(run, ALONE, resume)
 
 
 def make_run(runs: Path, name: str) -> dict[str, bytes]:
@@ -61,7 +69,7 @@ def test_nothing_is_written_or_removed_for_a_run_inside_or_around_another(
 ) -> None:
     before = make_run(tmp_path / "runs", there)
     with pytest.raises(UserError) as caught:
-        prepare_run_dir(recipe(tmp_path / "runs", name), ALONE, resume)
+        prepare(recipe(tmp_path / "runs", name), resume)
     assert files(tmp_path / "runs") == before
     assert "\n" not in str(caught.value)
 
@@ -70,7 +78,7 @@ def test_nothing_is_written_or_removed_for_a_run_inside_or_around_another(
 def test_a_run_is_prepared_in_its_own_folder_and_beside_others(tmp_path: Path, resume: str) -> None:
     make_run(tmp_path, "a/b")
     for name in ("a/b2", "a/c", "ab", "b"):
-        assert prepare_run_dir(recipe(tmp_path, name), ALONE, resume) == ""
+        assert prepare(recipe(tmp_path, name), resume) == ""
     check_place(recipe(tmp_path, "a/b"))
 
 
