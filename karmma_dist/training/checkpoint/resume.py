@@ -80,7 +80,9 @@ def _check_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
         start = resume
         if damage := find_damage(Path(start)):
             raise UserError(f"{start}: not an intact checkpoint: {damage}: resume another one, or use --resume auto")
-    if not start:
+    if start:
+        read_state(run_dir / BEST)  # a damaged record of the best validation is found now, not hours later
+    else:
         names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
         for name in names:
             remove(run_dir / name)
