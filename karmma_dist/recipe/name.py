@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -33,6 +32,8 @@ def check_run_name(name: str) -> str:
     """
     if not name:
         raise ValueError("is empty: the run would be runs_dir itself")
+    if name.partition("/")[0] == "studies":
+        raise ValueError("begins with 'studies', the folder of reports of studies: choose another")
     for part in name.split("/"):
         if problem := _problem(part):
             raise ValueError(problem if part == name else f"its part {quoted(part)} {problem}")
@@ -49,7 +50,7 @@ def _problem(part: str) -> str:
         return "begins or ends with a space"
     if part[0] in ".-~":
         return f"begins with '{part[0]}': such names are hidden files, options or home folders"
-    if len(os.fsencode(part)) > _MOST_BYTES:
+    if len(part.encode()) > _MOST_BYTES:
         return f"is too long: at most {_MOST_BYTES} bytes from one / to the next"
     if part in OWN_NAMES or part.startswith(_OWN_BEGINNINGS):
         return "is a name that runs use in their own folders: choose another"

@@ -38,7 +38,11 @@ def check_place(recipe: Recipe) -> None:
     except ValueError as error:
         raise UserError(f"the name of the run, {quoted(recipe.name)}: {error}") from None
     folder = Path(os.path.abspath(recipe.run_dir))
-    if len(os.fsencode(folder)) > _MOST_BYTES:
+    try:
+        num_bytes = len(os.fsencode(folder))
+    except UnicodeEncodeError:
+        raise UserError(f"the locale cannot write the folder {quoted(str(folder))}: export PYTHONUTF8=1") from None
+    if num_bytes > _MOST_BYTES:
         raise UserError(f"the folder of the run {quoted(recipe.name)} has too long a path: choose another runs_dir")
     top = Path(os.path.abspath(recipe.runs_dir))
     advice = "give this run another name (--set name=...)"

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,7 +249,7 @@ def choose_rows(file: StudyFile, labels: tuple[str, ...]) -> list[str]:
 
 
 def _find(name: str) -> Path:
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     dataset, slash, rest = name.removesuffix(".yaml").rpartition("/")
     is_short = bool(slash) and dataset.rpartition("/")[2] != FOLDER

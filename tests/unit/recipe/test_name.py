@@ -25,12 +25,12 @@ UNSAFE = {
     "a/-x", ".a", "a/.b", ".lock", ".study.lock", "a\n", "a\nb", "a\tb", "a\0b", "a\x1bb", "a\x7f", "a\x85b",
     "a\u2028b", "a\u202eb", "a\ud800", "b\udc80", " a", "a ",
     "a/ b", "a /b", "\u3000a", "x" * 201, "a/" + "x" * 201, "\u00fc" * 101,
-    "events.out.tfevents.1", "a/best", "best/a", "a/checkpoints/b", "a/recipe.yaml",
+    "studies", "studies/a", "events.out.tfevents.1", "a/best", "best/a", "a/checkpoints/b", "a/recipe.yaml",
     *OWN_NAMES,
 }  # fmt: skip
 SAFE = [
     "epic_kitchens/distill", "grid_epic/teacher+epochs50-1f3a@seed1", "demo/teacher", "exp", "a b", "K\u00fcche/1",
-    "2024-01-01", "a.b", "x" * 200, "best2", "bests/a", "a-b", "lr=1e-3", "a/b/c/d", "x:y", "a#b", "[1]",
+    "2024-01-01", "a.b", "x" * 200, "best2", "bests/a", "a/studies", "a-b", "lr=1e-3", "a/b/c/d", "x:y", "a#b", "[1]",
 ]  # fmt: skip
 
 
