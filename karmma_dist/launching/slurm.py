@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from karmma_dist.errors import UserError, one_line
 from karmma_dist.recipe import SlurmRecipe, load_chain, shared_overrides
 from karmma_dist.recipe.micro_batches import check_batches
+from karmma_dist.recipe.name import job_name
 from karmma_dist.runs.folder import finished_names
 from karmma_dist.settings import find_file
 
@@ -102,7 +103,7 @@ def plan_jobs(
             check_batches(chain, ranks, earlier | finished_names(chain))
         earlier |= {each.name for each in chain}
         arguments = [recipe, *(f"--set={override}" for override in applied)]
-        jobs.append(slurm_job(slurm, loaded.name.replace("/", "-"), arguments))
+        jobs.append(slurm_job(slurm, job_name(loaded.name), arguments))
     return jobs
 
 

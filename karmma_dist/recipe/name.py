@@ -20,6 +20,8 @@ OWN_NAMES = frozenset({
 })  # fmt: skip
 """Names that a run uses in its own folder; a run inside a run would be taken for one of them."""
 _OWN_BEGINNINGS = ("events.out.tfevents.",)
+_REPORTS = ("comparison", "studies")
+"""Folders of reports in `runs_dir`."""
 _MOST_BYTES = 200
 """Bytes of a part, which leave room for what temporary files add to names."""
 
@@ -32,12 +34,17 @@ def check_run_name(name: str) -> str:
     """
     if not name:
         raise ValueError("is empty: the run would be runs_dir itself")
-    if name.partition("/")[0] == "studies":
-        raise ValueError("begins with 'studies', the folder of reports of studies: choose another")
+    if (first := name.partition("/")[0]) in _REPORTS:
+        raise ValueError(f"begins with '{first}', a folder of reports in runs_dir: choose another")
     for part in name.split("/"):
         if problem := _problem(part):
             raise ValueError(problem if part == name else f"its part {quoted(part)} {problem}")
     return name
+
+
+def job_name(name: str) -> str:
+    """Return the name of a run's Slurm job, which is also in the name of its log: no slashes, at most 200 bytes."""
+    return name.replace("/", "-").encode()[:_MOST_BYTES].decode(errors="ignore")
 
 
 def _problem(part: str) -> str:

@@ -17,11 +17,13 @@ from karmma_dist.errors import UserError, quoted
 from karmma_dist.field_values import fitted
 from karmma_dist.io.yaml_file import plain_values, read_yaml
 from karmma_dist.recipe import Recipe
-from karmma_dist.recipe.name import OWN_NAMES, check_run_name
+from karmma_dist.recipe.name import check_run_name
 from karmma_dist.runs.folder import STATE
 
 _RECIPE = "recipe.yaml"
 _CHECKPOINTS = "checkpoints"
+_EVIDENCE = (_CHECKPOINTS, "metrics.jsonl", "weights.safetensors")
+"""Names next to a recipe that make its folder that of a run."""
 _COUNTS = ("epochs", "batch_size", "log_every_steps")
 _MOST_BYTES = 4096 - 512
 """Bytes of the absolute path of a run's folder: Linux' PATH_MAX without names inside of the folder."""
@@ -62,7 +64,7 @@ def is_run(folder: Path) -> bool:
         return True
     if not (folder / _RECIPE).is_file():
         return False
-    if any((folder / name).exists() for name in OWN_NAMES - {_RECIPE}):
+    if any((folder / name).exists() for name in _EVIDENCE):
         return True
     name = (read_written_recipe(folder) or {}).get("name")
     parts = Path(name).parts if isinstance(name, str) else ()
