@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from karmma_dist.errors import UserError, one_line
+from karmma_dist.io.named_file import find_file
 from karmma_dist.recipe import SlurmRecipe, load_chain, shared_overrides
 from karmma_dist.recipe.micro_batches import check_batches
 from karmma_dist.recipe.name import job_name
 from karmma_dist.runs.folder import finished_names
-from karmma_dist.settings import find_file
 
 _SHAPE_FLAGS = ("-N", "-n", "-G", "--nodes", "--ntasks", "--gpus", "--gres")
 """Prefixes of the sbatch flags that change the number of ranks."""

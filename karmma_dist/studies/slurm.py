@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from karmma_dist.io.named_file import find_file
 from karmma_dist.launching.slurm import SlurmJob, slurm_job, slurm_ranks, submit
 from karmma_dist.recipe.micro_batches import check_batches
 from karmma_dist.recipe.name import job_name
-from karmma_dist.settings import find_file
 from karmma_dist.studies.jobs import recipe_file
 from karmma_dist.studies.plan import StudyPlan, StudyRun
 
