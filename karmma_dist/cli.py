@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from karmma_dist.commands import diagnostics, evaluation, packing, training
+from karmma_dist.commands.options import HomePath
 from karmma_dist.errors import LostRank, Stopped, UserError, one_line, say
 from karmma_dist.terminal import keep_warnings_harmless, print_line
 
@@ -27,7 +28,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder of the demo.")
+@click.option("--out", default="demo", show_default=True, type=HomePath(path_type=Path), help="Folder of the demo.")
 def demo(out: Path) -> None:
     """Make a small synthetic dataset, then pack, train, distil and evaluate. Takes minutes on a CPU."""
     from karmma_dist.demo import run_demo

@@ -60,7 +60,7 @@ def expand_home(path: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"no home folder of {quoted(expanded.partition('/')[0])} is known: write ./~... for a file")
     try:
-        name = os.fsencode(expanded)
+        name = expanded.encode(errors="surrogateescape")
     except UnicodeEncodeError:
         raise ValueError("no file can have this name") from None
     if not name:

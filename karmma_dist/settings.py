@@ -18,10 +18,9 @@ from pydantic.fields import FieldInfo
 from karmma_dist.errors import UserError, nearest, quoted
 from karmma_dist.field_values import PathText, Positive, Seconds, check_sane, expand_home, fitted
 from karmma_dist.io.yaml_file import MOST_BYTES, MOST_DEPTH, Plain, parse_value, plain_values, read_yaml, to_yaml
-from karmma_dist.resources import data_folders
 
 __all__ = [
-    "PathText", "Positive", "Seconds", "Settings", "check_other_sections", "dump", "find_file", "flat",
+    "PathText", "Positive", "Seconds", "Settings", "check_other_sections", "dump", "flat",
     "is_marked", "load_settings", "mark", "marked", "merge", "read_tree", "unmarked", "validate",
 ]  # fmt: skip
 
@@ -124,47 +123,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-def find_file(name: str, folder: str) -> Path:
-    """Find the YAML file `name`: a path, or a name inside `folder` ("recipes" or "shards").
-
-    The folder may be in the working directory or come with the package, in this order.
-
-    Raises:
-        UserError: the file does not exist; the message gives the nearest existing name.
-    """
-    direct = os.path.expanduser(name)
-    if os.path.isfile(direct):
-        return Path(direct)
-    folders = data_folders(folder)
-    for base in folders:
-        for candidate in (base / name, base / f"{name}.yaml"):
-            if os.path.isfile(candidate) and base.resolve() in candidate.resolve().parents:
-                return candidate
-    if os.path.exists(direct):
-        raise UserError(f"{name}: a folder, device or pipe: name a file, or a name in {folder}/")
-    known = sorted({str(p.relative_to(b).with_suffix("")) for b in folders for p in b.glob("**/*.yaml")})
-    stem = re.sub(r"\.ya?ml$", "", name.removeprefix(f"{folder}/"))
-    shown, held = name if len(name) <= _LONGEST_PROBLEM else quoted(name), ", ".join(known) or "nothing"
-    raise UserError(f"{shown}: no such file{nearest(stem[:200], known)}; {folder}/ holds {held}")
-
-
-def find_beside(name: str, path: Path, folder: str) -> str:
-    """Return the path of the file `name`, with or without .yaml, in the folder of the file `path` that names it.
-
-    Return the name itself if there is no such file, or if it is the one that `find_file` finds.
-    """
-    if not name or "\0" in name:
-        return name
-    for candidate in (path.parent / name, path.parent / f"{name}.yaml"):
-        if os.path.isfile(candidate):
-            try:
-                is_same = find_file(name, folder).resolve() == candidate.resolve()
-            except UserError:
-                is_same = False
-            return name if is_same else str(candidate.resolve())
-    return name
 
 
 def load_settings(

@@ -41,6 +41,15 @@ def harmless_lines(text: str) -> str:
     return "\n".join(map(harmless, text.split("\n")))
 
 
+def encodable(text: str) -> bool:
+    """Return True if stdout can hold the text, which depends on the locale."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def rich_text(text: object, style: str = "") -> Text:
     """Return `harmless` text for rich, which then looks for no markup in it."""
     from rich.text import Text

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from karmma_dist.commands.options import print_json, set_option
+from karmma_dist.commands.options import HomePath, print_json, set_option
 from karmma_dist.errors import UserError
-from karmma_dist.terminal import harmless_lines, print_line
+from karmma_dist.terminal import encodable, harmless_lines, print_line
 
 
 @click.command()
@@ -24,7 +24,7 @@ from karmma_dist.terminal import harmless_lines, print_line
 @click.option("--measure", "measured", is_flag=True,
               help="Also run it on this machine: latency, memory and, on a GPU, peaks of CUDA's allocator.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(min=1), help="Timed passes per row.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw bars of GFLOPs and memory into this PNG.")
+@click.option("--plot", type=HomePath(path_type=Path), help="Draw bars of GFLOPs and memory into this PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def profile(
     recipe: str, overrides: tuple[str, ...], modalities: str | None, part: str, precision: str | None, batch: int,
@@ -131,7 +131,8 @@ def recipe_show(recipe: str, overrides: tuple[str, ...]) -> None:
 
     resolved = load_recipe(recipe, overrides)
     text = dump(resolved)
-    click.echo(text if harmless_lines(text) == text else dump(resolved, in_ascii=True), nl=False)
+    is_shown = harmless_lines(text) == text and encodable(text)
+    click.echo(text if is_shown else dump(resolved, in_ascii=True), nl=False)
 
 
 @recipe_group.command("schema")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import click
 
-from karmma_dist.commands.options import print_json
+from karmma_dist.commands.options import HomePath, print_json
 from karmma_dist.terminal import print_line
 
 
 @click.command("eval")
-@click.argument("runs", metavar="[RUN]...", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--shards", type=click.Path(), help="Shards folder; default: the run's training shards.")
+@click.argument("runs", metavar="[RUN]...", nargs=-1, type=HomePath(path_type=Path))
+@click.option("--shards", type=HomePath(), help="Shards folder; default: the run's training shards.")
 @click.option("--split", help="Split; default: the run's test split, else its validation split.")
 @click.option("--drop-prob", type=click.FloatRange(0, 1), help="Drop each modality with this probability.")
 @click.option("--modalities", help="Use only these modalities, e.g. V,F.")
@@ -25,19 +25,19 @@ from karmma_dist.terminal import print_line
     "--corrupt", multiple=True, metavar="SENSOR:KIND:SEVERITY",
     help="Also evaluate a broken sensor, e.g. video:blur:3 (severity 1 to 5); 'suite': every kind. May be repeated.",
 )
-@click.option("--annotations", type=click.Path(path_type=Path), help="Lists of tail classes and unseen participants.")
+@click.option("--annotations", type=HomePath(path_type=Path), help="Lists of tail classes and unseen participants.")
 @click.option("--views", help="Average TEMPORALxSPATIAL views of each clip, e.g. 3x1; default: the recipe's.")
 @click.option(
-    "--predictions", type=click.Path(path_type=Path),
+    "--predictions", type=HomePath(path_type=Path),
     help="Write the predictions on clips with intact sensors: .npz or .parquet.",
 )
 @click.option(
-    "--submission", type=(click.Choice(["epic-kitchens", "something-something"]), click.Path(path_type=Path)),
+    "--submission", type=(click.Choice(["epic-kitchens", "something-something"]), HomePath(path_type=Path)),
     metavar="FORMAT FILE", help="Leaderboard file: epic-kitchens FILE.zip (or .pkl), something-something FILE.csv.",
 )
 @click.option("--sls", help="Supervision levels of an Epic-Kitchens submission: pretraining,labels,data, e.g. 2,3,3.")
 @click.option(
-    "--out", type=click.Path(path_type=Path),
+    "--out", type=HomePath(path_type=Path),
     help="Folder for the report; default: eval/ in the run folder, or runs/comparison for several runs.",
 )
 @click.option("--local", type=click.IntRange(min=1), help="Share the clips among N ranks on this machine, one per GPU.")
@@ -93,9 +93,9 @@ def _without_option(arguments: Sequence[str], name: str) -> list[str]:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=HomePath(path_type=Path))
 @click.argument("clips", metavar="CLIP...", nargs=-1, required=True)
-@click.option("--shards", type=click.Path(), help="Shards folder; default: the run's training shards.")
+@click.option("--shards", type=HomePath(), help="Shards folder; default: the run's training shards.")
 @click.option("--start", type=click.FloatRange(min=0), help="Start of the clip in its file, in seconds.")
 @click.option("--stop", type=click.FloatRange(min=0), help="End of the clip, in seconds; default: the end of the file.")
 @click.option("--modalities", help="Use only these modalities, e.g. V,A; default: all modalities of the clip.")

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import click
+
+
+class HomePath(click.Path):
+    """A path in which `~` at the beginning is expanded: shells leave that of `--out=~/x` as it is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 class Part(click.ParamType):

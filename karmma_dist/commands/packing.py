@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from karmma_dist.commands.options import Part, print_json, set_option
+from karmma_dist.commands.options import HomePath, Part, print_json, set_option
 from karmma_dist.terminal import print_line
 
 
 @click.command()
 @click.argument("spec", default="epic_kitchens")
-@click.option("--raw", type=click.Path(), help="Raw dataset folder; default: that of the specification.")
-@click.option("--out", type=click.Path(), help="Folder for the shards; default: that of the specification.")
+@click.option("--raw", type=HomePath(), help="Raw dataset folder; default: that of the specification.")
+@click.option("--out", type=HomePath(), help="Folder for the shards; default: that of the specification.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Packing processes.")
 @click.option("--limit", type=click.IntRange(min=1), help="Pack only the first N clips of each split.")
 @click.option("--part", type=Part(), help="Pack only the I-th of N parts of the recordings.")
@@ -41,9 +41,9 @@ def shard(
 
 
 @click.command()
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("shards", type=HomePath(path_type=Path))
 @click.argument("key", required=False)
-@click.option("--sheet", type=click.Path(path_type=Path), help="Draw a contact sheet into this PNG.")
+@click.option("--sheet", type=HomePath(path_type=Path), help="Draw a contact sheet into this PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) -> None:
     """Show the content of a shards folder: splits, modality subsets and classes, or one clip, or a contact sheet."""
@@ -64,7 +64,7 @@ def inspect(shards: Path, key: str | None, sheet: Path | None, as_json: bool) ->
 
 
 @click.command()
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("shards", type=HomePath(path_type=Path))
 @click.option("--full", is_flag=True, help="Read every byte, and decode the first and last frames of every video.")
 @click.option("--repair", "mend", is_flag=True, help="First rewrite lost indexes and manifests from intact tars.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Checking processes.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from karmma_dist.commands.options import Steps, print_json, set_option
+from karmma_dist.commands.options import HomePath, Steps, print_json, set_option
 from karmma_dist.errors import UserError
 from karmma_dist.terminal import print_line
 
@@ -95,7 +95,7 @@ def train(
 @click.option("--only", multiple=True, metavar="ROW", help="Train only the row with this label. May be repeated.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field of every run.")
 @click.option("--dry-run", is_flag=True, help="Print runs, states and costs; with --slurm, the sbatch commands.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report; default: runs/studies/STUDY.")
+@click.option("--out", type=HomePath(path_type=Path), help="Folder of the report; default: runs/studies/STUDY.")
 def study(
     study: str, seeds: int | None, local: int | None, slurm: bool, only: tuple[str, ...],
     overrides: tuple[str, ...], dry_run: bool, out: Path | None,
@@ -122,7 +122,7 @@ def study(
 
 
 @click.command("runs")
-@click.argument("folder", metavar="[DIR]", default="runs", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="[DIR]", default="runs", type=HomePath(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def runs_command(folder: Path, as_json: bool) -> None:
     """List the runs in and below DIR (default: runs): state, step, loss, best accuracy, job, command to continue."""

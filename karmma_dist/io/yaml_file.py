@@ -41,6 +41,7 @@ _WORDS = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _TEXT_TAGS = ("!", "tag:yaml.org,2002:str")
 _TAGS = {yaml.SequenceStartEvent: (None, "!", "tag:yaml.org,2002:seq"),
          yaml.MappingStartEvent: (None, "!", "tag:yaml.org,2002:map")}  # fmt: skip
@@ -171,7 +172,10 @@ class _Document:
 
     def _read(self) -> Iterator[Any]:
         try:
-            yield from yaml.parse(self._text, Loader=yaml.SafeLoader)
+            for event in yaml.parse(self._text, Loader=yaml.SafeLoader):
+                if isinstance(event, yaml.ScalarEvent) and event.style == '"':
+                    event.value = _PAIR.sub(_character, event.value)
+                yield event
         except yaml.MarkedYAMLError as error:
             mark, problem = error.problem_mark or error.context_mark, error.problem or error.context
             line = "" if mark is None else f" in line {mark.line + 1}"
@@ -289,6 +293,11 @@ class _Document:
     def _tag(self, event: Any) -> UserError:
         tag = event.tag.replace("tag:yaml.org,2002:", "!!", 1)
         return self._refusal(event, f"the tag {quoted(tag)} is not supported: remove it")
+
+
+def _character(pair: re.Match[str]) -> str:
+    """Return the character that JSON writes as the escapes of two halves."""
+    return pair[0].encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def _guess(text: str) -> Any:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from karmma_dist.errors import UserError, one_line
+from karmma_dist.io.named_file import find_file
 from karmma_dist.recipe import SlurmRecipe, load_chain, shared_overrides
 from karmma_dist.recipe.micro_batches import check_batches
+from karmma_dist.recipe.name import job_name
 from karmma_dist.runs.folder import finished_names
-from karmma_dist.settings import find_file
 
 _SHAPE_FLAGS = ("-N", "-n", "-G", "--nodes", "--ntasks", "--gpus", "--gres")
 """Prefixes of the sbatch flags that change the number of ranks."""
@@ -102,7 +103,7 @@ def plan_jobs(
             check_batches(chain, ranks, earlier | finished_names(chain))
         earlier |= {each.name for each in chain}
         arguments = [recipe, *(f"--set={override}" for override in applied)]
-        jobs.append(slurm_job(slurm, loaded.name.replace("/", "-"), arguments))
+        jobs.append(slurm_job(slurm, job_name(loaded.name), arguments))
     return jobs
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from karmma_dist.io.named_file import find_file
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.modalities.audio import AudioSpec
 from karmma_dist.modalities.detections import DetectionsSpec
@@ -23,17 +24,7 @@ from karmma_dist.packing.readers import find_reader, readers
 from karmma_dist.packing.readers.csv_table import PlainPaths
 from karmma_dist.packing.readers.epic_kitchens import EpicKitchensPaths
 from karmma_dist.packing.readers.something_something import SomethingSomethingPaths
-from karmma_dist.settings import (
-    PathText,
-    Positive,
-    Settings,
-    check_other_sections,
-    find_file,
-    flat,
-    load_settings,
-    mark,
-    unmarked,
-)
+from karmma_dist.settings import PathText, Positive, Settings, check_other_sections, flat, load_settings, mark, unmarked
 from karmma_dist.shards.format import split_problem
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

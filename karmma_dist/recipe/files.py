@@ -8,9 +8,10 @@ from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_whole
+from karmma_dist.io.named_file import find_beside, find_file
 from karmma_dist.recipe.fields import SHARED
 from karmma_dist.recipe.recipe import Recipe
-from karmma_dist.settings import dump, find_beside, find_file, load_settings, marked
+from karmma_dist.settings import dump, load_settings, marked
 
 _MOST_WAITING = 100
 """Recipes that come after each other."""

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -21,6 +20,8 @@ OWN_NAMES = frozenset({
 })  # fmt: skip
 """Names that a run uses in its own folder; a run inside a run would be taken for one of them."""
 _OWN_BEGINNINGS = ("events.out.tfevents.",)
+_REPORTS = ("comparison", "studies")
+"""Folders of reports in `runs_dir`."""
 _MOST_BYTES = 200
 """Bytes of a part, which leave room for what temporary files add to names."""
 
@@ -33,10 +34,17 @@ def check_run_name(name: str) -> str:
     """
     if not name:
         raise ValueError("is empty: the run would be runs_dir itself")
+    if (first := name.partition("/")[0]) in _REPORTS:
+        raise ValueError(f"begins with '{first}', a folder of reports in runs_dir: choose another")
     for part in name.split("/"):
         if problem := _problem(part):
             raise ValueError(problem if part == name else f"its part {quoted(part)} {problem}")
     return name
+
+
+def job_name(name: str) -> str:
+    """Return the name of a run's Slurm job, which is also in the name of its log: no slashes, at most 200 bytes."""
+    return name.replace("/", "-").encode()[:_MOST_BYTES].decode(errors="ignore")
 
 
 def _problem(part: str) -> str:
@@ -49,7 +57,7 @@ def _problem(part: str) -> str:
         return "begins or ends with a space"
     if part[0] in ".-~":
         return f"begins with '{part[0]}': such names are hidden files, options or home folders"
-    if len(os.fsencode(part)) > _MOST_BYTES:
+    if len(part.encode()) > _MOST_BYTES:
         return f"is too long: at most {_MOST_BYTES} bytes from one / to the next"
     if part in OWN_NAMES or part.startswith(_OWN_BEGINNINGS):
         return "is a name that runs use in their own folders: choose another"

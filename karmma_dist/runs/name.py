@@ -17,11 +17,13 @@ from karmma_dist.errors import UserError, quoted
 from karmma_dist.field_values import fitted
 from karmma_dist.io.yaml_file import plain_values, read_yaml
 from karmma_dist.recipe import Recipe
-from karmma_dist.recipe.name import OWN_NAMES, check_run_name
+from karmma_dist.recipe.name import check_run_name
 from karmma_dist.runs.folder import STATE
 
 _RECIPE = "recipe.yaml"
 _CHECKPOINTS = "checkpoints"
+_EVIDENCE = (_CHECKPOINTS, "metrics.jsonl", "weights.safetensors")
+"""Names next to a recipe that make its folder that of a run."""
 _COUNTS = ("epochs", "batch_size", "log_every_steps")
 _MOST_BYTES = 4096 - 512
 """Bytes of the absolute path of a run's folder: Linux' PATH_MAX without names inside of the folder."""
@@ -38,7 +40,11 @@ def check_place(recipe: Recipe) -> None:
     except ValueError as error:
         raise UserError(f"the name of the run, {quoted(recipe.name)}: {error}") from None
     folder = Path(os.path.abspath(recipe.run_dir))
-    if len(os.fsencode(folder)) > _MOST_BYTES:
+    try:
+        num_bytes = len(os.fsencode(folder))
+    except UnicodeEncodeError:
+        raise UserError(f"the locale cannot write the folder {quoted(str(folder))}: export PYTHONUTF8=1") from None
+    if num_bytes > _MOST_BYTES:
         raise UserError(f"the folder of the run {quoted(recipe.name)} has too long a path: choose another runs_dir")
     top = Path(os.path.abspath(recipe.runs_dir))
     advice = "give this run another name (--set name=...)"
@@ -58,7 +64,7 @@ def is_run(folder: Path) -> bool:
         return True
     if not (folder / _RECIPE).is_file():
         return False
-    if any((folder / name).exists() for name in OWN_NAMES - {_RECIPE}):
+    if any((folder / name).exists() for name in _EVIDENCE):
         return True
     name = (read_written_recipe(folder) or {}).get("name")
     parts = Path(name).parts if isinstance(name, str) else ()

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from karmma_dist.io.named_file import find_file
 from karmma_dist.launching.slurm import SlurmJob, slurm_job, slurm_ranks, submit
 from karmma_dist.recipe.micro_batches import check_batches
-from karmma_dist.settings import find_file
+from karmma_dist.recipe.name import job_name
 from karmma_dist.studies.jobs import recipe_file
 from karmma_dist.studies.plan import StudyPlan, StudyRun
 
@@ -61,7 +62,7 @@ def plan_arrays(plan: StudyPlan, out: Path, arguments: Sequence[str]) -> list[Ar
         if (ranks := slurm_ranks(slurm)) is not None:
             check_batches([runs[0].recipe], ranks)
         files = [str(recipe_file(out, run)) for run in runs]
-        inner = slurm_job(slurm, group.replace("/", "-"), files)
+        inner = slurm_job(slurm, job_name(group), files)
         seeds = [run.recipe.seed for run in runs]
         # Finished seeds are submitted too and end at once, so every task has its counterpart in dependent arrays.
         flags = [*inner.flags, f"--array=0-{len(seeds) - 1}"]
@@ -72,7 +73,7 @@ def plan_arrays(plan: StudyPlan, out: Path, arguments: Sequence[str]) -> list[Ar
     slurm = next(iter(plan.runs.values())).recipe.slurm
     changes = {"nodes": 1, "gpus_per_node": min(1, slurm.gpus_per_node), "extra": [*slurm.extra, "--output=%x_%j.log"]}
     one_gpu = slurm.model_copy(update={"script": SCRIPT, **changes})
-    report = slurm_job(one_gpu, f"study-{plan.file.name.replace('/', '-')}", ["report", *arguments])
+    report = slurm_job(one_gpu, job_name(f"study-{plan.file.name}"), ["report", *arguments])
     return [*jobs, ArrayJob(report, list(range(len(jobs))), "afterok")]
 
 

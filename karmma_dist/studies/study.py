@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from pydantic import Field, model_validator
 
 from karmma_dist.errors import UserError, nearest
 from karmma_dist.evaluation.metrics import ACTION, find_figure, known_figure, metric_table
+from karmma_dist.io.named_file import find_file
 from karmma_dist.modalities import LETTERS
-from karmma_dist.settings import PathText, Positive, Settings, find_file, load_settings
+from karmma_dist.settings import PathText, Positive, Settings, load_settings
 
 FOLDER = "studies"
 """Name of the folder of studies among a dataset's recipes, and of the folder of their reports in `runs_dir`."""
@@ -248,7 +250,7 @@ def choose_rows(file: StudyFile, labels: tuple[str, ...]) -> list[str]:
 
 
 def _find(name: str) -> Path:
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     dataset, slash, rest = name.removesuffix(".yaml").rpartition("/")
     is_short = bool(slash) and dataset.rpartition("/")[2] != FOLDER

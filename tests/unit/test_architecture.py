@@ -147,6 +147,10 @@ def test_locks_are_taken_in_one_place() -> None:
     assert [module for module, path in MODULES.items() if "fcntl" in path.read_text()] == ["io.locks"]
 
 
+def test_yaml_is_read_in_one_place() -> None:
+    assert [module for module, path in MODULES.items() if "import yaml" in path.read_text()] == ["io.yaml_file"]
+
+
 def test_what_is_printed_is_harmless() -> None:
     prints = ("print", "echo", "secho")
     found = {module for module, path in MODULES.items() if any(name in prints for name, _ in calls(path))}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from karmma_dist.cli import cli, main
 from kits.patience import HANGS_S
@@ -122,3 +123,35 @@ def test_a_closed_output_pipe_is_not_an_error() -> None:
     done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=HANGS_S)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_home_is_expanded_in_every_option_that_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = [
+        (command, option)
+        for command in cli.commands.values()
+        for option in command.params
+        if isinstance(option.type, click.Path | click.Tuple)
+    ]
+    assert len(paths) > 10
+    for command, option in paths:
+        types = option.type.types if isinstance(option.type, click.Tuple) else [option.type]
+        converted = [kind.convert("~/x~", option, None) for kind in types if isinstance(kind, click.Path)]
+        assert [str(path) for path in converted] == [f"{tmp_path}/x~"], command.name
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_a_recipe_is_shown_in_any_locale_and_read_again(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    text = (
+        "name: K\u00fcche \u2014 1\nstage: supervised\ndata: {shards: s, modalities: [video]}\n"
+        "model: {encoders: {video: {name: small_video}}}\n"
+    )
+    path.write_bytes(text.encode())
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-m", "karmma_dist", "recipe", "show", str(path)], env=environment, capture_output=True,
+        timeout=HANGS_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout.decode(encoding))["name"] == "K\u00fcche \u2014 1"

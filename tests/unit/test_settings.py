@@ -10,7 +10,8 @@ import pytest
 from pydantic import Field
 
 from karmma_dist.errors import UserError
-from karmma_dist.settings import Settings, dump, find_file, flat, load_settings, mark, unmarked
+from karmma_dist.io.named_file import find_file
+from karmma_dist.settings import Settings, dump, flat, load_settings, mark, unmarked
 
 
 class Inner(Settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import subprocess
@@ -144,6 +145,11 @@ def test_merge_keys_and_aliases_give_every_place_its_own_copy() -> None:
     assert tree["z"] == {"a": 4, "b": {"c": 2}, "d": 6}
     tree["w"]["b"]["c"] = 7
     assert tree["x"]["b"]["c"] == tree["y"]["b"]["c"] == 2
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_json_is_yaml_with_every_character(text: str) -> None:
+    assert value_of(json.dumps({"a": text})) == {"a": text}
 
 
 @pytest.mark.parametrize("text", ["", "# nothing", "\ufeff", "---", "null"])

@@ -15,10 +15,14 @@ import yaml
 
 from karmma_dist.cli import main
 from karmma_dist.errors import UserError
+from karmma_dist.packing.spec import load_spec
 from karmma_dist.recipe import Recipe, load_chain, load_recipe
 from karmma_dist.recipe.name import check_run_name
 from karmma_dist.settings import dump, validate
+from karmma_dist.studies.study import load_study
 from kits.patience import HANGS_S
+
+ROOT = Path(__file__).resolve().parents[3]
 
 BASES = ("demo/distill", "demo/teacher", "epic_kitchens/distill_ensemble", "something_something/radevski")
 
@@ -116,6 +120,27 @@ def test_a_mutated_recipe_is_a_recipe_or_refused(
         assert len(shown.err.splitlines()) == (code != 0)
         assert not shown.out if code else yaml.safe_load(shown.out)
         assert time.process_time() - began < HANGS_S
+    assert num_accepted > 3
+
+
+@pytest.mark.parametrize("name", ["shards/plain", "shards/epic_kitchens", "recipes/epic_kitchens/studies/tab3"])
+def test_a_mutated_specification_or_study_is_one_or_refused(name: str, tmp_path: Path) -> None:
+    draw = random.Random(f"mutated {name}")
+    tree = yaml.safe_load((ROOT / f"{name}.yaml").read_text())
+    path = tmp_path / "mutated.yaml"
+    num_accepted = 0
+    for _ in range(100):
+        path.write_bytes(mutated(draw, tree).encode())
+        try:
+            settings = load_spec(str(path)) if name.startswith("shards") else load_study(str(path)).study
+        except UserError as error:
+            problem = str(error)
+        else:
+            problem = ""
+            num_accepted += 1
+            assert all(math.isfinite(number) for number in numbers_of(yaml.safe_load(dump(settings))))
+        assert len(problem) < 3_000
+        assert len(problem.splitlines()) <= 1
     assert num_accepted > 3
 
 

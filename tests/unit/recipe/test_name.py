@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import load_chain, load_recipe
-from karmma_dist.recipe.name import OWN_NAMES, check_run_name
+from karmma_dist.recipe.name import OWN_NAMES, check_run_name, job_name
 
 MINIMAL = """
 name: {name}
@@ -25,12 +25,13 @@ UNSAFE = {
     "a/-x", ".a", "a/.b", ".lock", ".study.lock", "a\n", "a\nb", "a\tb", "a\0b", "a\x1bb", "a\x7f", "a\x85b",
     "a\u2028b", "a\u202eb", "a\ud800", "b\udc80", " a", "a ",
     "a/ b", "a /b", "\u3000a", "x" * 201, "a/" + "x" * 201, "\u00fc" * 101,
-    "events.out.tfevents.1", "a/best", "best/a", "a/checkpoints/b", "a/recipe.yaml",
+    "studies", "studies/a", "comparison", "events.out.tfevents.1", "a/best", "best/a",
+    "a/checkpoints/b", "a/recipe.yaml",
     *OWN_NAMES,
 }  # fmt: skip
 SAFE = [
     "epic_kitchens/distill", "grid_epic/teacher+epochs50-1f3a@seed1", "demo/teacher", "exp", "a b", "K\u00fcche/1",
-    "2024-01-01", "a.b", "x" * 200, "best2", "bests/a", "a-b", "lr=1e-3", "a/b/c/d", "x:y", "a#b", "[1]",
+    "2024-01-01", "a.b", "x" * 200, "best2", "bests/a", "a/studies", "a-b", "lr=1e-3", "a/b/c/d", "x:y", "a#b", "[1]",
 ]  # fmt: skip
 
 
@@ -58,6 +59,12 @@ def test_an_accepted_name_is_a_folder_of_its_own_below_the_runs(name: str) -> No
     assert not os.path.isabs(name)
     assert not set(Path(name).parts) & OWN_NAMES
     os.fsencode(name)
+
+
+def test_a_jobs_name_leaves_room_for_the_rest_of_its_logs_name() -> None:
+    assert job_name("epic_kitchens/distill") == "epic_kitchens-distill"
+    for name in ("/".join(["x" * 200] * 5), "/".join(["\u00fc" * 100] * 5)):
+        assert len(job_name(check_run_name(name)).encode()) <= 200
 
 
 @pytest.mark.parametrize("given_name", ["", "''", '""', "~", "null", ".", "a//b", '"a\\nb"', '"a\\0b"', "' a'", "best"])
