@@ -99,7 +99,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def find_file(name: str, folder: str) -> Path:
-    """Find the YAML file `name`: a path, or a name inside `folder` ("recipes" or "shards").
+    """Find the YAML file `name`: a path, or a name inside `folder` ("recipes" or "shards"), with or without `folder/`.
 
     The folder may be in the working directory or come with the package, in this order.
 
@@ -111,7 +111,7 @@ def find_file(name: str, folder: str) -> Path:
         return direct
     folders = data_folders(folder)
     for base in folders:
-        for candidate in (base / name, base / f"{name}.yaml"):
+        for candidate in (base / name, base / f"{name}.yaml", base.parent / name):
             if candidate.is_file() and base.resolve() in candidate.resolve().parents:
                 return candidate
     known = sorted({str(p.relative_to(b).with_suffix("")) for b in folders for p in b.glob("**/*.yaml")})
