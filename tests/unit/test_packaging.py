@@ -135,7 +135,8 @@ def test_an_installation_finds_recipes_specifications_and_scripts(installation: 
     stranger = installation.package.parent / "recipes/demo/distill.yaml"
     stranger.parent.mkdir(parents=True, exist_ok=True)
     stranger.write_text("a folder of another package beside ours\n")
-    assert "\nname: demo/distill\n" in "\n" + karmma_dist("recipe", "show", "demo/distill")
+    for name in ("demo/distill", "recipes/demo/distill.yaml"):
+        assert karmma_dist("recipe", "show", name).startswith("name: demo/distill\n")
     assert "Usage: karmma-dist shard" in karmma_dist("shard", "--help")
     assert "a_dataset, demo, epic_kitchens, epic_kitchens_star, " in karmma_dist("shard", "no_such_dataset", status=2)
     submitted = shlex.split(karmma_dist("launch", "demo/distill", "--slurm", "--dry-run"))
@@ -159,7 +160,8 @@ def test_a_script_of_an_installation_hands_over_to_the_one_beside_it(
     shutil.copy(installation.package / "share/slurm" / name, copy)
     job = {"SUBMIT_DIR": str(tmp_path), "JOB_ID": "7", "JOB_NODELIST": "n1", "JOB_NUM_NODES": "1"}
     variables = {f"SLURM_{key}": value for key, value in job.items()}
-    run(["bash", str(copy), "demo/distill"], tmp_path, PATH=f"{tmp_path}:/usr/bin:/bin", **variables)
+    run(["bash", str(copy)], tmp_path, PATH=f"{tmp_path}:/usr/bin:/bin", **variables)
     checked, trained = (tmp_path / "calls").read_text().splitlines()
-    assert checked.endswith("karmma-dist doctor --distributed demo/distill")
-    assert trained.endswith("karmma-dist train demo/distill")
+    recipe = f"recipes/epic_kitchens/{Path(name).stem}.yaml"
+    assert checked.endswith(f"karmma-dist doctor --distributed {recipe}")
+    assert trained.endswith(f"karmma-dist train {recipe}")
