@@ -14,6 +14,11 @@ ERROR_FILE = "KARMMA_DIST_ERROR_FILE"
 LOST_RANK = "lost rank: "
 """Prefix of a line in that file that only reports another rank, whose own line may say more."""
 
+_LONGEST_WORD, _CUT_WORD = 200, 80
+"""Longest word, most often a path, that a message shows whole, and the characters that are left of a longer one."""
+_LONGEST_LINE = 2000
+"""Characters of a message."""
+
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
 """Beginning of a URL; the limit keeps the search in a long text from taking its length squared."""
 
@@ -60,6 +65,17 @@ def _without_secrets(text: str) -> str:
     return re.sub(rf"{URL.pattern}\S+", lambda match: masked(match[0]), text)
 
 
+def shortened(text: str) -> str:
+    """Return a message whose long words, such as names of 5,000 characters, and which itself, are cut in the middle."""
+    words = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda match: _cut(match[0], _CUT_WORD), text)
+    return words if len(words) <= _LONGEST_LINE else _cut(words, _LONGEST_LINE)
+
+
+def _cut(text: str, length: int) -> str:
+    tail = length // 3
+    return f"{text[: length - tail - 3]}...{text[-tail:]}"
+
+
 def masked(url: str) -> str:
     """Return a URL for messages, without user, password and query, which may be secret. Leave a path unchanged."""
     if not URL.match(url):
@@ -73,7 +89,7 @@ def masked(url: str) -> str:
 
 
 def say(line: str, of_another: bool = False) -> None:
-    """Print the last line of a process on stderr.
+    """Print the last line of a process on stderr, `shortened`.
 
     Ranks often end for the same reason. Ranks of `karmma-dist launch` write the line to a file, and `launch` prints
     equal lines once; ranks of srun or torchrun add their rank.
@@ -82,11 +98,12 @@ def say(line: str, of_another: bool = False) -> None:
         line: The line.
         of_another: True if the line reports another rank: `launch` shows it only if that rank left no line.
     """
+    line = shortened(line)
     file = os.environ.get(ERROR_FILE)
     if file:
         try:
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            with open(descriptor, "a") as target:
+            with open(descriptor, "a", encoding="utf-8", errors="backslashreplace") as target:
                 target.write((LOST_RANK if of_another else "") + line + "\n")
             return
         except OSError as error:

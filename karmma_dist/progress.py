@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 from typing import Protocol
 
-from karmma_dist.terminal import harmless, print_line
+from karmma_dist.terminal import console, harmless, is_terminal, print_line
 
 _LINE_EVERY_S = 10.0
 
@@ -34,14 +33,13 @@ class Progress:
         self._tasks: dict[str, object] = {}
         self._started: dict[str, float] = {}
         self._printed: dict[str, float] = {}
-        if sys.stderr.isatty():
-            from rich.console import Console
+        if is_terminal(err=True):
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
 
             self._bars = Bars(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False), console=Console(stderr=True),
+                TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False), console=console(err=True),
             )
 
     def __enter__(self) -> Progress:

@@ -9,7 +9,7 @@ import click
 
 from karmma_dist.commands.options import HomePath, print_json, set_option
 from karmma_dist.errors import UserError
-from karmma_dist.terminal import encodable, harmless_lines, print_line
+from karmma_dist.terminal import can_show, print_line
 
 
 @click.command()
@@ -131,8 +131,7 @@ def recipe_show(recipe: str, overrides: tuple[str, ...]) -> None:
 
     resolved = load_recipe(recipe, overrides)
     text = dump(resolved)
-    is_shown = harmless_lines(text) == text and encodable(text)
-    click.echo(text if is_shown else dump(resolved, in_ascii=True), nl=False)
+    click.echo(text if can_show(text) else dump(resolved, in_ascii=True), nl=False)
 
 
 @recipe_group.command("schema")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 import click
+
+from karmma_dist.io.files import json_text
 
 
 class HomePath(click.Path):
@@ -48,5 +49,5 @@ set_option = click.option(
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON."""
-    click.echo(json.dumps(value, indent=1))
+    """Print a value as indented JSON, in ASCII."""
+    print(json_text(value, indent=1), flush=True)

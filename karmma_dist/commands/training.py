@@ -83,7 +83,7 @@ def train(
     for run, scores in train_chain(chain, validate, resume, deadline=deadline).items():
         metrics = {name: figure.metric for name in scores if (figure := known_figure(name)) is not None}
         summary = [name for name, metric in metrics.items() if metric.terminal == "all"]
-        shown = ", ".join(f"{name} {scores[name]:.2f}" for name in summary)
+        shown = ", ".join(f"{name} {scores[name]:.2f}" for name in summary if scores[name] is not None)
         print_line(f"{run}: {shown} ({chain[-1].runs_dir}/{run})")
 
 

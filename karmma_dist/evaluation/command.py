@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition, build_conditions
@@ -41,7 +39,7 @@ from karmma_dist.models.model_card import CARD, ModelCard, read_card
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.runs.owner import owned
-from karmma_dist.terminal import print_line
+from karmma_dist.terminal import console, print_line
 
 RUNS = Path("runs")
 """Folder in which runs are looked up and comparisons are written."""
@@ -177,7 +175,7 @@ def print_evaluation(evaluation: Evaluation, as_text: bool) -> None:
             print_line(f"split '{split}' has no labels: only predictions are written, nothing is scored", err=True)
     if as_text and evaluation.report is not None:
         for name, run in evaluation.done.items():
-            terminal.print_table(terminal_rows(run.results, name), Console())
+            terminal.print_table(terminal_rows(run.results, name), console())
         print_line(f"report: {evaluation.report}")
     for name, run in evaluation.done.items():
         summary = run.results.summary

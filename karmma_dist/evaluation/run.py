@@ -34,7 +34,7 @@ from karmma_dist.evaluation.statistics.bootstrap import add_intervals
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import DataRecipe, Recipe
-from karmma_dist.runs.folder import STATE, read_state
+from karmma_dist.runs.folder import read_state, run_folders
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.prefetch import on_device
@@ -114,13 +114,20 @@ class Evaluated:
 
 
 def newest_finished_run(runs_dir: Path) -> Path:
-    """Return the run folder below `runs_dir` that finished last.
+    """Return the run folder below `runs_dir` that finished last; a warning names those that cannot be read.
 
     Raises:
         UserError: no run in the folder is finished.
     """
-    states = {path.parent: read_state(path.parent) for path in runs_dir.glob(f"**/{STATE}")}
-    finished = {run: state["time"] for run, state in states.items() if state.get("state") == "finished"}
+    finished: dict[Path, float] = {}
+    for run, _ in run_folders(runs_dir):
+        try:
+            state = read_state(run)
+        except UserError as error:
+            logging.getLogger("karmma_dist").warning("not considered: %s", error)
+            continue
+        if state.get("state") == "finished":
+            finished[run] = float(state.get("time", 0.0))
     if not finished:
         raise UserError(f"{runs_dir}: contains no finished run: name a run folder, or train: karmma-dist train RECIPE")
     return max(finished, key=lambda run: finished[run])

@@ -15,6 +15,7 @@ from karmma_dist.evaluation.report.model import Section, Table, TableLine
 from karmma_dist.evaluation.report.plots import COLOURS, save_figure, style_axes
 from karmma_dist.modalities import letters
 from karmma_dist.profiling.costs import Cost, Profile
+from karmma_dist.terminal import console
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ _EXPLAINED = {
 }
 
 
-def print_profile(profile: Profile, console: Console | None = None) -> None:
+def print_profile(profile: Profile, out: Console | None = None) -> None:
     """Print all rows as tables, with the models in adjacent columns."""
-    terminal.print_section(profile_section(profile), console or Console(highlight=False))
+    terminal.print_section(profile_section(profile), out or console())
 
 
 def profile_section(profile: Profile) -> Section:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
 
 from karmma_dist.evaluation.report import terminal
 from karmma_dist.progress import Progress
@@ -18,10 +15,7 @@ from karmma_dist.studies.report import study_table
 from karmma_dist.studies.run import carry_out_study, check_teachers
 from karmma_dist.studies.slurm import plan_arrays, shown_arrays, submit_arrays
 from karmma_dist.studies.study import StudyFile
-from karmma_dist.terminal import print_line, print_table
-
-_WIDTH = 140
-"""Width of a table if stdout is not a terminal; names of runs are long."""
+from karmma_dist.terminal import console, print_line, print_table
 
 
 @dataclass(frozen=True)
@@ -100,8 +94,7 @@ def carry_out(request: StudyRequest) -> bool:
         done = carry_out_study(
             plan, request.out or plan.out, request.local, progress, lambda line: print_line(line, err=True)
         )
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    terminal.print_table(study_table(done.report), console, has_asides=False)
+    terminal.print_table(study_table(done.report), console(), has_asides=False)
     print_line(f"report: {done.path}")
     for name, reason in done.report.missing.items():
         print_line(f"missing: {name}: {reason}", err=True)
@@ -119,7 +112,7 @@ def print_plan(plan: StudyPlan, costs: Sequence[RunCost]) -> None:
     numbers = ["#", "after", "epochs x clips", "FLOPs"]
     print_table(
         ["#", "run", "state", *numbers[1:]], rows, right=numbers, footer=["", *total_lines(plan, costs)],
-        title=f"{plan.file.study.title} ({plan.file.path})", width=_WIDTH,
+        title=f"{plan.file.study.title} ({plan.file.path})",
     )  # fmt: skip
 
 

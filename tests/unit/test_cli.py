@@ -112,7 +112,7 @@ def test_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         words = [sys.executable, "-m", "karmma_dist", "recipe", "show", "demo/video"]
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=HANGS_S)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == "error: output: No space left on device\n"
 
 

@@ -41,7 +41,8 @@ def print_summary(summary: PackSummary) -> None:
         unexpected = [failure for failure in summary.failures if failure.stage == UNEXPECTED]
         if unexpected:
             first = unexpected[0]
-            print(f"{len(unexpected)} of them by no known damage, perhaps a bug; the first, {first.key}: {first.error}")
+            cause = f"the first, {first.key}: {first.error}"
+            print_line(f"{len(unexpected)} of them by no known damage, perhaps a bug; {cause}")
 
 
 def print_description(description: dict[str, Any]) -> None:
