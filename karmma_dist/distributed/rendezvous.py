@@ -58,7 +58,7 @@ def rendezvous(
     store = open_store(world, hosts=hosts, late_s=late_s, hopeless_s=hopeless_s)
     meeting = _Meeting(world, store, hosts, _job_id(environment))
     with _naming_a_lost_store(world):
-        meeting.arrive()
+        meeting.arrive(late_s)
         meeting.wait(late_s, hopeless_s)
     return store
 
@@ -86,20 +86,22 @@ class _Meeting:
         self._keys = dist.PrefixStore("rendezvous", store)
         self._has_arrived = False
 
-    def arrive(self) -> None:
-        """Take this rank's place.
+    def arrive(self, late_s: float) -> None:
+        """Take this rank's place in the job that rank 0 has opened.
 
         Raises:
-            UserError: another job meets here, or another process has this rank.
+            UserError: another job meets here, another process has this rank, or rank 0 did not come.
         """
         world, me = self.world, f"{node_name()} pid {os.getpid()}"
-        first = self._keys.compare_set("job", "", json.dumps([self._job_id, world.size]))
-        job_id, size = json.loads(first)
+        if world.is_main:
+            self._keys.compare_set("job", "", json.dumps([self._job_id, world.size]))
+        self._wait_for("job", late_s, "rank", "did not come", "see its output", range(1))
+        job_id, size = json.loads(self._keys.get("job"))
         if job_id != self._job_id:
             raise UserError(f"cannot join at {world.endpoint}: {ANOTHER_JOB.reason}: {ANOTHER_JOB.advice}")
         if size != world.size:
             self._fail(
-                f"WORLD_SIZE={world.size} on rank {world.rank} ({me}), but {size} on the first rank at "
+                f"WORLD_SIZE={world.size} on rank {world.rank} ({me}), but {size} on rank 0 at "
                 f"{world.endpoint}: give all ranks the same",
                 is_newcomer=True,
             )
@@ -127,34 +129,37 @@ class _Meeting:
         fault = "came, and ended while the others were waited for"
         self._wait_for("ready", hopeless_s, "ready", fault, "see its output")
 
-    def _wait_for(self, key: str, limit_s: float, name: str, fault: str, advice: str) -> None:
+    def _wait_for(
+        self, key: str, limit_s: float, name: str, fault: str, advice: str, ranks: range | None = None
+    ) -> None:
+        """Wait until `key` is there; afterwards those of `ranks` (default: all) are at fault that lack `name`."""
         began, lines, pause_s = time.monotonic(), WaitingLines(), _POLL_S
         while not self._keys.check([key]):
             if self._keys.check(["problem"]):
                 self._leave(self._keys.get("problem").decode())
             waited_s = time.monotonic() - began
             if waited_s >= limit_s:
-                missing = self._missing(name)
+                missing = self._missing(name, ranks)
                 self._fail(
                     f"{_names(missing)} of {self.world.size} {fault} at {self.world.endpoint} within {waited_s:.0f} s: "
                     f"{advice}"
                 )
             if lines.is_due:
-                self._print_missing(lines)
+                self._print_missing(lines, ranks)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _SLOWEST_POLL_S)
 
-    def _print_missing(self, lines: WaitingLines) -> None:
+    def _print_missing(self, lines: WaitingLines, ranks: range | None) -> None:
         """Print which ranks are waited for, on the lowest rank that is there."""
-        missing = self._missing("rank")
+        missing = self._missing("rank", ranks)
         if missing and min(set(range(self.world.size)) - set(missing)) == self.world.rank:
             lines.print(
                 f"waiting for {_names(missing)} at {self.world.endpoint} "
                 f"({self.world.size - len(missing)} of {self.world.size} ranks are there)"
             )
 
-    def _missing(self, name: str) -> list[int]:
-        return [rank for rank in range(self.world.size) if not self._keys.check([f"{name}/{rank}"])]
+    def _missing(self, name: str, ranks: range | None = None) -> list[int]:
+        return [rank for rank in ranks or range(self.world.size) if not self._keys.check([f"{name}/{rank}"])]
 
     def _absent(self) -> str:
         missing = self._missing("rank")
