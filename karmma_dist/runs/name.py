@@ -47,7 +47,7 @@ def check_place(recipe: Recipe) -> None:
     if num_bytes > _MOST_BYTES:
         raise UserError(f"the folder of the run {quoted(recipe.name)} has too long a path: choose another runs_dir")
     top = Path(os.path.abspath(recipe.runs_dir))
-    advice = "give this run another name (--set name=...)"
+    advice = "give this run another name or place (--set name=... or runs_dir=...)"
     for outer in folder.parents:
         if is_run(outer):
             raise UserError(f"{recipe.run_dir}: would be inside of the run {outer}: {advice}")

@@ -143,6 +143,8 @@ class _Planner:
         self.runs: dict[str, StudyRun] = {}
         self._overrides = overrides
         self._known: dict[str, str] = {}
+        self._visited: dict[tuple[str, str, int], _Place] = {}
+        """Runs of earlier recipes by recipe, label of the row and seed: several recipes may come after the same."""
 
     def add(self, row: Row, seed: int) -> str:
         """Add the runs of a row and return the name of its own.
@@ -167,10 +169,12 @@ class _Planner:
         used |= {plain.name} if waiting else set()
         recipe = load_recipe(source, [*changes, *self._overrides, f"seed={seed}"])
         row_recipe = load_recipe(source, [*changes, f"seed={seed}"]) if self._overrides else recipe
-        earlier = {
-            load_recipe(name).name: self._visit(name, row, seed, used, (*waiting, plain.name))
-            for name in recipe.after
-        }
+        earlier: dict[str, _Place] = {}
+        for name in recipe.after:
+            key = name, row.label, seed
+            if key not in self._visited:
+                self._visited[key] = self._visit(name, row, seed, used, (*waiting, plain.name))
+            earlier[load_recipe(name).name] = self._visited[key]
         below = [place.suffix for place in earlier.values()]
         given = row.suffix if not waiting else None
         suffix = _suffix(plain, recipe, below) if given is None else f"+{given}"

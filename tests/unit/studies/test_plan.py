@@ -251,3 +251,24 @@ def test_a_recipe_of_a_study_may_be_a_path(home: Path) -> None:
     content["rows"][0]["recipe"] = "mine.yaml"
     (home / "recipes/tiny/studies/tab0.yaml").write_text(yaml.safe_dump(content))
     assert len(plan_study(load_study("tiny/tab0"), num_seeds=1).runs) == 2
+
+
+def test_recipes_that_many_come_after_are_planned_once(home: Path) -> None:
+    write_study(home, {"rows": [{"label": "last", "recipe": "tiny/r15"}], "seeds": 1})
+    teacher = yaml.safe_load((home / "recipes" / "tiny" / "teacher.yaml").read_text())
+    for number in range(16):
+        after = [f"tiny/r{number - step}" for step in (1, 2, 3) if number >= step]
+        content = {**teacher, "name": f"tiny/r{number}", "after": after}
+        (home / "recipes" / "tiny" / f"r{number}.yaml").write_text(yaml.safe_dump(content))
+    assert len(plan_study(load_study("tiny/tab0")).runs) == 16
+
+
+def test_a_run_inside_of_another_is_refused_before_anything_is_written(home: Path) -> None:
+    planned = plan(home)
+    run = next(iter(planned.runs.values()))
+    outer = run.recipe.run_dir.parent
+    outer.mkdir(parents=True)
+    write_state(outer, "finished")
+    with pytest.raises(UserError, match="would be inside of the run"):
+        run.state()
+    assert [path.name for path in outer.iterdir()] == ["state.json"]
