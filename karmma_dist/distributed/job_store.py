@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
-import os
 import random
 import socket
 import struct
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from karmma_dist.distributed.endpoint import Obstacle, is_of_this_machine, listen_for, unresolved
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.terminal import print_line
@@ -36,20 +33,9 @@ _PORT_S = 5.0
 _FIRST_LINE_S, _NEXT_LINE_S = 30.0, 60.0
 _POLL_S, _SLOWEST_POLL_S = 0.05, 0.5
 _TIMEOUT = datetime.timedelta(minutes=15)
-_BACKLOG = 2048
 
 _VALIDATE, _PING, _MAGIC = 0, 13, 0x3C85F7CE
 """Requests of TCPStore's protocol, and the number that validates a client (torch/csrc/distributed/c10d/TCPStore*)."""
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """A reason why the store cannot be reached at this moment."""
-
-    reason: str
-    advice: str
-    is_hopeless: bool = True
-    """True if waiting does not help."""
 
 
 _NOT_THERE = Obstacle("nothing listens there", "see rank 0's own output, and check MASTER_ADDR and MASTER_PORT", False)
@@ -72,11 +58,6 @@ class WaitingLines:
         """Print the line, and set the time of the next one."""
         self._next = time.monotonic() + _NEXT_LINE_S
         print_line(line, err=True)
-
-
-def hosts_store(world: World, environment: Mapping[str, str] = os.environ) -> bool:
-    """Return True if this process hosts the store: rank 0, unless torchrun's agent hosts it."""
-    return world.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def open_store(world: World, *, hosts: bool, late_s: float, hopeless_s: float) -> dist.Store:
@@ -120,8 +101,7 @@ def find_obstacle(address: str, port: int, answer_s: float = _ANSWER_S) -> Obsta
     try:
         is_store = _answers_ping(address, port, answer_s) or not _knows_protocol()
     except (socket.gaierror, UnicodeError) as error:
-        reason = f"the name does not resolve ({getattr(error, 'strerror', None) or 'not a host name'})"
-        return Obstacle(reason, "set MASTER_ADDR to a name or address of rank 0's node that this node knows")
+        return unresolved(error)
     except ConnectionRefusedError:
         return _NOT_THERE
     except OSError as error:
@@ -158,7 +138,7 @@ def _client(world: World) -> dist.TCPStore:
 
 def _host(world: World, limit_s: float) -> dist.Store:
     """Start the store on the world's port, and check that the world's address leads to it."""
-    listener = _listen(world, min(_PORT_S, limit_s))
+    listener = listen_for(world, min(_PORT_S, limit_s))
     is_own = is_of_this_machine(world.address)
     store = dist.TCPStore(
         world.address if is_own else "127.0.0.1", world.port, is_master=True, timeout=_TIMEOUT, wait_for_workers=False,
@@ -192,67 +172,3 @@ def _find_own(world: World, store: dist.Store, limit_s: float) -> None:
                 "set MASTER_ADDR to an address of rank 0's own node"
             )
         time.sleep(_SLOWEST_POLL_S)
-
-
-def is_of_this_machine(address: str) -> bool:
-    """Return True if a name or address belongs to this machine; False if it does not, or does not resolve."""
-    try:
-        places = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError):
-        return False
-    for family, kind, protocol, _, place in places:
-        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
-            probe.bind(place)
-            return True
-    return False
-
-
-def _listen(world: World, limit_s: float) -> socket.socket:
-    """Return a socket that listens on the world's port, retrying for a while if it is in use.
-
-    Raises:
-        UserError: the port cannot be opened.
-    """
-    until = time.monotonic() + limit_s
-    while True:
-        try:
-            return listen(world.port)
-        except OSError as error:
-            is_used = error.errno == errno.EADDRINUSE
-            if is_used and time.monotonic() < until:
-                time.sleep(_SLOWEST_POLL_S)
-                continue
-            reason = "another program has this port" if is_used else error.strerror or str(error)
-            raise UserError(
-                f"rank 0 ({socket.gethostname()}) cannot listen at {world.endpoint}: {reason}: set another MASTER_PORT"
-            ) from None
-
-
-def listen(port: int) -> socket.socket:
-    """Return a socket that listens on a port of all addresses of this machine, IPv6 and IPv4.
-
-    Raises:
-        OSError: the port cannot be opened.
-    """
-    listener = None
-    try:
-        listener = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        return _bound(listener, "::", port)
-    except OSError as error:
-        if listener is not None:
-            listener.close()
-        if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.ENOPROTOOPT):
-            raise
-    return _bound(socket.socket(socket.AF_INET, socket.SOCK_STREAM), "", port)  # a machine without IPv6
-
-
-def _bound(listener: socket.socket, address: str, port: int) -> socket.socket:
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port))
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener

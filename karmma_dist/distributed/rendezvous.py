@@ -18,14 +18,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from karmma_dist.distributed.job_store import (
-    ANOTHER_JOB,
-    HOPELESS_S,
-    LATE_S,
-    WaitingLines,
-    hosts_store,
-    open_store,
-)
+from karmma_dist.distributed.endpoint import hosts_store
+from karmma_dist.distributed.job_store import ANOTHER_JOB, HOPELESS_S, LATE_S, WaitingLines, open_store
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import LostRank, UserError
 from karmma_dist.runs.process import node_name

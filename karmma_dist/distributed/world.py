@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from karmma_dist.errors import UserError
 
-_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables of torchrun, all of which a rank needs."""
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 _HOST_NAME = re.compile(r"(?:[\w-]{1,63}\.)*[\w-]{1,63}\.?")
 _DOTTED = re.compile(r"[0-9]+(?:\.[0-9]+){3}\.?")
@@ -61,10 +62,10 @@ def find_world(environment: Mapping[str, str]) -> World:
     """
     if "SLURM_STEP_NUM_TASKS" in environment and "RANK" not in environment:
         return _slurm_world(environment)
-    present = [name for name in _TORCHRUN if name in environment]
+    present = [name for name in TORCHRUN_VARIABLES if name in environment]
     if all(name.startswith("MASTER_") for name in present):
         return World(0, 0, 1, "127.0.0.1", free_port())
-    missing = [name for name in _TORCHRUN if name not in environment]
+    missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
     if missing:
         raise UserError(
             f"{', '.join(present)} set but {', '.join(missing)} missing: start ranks with torchrun, srun or "

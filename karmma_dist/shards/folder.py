@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import zlib
@@ -22,6 +23,13 @@ from karmma_dist.shards.format import (
 )
 from karmma_dist.shards.index import ShardIndex
 from karmma_dist.shards.manifest import Manifest, ShardEntry, usable_manifest
+
+_OF_THIS_MACHINE = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or lower data.num_workers",
+    errno.ENFILE: "too many files are open on this machine: end other programs",
+    errno.ENOMEM: "this machine is out of memory: lower data.num_workers, or request more",
+}
+"""Errors of opening a shard that say nothing about the shard, with what to do."""
 
 
 class ShardFolder:
@@ -148,6 +156,7 @@ class ShardFolder:
 
         Raises:
             DamageError: the tar is missing or cut, or the bytes are not the ones that were written.
+            UserError: this machine opens no more files, which is no damage.
             KeyError: the clip has no such member.
         """
         member = clip.members[modality]
@@ -157,6 +166,9 @@ class ShardFolder:
         try:
             descriptor = self.open_tar(clip.shard)
         except OSError as error:
+            if error.errno in _OF_THIS_MACHINE:
+                advice = _OF_THIS_MACHINE[error.errno]
+                raise UserError(f"{self.where}/{clip.shard} cannot be opened: {error.strerror}: {advice}") from None
             raise DamageError(clip.shard, clip.key, name, f"shard cannot be opened: {error.strerror}") from None
         try:
             data = os.pread(descriptor, member.size, member.offset)

@@ -10,12 +10,12 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.sharedctypes import RawArray
 
 from karmma_dist.shards.format import Clip
 
-_SLOT = struct.Struct("=qqd16s16s64s128s")
+_SLOT = struct.Struct("=qqd16s16s64s128s600s")
 
 
 @dataclass
@@ -52,6 +52,8 @@ class WorkerStatus:
     modality: str
     shard: str
     key: str
+    error: str = ""
+    """Error that ended the worker, in one line; empty while it works."""
 
     def __str__(self) -> str:
         """Return a phrase such as "decoding audio of clip P01_01_3 (train-000000.tar)"."""
@@ -68,14 +70,19 @@ class StatusBoard:
 
     def write(self, slot: int, status: WorkerStatus) -> None:
         """Replace the status in a slot; each slot has one writer."""
-        texts = (text.encode() for text in (status.stage, status.modality, status.shard, status.key))
-        _SLOT.pack_into(self._memory, slot * _SLOT.size, status.pid, status.num_made, status.since, *texts)
+        texts = (status.stage, status.modality, status.shard, status.key, status.error)
+        encoded = [text.encode(errors="replace") for text in texts]
+        _SLOT.pack_into(self._memory, slot * _SLOT.size, status.pid, status.num_made, status.since, *encoded)
 
     def read(self, slot: int) -> WorkerStatus:
         """Return the status that a worker wrote last."""
         pid, num_made, since, *texts = _SLOT.unpack_from(self._memory, slot * _SLOT.size)
-        stage, modality, shard, key = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
-        return WorkerStatus(pid, num_made, since, stage or "starting", modality, shard, key)
+        stage, modality, shard, key, error = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
+        return WorkerStatus(pid, num_made, since, stage or "starting", modality, shard, key, error)
+
+    def fail(self, slot: int, pid: int, error: str) -> None:
+        """Write the error that ends a worker, beside its last stage."""
+        self.write(slot, replace(self.read(slot), pid=pid, error=error))
 
     def num_made(self) -> int:
         """Return the number of batches that all workers have made."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Protocol
@@ -27,6 +29,7 @@ import webdataset as wds
 from karmma_dist.errors import UserError
 from karmma_dist.processes import end_with_parent
 from karmma_dist.streaming.batch import Batch
+from karmma_dist.streaming.handover import check_handover, described, is_of_handover, report_unsent
 from karmma_dist.streaming.order import Slice
 from karmma_dist.streaming.worker_status import Activity, StatusBoard, WorkerStatus
 
@@ -34,6 +37,8 @@ _POLL_S = 5.0
 """Seconds between a waiting trainer's checks that its workers are alive."""
 _JOIN_S = 30.0
 """Seconds that killed workers may take to end."""
+_DEATH_S = 2.0
+"""Seconds in which a worker whose batch breaks off is seen to have ended."""
 
 _abandoned: list[Any] = []
 """Torch's iterators whose workers were killed. They are never collected: torch would then shut the workers down
@@ -87,11 +92,34 @@ class Batches(Iterator[Batch]):
             num_workers=num_workers,
             prefetch_factor=2 if num_workers else None,
             timeout=min(stall_s or _POLL_S, _POLL_S) if num_workers else 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, self._board),
         )
         before = set(multiprocessing.active_children())
-        self._iterator: Iterator[Batch | Exception] | None = iter(loader.stage(0))  # torch's: its workers start here
+        self._iterator: Iterator[Batch | Exception] | None = self._started(loader.stage(0), before)
         self._processes: list[BaseProcess] = list(set(multiprocessing.active_children()) - before)
+
+    def _started(self, loader: Any, others: set[BaseProcess]) -> Iterator[Batch | Exception]:
+        """Start the workers; return torch's iterator over their batches.
+
+        Raises:
+            UserError: the machine does not allow it; no worker is left behind.
+        """
+        if not self._num_workers:
+            return iter(loader)
+        check_handover()
+        try:
+            return iter(loader)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "start new thread" not in str(error):
+                raise
+            self._processes = list(set(multiprocessing.active_children()) - others)
+            num_started = len(self._processes)
+            self._kill()
+            _abandoned.extend(frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+            raise UserError(
+                f"rank {self._rank}: only {num_started} of {self._num_workers} loader workers can be started: "
+                f"{described(error)}"
+            ) from None
 
     @property
     def worker_pids(self) -> list[int]:
@@ -152,9 +180,9 @@ class Batches(Iterator[Batch]):
         while True:
             try:
                 return next(iterator)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 if not _is_of_loader(error):
-                    raise
+                    raise self._unreceived(error) from None
                 death = self._death()
                 if death is not None:
                     raise death from None
@@ -164,20 +192,36 @@ class Batches(Iterator[Batch]):
                 if self._stall_s and waited >= self._stall_s:
                     raise self._stall(waited) from None
 
+    def _unreceived(self, error: Exception) -> Exception:
+        """Return what ends the iteration if a batch cannot be received; the error itself if it is another one."""
+        if not self._num_workers or not is_of_handover(error):
+            return error
+        death = self._death(_DEATH_S)
+        if death is not None:
+            return death
+        worker = self._num_taken % self._num_workers
+        return UserError(f"rank {self._rank}: no batch can be received from loader worker {worker}: {described(error)}")
+
     def _stall(self, waited: float) -> UserError:
         worker = self._num_taken % self._num_workers
         status = self._board.read(worker)
         duration = f"{time.monotonic() - status.since:.0f} s" if status.pid else "the whole time"
         hint = "check that the disk or network with the shards responds"
         if status.stage == "handing over":
-            hint = "check whether /dev/shm is full"
+            hint = "check that this machine has free memory and CPU time"
         return UserError(
             f"rank {self._rank}: no batch for {waited:.0f} s: loader worker {worker} (pid {status.pid or '?'}) has "
             f"been {status} for {duration}: {hint}, or raise data.stall_s (now {self._stall_s:g} s, 0 waits forever)"
         )
 
-    def _death(self) -> UserError | None:
-        """Return the error of a worker that was killed or failed, or None."""
+    def _death(self, wait_s: float = 0.0) -> UserError | None:
+        """Return the error of a worker that was killed or failed, or None.
+
+        Args:
+            wait_s: Seconds to wait for one to end.
+        """
+        if wait_s:
+            multiprocessing.connection.wait([process.sentinel for process in self._processes], wait_s)
         for process in self._processes:
             process.join(0)
             if process.exitcode:
@@ -189,7 +233,11 @@ class Batches(Iterator[Batch]):
         for slot in range(self._board.num_slots):
             status = self._board.read(slot)
             by_pid[status.pid] = (slot, status)
-        number, last_status = by_pid.get(pid or -1, ("?", "starting"))
+        number, last_status = by_pid.get(pid or -1, ("?", WorkerStatus(0, 0, 0.0, "starting", "", "", "")))
+        if last_status.error:
+            return UserError(
+                f"rank {self._rank}: loader worker {number} (pid {pid}) failed while {last_status}: {last_status.error}"
+            )
         end, hint = f"ended with exit code {code}", "see its output for the reason"
         if code < 0:
             end = f"was killed by signal {-code} ({signal.Signals(-code).name})"
@@ -205,15 +253,24 @@ class Batches(Iterator[Batch]):
                 process.join(max(until - time.monotonic(), 0))
 
 
-def _start_worker(worker: int) -> None:  # noqa: ARG001
-    """Ignore signals to the whole job, and Ctrl-C, and end together with the trainer.
+def _start_worker(board: StatusBoard, worker: int) -> None:
+    """Ignore signals to the whole job, and Ctrl-C, end together with the trainer, and say what ends this worker.
 
     The trainer handles these signals: it still has to save. Torch's own check of the trainer is not enough: a batch
     that is larger than a pipe and that no process takes any more would block the worker forever.
     """
+
+    def fail(error: BaseException) -> None:
+        board.fail(worker, os.getpid(), described(error))
+        os._exit(1)
+
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+    report_unsent(fail)
+    try:
+        end_with_parent()
+    except RuntimeError as error:  # no thread can be started
+        fail(error)
 
 
 class _Source:
@@ -236,20 +293,30 @@ class _Work:
     """
 
     def __init__(self, maker: BatchMaker, board: StatusBoard, rank: int) -> None:
-        self._maker, self._board, self._rank = maker, board, rank
+        self._maker: BatchMaker | bytes = maker
+        self._board, self._rank = board, rank
         self._activity: Activity | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state with the maker as bytes: what fails to load it in a worker is then an item, too."""
+        maker = self._maker if isinstance(self._maker, bytes) else pickle.dumps(self._maker)
+        return {**self.__dict__, "_maker": maker}
 
     def __call__(self, part: Slice) -> Batch | Exception:
         worker = torch.utils.data.get_worker_info()
         if self._activity is None:
             self._activity = Activity(self._board, 0 if worker is None else worker.id, os.getpid())
+        process = "" if worker is None else f", loader worker {worker.id}"
         try:
+            if isinstance(self._maker, bytes):
+                self._maker = pickle.loads(self._maker)
             return self._maker.batch(part, self._activity)
         except UserError as error:
             return error
+        except (ImportError, MemoryError) as error:
+            return UserError(f"rank {self._rank}{process}, while {self._activity.status}: {described(error)}")
         except Exception as error:
             trace = traceback.format_exc()
-            process = "" if worker is None else f", loader worker {worker.id}"
             error.add_note(f"rank {self._rank}{process}, while {self._activity.status}")
             if worker is None:
                 return error

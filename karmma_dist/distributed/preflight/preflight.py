@@ -28,7 +28,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read at import: silence
 
 import torch.distributed as dist
 
-from karmma_dist.distributed.job_store import hosts_store
+from karmma_dist.distributed.endpoint import hosts_store
 from karmma_dist.distributed.preflight.facts import (
     Facts,
     attempt,

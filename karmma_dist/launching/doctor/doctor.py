@@ -42,6 +42,7 @@ def diagnose(chain: Sequence[Recipe] = (), limit_s: float = LIMIT_S) -> list[Che
         "shards": lambda: machine.check_shards(chain),
         "shared memory": lambda: [machine.check_shared_memory(chain)],
         "limits": machine.check_limits,
+        "rendezvous": machine.check_rendezvous,
     }
     waits = [bounded(name, check, limit_s) for name, check in checks.items()]
     return [check for wait in waits for check in wait()]

@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from karmma_dist.distributed.endpoint import check_endpoint, hosts_store
+from karmma_dist.distributed.world import TORCHRUN_VARIABLES, find_world
 from karmma_dist.errors import UserError, masked, one_line
 from karmma_dist.io.cache import cache_root
 from karmma_dist.io.download import is_url
@@ -22,9 +24,11 @@ from karmma_dist.recipe import InputRecipe, Recipe
 from karmma_dist.recipe.micro_batches import check_batches, divide_batch
 from karmma_dist.runs.folder import finished_names
 from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.streaming.handover import temporary_folder_problem
 
 BATCH = "batch"
 """Name of the check that fails because of the user's input, not the state of the machine."""
+TEMPORARY_FILES = "temporary files"
 _COMMAND_LIMIT_S = 15.0
 _COMPILE_LIMIT_S = 60.0
 _GB = 1e9
@@ -88,8 +92,40 @@ def check_disk(chain: Sequence[Recipe]) -> list[Check]:
     remote = [recipe for recipe in chain if is_url(recipe.data.shards)]
     if remote:
         places["cache"] = cache_root(remote[0].data.cache_dir)
-    places["temporary files"] = Path(tempfile.gettempdir())
-    return [check_room(name, path) for name, path in places.items()]
+    return [*(check_room(name, path) for name, path in places.items()), *check_temporary_files()]
+
+
+def check_temporary_files() -> list[Check]:
+    """Check the folder for temporary files: its space, and that loader workers can open their sockets there."""
+    name, asked = TEMPORARY_FILES, os.environ.get("TMPDIR")
+    try:
+        folder = tempfile.gettempdir()
+    except OSError as error:
+        return [Check(name, "fix", one_line(error.strerror or error), "set TMPDIR to a folder that can be written")]
+    checks = [check_room(name, Path(folder))]
+    problem = temporary_folder_problem(folder)
+    if problem is not None:
+        checks.append(Check(name, "fix", problem, "set TMPDIR to a shorter path, such as /tmp"))
+    if asked and os.path.abspath(asked) != os.path.abspath(folder):
+        advice = "create TMPDIR, or change its permissions, or set another"
+        checks.append(Check(name, "note", f"TMPDIR {asked} cannot be written: {folder} is used instead", advice))
+    return checks
+
+
+def check_rendezvous(environment: Mapping[str, str] = os.environ) -> list[Check]:
+    """Check the variables by which ranks find each other, if any are set, and that this machine can use them."""
+    name = "rendezvous"
+    if not any(variable in environment for variable in (*TORCHRUN_VARIABLES, "SLURM_STEP_NUM_TASKS")):
+        return []
+    try:
+        world = find_world(environment)
+        if world.size > 1:
+            check_endpoint(world, hosts=hosts_store(world, environment))
+    except UserError as error:
+        return [Check(name, "fix", "the ranks of this job cannot meet", str(error))]
+    if world.size == 1:
+        return [Check(name, "ok", "one rank, which waits for no other")]
+    return [Check(name, "ok", f"rank {world.rank} of {world.size}, at {world.endpoint}")]
 
 
 def check_room(name: str, path: Path) -> Check:
@@ -103,7 +139,7 @@ def check_room(name: str, path: Path) -> Check:
     shown = f"{path}: {free / _GB:,.1f} GB free"
     if free < _LOW_BYTES:
         return Check(name, "fix", shown, "too little for a checkpoint: free some space or choose another folder")
-    if free < _SCARCE_BYTES and name != "temporary files":
+    if free < _SCARCE_BYTES and name != TEMPORARY_FILES:
         return Check(name, "note", shown, "this is little: the paper's runs keep two checkpoints and their weights")
     return Check(name, "ok", shown)
 

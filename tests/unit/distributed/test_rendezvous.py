@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from karmma_dist.distributed import job_store
+from karmma_dist.distributed import endpoint, job_store
 from karmma_dist.distributed import rendezvous as module
-from karmma_dist.distributed.job_store import find_obstacle, is_of_this_machine, listen
+from karmma_dist.distributed.endpoint import is_of_this_machine, listen
+from karmma_dist.distributed.job_store import find_obstacle
 from karmma_dist.distributed.rendezvous import rendezvous
 from karmma_dist.distributed.world import World, free_port
 from karmma_dist.errors import LostRank, UserError
@@ -257,7 +258,7 @@ def test_a_port_that_may_not_be_opened_is_named(monkeypatch: pytest.MonkeyPatch)
     def refuse(port: int) -> None:  # noqa: ARG001
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(job_store, "listen", refuse)
+    monkeypatch.setattr(endpoint, "listen", refuse)
     (message,) = errors(*ranks(2, 0))
     assert "Permission denied: set another MASTER_PORT" in message
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from karmma_dist.cli import main
+from karmma_dist.distributed.world import free_port
 from karmma_dist.launching.doctor import doctor, machine, probes
 from karmma_dist.launching.doctor.check import Check, bounded
 from karmma_dist.recipe import Recipe
@@ -315,3 +317,64 @@ def test_advice_is_printed_on_one_line_verbatim(capsys: pytest.CaptureFixture[st
 def test_overrides_without_a_recipe_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--set", "seed=1"]) == 2
     assert "name one" in capsys.readouterr().err
+
+
+def test_a_tmpdir_too_long_for_sockets_must_be_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("a" * (140 - len(str(tmp_path)) - 1))
+    folder.mkdir()
+    monkeypatch.setattr(machine.tempfile, "tempdir", str(folder))
+    room, path = machine.check_temporary_files()
+    assert room.state == "ok"
+    assert path.state == "fix"
+    assert "has 140 bytes" in path.found
+    assert "TMPDIR" in path.advice
+
+
+def test_a_tmpdir_that_does_not_exist_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    monkeypatch.setattr(machine.tempfile, "tempdir", None)
+    check = machine.check_temporary_files()[-1]
+    assert check.state == "note"
+    assert str(tmp_path / "none") in check.found
+
+
+def test_no_folder_for_temporary_files_must_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(machine.tempfile, "gettempdir", refuse)
+    (check,) = machine.check_temporary_files()
+    assert check.state == "fix"
+    assert "No usable temporary directory" in check.found
+
+
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+
+
+def test_the_place_where_ranks_meet_is_checked() -> None:
+    free = str(free_port())
+    assert machine.check_rendezvous({}) == []
+    assert machine.check_rendezvous({**TORCHRUN, "MASTER_PORT": free})[0].state == "ok"
+    assert machine.check_rendezvous({**TORCHRUN, "MASTER_PORT": free, "WORLD_SIZE": "1"})[0].state == "ok"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        (check,) = machine.check_rendezvous({**TORCHRUN, "MASTER_PORT": port})
+        assert "another program has this port" in check.advice
+        assert machine.check_rendezvous({**TORCHRUN, "MASTER_PORT": port, "RANK": "1"})[0].state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"MASTER_ADDR": "no-such-host.invalid"}, "does not resolve"),
+        ({"MASTER_ADDR": "n 1"}, "MASTER_ADDR"),
+        ({"MASTER_PORT": "70000"}, "1 to 65535"),
+        ({"RANK": "2"}, "0 to 1"),
+    ],
+)
+def test_variables_with_which_ranks_cannot_meet_must_be_fixed(changes: dict[str, str], advice: str) -> None:
+    (check,) = machine.check_rendezvous({**TORCHRUN, "MASTER_PORT": str(free_port()), **changes})
+    assert check.state == "fix"
+    assert advice in check.advice
