@@ -24,6 +24,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,7 +171,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
         _rename(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk must not hide the error
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -208,7 +210,8 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
                 os.close(descriptor)
         _rename(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk must not hide the error
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -228,6 +231,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+@contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """Yield a new folder for temporary files ($TMPDIR, else /tmp), which is removed with all that is in it.
+
+    Raises:
+        DiskError: the disk is full or fails.
+        UserError: there is no place for such files.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=prefix)
+    except FileNotFoundError as error:  # tried to write into each of the usual places
+        raise UserError(f"no folder for temporary files ({error.strerror}): free some space, or set TMPDIR") from None
+    except OSError as error:
+        with naming(Path(error.filename or prefix)):
+            raise
+    with folder as name:
+        yield Path(name)
 
 
 def _rename(temporary: Path, path: Path) -> None:

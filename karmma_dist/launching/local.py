@@ -13,13 +13,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from karmma_dist.distributed.world import free_port
 from karmma_dist.errors import ERROR_FILE, LOST_RANK
+from karmma_dist.io.files import scratch_folder
 from karmma_dist.processes import dying_with_parent, kill_sessions, signal_name
 from karmma_dist.recipe import Recipe
 from karmma_dist.recipe.micro_batches import check_batches
@@ -81,8 +81,8 @@ def launch_local(num_ranks: int, command: Sequence[str], grace_s: float = _GRACE
     # Blocked before the first rank starts and received one by one below, so that none is lost and none interrupts.
     unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     try:
-        with tempfile.TemporaryDirectory(prefix="karmma-dist-launch-") as folder:
-            ranks = Ranks(num_ranks, command, Path(folder), unmasked)
+        with scratch_folder("karmma-dist-launch-") as folder:
+            ranks = Ranks(num_ranks, command, folder, unmasked)
             try:
                 ranks.wait(grace_s)
             finally:
