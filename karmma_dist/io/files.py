@@ -25,6 +25,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,7 +172,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
         _rename(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk must not hide the error
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -209,7 +211,8 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> None:
                 os.close(descriptor)
         _rename(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk must not hide the error
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -229,6 +232,24 @@ def whole_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+@contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """Yield a new folder for temporary files ($TMPDIR, else /tmp), which is removed with all that is in it.
+
+    Raises:
+        UserError: none can be made.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"no folder for temporary files can be made ({error.strerror or error}): free some space, or set TMPDIR to "
+            "a folder that can be written"
+        ) from None
+    with folder as name:
+        yield Path(name)
 
 
 def _rename(temporary: Path, path: Path) -> None:

@@ -40,6 +40,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.disk_errors import naming
 from karmma_dist.io.files import create
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.processes import machine, started_at
@@ -230,7 +231,8 @@ def _is_dead(about: dict[str, Any], silent_s: float) -> bool:
 
 def _open(path: str, flags: int) -> int:
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        with naming(Path(path)):
+            descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(f"{path}: is a symbolic link, and cannot be a lock: remove it") from None

@@ -8,19 +8,18 @@ ranks.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from karmma_dist.distributed.world import free_port
-from karmma_dist.errors import ERROR_FILE, LOST_RANK, UserError
+from karmma_dist.errors import ERROR_FILE, LOST_RANK
+from karmma_dist.io.files import scratch_folder
 from karmma_dist.processes import dying_with_parent, kill_sessions, signal_name
 from karmma_dist.recipe import Recipe
 from karmma_dist.recipe.micro_batches import check_batches
@@ -84,7 +83,7 @@ def launch_local(num_ranks: int, command: Sequence[str], grace_s: float = _GRACE
     # Blocked before the first rank starts and received one by one below, so that none is lost and none interrupts.
     unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     try:
-        with _messages_folder() as folder:
+        with scratch_folder("karmma-dist-launch-") as folder:
             ranks = Ranks(num_ranks, command, folder, unmasked)
             try:
                 ranks.wait(grace_s)
@@ -95,23 +94,6 @@ def launch_local(num_ranks: int, command: Sequence[str], grace_s: float = _GRACE
             return ranks.exit_code
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
-
-
-@contextlib.contextmanager
-def _messages_folder() -> Iterator[Path]:
-    """Yield a temporary folder for the ranks' final messages.
-
-    Raises:
-        UserError: no folder for temporary files can be written.
-    """
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="karmma-dist-launch-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"no temporary folder can be made ({error.strerror or error}): set TMPDIR to a folder that can be written"
-        ) from None
-    with folder as name:
-        yield Path(name)
 
 
 class Ranks:

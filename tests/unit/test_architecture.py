@@ -98,16 +98,33 @@ WRITERS = {
     "errors": "last words, below io",
     "evaluation.exports.epic_kitchens": "a member of a zip, into the temporary file of write_whole",
     "evaluation.exports.predictions": "into the temporary file of write_whole",
-    "evaluation.predict.media": "into a temporary folder",
+    "evaluation.report.plots": "into the temporary file of write_whole, or into memory",
     "distributed.preflight.probes": "a file that io.files creates",
+    "io.cache": "private folders",
+    "io.disk_errors": "the place for folders",
+    "io.download": "a file that io.files creates",
     "launching.doctor.machine": "into a temporary folder",
     "launching.doctor.probes": "its own stdout",
     "modalities.audio.store": "into memory",
     "modalities.encode": "into memory",
-    "packing.synthetic.kitchen": "into a folder that is not there yet",
+    "models.model_card": "into the temporary file of write_whole",
+    "packing.inspect.sheet": "into the temporary file of write_whole",
+    "packing.synthetic.kitchen": "into the folder of whole_folder",
     "studies.results": "into the temporary file of write_whole",
+    "training.checkpoint.async_saver": "into the temporary file of write_whole",
+    "training.checkpoint.resume": "a folder, whose errors it names",
+    "training.profiler": "into the temporary file of write_whole",
 }
-"""Modules that open files for writing themselves, and why a link can lead none of them elsewhere."""
+"""Modules that write files or make folders themselves: why a link can lead none of them elsewhere, and a full disk is
+named (`io.disk_errors`)."""
+
+LIBRARY_WRITERS = {
+    "savefig", "imwrite", "save", "savez", "savez_compressed", "save_file", "write_table", "to_parquet", "to_csv",
+    "tofile", "dump_to_file", "SummaryWriter", "export_chrome_trace", "NamedTemporaryFile", "TemporaryDirectory",
+    "mkstemp", "mkdtemp", "mkdir", "makedirs", "copyfile", "copy", "copy2", "copytree", "move", "write_text",
+    "write_bytes", "touch",
+}  # fmt: skip
+"""Functions of libraries that write a file or make a folder at a path."""
 
 PRINTERS = {
     "terminal": "the place for it",
@@ -135,7 +152,16 @@ def writes(name: str, call: ast.Call) -> bool:
     opens = name in ("open", "fdopen") and any(
         isinstance(word, str) and set(word) & set("wax+") and set(word) <= set("rwaxbt+") for word in words
     )
-    return opens or name in ("write_text", "write_bytes", "touch", "mkstemp")
+    flags = {each.attr for each in ast.walk(call) if isinstance(each, ast.Attribute)}
+    makes = name == "open" and "O_CREAT" in flags
+    return opens or makes or (name in LIBRARY_WRITERS and not is_of_memory(name, call))
+
+
+def is_of_memory(name: str, call: ast.Call) -> bool:
+    """Return True for `dict.copy()`, `saver.save(engine, ...)` and other methods of that name that write no file."""
+    of = call.func.value if isinstance(call.func, ast.Attribute) else None
+    known = ("shutil", "np", "numpy", "torch", "image", "Image")
+    return name in ("copy", "move", "save") and not (isinstance(of, ast.Name) and of.id in known)
 
 
 def test_files_are_written_where_no_link_leads_elsewhere() -> None:

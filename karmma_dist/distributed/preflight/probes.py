@@ -18,6 +18,7 @@ from karmma_dist.distributed.job_store import open_store
 from karmma_dist.distributed.process_group import device_of
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
+from karmma_dist.io.disk_errors import naming
 from karmma_dist.io.files import create
 
 
@@ -45,7 +46,8 @@ class SharedFolderProbe:
         """
         self._created = [path for path in (self.parent, *self.parent.parents) if not path.exists()]
         try:
-            self._folder.mkdir(parents=True)
+            with naming(self._folder):
+                self._folder.mkdir(parents=True)
         except OSError as error:
             raise self._unwritable(error) from None
         self.write(0)
@@ -57,7 +59,10 @@ class SharedFolderProbe:
             UserError: the file cannot be written.
         """
         try:
-            with open(create(self._folder / str(rank)), "w") as file:
+            with (
+                naming(self._folder / str(rank)),
+                open(create(self._folder / str(rank)), "w") as file,
+            ):
                 file.write(f"{self._token} {rank}")
                 file.flush()
                 os.fsync(file.fileno())
@@ -96,6 +101,8 @@ class SharedFolderProbe:
                 return
 
     def _unwritable(self, error: OSError) -> UserError:
+        if isinstance(error, UserError):  # a full or failing disk
+            return error
         return UserError(f"{self.parent}: cannot be written ({error.strerror}): change its permissions or set runs_dir")
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import math
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 import av
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.disk_errors import make_folder
+from karmma_dist.io.files import scratch_folder, write_whole
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.modalities.recording import MediaError
 from karmma_dist.modalities.storage import MediaStream, Storage
@@ -58,20 +60,20 @@ def packed_media(
     if stop_s is not None and stop_s <= start_s:
         raise UserError(f"{path}: stop {stop_s:g} s is not after start {start_s:g} s")
     _check_media(path, modalities, start_s, stop_s)
-    with tempfile.TemporaryDirectory(prefix="karmma-dist-") as name:
-        raw = Path(name) / "raw"
-        raw.mkdir()
+    with scratch_folder("karmma-dist-") as scratch:
+        raw = scratch / "raw"
+        make_folder(raw)
         media = f"media{path.suffix}"
         (raw / media).symlink_to(path.resolve())
-        with open(raw / "clip.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["key", "media", "start", "stop"])
-            writer.writerow([KEY, media, repr(start_s), "" if stop_s is None else repr(stop_s)])
-        summary = pack(_spec(settings, modalities, raw, Path(name) / "shards"))
+        table = io.StringIO(newline="")
+        rows = [["key", "media", "start", "stop"], [KEY, media, repr(start_s), "" if stop_s is None else repr(stop_s)]]
+        csv.writer(table).writerows(rows)
+        write_whole(raw / "clip.csv", table.getvalue().encode())
+        summary = pack(_spec(settings, modalities, raw, scratch / "shards"))
         if summary.failures:
             failure = summary.failures[0]
             raise UserError(f"{path}: {failure.modality}: {failure.error.replace(media, path.name)}")
-        yield ShardFolder(Path(name) / "shards")
+        yield ShardFolder(scratch / "shards")
 
 
 def _spec(settings: Mapping[str, Any], modalities: Sequence[str], raw: Path, out: Path) -> PackingSpec:

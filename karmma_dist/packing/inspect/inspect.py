@@ -88,6 +88,8 @@ def contact_sheet(folder: ShardFolder, out_png: Path, keys: list[str] | None = N
     try:
         draw_sheet(folder, rows, out_png)
     except OSError as error:
+        if isinstance(error, UserError) or error.filename != str(out_png):  # the disk is full, or a shard is not read
+            raise
         raise UserError(f"{out_png}: cannot be written: {error.strerror}") from None
 
 
