@@ -430,7 +430,7 @@ class Trainer:
             self.log.write("validation", done, epoch, self.metrics)
             save_model(model, self.recipe.run_dir, recipe=self.recipe, classes=self.classes)
             self.best.save_if_better(model, self.metrics, done, epoch)
-        except UserError as error:
+        except (OSError, UserError) as error:
             return str(error)
         return None
 

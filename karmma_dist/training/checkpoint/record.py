@@ -9,14 +9,12 @@ written, so neither a flipped bit nor a cut file can pass for another position.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.io.files import MOST_BYTES, read_file
+from karmma_dist.io.files import MOST_BYTES, json_text, read_file
 from karmma_dist.io.json_fields import JsonObject, parse_strictly, shown
 from karmma_dist.streaming.order import Position
 
@@ -73,11 +71,10 @@ class CheckpointRecord:
         fields = {
             "format": FORMAT, "steps": self.steps, "epoch": self.position.epoch, "step": self.position.step,
             "world_size": self.world_size, "zero_stage": self.zero_stage, "data": self.data, "engine": self.engine,
-            "state": _without_nan(self.state), "versions": self.versions,
+            "state": self.state, "versions": self.versions,
             "files": {name: {"bytes": entry.num_bytes, "crc32": entry.crc32} for name, entry in self.files.items()},
         }  # fmt: skip
-        text = json.dumps(fields, separators=(",", ":"), allow_nan=False)
-        sealed = text[:-1].encode()
+        sealed = json_text(fields, separators=(",", ":"))[:-1].encode()
         return sealed + f',"sha256":"{hashlib.sha256(sealed).hexdigest()}"}}\n'.encode()
 
     @classmethod
@@ -155,12 +152,3 @@ def _of_another_format(fields: JsonObject) -> str:
         return "does not end with its checksum"
     by = f" and was written by karmma-dist {shown(wrote)}" if wrote is not None else ""
     return f"is of format {shown(values.get('format'))}{by}; this version reads format {FORMAT}"
-
-
-def _without_nan(value: Any) -> Any:
-    """Return JSON values with null for numbers that are not finite, which JSON cannot express."""
-    if isinstance(value, dict):
-        return {name: _without_nan(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -29,6 +29,7 @@ from karmma_dist.training.checkpoint.checkpoint import Saved, checkpoints, data_
 from karmma_dist.training.checkpoint.record import CheckpointRecord, FileSum, read_record
 from karmma_dist.training.checkpoint.resume import prepare_run_dir
 from karmma_dist.training.checkpoint.zero_state import SavedState
+from kits.fuzzing import cases
 from kits.settings import fields_of, with_another
 
 WORLD = World(0, 0, 1, "127.0.0.1", 1)
@@ -329,7 +330,7 @@ def test_damaged_run_folders_resume_from_an_intact_checkpoint_or_not_at_all(tmp_
     training = run.training.model_copy(update={"keep_checkpoints": 3})
     original = save(run.model_copy(update={"training": training}), shards, 5, 10, 15)[0].parent
     files = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
-    for seed in range(300):
+    for seed in cases(300):
         draw, folder = random.Random(seed), tmp_path / "copies" / str(seed)
         shutil.copytree(original, folder / "checkpoints")
         hit = draw.sample(files, draw.randint(1, 6))
