@@ -81,7 +81,7 @@ class ModelRecipe(Settings):
         if unknown is not None:
             known = ", ".join(MODALITIES)
             raise ValueError(
-                f"encoders: unknown modality {quoted(unknown)}{nearest(unknown, list(MODALITIES))}; known are {known}"
+                f"encoders: unknown modality {quoted(unknown)}{nearest(unknown[:60], list(MODALITIES))}; known are {known}"
             )
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
