@@ -86,7 +86,7 @@ def say(line: str, of_another: bool = False) -> None:
     if file:
         try:
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            with open(descriptor, "a") as target:
+            with open(descriptor, "a", encoding="utf-8", errors="backslashreplace") as target:
                 target.write((LOST_RANK if of_another else "") + line + "\n")
             return
         except OSError as error:

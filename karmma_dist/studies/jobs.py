@@ -214,7 +214,7 @@ class _Workshop:
 
 
 def _last_words(child: _Child, code: int) -> str:
-    lines = child.words.read_text().splitlines() if child.words.is_file() else []
+    lines = child.words.read_text("utf-8", "replace").splitlines() if child.words.is_file() else []
     if lines:
         return one_line(lines[-1].removeprefix(LOST_RANK).removeprefix("error: "))
     cause = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
