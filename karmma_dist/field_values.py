@@ -31,7 +31,7 @@ _MOST_BYTES = 10**18
 """Largest number of bytes, e.g. of `200 GB`."""
 _MOST_TEXT = 10_000
 """Characters of a text."""
-_MOST_PATH_BYTES, _MOST_PART_BYTES = 3_000, 255
+_MOST_PATH_BYTES, _MOST_PART_BYTES = 2_500, 255
 """Bytes of a path, below Linux' 4,096 with names to come, and of one name in it."""
 
 Positive = Annotated[int, Field(gt=0, le=10**6)]

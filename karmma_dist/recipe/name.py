@@ -25,6 +25,9 @@ _REPORTS = ("comparison", "studies")
 _MOST_BYTES = 200
 """Bytes of a part, which leave room for what temporary files add to names."""
 
+_MOST_BYTES_IN_ALL = 1_000
+"""Bytes of a name, which with `runs_dir` and the files inside stay below Linux' PATH_MAX of 4,096."""
+
 
 def check_run_name(name: str) -> str:
     """Return the name if a run's folder may have it.
@@ -39,6 +42,8 @@ def check_run_name(name: str) -> str:
         raise ValueError(
             f"name {quoted(name)} must stay inside runs_dir, in a folder of its own: no part may be empty, '.' or '..'"
         )
+    if len(name.encode(errors="replace")) > _MOST_BYTES_IN_ALL:
+        raise ValueError(f"is too long: at most {_MOST_BYTES_IN_ALL:,} bytes")
     for part in parts:
         if problem := _problem(part):
             raise ValueError(problem if part == name else f"its part {quoted(part)} {problem}")

@@ -100,7 +100,7 @@ def test_a_damaged_run_is_still_one(tmp_path: Path, own: str) -> None:
 
 def test_too_long_a_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too long a path"):
-        check_place(recipe(tmp_path, "/".join(["x" * 199] * 20)))
+        check_place(recipe(tmp_path, "a").model_copy(update={"runs_dir": "/".join(["x" * 199] * 20)}))
 
 
 @pytest.mark.parametrize(
