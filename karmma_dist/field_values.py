@@ -31,7 +31,7 @@ _MOST_BYTES = 10**18
 """Largest number of bytes, e.g. of `200 GB`."""
 _MOST_TEXT = 10_000
 """Characters of a text."""
-_MOST_PATH_BYTES, _MOST_PART_BYTES = 3_000, 255
+_MOST_PATH_BYTES, _MOST_PART_BYTES = 2_500, 255
 """Bytes of a path, below Linux' 4,096 with names to come, and of one name in it."""
 
 Positive = Annotated[int, Field(gt=0, le=10**6)]
@@ -113,7 +113,7 @@ def check_sane(value: Any, field: FieldInfo) -> None:
     most = _MOST_BYTES if ByteSize in types else _MOST_EXACT if Any in types else MOST
     has_bound = any(isinstance(mark, Le | Lt) for marks in types if isinstance(marks, list) for mark in marks)
     is_path = any(_IS_PATH in marks for marks in types if isinstance(marks, list))
-    for entry in _entries(value):
+    for entry in entries(value):
         if isinstance(entry, float) and not math.isfinite(entry):
             raise ValueError("must be a finite number")
         if isinstance(entry, int | float) and not has_bound and abs(entry) > most:
@@ -184,10 +184,10 @@ def _parts(annotation: Any) -> Iterator[Any]:
             yield from _parts(argument)
 
 
-def _entries(value: Any) -> Iterator[Any]:
+def entries(value: Any) -> Iterator[Any]:
     """Yield the values inside of lists and dictionaries; keys are names, which their fields check."""
     if isinstance(value, dict | list | tuple | set | frozenset):
         for entry in value.values() if isinstance(value, dict) else value:
-            yield from _entries(entry)
+            yield from entries(entry)
     else:
         yield value

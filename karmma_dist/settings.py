@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from karmma_dist.errors import UserError, nearest, quoted
-from karmma_dist.field_values import PathText, Positive, Seconds, check_sane, expand_home, fitted
+from karmma_dist.field_values import PathText, Positive, Seconds, check_sane, entries, expand_home, fitted
 from karmma_dist.io.yaml_file import MOST_BYTES, MOST_DEPTH, Plain, parse_value, plain_values, read_yaml, to_yaml
 
 __all__ = [
@@ -28,6 +28,8 @@ _MOST_EXTENDED = 32
 """Files that extend each other."""
 _MOST_PROBLEMS = 10
 """Problems of a file that its message names."""
+_LONGEST_QUOTED = 60
+"""Characters of a value in a message."""
 _LONGEST_PROBLEM = 600
 """Characters of a problem in a message."""
 
@@ -106,7 +108,7 @@ def check_other_sections(settings: Settings, known: Mapping[str, type[Settings]]
     for name in extra:
         if name not in known:
             fields = [*type(settings).model_fields, *known]
-            raise ValueError(f"unknown key '{where}{name}'{nearest(name, fields)}")
+            raise ValueError(f"unknown key {quoted(where + name)}{nearest(name[:_LONGEST_QUOTED], fields)}")
         if not isinstance(extra[name], Settings):
             extra[name] = validate(extra[name], known[name], f"{where}{name}")
 
@@ -257,9 +259,12 @@ def _explain(problem: Any, cls: type[Settings]) -> str:
         return f"unknown key '{key}'{nearest(location[-1], _fields_at(cls, location[:-1]))}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    message = message if len(message) <= _LONGEST_PROBLEM else f"{message[: _LONGEST_PROBLEM - 3]}..."
     given = plain_values(problem.get("input"))
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    for text in entries(given):
+        if isinstance(text, str) and len(text) > _LONGEST_QUOTED:
+            message = message.replace(text, f"{text[: _LONGEST_QUOTED - 3]}...")
+    message = message if len(message) <= _LONGEST_PROBLEM else f"{message[: _LONGEST_PROBLEM - 3]}..."
     shown = "" if isinstance(given, dict) or not key else f" (given: {quoted(given)})"
     return f"'{key}': {message}{shown}" if key else message
 

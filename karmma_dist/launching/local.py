@@ -164,7 +164,7 @@ class Ranks:
         """Return the ranks' final messages, equal lines once, and a line for a rank that failed without a message."""
         ranks_by_line: dict[str, list[int]] = {}
         for rank, file in enumerate(self._files):
-            for line in file.read_text().splitlines() if file.exists() else ():
+            for line in file.read_text("utf-8", "replace").splitlines() if file.exists() else ():
                 ranks_by_line.setdefault(line, []).append(rank)
         lost = {line: ranks_by_line.pop(line) for line in list(ranks_by_line) if line.startswith(LOST_RANK)}
         followers = {rank for ranks in lost.values() for rank in ranks}  # these only noticed the loss of another rank

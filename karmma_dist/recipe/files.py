@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
+from karmma_dist.field_values import fitted
 from karmma_dist.io.files import write_whole
 from karmma_dist.io.named_file import find_beside, find_file
 from karmma_dist.recipe.fields import SHARED
@@ -32,7 +33,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def _find_earlier(tree: dict[str, Any], path: Path) -> None:
     """Replace the names of earlier recipes by the paths of files in the folder of the recipe that names them."""
     if isinstance(earlier := tree.get("after"), list):
-        tree["after"] = [find_beside(name, path, "recipes") if isinstance(name, str) else name for name in earlier]
+        names = [fitted(name, str) for name in earlier]
+        tree["after"] = [find_beside(name, path, "recipes") if isinstance(name, str) else name for name in names]
 
 
 def shared_overrides(overrides: Sequence[str]) -> list[str]:

@@ -79,10 +79,8 @@ class ModelRecipe(Settings):
     def _fits_together(self) -> ModelRecipe:
         unknown = next((name for name in self.encoders if name not in MODALITIES), None)
         if unknown is not None:
-            known = ", ".join(MODALITIES)
-            raise ValueError(
-                f"encoders: unknown modality {quoted(unknown)}{nearest(unknown, list(MODALITIES))}; known are {known}"
-            )
+            advice = f"{nearest(unknown[:60], list(MODALITIES))}; known are {', '.join(MODALITIES)}"
+            raise ValueError(f"encoders: unknown modality {quoted(unknown)}{advice}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         return self

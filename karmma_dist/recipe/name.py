@@ -25,6 +25,9 @@ _REPORTS = ("comparison", "studies")
 _MOST_BYTES = 200
 """Bytes of a part, which leave room for what temporary files add to names."""
 
+_MOST_BYTES_IN_ALL = 1_000
+"""Bytes of a name, which with `runs_dir` and the files inside stay below Linux' PATH_MAX of 4,096."""
+
 
 def check_run_name(name: str) -> str:
     """Return the name if a run's folder may have it.
@@ -32,11 +35,16 @@ def check_run_name(name: str) -> str:
     Raises:
         ValueError: a part of the name is empty, hidden, too long, one of a run's own files, or leads elsewhere.
     """
-    if not name:
-        raise ValueError("is empty: the run would be runs_dir itself")
     if (first := name.partition("/")[0]) in _REPORTS:
         raise ValueError(f"begins with '{first}', a folder of reports in runs_dir: choose another")
-    for part in name.split("/"):
+    parts = name.split("/")
+    if {"", ".", ".."} & set(parts):
+        raise ValueError(
+            f"name {quoted(name)} must stay inside runs_dir, in a folder of its own: no part may be empty, '.' or '..'"
+        )
+    if len(name.encode(errors="replace")) > _MOST_BYTES_IN_ALL:
+        raise ValueError(f"is too long: at most {_MOST_BYTES_IN_ALL:,} bytes")
+    for part in parts:
         if problem := _problem(part):
             raise ValueError(problem if part == name else f"its part {quoted(part)} {problem}")
     return name
@@ -49,8 +57,6 @@ def job_name(name: str) -> str:
 
 def _problem(part: str) -> str:
     """Return what a part of a name must not be; empty if it is fine."""
-    if part in ("", ".", ".."):
-        return "must stay inside runs_dir, and have no empty part, '.' or '..'"
     if not part.isprintable():
         return "has a character that cannot be shown, such as a line break: use others"
     if part != part.strip():

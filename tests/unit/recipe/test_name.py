@@ -24,7 +24,7 @@ UNSAFE = {
     "", ".", "..", "./", "a/", "/a", "a//b", "a/./b", "a/../b", "../a", "a/..", "~", "~/a", "a/~b", "-x", "--set",
     "a/-x", ".a", "a/.b", ".lock", ".study.lock", "a\n", "a\nb", "a\tb", "a\0b", "a\x1bb", "a\x7f", "a\x85b",
     "a\u2028b", "a\u202eb", "a\ud800", "b\udc80", " a", "a ",
-    "a/ b", "a /b", "\u3000a", "x" * 201, "a/" + "x" * 201, "\u00fc" * 101,
+    "a/ b", "a /b", "\u3000a", "x" * 201, "a/" + "x" * 201, "/".join(["x" * 100] * 10), "\u00fc" * 101,
     "studies", "studies/a", "comparison", "events.out.tfevents.1", "a/best", "best/a",
     "a/checkpoints/b", "a/recipe.yaml",
     *OWN_NAMES,
@@ -63,7 +63,7 @@ def test_an_accepted_name_is_a_folder_of_its_own_below_the_runs(name: str) -> No
 
 def test_a_jobs_name_leaves_room_for_the_rest_of_its_logs_name() -> None:
     assert job_name("epic_kitchens/distill") == "epic_kitchens-distill"
-    for name in ("/".join(["x" * 200] * 5), "/".join(["\u00fc" * 100] * 5)):
+    for name in ("/".join(["x" * 199] * 5), "/".join(["\u00fc" * 99] * 5)):
         assert len(job_name(check_run_name(name)).encode()) <= 200
 
 

@@ -177,6 +177,22 @@ def test_a_chain_of_many_recipes_ends_soon(tmp_path: Path, monkeypatch: pytest.M
     assert len(load_chain("r39.yaml")) == 40
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.modalities=[{}]", "model.modalities=[{}]", "model.encoders={{{}: {{name: a}}}}", "stage={}", "{}=1",
+        "training.epochs={}", "name={}", "model.encoders.audio.weights_sha256={}", "runs_dir={}", "data.{}=1",
+        "inputs.{}.x=1", "training.{}.x=1", "distill.teachers=[{}, {}]",
+    ],
+)  # fmt: skip
+def test_a_long_value_is_quoted_in_part(minimal: str, override: str) -> None:
+    for text in ("q" * 9_000, "qq " * 3_000):
+        with pytest.raises(UserError) as caught:
+            load_recipe(minimal, [override.format(text, text) if "}, {" in override else override.format(text)])
+        assert str(caught.value).count("q") < 200
+        assert len(str(caught.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("encoders", ["vidoe", "Video", "", "1"])
 def test_an_encoder_of_an_unknown_modality_is_refused(minimal: str, encoders: str) -> None:
     message = r"encoders: unknown modality '.*'(.*did you mean 'video'.*)?; known are video"

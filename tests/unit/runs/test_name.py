@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import karmma_dist
 from karmma_dist.distributed import collectives
 from karmma_dist.distributed.world import ALONE
 from karmma_dist.errors import UserError
+from karmma_dist.models.model_card import CARD
+from karmma_dist.models.weights import WEIGHTS
 from karmma_dist.recipe import Recipe, save_recipe
-from karmma_dist.runs.folder import write_state
+from karmma_dist.recipe.name import OWN_NAMES
+from karmma_dist.runs.folder import BEST, ENSEMBLE, STATE, write_state
 from karmma_dist.runs.name import check_place, is_run, read_written_recipe
+from karmma_dist.studies.jobs import LOCK
 from karmma_dist.training.checkpoint import resume as preparation
 from karmma_dist.training.checkpoint.resume import own_run_dir, prepare_run_dir
+from karmma_dist.training.fault_tolerance.preemption import STOP_FILE
+
+PACKAGE = Path(karmma_dist.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +115,16 @@ def test_a_damaged_run_is_still_one(tmp_path: Path, own: str) -> None:
     assert is_run(tmp_path / "exp")
 
 
+def test_names_that_runs_use_are_no_names_of_runs() -> None:
+    assert {BEST, STATE, ENSEMBLE, CARD, WEIGHTS, STOP_FILE} <= OWN_NAMES
+    written = re.findall(r"run_dir / \"([^\"]+)\"", "".join(path.read_text() for path in PACKAGE.rglob("*.py")))
+    assert {"checkpoints", "metrics.jsonl", "trace", "recipe.yaml"} <= set(written) <= OWN_NAMES
+    assert LOCK.startswith(".")
+
+
 def test_too_long_a_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too long a path"):
-        check_place(recipe(tmp_path, "/".join(["x" * 199] * 20)))
+        check_place(recipe(tmp_path, "a").model_copy(update={"runs_dir": "/".join(["x" * 199] * 20)}))
 
 
 @pytest.mark.parametrize(
