@@ -208,10 +208,11 @@ def read_file(path: Path, limit: int = MOST_BYTES) -> bytes:
             `strerror` says what.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        content = file.read(limit + 1) if status.st_size <= limit else None  # one that grows is read to the limit
+    if content is None or len(content) > limit:
         raise OSError(errno.EFBIG, f"has more than {limit:,} bytes", str(path))
     return content
 

@@ -1,11 +1,9 @@
-"""Whatever is given to a command: the exit code says what happened, in one line of moderate length, never a traceback."""
+"""Whatever is given to a command, its exit code says what happened, and one short line why: never a traceback."""
 
 from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +11,9 @@ import click
 import pytest
 
 from karmma_dist.cli import cli, main
-from karmma_dist.errors import shortened
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import PackingSpec
 from kits.packing import write_movie
-from kits.patience import HANGS_S
 
 LONG = ["x" * 300, "x" * 5000, "a/" * 3000, "y " * 3000]
 ACTING = ["a\nb", "\x1b[2J\x1b]0;owned\x07", "\u202e\u2028x", "\udcff\udc80", "\u540d\u524d \u00fcml\u00e4ut"]
@@ -73,7 +69,10 @@ def check(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> int:
 NOT_TO_CARRY_OUT = {"train", "doctor", "profile", "study", "shard", "bench"}
 """Commands whose first argument is bad, since they could be carried out otherwise, which takes long."""
 BAD_FIRST = [*LONG, *PLACES[1:], "demo/none", "\x1b[2J", "\udcff"]
-GOOD_FIRST = {"inspect": ["shards"], "verify": ["shards"], "launch": ["demo/video", "--dry-run"], "recipe": ["demo/video"]}
+GOOD_FIRST = {
+    "inspect": ["shards"], "verify": ["shards"], "launch": ["demo/video", "--dry-run"], "recipe": ["demo/video"],
+}  # fmt: skip
+"""First arguments of commands that are then carried out."""
 
 
 def random_line(chance: random.Random, words: tuple[str, ...], command: click.Command) -> list[str]:
