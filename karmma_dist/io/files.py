@@ -314,8 +314,9 @@ def read_file(path: Path, limit: int = MOST_BYTES) -> bytes:
             `strerror` says what.
     """
     with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else None  # one that grows is read to the limit
+    if content is None or len(content) > limit:
         raise OSError(errno.EFBIG, f"has more than {limit:,} bytes", str(path))
     return content
 
