@@ -308,9 +308,9 @@ class _Work:
             self._activity = Activity(self._board, 0 if worker is None else worker.id, os.getpid())
         process = "" if worker is None else f", loader worker {worker.id}"
         try:
-            if isinstance(self._maker, bytes):
-                self._maker = pickle.loads(self._maker)
-            return self._maker.batch(part, self._activity)
+            maker: BatchMaker = pickle.loads(self._maker) if isinstance(self._maker, bytes) else self._maker
+            self._maker = maker
+            return maker.batch(part, self._activity)
         except UserError as error:
             return error
         except (ImportError, MemoryError) as error:
