@@ -26,7 +26,7 @@ trap : TERM USR2  # both reach the ranks, which save; this shell stays to report
 
 train=${SLURM_SUBMIT_DIR:-.}/slurm/train.sh  # Slurm runs a copy of this file in a folder without train.sh
 [ -f "$train" ] || # launched from an installation: Slurm knows the path of the original, arguments follow its ".sh"
-    train=$(scontrol show job "$SLURM_JOB_ID" | sed -n -e 's|^ *Command=||;T' -e 's|\.sh\( .*\)*$||;t folder' \
+    train=$(scontrol show job "${SLURM_JOB_ID:-}" | sed -n -e 's|^ *Command=||;T' -e 's|\.sh\( .*\)*$||;t folder' \
         -e 's| .*||' -e ':folder' -e 's|/[^/]*$|/train.sh|p' | sort -u) || true
 [ -f "$train" ] || { echo "error: ${SLURM_SUBMIT_DIR:-.}: no slurm/train.sh: submit from the checkout" >&2; exit 2; }
 # shellcheck source=slurm/train.sh

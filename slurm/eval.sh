@@ -20,11 +20,17 @@
 ##SBATCH --account=my_project
 
 set -euo pipefail
+outcome=
+say() { echo "$(date -Is) job ${SLURM_JOB_ID:-without Slurm} $*"; }
+fail() { outcome=": $*"; exit 2; }
+trap 'outcome=": line $LINENO failed: $BASH_COMMAND"' ERR
+trap 'say "ended with status $?$outcome"' EXIT  # every end says one line
+for name in SLURM_JOB_ID SLURM_JOB_NODELIST; do
+    [ -n "${!name:-}" ] || fail "$name is not set: submit this script with sbatch"
+done
 
 program=(karmma-dist)     # apptainer: (apptainer exec --nv karmma.sif karmma-dist)
 container=()              # pyxis: (--container-image=karmma.sqsh --container-mounts="$PWD" --container-workdir="$PWD")
-
-say() { echo "$(date -Is) job $SLURM_JOB_ID $*"; }
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 # shellcheck source=/dev/null
@@ -32,9 +38,11 @@ if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 if [ $# -eq 0 ]; then set -- --subsets --sweep --seeds 3; fi
 
 # All ranks use the address of the first node as known to Slurm, since its name may not resolve.
-hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || hosts=$SLURM_JOB_NODELIST
 first=${hosts%%$'\n'*}
-MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+[[ $first =~ ^[^][,]+$ ]] || fail "scontrol show hostnames $SLURM_JOB_NODELIST does not name the first node"
+MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p') || MASTER_ADDR=
+[ -n "$MASTER_ADDR" ] || say "scontrol show node $first gives no address: ranks meet at the name $first"
 export MASTER_ADDR=${MASTER_ADDR:-$first}
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it from sbatch
@@ -42,5 +50,5 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it 
 say "on $SLURM_JOB_NODELIST: eval $*"
 status=0
 srun --kill-on-bad-exit=0 --wait=60 "${container[@]}" "${program[@]}" eval "$@" || status=$?
-say "ended with status $status"
+[ "$status" -ne 127 ] || outcome=": srun or ${program[0]} is not found: install it, or activate its environment before sbatch"
 exit "$status"

@@ -19,12 +19,21 @@
 ##SBATCH --account=my_project
 
 set -euo pipefail
+outcome=
+say() { echo "$(date -Is) job ${SLURM_JOB_ID:-without Slurm} $*"; }
+fail() { outcome=": $*"; exit 2; }
+trap 'outcome=": line $LINENO failed: $BASH_COMMAND"' ERR
+trap 'say "ended with status $?$outcome"' EXIT  # every end says one line
 trap : TERM USR2  # both reach the command started below, which saves
 
 program=(karmma-dist)     # apptainer: (apptainer exec --nv karmma.sif karmma-dist)
 
 cd "${SLURM_SUBMIT_DIR:-.}"
+[ $# -gt 0 ] || fail "no arguments: submit this script with karmma-dist study STUDY --slurm"
 if [ "$1" != report ]; then
+    [ -f "$1" ] || fail "$1: no such script"
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || fail "SLURM_ARRAY_TASK_ID is not set: submit this script with sbatch --array=..."
+    [ $((SLURM_ARRAY_TASK_ID + 1)) -lt $# ] || fail "task $SLURM_ARRAY_TASK_ID of the array has no recipe: $(($# - 1)) are given"
     script=$1
     shift
     recipes=("$@")
@@ -33,4 +42,5 @@ fi
 shift
 # shellcheck source=/dev/null
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
+command -v "${program[0]}" > /dev/null || fail "${program[0]} is not found: activate its environment before sbatch"
 exec "${program[@]}" study "$@"

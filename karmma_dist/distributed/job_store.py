@@ -54,7 +54,7 @@ class WaitingLines:
         """True if the line should be printed now."""
         return time.monotonic() >= self._next
 
-    def print(self, line: str) -> None:
+    def show(self, line: str) -> None:
         """Print the line, and set the time of the next one."""
         self._next = time.monotonic() + _NEXT_LINE_S
         print_line(line, err=True)
@@ -91,7 +91,7 @@ def open_store(world: World, *, hosts: bool, late_s: float, hopeless_s: float) -
                 f"{obstacle.advice}"
             )
         if lines.is_due and world.local_rank == 0:
-            lines.print(f"rank {world.rank}: waiting for rank 0 at {world.endpoint}: {obstacle.reason}")
+            lines.show(f"rank {world.rank}: waiting for rank 0 at {world.endpoint}: {obstacle.reason}")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _SLOWEST_POLL_S)
 

@@ -147,7 +147,7 @@ class _Meeting:
         """Print which ranks are waited for, on the lowest rank that is there."""
         missing = self._missing("rank", ranks)
         if missing and min(set(range(self.world.size)) - set(missing)) == self.world.rank:
-            lines.print(
+            lines.show(
                 f"waiting for {_names(missing)} at {self.world.endpoint} "
                 f"({self.world.size - len(missing)} of {self.world.size} ranks are there)"
             )

@@ -41,11 +41,14 @@ class DecodedClips:
 
     def keep(self, clip: Clip, modality: str, whole: np.ndarray) -> None:
         """Keep an array if it fits; after the first that does not fit, no further array is kept."""
+        key = (clip.shard, clip.key, modality)
+        if key in self._arrays:  # another thread has decoded it as well
+            return
         if self.num_bytes + whole.nbytes > self.max_bytes:
             self._is_full = True
             return
         self.num_bytes += whole.nbytes
-        self._arrays[clip.shard, clip.key, modality] = whole
+        self._arrays[key] = whole
 
     def metadata(self, clip: Clip) -> ClipMetadata | None:
         """Return a clip's kept metadata, or None."""

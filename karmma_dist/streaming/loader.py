@@ -10,6 +10,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -157,6 +158,18 @@ class _Clips(ABC):
         return metadata
 
 
+class _EpochDraw(NamedTuple):
+    """The draws of one epoch."""
+
+    epoch: int
+    clip_at: np.ndarray
+    """Number of the clip at each place."""
+    keep: np.ndarray
+    """Pattern of kept modalities of each place."""
+    words: np.ndarray
+    """Random word of each place, for clips that would lose all modalities."""
+
+
 class TrainingClips(_Clips):
     """The training clips: they are ordered, lose modalities by dropout, and are replaced if damaged.
 
@@ -171,26 +184,27 @@ class TrainingClips(_Clips):
         super().__init__(folder, data, inputs, data.train_split, needed, held_out=False)
         self._needed_M = np.array([m in self.needed for m in data.modalities])
         self.seed = seed
-        self._epoch = -1
+        self._draw: _EpochDraw | None = None
         shards = [clip.shard for clip in self.clips]
         self._order = ClipOrder(shards, batch_size, seed, data.order.lanes, data.order.window)
 
-    def _seek(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        num, modalities = len(self.clips), len(self.data.modalities)
-        self._clip_at = self._order.clips(epoch)
-        self._keep = keep_patterns(num, modalities, self.data.modality_dropout, self.seed, epoch)
-        self._words = fallback_words(num, self.seed, epoch)
-        self._epoch = epoch
+    def _drawn_for(self, epoch: int) -> _EpochDraw:
+        """Return the draws of an epoch; streams in other threads may be in other epochs."""
+        draw = self._draw
+        if draw is None or draw.epoch != epoch:
+            num, modalities = len(self.clips), len(self.data.modalities)
+            keep = keep_patterns(num, modalities, self.data.modality_dropout, self.seed, epoch)
+            words = fallback_words(num, self.seed, epoch)
+            draw = self._draw = _EpochDraw(epoch, self._order.clips(epoch), keep, words)
+        return draw
 
     def _samples(self, place: int, epoch: int, damage: list[Damage], activity: Activity) -> list[Sample]:
         """Read the clip at `place`; if it is damaged, the first undamaged one of the order's candidates."""
-        self._seek(epoch)
+        draw = self._drawn_for(epoch)
         for candidate in itertools.islice(self._order.candidates(place), _MAX_REPLACEMENTS):
-            clip = self.clips[self._clip_at[candidate]]
+            clip = self.clips[draw.clip_at[candidate]]
             present = np.array([clip.has(m) for m in self.data.modalities])
-            kept = keep_present(self._keep[place], present, int(self._words[place]), self._needed_M)
+            kept = keep_present(draw.keep[place], present, int(draw.words[place]), self._needed_M)
             wanted = [m for m, keep in zip(self.data.modalities, kept, strict=True) if keep]
             samples = self._read(clip, wanted, epoch, damage, activity)
             if samples is not None:

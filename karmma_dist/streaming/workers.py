@@ -308,9 +308,8 @@ class _Work:
             self._activity = Activity(self._board, 0 if worker is None else worker.id, os.getpid())
         process = "" if worker is None else f", loader worker {worker.id}"
         try:
-            maker = self._maker
-            if isinstance(maker, bytes):
-                maker = self._maker = pickle.loads(maker)
+            maker: BatchMaker = pickle.loads(self._maker) if isinstance(self._maker, bytes) else self._maker
+            self._maker = maker
             return maker.batch(part, self._activity)
         except UserError as error:
             return error

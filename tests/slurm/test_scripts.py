@@ -52,8 +52,13 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).chmod(0o755)
     (tmp_path / "calls").touch()
     (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    (tmp_path / "tools").mkdir()
+    for name in ("bash", "cat", "date", "sed", "sort", "timeout"):  # and none of a Slurm of this machine
+        path = shutil.which(name)
+        assert path is not None
+        (tmp_path / "tools" / name).symlink_to(path)
     for name, value in {
-        "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "40123",
+        "PATH": f"{tmp_path}:{tmp_path / 'tools'}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "40123",
         "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "3",
         "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4",
         "SLURM_ARRAY_TASK_COUNT": "4",
@@ -82,7 +87,7 @@ def test_every_script_is_sound_shell(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)], timeout=HANGS_S).returncode == 0
     if shutil.which("shellcheck"):
         checked = subprocess.run(
-            ["shellcheck", "--severity=warning", str(script)], capture_output=True, text=True, timeout=HANGS_S
+            ["shellcheck", "-x", str(script)], capture_output=True, text=True, timeout=HANGS_S, cwd=ROOT
         )
         assert checked.returncode == 0, checked.stdout
 
@@ -205,6 +210,186 @@ def test_an_array_with_gaps_is_refused(
     done = run_script("shard.sh")
     assert done.returncode == 2
     assert "--array=1-8" in done.stdout
+    assert (job / "calls").read_text() == ""
+
+
+SUBMITTED = ["distill.sh", "teacher.sh", "eval.sh", "shard.sh", "study.sh"]
+"""Scripts that users submit."""
+
+
+def arguments_of(script: str) -> list[str]:
+    """Return arguments with which a script has something to do."""
+    return [str(ROOT / "slurm/distill.sh"), "a.yaml", "b.yaml", "c.yaml"] if script == "study.sh" else []
+
+
+def replace_command(job: Path, name: str, body: str) -> None:
+    (job / name).unlink(missing_ok=True)
+    (job / name).write_text(f"#!/bin/bash\n{body}\n")
+    (job / name).chmod(0o755)
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what an early end says: the script failed, and its last line says so."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    lines = (done.stdout + done.stderr).splitlines()
+    assert lines, "it ended without a line"
+    return done.stdout.splitlines()[-1] if done.stdout else lines[-1]
+
+
+HOSTS_ONLY = """
+[ "$1 $2" = "show hostnames" ] && { echo n7; echo n8; exit 0; }
+[ "$1 $2" = "show node" ] && { echo "Node $3 not found"; exit 1; }
+exit 0
+"""
+
+
+@pytest.mark.parametrize("script", ["distill.sh", "teacher.sh", "eval.sh", "study.sh"])
+def test_a_node_that_slurm_does_not_show_is_addressed_by_its_name(job: Path, script: str) -> None:
+    replace_command(job, "scontrol", HOSTS_ONLY)
+    done = run_script(script, *arguments_of(script))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "  MASTER_ADDR=n7\n" in (job / "calls").read_text()
+    assert "scontrol show node n7 gives no address: ranks meet at the name n7" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["distill.sh", "eval.sh"])
+def test_a_node_without_an_address_is_addressed_by_its_name(job: Path, script: str) -> None:
+    replace_command(job, "scontrol", '[ "$1 $2" = "show node" ] && { echo "NodeName=$3 State=IDLE"; exit 0; }\necho n7')
+    done = run_script(script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "  MASTER_ADDR=n7\n" in (job / "calls").read_text()
+
+
+@pytest.mark.parametrize("body", [None, "exit 1", 'echo "slurm_load_node error" >&2; exit 1', "exit 0"])
+@pytest.mark.parametrize("script", ["distill.sh", "teacher.sh", "eval.sh", "study.sh"])
+def test_without_the_hosts_of_the_job_a_script_says_so(job: Path, script: str, body: str | None) -> None:
+    (job / "scontrol").unlink()
+    if body is not None:
+        replace_command(job, "scontrol", body)
+    line = last_line(run_script(script, *arguments_of(script)))
+    assert "scontrol show hostnames n[7-8] does not name the first node" in line
+    assert (job / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize("script", ["distill.sh", "eval.sh"])
+def test_one_node_needs_no_scontrol(job: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    (job / "scontrol").unlink()
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n7")
+    done = run_script(script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "  MASTER_ADDR=n7\n" in (job / "calls").read_text()
+
+
+@pytest.mark.parametrize("script", SUBMITTED)
+def test_a_script_without_slurm_says_so(job: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    for name in list(os.environ):
+        if name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(job)
+    line = last_line(run_script(script, *arguments_of(script)))
+    assert re.search(r"SLURM_\w+ is not set: submit this script with sbatch", line)
+    assert (job / "calls").read_text() == ""
+
+
+NEEDED = {
+    "distill.sh": ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES"],
+    "eval.sh": ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"],
+    "shard.sh": [
+        "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX",
+        "SLURM_ARRAY_TASK_COUNT",
+    ],
+    "study.sh": ["SLURM_ARRAY_TASK_ID"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "name"), [(script, name) for script, names in NEEDED.items() for name in names])
+def test_a_missing_variable_of_slurm_is_named(
+    job: Path, monkeypatch: pytest.MonkeyPatch, script: str, name: str
+) -> None:
+    monkeypatch.delenv(name)
+    assert f"{name} is not set" in last_line(run_script(script, *arguments_of(script)))
+    assert (job / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize("script", SUBMITTED)
+def test_a_submit_folder_that_is_gone_is_named(job: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    monkeypatch.setenv("SLURM_SUBMIT_DIR", str(job / "gone"))
+    done = run_script(script, *arguments_of(script))
+    last_line(done)
+    assert "gone" in done.stdout + done.stderr
+    assert (job / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize("activate", ["false", "exit 3", "no_such_command", "echo $NO_SUCH_VARIABLE", "if"])
+@pytest.mark.parametrize("script", ["distill.sh", "eval.sh", "shard.sh"])
+def test_a_broken_venv_is_a_line(job: Path, script: str, activate: str) -> None:
+    (job / ".venv" / "bin").mkdir(parents=True)
+    (job / ".venv" / "bin" / "activate").write_text(f"{activate}\n")
+    done = run_script(script)
+    assert "ended with status " in last_line(done)
+    assert activate == "exit 3" or "activate" in done.stdout + done.stderr or activate in done.stdout
+    assert (job / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize("script", ["distill.sh", "teacher.sh", "eval.sh", "shard.sh"])
+@pytest.mark.parametrize("body", [None, "exit 127"])
+def test_a_missing_srun_or_program_is_named(job: Path, script: str, body: str | None) -> None:
+    (job / "srun").unlink()
+    if body is not None:
+        replace_command(job, "srun", body)
+    done = run_script(script)
+    assert done.returncode == 127
+    assert "ended with status 127: srun or karmma-dist is not found" in last_line(done)
+
+
+def test_the_report_of_a_study_without_the_program_is_a_line(job: Path) -> None:  # noqa: ARG001
+    assert "karmma-dist is not found" in last_line(run_script("study.sh", "report", "grid_epic/tab1"))
+
+
+@pytest.mark.parametrize("arguments", [["--set"], ["demo/distill", "--set"], ["--set", "a=1", "--set"]])
+def test_set_without_a_value_is_refused(job: Path, arguments: list[str]) -> None:
+    done = run_script("distill.sh", *arguments)
+    assert done.returncode == 2
+    assert "--set is the last argument: KEY=VALUE is missing" in last_line(done)
+    assert (job / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("distill.sh", [""], "the recipe is an empty argument"),
+        ("shard.sh", [""], "the specification is an empty argument"),
+        ("study.sh", [], "no arguments"),
+        ("study.sh", ["/gone/distill.sh", "a.yaml"], "/gone/distill.sh: no such script"),
+        ("study.sh", [str(ROOT / "slurm/distill.sh"), "a.yaml", "b.yaml"], "task 2 of the array has no recipe: 2 are"),
+    ],
+)
+def test_unusable_arguments_are_named(job: Path, script: str, arguments: list[str], said: str) -> None:
+    done = run_script(script, *arguments)
+    assert done.returncode == 2
+    assert said in last_line(done)
+    assert (job / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize(("script", "command"), [("distill.sh", "train"), ("eval.sh", "eval"), ("shard.sh", "shard")])
+def test_arguments_with_blanks_and_empty_values_arrive_as_they_are(job: Path, script: str, command: str) -> None:
+    replace_command(job, "srun", 'printf "<%s>" "$@" >> calls\necho >> calls')
+    done = run_script(script, "my recipe", "--set", "a=b  c", "--set", "", "--set=*", "--resume", "$HOME")
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = (job / "calls").read_text()
+    assert f"<{command}><my recipe>" in calls
+    assert "<--set><a=b  c><--set><><--set=*><--resume><$HOME>\n" in calls
+    if script == "distill.sh":
+        assert "<doctor><--distributed><my recipe><--set><a=b  c><--set><><--set=*>\n" in calls
+
+
+@pytest.mark.parametrize("value", ["many", "-1", "1.5"])
+def test_a_number_of_restarts_that_is_none_is_refused(
+    job: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("KARMMA_DIST_MAX_RESTARTS", value)
+    assert f"KARMMA_DIST_MAX_RESTARTS={value} is not a number" in last_line(run_script("distill.sh"))
     assert (job / "calls").read_text() == ""
 
 
