@@ -41,7 +41,7 @@ class DiskError(OSError, UserError):
 
     def __str__(self) -> str:
         """Return file, problem and remedy."""
-        folder = Path(self.filename).parent
+        folder = _nearest(Path(self.filename))
         assert self.errno is not None
         advice = _NO_INODES if self.errno == errno.ENOSPC and _has_no_inodes(folder) else _ADVICE[self.errno]
         return f"{self.filename}: {self.strerror}: {advice.format(folder=folder)}"
@@ -110,6 +110,11 @@ def _named(filename: object, path: Path, temporary: Path) -> str | None:
     if named.is_relative_to(path):
         return str(named)
     return str(path / named.relative_to(temporary)) if named.is_relative_to(temporary) else None
+
+
+def _nearest(path: Path) -> Path:
+    """Return the folder of a file, or the next one above that exists: one that was being made may be gone again."""
+    return next((above for above in path.parents if above.is_dir()), path.parent)
 
 
 def _has_no_inodes(folder: Path) -> bool:

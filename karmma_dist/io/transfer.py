@@ -184,6 +184,10 @@ class _Counted(Callback):
         """Count a block."""
         self._sink.count(inc)
 
+    def absolute_update(self, value: int) -> None:
+        """Count the bytes since the last call."""
+        self._sink.count(value - self._sink.done)
+
 
 def _watch(work: Callable[[], None], sink: Sink) -> None:
     """Do blocking work in a thread of its own, and leave the thread to itself where the work is too slow."""
