@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
+from karmma_dist.io.disk_errors import DiskError, make_folder, naming
 from karmma_dist.io.files import create
 from karmma_dist.io.json_fields import JsonObject, parse_strictly
 from karmma_dist.io.locks import BEAT_S, STALE_S
@@ -118,12 +119,16 @@ def owned(folder: Path, doing: str, report: Report = silent) -> Iterator[Ownersh
         report: Called while the heartbeat of an owner on another machine is watched.
 
     Raises:
+        DiskError: the disk is full or fails.
         UserError: another process owns the folder, or the folder cannot be written.
     """
     try:
         is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        ownership = _take(folder, doing, report)
+        make_folder(folder)
+        with naming(folder):
+            ownership = _take(folder, doing, report)
+    except DiskError:
+        raise
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}: name another folder") from None
     try:
