@@ -118,6 +118,10 @@ class DistillRecipe(Settings):
     [ours: 1]."""
     average: Literal["probabilities", "logits"] = "probabilities"
     """Quantity averaged over the experts: class probabilities [ours], or logits [Radevski]."""
+    memory: Annotated[PathText | None, NOT_LEARNED] = None
+    """Folder in which the teacher's answers are remembered. A run reads the answers that are there and adds those that
+    are not, at no extra cost; what it learns does not change. The answers are of one teacher, seed and set of views;
+    students, alpha, temperature and modality dropout may differ. None: the teacher is asked in every step."""
     shard_teacher: Annotated[bool, NOT_LEARNED] = False
     """True: shard the teacher's parameters over the ranks (ZeRO-3) and gather them layer by layer, for teachers that do
     not fit on one device. False: every rank holds the full teacher."""

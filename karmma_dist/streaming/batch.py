@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from karmma_dist.memory.answers import Source
+from karmma_dist.memory.records import Lookups
 from karmma_dist.modalities import MODALITIES, Decoder, Description, View
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.streaming.worker_status import LoadStats
@@ -59,6 +61,12 @@ class Sample:
     jitter_3: np.ndarray
     uncut: dict[str, UncutSignal] = field(default_factory=dict)
     """Whole signals from which arrays are cut, by modality, for the modalities that were requested."""
+    kept: tuple[str, ...] | None = None
+    """Modalities that the clip brings, if not all of them were read: the teacher's answer is remembered."""
+    source: Source | None = None
+    """The clip's place in the teacher's memory; None without a memory."""
+    answer_EA: Tensor | None = None
+    """The teacher's remembered answer."""
 
 
 @dataclass
@@ -85,10 +93,18 @@ class Batch:
     """Time and bytes that the batch cost its worker."""
     uncut: dict[str, list[UncutSignal]] = field(default_factory=dict)
     """Whole signals of the present clips, in batch order, by modality, for the modalities that were requested."""
+    sources: list[Source] = field(default_factory=list)
+    """Each clip's place in the teacher's memory; empty without a memory."""
+    answers_BEA: Tensor | None = None
+    """The teacher's remembered answers, if all of the batch's are: `inputs` may then lack modalities that only the
+    teacher needs."""
+    lookups: Lookups = field(default_factory=Lookups)
+    """What the memory was asked for."""
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor that `map` changes."""
-        return [*self.jitter.values(), *self.inputs.values(), *self.labels.values()]
+        remembered = [] if self.answers_BEA is None else [self.answers_BEA]
+        return [*self.jitter.values(), *self.inputs.values(), *self.labels.values(), *remembered]
 
     def only(self, modalities: Sequence[str], columns: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the inputs and present_BM of some modalities, for a model that takes only these.
@@ -112,6 +128,7 @@ class Batch:
             inputs={name: change(tensor) for name, tensor in self.inputs.items()},
             labels={head: change(label) for head, label in self.labels.items()},
             jitter={name: change(factors) for name, factors in self.jitter.items()},
+            answers_BEA=None if self.answers_BEA is None else change(self.answers_BEA),
         )
 
 
@@ -119,12 +136,13 @@ def collate(
     samples: Sequence[Sample | None], modalities: Sequence[str], heads: Sequence[str], epoch: int = 0, step: int = 0
 ) -> Batch:
     """Put samples together into a batch; None is padding (no modality, no label, not valid)."""
-    present = [[sample is not None and m in sample.arrays for m in modalities] for sample in samples]
+    present = [[sample is not None and m in _kept(sample) for m in modalities] for sample in samples]
     inputs = {}
     for modality in modalities:
         arrays = [sample.arrays[modality] for sample in samples if sample is not None and modality in sample.arrays]
         if arrays:
             inputs[modality] = torch.from_numpy(np.stack(arrays))
+    answers = [sample.answer_EA for sample in samples if sample is not None and sample.answer_EA is not None]
     labels = {
         head: torch.tensor([_label(sample, head) for sample in samples], dtype=torch.int64) for head in heads
     }
@@ -137,12 +155,18 @@ def collate(
         jitter=_jitter([sample for sample in samples if sample is not None], modalities),
         epoch=epoch,
         step=step,
+        sources=[sample.source for sample in samples if sample is not None and sample.source is not None],
+        answers_BEA=torch.stack(answers) if len(answers) == len(samples) > 0 else None,
         uncut={
             name: signals
             for name in modalities
             if (signals := [sample.uncut[name] for sample in samples if sample is not None and name in sample.uncut])
         },
     )
+
+
+def _kept(sample: Sample) -> Collection[str]:
+    return sample.arrays if sample.kept is None else sample.kept
 
 
 def _jitter(samples: Sequence[Sample], modalities: Sequence[str]) -> dict[str, Tensor]:

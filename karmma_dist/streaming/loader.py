@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from karmma_dist.errors import UserError
+from karmma_dist.memory.answers import AnswerMemory, Source
 from karmma_dist.recipe import DataRecipe, InputRecipe, ViewsRecipe
 from karmma_dist.seeding import fallback_words, hold_out_word
 from karmma_dist.shards.folder import ShardFolder
@@ -113,15 +115,19 @@ class _Clips(ABC):
         activity = activity or Activity()
         activity.begin_batch()
         damage: list[Damage] = []
-        samples = [
-            sample
-            for place in range(part.start, part.stop)
-            for sample in self._samples(place, part.epoch, damage, activity)
-        ]
+        samples = self._samples_of(part, damage, activity)
         activity.start("collating")
         batch = collate(samples, self.data.modalities, self.heads, part.epoch, part.step)
         batch.damage, batch.stats = damage, activity.end_batch()
         return batch
+
+    def _samples_of(self, part: Slice, damage: list[Damage], activity: Activity) -> list[Sample | None]:
+        """Return the samples of a batch."""
+        return [
+            sample
+            for place in range(part.start, part.stop)
+            for sample in self._samples(place, part.epoch, damage, activity)
+        ]
 
     @abstractmethod
     def _samples(
@@ -175,6 +181,9 @@ class TrainingClips(_Clips):
 
     Clips that `data.hold_out` holds out are excluded. Every clip brings at least one of the `needed` modalities (by
     default all), so that a student with fewer modalities than its teacher always receives one.
+
+    With a memory (`remember`), a batch whose answers are all remembered brings them, and of its clips only the needed
+    modalities are read.
     """
 
     def __init__(
@@ -187,6 +196,21 @@ class TrainingClips(_Clips):
         self._draw: _EpochDraw | None = None
         shards = [clip.shard for clip in self.clips]
         self._order = ClipOrder(shards, batch_size, seed, data.order.lanes, data.order.window)
+        self._memory: AnswerMemory | None = None
+        self._rows: dict[tuple[str, str], int] = {}
+
+    def remember(self, memory: AnswerMemory) -> None:
+        """Look answers up in a memory from now on."""
+        self._memory = memory
+        for _, clips in itertools.groupby(self.folder.clips(self.split), key=lambda clip: clip.shard):
+            self._rows |= {(clip.shard, clip.key): row for row, clip in enumerate(clips)}
+
+    def batch(self, part: Slice, activity: Activity | None = None) -> Batch:
+        """Read one slice; see the base class."""
+        batch = super().batch(part, activity)
+        if self._memory is not None:
+            batch.lookups = self._memory.take_lookups()
+        return batch
 
     def _drawn_for(self, epoch: int) -> _EpochDraw:
         """Return the draws of an epoch; streams in other threads may be in other epochs."""
@@ -198,19 +222,60 @@ class TrainingClips(_Clips):
             draw = self._draw = _EpochDraw(epoch, self._order.clips(epoch), keep, words)
         return draw
 
+    def _samples_of(self, part: Slice, damage: list[Damage], activity: Activity) -> list[Sample | None]:
+        remembered = self._remembered(part, activity)
+        return super()._samples_of(part, damage, activity) if remembered is None else list(remembered)
+
+    def _remembered(self, part: Slice, activity: Activity) -> list[Sample] | None:
+        """Return the samples of a batch with their answers; None if an answer is missing or a clip is damaged.
+
+        A clip that replaces a damaged one has other answers. They are found anew, so that the batch is the one of a run
+        without a memory.
+        """
+        if self._memory is None:
+            return None
+        found = []
+        for place in range(part.start, part.stop):
+            clip, kept_M = self._candidate(place, place, part.epoch)
+            source = self._source(clip, part.epoch)
+            answer_EA = self._memory.find(source, kept_M)
+            if answer_EA is None:
+                return None
+            found.append((clip, kept_M, source, answer_EA))
+        samples = []
+        for clip, kept_M, source, answer_EA in found:
+            read = self._read(clip, self._names(kept_M & self._needed_M), part.epoch, [], activity)
+            if read is None:
+                return None
+            kept = tuple(self._names(kept_M))
+            samples.append(replace(read[0], kept=kept, source=source, answer_EA=answer_EA))
+        return samples
+
     def _samples(self, place: int, epoch: int, damage: list[Damage], activity: Activity) -> list[Sample]:
         """Read the clip at `place`; if it is damaged, the first undamaged one of the order's candidates."""
-        draw = self._drawn_for(epoch)
         for candidate in itertools.islice(self._order.candidates(place), _MAX_REPLACEMENTS):
-            clip = self.clips[draw.clip_at[candidate]]
-            present = np.array([clip.has(m) for m in self.data.modalities])
-            kept = keep_present(draw.keep[place], present, int(draw.words[place]), self._needed_M)
-            wanted = [m for m, keep in zip(self.data.modalities, kept, strict=True) if keep]
-            samples = self._read(clip, wanted, epoch, damage, activity)
+            clip, kept_M = self._candidate(place, candidate, epoch)
+            samples = self._read(clip, self._names(kept_M), epoch, damage, activity)
             if samples is not None:
-                return samples
+                if self._memory is None:
+                    return samples
+                return [replace(sample, source=self._source(clip, epoch)) for sample in samples]
         tried = min(_MAX_REPLACEMENTS, len(self.clips))
         raise UserError(f"{self.folder.where}: {tried} clips in a row are damaged, the last: {damage[-1]}")
+
+    def _candidate(self, place: int, candidate: int, epoch: int) -> tuple[Clip, np.ndarray]:
+        """Return the clip at a candidate's place of the order, and bool (M,), the modalities that it keeps at `place`.
+        """
+        draw = self._drawn_for(epoch)
+        clip = self.clips[draw.clip_at[candidate]]
+        present_M = np.array([clip.has(m) for m in self.data.modalities])
+        return clip, keep_present(draw.keep[place], present_M, int(draw.words[place]), self._needed_M)
+
+    def _names(self, kept_M: np.ndarray) -> list[str]:
+        return [m for m, keep in zip(self.data.modalities, kept_M, strict=True) if keep]
+
+    def _source(self, clip: Clip, epoch: int) -> Source:
+        return Source(epoch, clip.shard, self._rows[clip.shard, clip.key])
 
     def _views(self, metadata: ClipMetadata, epoch: int, key: str) -> list[View]:
         return [training_view(self.inputs.video, num_stored_frames(metadata), self.seed, epoch, key)]

@@ -227,9 +227,9 @@ class ShardedModule:
         module: nn.Module = self._deepspeed.module
         return module
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Run the module's forward pass."""
-        return self._deepspeed(*arguments)
+        return self._deepspeed(*arguments, **named)
 
 
 def _precision(recipe: Recipe) -> str:

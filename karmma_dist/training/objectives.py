@@ -29,6 +29,7 @@ from karmma_dist.shards.format import Clip, label_problem
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.training.engine import ShardedModule
 from karmma_dist.training.teacher import Teacher
+from karmma_dist.training.teacher_memory import TeacherMemory
 from karmma_dist.training.tracking import accuracies, agreements, entropies
 
 SoftTargets = Callable[[Batch], dict[str, Tensor]]
@@ -183,12 +184,24 @@ def _unscored(split: str, folder: ShardFolder, clips: Sequence[Clip]) -> str | N
     return None
 
 
-def soft_targets_of(teacher: Teacher | ShardedModule) -> SoftTargets:
-    """Return a function that computes the soft targets of a frozen teacher."""
+def soft_targets_of(teacher: Teacher | ShardedModule, memory: TeacherMemory | None = None) -> SoftTargets:
+    """Return a function that computes the soft targets of a frozen teacher, or remembers its answers.
+
+    Args:
+        teacher: The teacher.
+        memory: Its memory; None: it is asked about every batch.
+    """
+    module = teacher.module if isinstance(teacher, ShardedModule) else teacher
+    assert isinstance(module, Teacher)
+
+    def ask(batch: Batch | None) -> Tensor:
+        inputs, present_BM = ({}, module.nothing()) if batch is None else (batch.inputs, batch.present_BM)
+        answers_BEA: Tensor = teacher(inputs, present_BM, only_answers=True)
+        return answers_BEA
 
     def soft_targets(batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            log_probs: dict[str, Tensor] = teacher(batch.inputs, batch.present_BM, batch.labels)
-        return log_probs
+            answers_BEA = ask(batch) if memory is None else memory.answers(batch, ask)
+            return module.log_probs(answers_BEA, batch.present_BM, batch.labels)
 
     return soft_targets

@@ -55,6 +55,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.recipe = recipe
+        self._heads = dict(members[0].heads)
         self._columns = [[list(modalities).index(name) for name in member.modalities] for member in members]
         # Not a buffer, so that it stays float32 when the members' parameters are cast.
         self._scores = {head: -torch.tensor(loss_E) / recipe.weight_temperature for head, loss_E in losses.items()}
@@ -70,47 +71,71 @@ class Teacher(nn.Module):
         return {head: scores_E.softmax(dim=0).tolist() for head, scores_E in self._scores.items()}
 
     def forward(
-        self, inputs: dict[str, Tensor], present_BM: Tensor, labels: dict[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
+        self, inputs: dict[str, Tensor], present_BM: Tensor, labels: dict[str, Tensor] | None = None,
+        *, only_answers: bool = False,
+    ) -> dict[str, Tensor] | Tensor:  # fmt: skip
         """Return log-probabilities (B, C) per head, float32 or more, at the recipe's temperature.
 
         Args:
             inputs: per modality, the present clips only; see `KarmmaModel.encode`.
             present_BM: bool, True if the clip has the modality.
             labels: per head, int64 (B,); required if experts are weighted `per_sample`.
+            only_answers: True: return the members' answers instead, from which `log_probs` follow.
         """
-        present_BM = present_BM.cpu()
-        seen_BE = torch.stack([present_BM[:, columns].any(dim=1) for columns in self._columns], dim=1)
-        outputs = [self._member_logits(e, inputs, present_BM, seen_BE[:, e]) for e in range(len(self.members))]
+        answers_BEA = self._answers(inputs, present_BM.cpu())
+        return answers_BEA if only_answers else self.log_probs(answers_BEA, present_BM, labels)
+
+    def log_probs(
+        self, answers_BEA: Tensor, present_BM: Tensor, labels: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return log-probabilities (B, C) per head of the members' answers; see `forward`.
+
+        Args:
+            answers_BEA: the members' logits of all heads side by side, in their own dtype; zeros for the clips that a
+                member does not see.
+            present_BM: see `forward`.
+            labels: see `forward`.
+        """
+        seen_BE = self._seen(present_BM.cpu())
+        sizes = [self._heads[head] for head in self._scores]
         log_probs = {}
-        for head in self._scores:
-            logits_BEC = torch.stack([output[head] for output in outputs], dim=1)
+        for head, part_BEC in zip(self._scores, answers_BEA.split(sizes, dim=2), strict=True):
+            logits_BEC = at_least_float32(part_BEC)
             log_probs[head] = self._average(logits_BEC, self._scores_of(head, logits_BEC, labels), seen_BE)
         return log_probs
+
+    def nothing(self) -> Tensor:
+        """Return present_BM of one clip without any modality: no member sees it."""
+        return torch.zeros(1, 1 + max(max(columns) for columns in self._columns), dtype=torch.bool)
+
+    def _seen(self, present_BM: Tensor) -> Tensor:
+        """Return bool (B, E), True if the clip has a modality of the member."""
+        return torch.stack([present_BM[:, columns].any(dim=1) for columns in self._columns], dim=1)
+
+    def _answers(self, inputs: dict[str, Tensor], present_BM: Tensor) -> Tensor:
+        seen_BE = self._seen(present_BM)
+        outputs = [self._member_logits(e, inputs, present_BM, seen_BE[:, e]) for e in range(len(self.members))]
+        return torch.stack([torch.cat([output[head] for head in self._scores], dim=1) for output in outputs], dim=1)
 
     def _member_logits(
         self, e: int, inputs: dict[str, Tensor], present_BM: Tensor, seen_B: Tensor
     ) -> dict[str, Tensor]:
-        """Return one member's logits (B, C) per head, float32 or more, with zeros for the clips it does not see."""
+        """Return one member's logits (B, C) per head, with zeros for the clips it does not see."""
         member = self.members[e]
         assert isinstance(member, KarmmaModel)
-        device = member._like.device
         seen_logits = {}
         if bool(seen_B.any()):
             member_inputs = {name: inputs[name] for name in member.modalities if name in inputs}
-            seen_logits = member(member_inputs,  present_BM[seen_B][:, self._columns[e]])
+            seen_logits = member(member_inputs, present_BM[seen_B][:, self._columns[e]])
         elif member.runs_every_encoder:
             member(*_blank_clip(member))
         if bool(seen_B.all()):
-            return {head: at_least_float32(logits) for head, logits in seen_logits.items()}
-        rows = seen_B.nonzero().flatten().to(device)
-        blank = at_least_float32(member._like)
-        logits = {head: blank.new_zeros(len(seen_B), num) for head, num in member.heads.items()}
+            return seen_logits
+        logits = {head: member._like.new_zeros(len(seen_B), num) for head, num in member.heads.items()}
         if not seen_logits:
             return logits
-        return {
-            head: zeros.index_copy(0, rows, at_least_float32(seen_logits[head])) for head, zeros in logits.items()
-        }
+        rows = seen_B.nonzero().flatten().to(member._like.device)
+        return {head: zeros.index_copy(0, rows, seen_logits[head]) for head, zeros in logits.items()}
 
     def _scores_of(self, head: str, logits_BEC: Tensor, labels: dict[str, Tensor] | None) -> Tensor:
         """Return scores (B, E): the logarithms of the members' weights for each clip, up to a constant."""

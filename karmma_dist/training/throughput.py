@@ -62,10 +62,12 @@ class Throughput:
         self._peak = peak
 
     def flops(self, batch: Batch) -> float:
-        """Return the FLOPs of a forward and backward pass and of the teacher's forward pass, without synchronising."""
+        """Return the FLOPs of a step, without synchronising: forward and backward pass, and the teacher's forward pass
+        unless its answers are remembered."""
         num_present = {modality: len(clips) for modality, clips in batch.inputs.items()}
         num_clips = len(batch.keys)
-        teaching = sum(_forward(model, counted, num_present, num_clips) for model, counted in self._teachers)
+        asked = self._teachers if batch.answers_BEA is None else []
+        teaching = sum(_forward(model, counted, num_present, num_clips) for model, counted in asked)
         return float(self._student.training(num_present, num_clips) + teaching)
 
     def metrics(self, flops: float, seconds: float) -> dict[str, float]:

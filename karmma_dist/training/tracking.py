@@ -28,6 +28,17 @@ def loading_sums(batch: Batch, modalities: Sequence[str]) -> dict[str, float]:
     return sums
 
 
+def memory_sums(batch: Batch) -> dict[str, float]:
+    """Return a batch's statistics of the teacher's memory for the averages.
+
+    `remembered_share` is the share of clips whose answers are remembered, `memory_mb` what was read for a batch.
+    """
+    return {
+        "remembered_share": float(batch.answers_BEA is not None), "memory_mb": batch.lookups.num_bytes / 1e6,
+        "damaged_answers": float(batch.lookups.damaged),
+    }  # fmt: skip
+
+
 def pace(means: dict[str, float], step_s: float, recipe: Recipe) -> dict[str, float]:
     """Remove the loading statistics from `means`; return the loading metrics and the pace at `step_s` seconds per step.
 

@@ -52,9 +52,10 @@ from karmma_dist.training.objectives import build_objective, check_labels, soft_
 from karmma_dist.training.optim import learning_rate
 from karmma_dist.training.profiler import tracing
 from karmma_dist.training.teacher import build_teacher, members_of
+from karmma_dist.training.teacher_memory import TeacherMemory, open_memory
 from karmma_dist.training.throughput import Throughput
 from karmma_dist.training.trackers import RunLog
-from karmma_dist.training.tracking import Averages, loading_sums, pace
+from karmma_dist.training.tracking import Averages, loading_sums, memory_sums, pace
 
 
 class Validate(Protocol):
@@ -176,7 +177,9 @@ class Trainer:
             teacher = build_teacher(
                 recipe, heads, self.engine, world, lambda model, changed: validate(model, changed, world, lambda: None)
             )
-        self.objective = build_objective(recipe, None if teacher is None else soft_targets_of(teacher))
+        self.memory = self._open_memory()
+        soft_targets = None if teacher is None else soft_targets_of(teacher, self.memory)
+        self.objective = build_objective(recipe, soft_targets)
         assert isinstance(self.engine.model, KarmmaModel)
         self.throughput = Throughput(
             self.engine.model, [] if teacher is None else members_of(teacher), self.engine.device, self.engine.dtype,
@@ -194,6 +197,15 @@ class Trainer:
         )  # fmt: skip
         self.metrics: dict[str, float] = {}
         self.resumed = ""
+
+    def _open_memory(self) -> TeacherMemory | None:
+        """Open the teacher's memory that the recipe names, and let the loader read it."""
+        memory = open_memory(self.recipe, self.clips.folder, self.engine.dtype, self.world)
+        if memory is None:
+            return None
+        self.clips.remember(memory)
+        is_sharded = self.recipe.distill is not None and self.recipe.distill.shard_teacher
+        return TeacherMemory(memory, highest if is_sharded else None, verbose=self.world.is_main)
 
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint, so that `run` continues from there."""
@@ -232,6 +244,8 @@ class Trainer:
                     self._step(batches, step, self.schedule.accumulation)
         finally:
             self.damage.flush()
+            if self.memory:
+                self.memory.close()
         self.saver.finish()
         if self.log:
             self.log.close()
@@ -255,6 +269,7 @@ class Trainer:
             self._mark(f"in the forward pass of step {step + 1}")
             self.damage.note(batch)
             self.averages.add(loading_sums(batch, self.recipe.data.modalities))
+            self.averages.add(memory_sums(batch) if self.memory else {})
             flops += self.throughput.flops(batch)
             passes.append(self._forward_backward(batch, step * accumulation + micro, step))
         self._is_warm = True

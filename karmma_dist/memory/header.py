@@ -1,0 +1,112 @@
+"""The header of a memory: everything that decides what it holds, so that nobody reads another model's answers.
+
+    PATH/memory.json    format, kind, layout of a record, and the facts that the answers follow from
+
+A fact is, for instance, the sha256 of the teacher's weights, or the version of the decoders. A memory is used only by
+runs with the same facts: what a frozen model says of a view is a function of them, the epoch and the clip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from karmma_dist.errors import UserError, quoted
+from karmma_dist.io.disk_errors import make_folder
+from karmma_dist.io.files import write_json
+from karmma_dist.io.json_fields import JsonObject, read_json
+
+FORMAT = 1
+"""Version of the layout."""
+HEADER = "memory.json"
+"""File name of the header."""
+
+_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class MemoryHeader:
+    """What a memory holds."""
+
+    kind: str
+    """`logits` of a teacher, or `tokens` of a frozen encoder."""
+    dtype: str
+    """Type of the stored numbers: float64, float32, float16, bfloat16 or int8."""
+    shape: tuple[int, ...]
+    """Shape of an answer."""
+    facts: Mapping[str, Any]
+    """What decides the answers, by name, in the order in which differences are looked for; JSON values."""
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of an answer."""
+        return _ITEM_BYTES[self.dtype] * math.prod(self.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of memory.json."""
+        return {
+            "format": FORMAT, "kind": self.kind, "dtype": self.dtype, "shape": list(self.shape),
+            "facts": dict(self.facts),
+        }  # fmt: skip
+
+    @classmethod
+    def from_fields(cls, fields: JsonObject) -> MemoryHeader:
+        """Parse the content of memory.json.
+
+        Raises:
+            ValueError: a field is missing or of another type, or another version wrote it.
+        """
+        if fields.value("format") != FORMAT:
+            raise fields.problem("format")
+        dtype = fields.text("dtype")
+        if dtype not in _ITEM_BYTES:
+            raise fields.problem("dtype")
+        return cls(fields.text("kind"), dtype, tuple(fields.wholes("shape")), fields.nested("facts").unchecked())
+
+    def difference(self, stored: MemoryHeader) -> str:
+        """Return in words how a stored memory differs from this one, or an empty string."""
+        own, other = self.to_json(), stored.to_json()
+        for name in ("kind", "dtype", "shape"):
+            if own[name] != other[name]:
+                return f"its {name} is {quoted(other[name])}, this run's {quoted(own[name])}"
+        for name in [*self.facts, *(stored.facts.keys() - self.facts.keys())]:
+            if self.facts.get(name) != stored.facts.get(name):
+                return f"its {name} is {quoted(stored.facts.get(name))}, this run's {quoted(self.facts.get(name))}"
+        return ""
+
+
+def read_header(folder: Path) -> MemoryHeader:
+    """Read the header of a memory.
+
+    Raises:
+        FileNotFoundError: the folder holds no memory.
+        UserError: the header is damaged, or of another version.
+    """
+    path = folder / HEADER
+    try:
+        return MemoryHeader.from_fields(read_json(path))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: not the header of a memory ({reason}): name another folder, or remove this") from None
+
+
+def open_header(folder: Path, header: MemoryHeader) -> None:
+    """Check that a folder holds the memory that a header describes, or make it if nothing is there.
+
+    Raises:
+        DiskError: the disk is full or fails.
+        UserError: the folder holds another memory; the message says in what it differs.
+    """
+    try:
+        stored = read_header(folder)
+    except FileNotFoundError:
+        make_folder(folder)
+        write_json(folder / HEADER, header.to_json())
+        stored = read_header(folder)
+    if difference := header.difference(stored):
+        raise UserError(f"{folder}: this memory is of something else: {difference}: name another folder")
