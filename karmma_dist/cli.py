@@ -65,7 +65,7 @@ def demo(out: Path) -> None:
 for command in (
     packing.shard, packing.inspect, packing.verify, training.launch, training.train, evaluation.evaluate,
     training.study, evaluation.predict, diagnostics.profile, diagnostics.doctor, training.runs_command,
-    diagnostics.bench_group, diagnostics.recipe_group,
+    training.memory_command, diagnostics.bench_group, diagnostics.recipe_group,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -121,6 +121,28 @@ def study(
         sys.exit(1)
 
 
+@click.command("memory")
+@click.argument("folder", metavar="PATH", type=HomePath(path_type=Path))
+@click.option("--verify", "is_verified", is_flag=True, help="Check every answer's checksum; exit 1 if one is damaged.")
+@click.option("--prune", "is_pruned", is_flag=True, help="Remove the epochs that lack answers.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def memory_command(folder: Path, is_verified: bool, is_pruned: bool, as_json: bool) -> None:
+    """Show what the memory of a frozen model holds: of which model and views, answers per epoch, bytes."""
+    from karmma_dist.memory.contents import print_contents, prune, read_contents
+
+    contents = read_contents(folder, verify=is_verified)
+    if is_pruned:
+        for line in prune(contents):
+            print_line(line, err=as_json)
+        contents = read_contents(folder, verify=is_verified)
+    if as_json:
+        print_json(contents.to_json())
+    else:
+        print_contents(contents, verified=is_verified)
+    if contents.num_damaged:
+        sys.exit(1)
+
+
 @click.command("runs")
 @click.argument("folder", metavar="[DIR]", default="runs", type=HomePath(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -1,6 +1,6 @@
 """The memory of a teacher's answers, as the loader reads it and the trainer extends it.
 
-    memory = AnswerMemory(Path("memories/teacher"), header, {"train-000000.tar": 500, ...})
+    memory = AnswerMemory(Path("memories/teacher"), header)
     answer_EA = memory.find(epoch, clip, row, kept_M)      # None: the teacher has to be asked
 
 Legend: B clips of a batch, M modalities, E experts, A logits of all heads side by side.
@@ -8,7 +8,6 @@ Legend: B clips of a batch, M modalities, E experts, A logits of all heads side 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,16 +48,15 @@ class AnswerMemory:
     Args:
         folder: Folder of the memory, whose header was checked.
         header: Header.
-        num_clips: Number of clips by shard name.
     """
 
-    def __init__(self, folder: Path, header: MemoryHeader, num_clips: Mapping[str, int]) -> None:
-        self.folder, self.header, self._num_clips = folder, header, dict(num_clips)
-        self._files = AnswerFiles(folder, header.answer_bytes, self._num_clips)
+    def __init__(self, folder: Path, header: MemoryHeader) -> None:
+        self.folder, self.header = folder, header
+        self._files = AnswerFiles(folder, header.answer_bytes, dict(header.num_clips))
 
     def clone(self) -> AnswerMemory:
         """Return the same memory with files of its own, for another thread."""
-        return AnswerMemory(self.folder, self.header, self._num_clips)
+        return AnswerMemory(self.folder, self.header)
 
     def find(self, source: Source, kept_M: np.ndarray) -> Tensor | None:
         """Return the answer (E, A) for a clip with these modalities, or None.

@@ -9,6 +9,7 @@ runs with the same facts: what a frozen model says of a view is a function of th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ FORMAT = 1
 HEADER = "memory.json"
 """File name of the header."""
 
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
@@ -37,6 +39,8 @@ class MemoryHeader:
     """Type of the stored numbers: float64, float32, float16, bfloat16 or int8."""
     shape: tuple[int, ...]
     """Shape of an answer."""
+    num_clips: Mapping[str, int]
+    """Number of clips by shard: file name of its tar."""
     facts: Mapping[str, Any]
     """What decides the answers, by name, in the order in which differences are looked for; JSON values."""
 
@@ -49,7 +53,7 @@ class MemoryHeader:
         """Return the content of memory.json."""
         return {
             "format": FORMAT, "kind": self.kind, "dtype": self.dtype, "shape": list(self.shape),
-            "facts": dict(self.facts),
+            "num_clips": dict(self.num_clips), "facts": dict(self.facts),
         }  # fmt: skip
 
     @classmethod
@@ -64,18 +68,24 @@ class MemoryHeader:
         dtype = fields.text("dtype")
         if dtype not in _ITEM_BYTES:
             raise fields.problem("dtype")
-        return cls(fields.text("kind"), dtype, tuple(fields.wholes("shape")), fields.nested("facts").unchecked())
+        shards = fields.nested("num_clips")
+        num_clips = {name: shards.whole(name) for name in shards}
+        for name in num_clips:
+            if not _SHARD.fullmatch(name):
+                raise ValueError(f"num_clips names {quoted(name)}, which is no tar")
+        shape = tuple(fields.wholes("shape"))
+        return cls(fields.text("kind"), dtype, shape, num_clips, fields.nested("facts").unchecked())
 
     def difference(self, stored: MemoryHeader) -> str:
         """Return in words how a stored memory differs from this one, or an empty string."""
         own, other = self.to_json(), stored.to_json()
-        for name in ("kind", "dtype", "shape"):
+        for name, shown in (("kind", "kind"), ("dtype", "precision"), ("shape", "shape of an answer")):
             if own[name] != other[name]:
-                return f"its {name} is {quoted(other[name])}, this run's {quoted(own[name])}"
+                return f"its {shown} is {quoted(other[name])}, this run's {quoted(own[name])}"
         for name in [*self.facts, *(stored.facts.keys() - self.facts.keys())]:
             if self.facts.get(name) != stored.facts.get(name):
                 return f"its {name} is {quoted(stored.facts.get(name))}, this run's {quoted(self.facts.get(name))}"
-        return ""
+        return "" if own == other else "its numbers of clips per shard differ"
 
 
 def read_header(folder: Path) -> MemoryHeader:

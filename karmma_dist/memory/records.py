@@ -25,6 +25,8 @@ from karmma_dist.io.disk_errors import make_folder, naming
 SUFFIX = ".answers"
 _MOST_OPEN = 128
 _SEAL = struct.Struct("<II")
+SEAL_BYTES = _SEAL.size
+"""Bytes at the end of a record: the set of modalities and the checksum."""
 
 
 @dataclass

@@ -51,8 +51,7 @@ def open_memory(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype, world: 
         problem = f"distill.memory: {error}"
     raise_on_all(problem)
     (header,) = gather(headers)
-    num_clips = {shard.name: shard.num_clips for shard in folder.manifest.splits[recipe.data.train_split].shards}
-    return AnswerMemory(path, header, num_clips)
+    return AnswerMemory(path, header)
 
 
 def _header(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype) -> MemoryHeader:
@@ -71,7 +70,9 @@ def _header(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype) -> MemoryHe
         "inputs": {name: recipe.inputs.section(name).model_dump(mode="json") for name in recipe.data.modalities},
         "decoders": {name: version(name) for name in ("av", "opencv-python-headless")} | _libraries(),
     }
-    return MemoryHeader("logits", dtype_name(dtype), (len(teachers), num_logits), facts)
+    shards = folder.manifest.splits[recipe.data.train_split].shards
+    num_clips = {shard.name: shard.num_clips for shard in shards}
+    return MemoryHeader("logits", dtype_name(dtype), (len(teachers), num_logits), num_clips, facts)
 
 
 def _fingerprint(weights: Path) -> str:
