@@ -414,6 +414,8 @@ class Trainer:
         if values.pop("damage_noted"):
             self.damage.share(gather(self.damage.take()))
         seconds, flops = values.pop("step_s"), values.pop("flops")
+        if "memory_mb" in values:
+            values["memory_mb_per_s"] = values.pop("memory_mb") * self.schedule.accumulation / seconds
         values |= self.throughput.metrics(flops, seconds)
         values["peak_memory_gb"] = max(gather([self.throughput.peak_memory_gb()]))
         values |= pace(values, seconds, self.recipe)
