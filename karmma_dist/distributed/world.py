@@ -108,7 +108,8 @@ def _first_host(environment: Mapping[str, str], size: int) -> str:
     scontrol = shutil.which("scontrol")
     if not nodes or not scontrol:
         raise UserError("MASTER_ADDR is not set and the first host of the Slurm step is unknown: export MASTER_ADDR")
-    hostnames = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, timeout=30)
+    words = [scontrol, "show", "hostnames", nodes]
+    hostnames = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=30)
     if hostnames.returncode or not hostnames.stdout.split():
         raise UserError(f"scontrol show hostnames {nodes} failed: export MASTER_ADDR ({hostnames.stderr.strip()})")
     return hostnames.stdout.split()[0]

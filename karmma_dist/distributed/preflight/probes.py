@@ -56,7 +56,7 @@ class SharedFolderProbe:
             UserError: the file cannot be written.
         """
         try:
-            with open(create(self._folder / str(rank)), "w") as file:
+            with open(create(self._folder / str(rank)), "w", encoding="utf-8") as file:
                 file.write(f"{self._token} {rank}")
                 file.flush()
                 os.fsync(file.fileno())
@@ -66,7 +66,7 @@ class SharedFolderProbe:
     def sees(self, rank: int) -> bool:
         """Return True if a rank's file exists with this preflight's token."""
         try:
-            return (self._folder / str(rank)).read_text() == f"{self._token} {rank}"
+            return (self._folder / str(rank)).read_text("utf-8", "replace") == f"{self._token} {rank}"
         except OSError:
             return False
 
@@ -186,7 +186,9 @@ def _step_hosts(environment: Mapping[str, str]) -> list[str]:
         return []
     command = ["scontrol", "show", "hostnames", nodes]
     try:
-        hostnames = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        hostnames = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=5, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return hostnames.stdout.split()

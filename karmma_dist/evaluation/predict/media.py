@@ -63,7 +63,7 @@ def packed_media(
         raw.mkdir()
         media = f"media{path.suffix}"
         (raw / media).symlink_to(path.resolve())
-        with open(raw / "clip.csv", "w", newline="") as file:
+        with open(raw / "clip.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["key", "media", "start", "stop"])
             writer.writerow([KEY, media, repr(start_s), "" if stop_s is None else repr(stop_s)])

@@ -74,7 +74,7 @@ def write_kitchen(
             done += 1
             if progress is not None:
                 progress("record", done, total)
-        with open(root / "annotations" / f"EPIC_100_{split}.csv", "w", newline="") as file:
+        with open(root / "annotations" / f"EPIC_100_{split}.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, _COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
@@ -164,7 +164,7 @@ def _timestamp(time_s: float) -> str:
 
 
 def _write_classes(path: Path, names: tuple[str, ...], category: str) -> None:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("id", "key", "instances", "category"))
         writer.writerows((number, name, f"['{name}']", category) for number, name in enumerate(names))
