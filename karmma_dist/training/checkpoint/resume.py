@@ -53,8 +53,10 @@ def prepare_run_dir(recipe: Recipe, world: World, resume: str, report: Report = 
     """
     try:
         decision = [_check_and_prepare(recipe, resume, report), ""] if world.is_main else []
-    except (OSError, UserError) as error:
-        decision = ["", f"{recipe.run_dir}: {error}" if isinstance(error, OSError) else str(error)]
+    except UserError as error:
+        decision = ["", str(error)]
+    except OSError as error:
+        decision = ["", f"{error.filename or recipe.run_dir}: {error.strerror or error}"]
     start, problem = gather(decision)
     if problem:
         raise UserError(problem)
@@ -86,7 +88,6 @@ def _check_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
         names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
         for name in names:
             remove(run_dir / name)
-    run_dir.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run_dir / "recipe.yaml")
     write_state(run_dir, "running")
     if start and Path(start).resolve().parent == (run_dir / "checkpoints").resolve():

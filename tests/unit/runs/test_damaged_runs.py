@@ -113,6 +113,7 @@ DAMAGES: dict[str, Damage] = {
     "name": in_recipe(name=7),
     "runs_dir": in_recipe(runs_dir={}),
     "zero": in_recipe(name="a\0b"),
+    "surrogate": lambda folder: (folder / "recipe.yaml").write_text('name: "a\\ud83c\\udf73"'),
     "metrics_binary": in_metrics(bytes(range(256)) * 4 + b"\n"),
     "metrics_step": in_metrics(b'{"kind": "train", "step": "x", "epoch": 0}\n'),
     "metrics_loss": in_metrics(b'{"kind": "train", "step": 1, "epoch": 0, "loss": "low"}\n'),
