@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Listener
 from pathlib import Path
+from typing import Any
 
 from karmma_dist.errors import UserError, one_line
 
@@ -52,12 +53,20 @@ def check_handover() -> None:
 
 
 def report_unsent(report: Callable[[BaseException], None]) -> None:
-    """Let this worker call `report` with an error that keeps a batch from being sent."""
+    """Let this worker call `report` with an error that keeps a batch from being sent, or the sending thread away."""
+    queue_type: Any = multiprocessing.queues.Queue
+    start_thread = queue_type._start_thread
 
     def on_error(error: BaseException, item: object) -> None:  # noqa: ARG001
         report(error)
 
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(on_error)  # type: ignore[attr-defined]
+    def start_or_report(queue: object) -> None:
+        try:
+            start_thread(queue)
+        except RuntimeError as error:
+            report(error)
+
+    queue_type._on_queue_feeder_error, queue_type._start_thread = staticmethod(on_error), start_or_report
 
 
 def is_of_handover(error: BaseException) -> bool:
