@@ -84,7 +84,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        with naming(Path(error.filename)):
+        with naming(Path(error.filename or path)):
             raise
 
 
