@@ -12,7 +12,7 @@ from pydantic import Field
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.named_file import find_file
-from karmma_dist.settings import Settings, dump, flat, load_settings, mark, unmarked
+from karmma_dist.settings import Settings, dump, flat, load_settings, mark, marked, unmarked
 from kits.patience import HANGS_S
 
 
@@ -136,6 +136,16 @@ class MarkedWhole(Settings):
     """Plain values."""
     nothing: Annotated[str | None, MARK] = None
     """Marked."""
+
+
+def test_a_field_bears_each_of_its_marks() -> None:
+    class Part(Settings):
+        """A section."""
+
+        both: Annotated[int, MARK, OTHER_MARK] = 1
+        """Marked twice."""
+
+    assert marked(Part, MARK) == marked(Part, OTHER_MARK) == ["both"]
 
 
 def test_marked_fields_are_left_out_at_any_depth() -> None:

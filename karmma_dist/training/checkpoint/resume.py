@@ -12,6 +12,7 @@ from typing import Any
 from karmma_dist.distributed.collectives import gather, raise_on_all
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError, masked
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import remove
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
@@ -88,6 +89,7 @@ def _check_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
         names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
         for name in names:
             remove(run_dir / name)
+    make_folder(run_dir)
     save_recipe(recipe, run_dir / "recipe.yaml")
     write_state(run_dir, "running")
     if start and Path(start).resolve().parent == (run_dir / "checkpoints").resolve():
