@@ -106,6 +106,7 @@ WRITERS = {
     "modalities.encode": "into memory",
     "packing.synthetic.kitchen": "into a folder that is not there yet",
     "studies.results": "into the temporary file of write_whole",
+    "terminal": "the standard streams",
 }
 """Modules that open files for writing themselves, and why a link can lead none of them elsewhere."""
 
