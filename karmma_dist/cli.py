@@ -22,7 +22,6 @@ from karmma_dist.terminal import keep_warnings_harmless, prepare_streams, print_
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _EMPTY_OPTION = re.compile("--[a-z-]+=")
-_NO_WORKING_FOLDER = " (the working folder no longer exists: change to another one)"
 _OF_THE_USER = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP,
     errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
@@ -36,6 +35,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run a command. Click would end without a word if any pipe breaks, be it not stdout."""
+        if not _has_working_folder():  # torch would end the process while it is imported
+            raise UserError("the working folder no longer exists: change to another one")
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
@@ -112,7 +113,7 @@ def _run(given: list[str]) -> int:
 
 
 def _fail(message: str, exit_code: int = 2) -> int:
-    say(f"error: {one_line(message)}{'' if _has_working_folder() else _NO_WORKING_FOLDER}")
+    say(f"error: {one_line(message)}")
     return exit_code
 
 
@@ -149,8 +150,7 @@ def _drop_output() -> None:
 def _reader_is_gone() -> bool:
     """Return True if the reader of stdout or stderr (`| head`) has closed it; nothing more is written to it then."""
     poll = select.poll()
-    streams = {stream.fileno(): stream for stream in (sys.stdout, sys.stderr)}
-    for descriptor in streams:
+    for descriptor in (1, 2):
         poll.register(descriptor, 0)
     gone = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
     for descriptor in gone:

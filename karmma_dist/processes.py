@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 def machine() -> str | None:
     """Return the boot and the pid namespace that pids of this process mean something in; None where nobody can tell."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None  # not Linux
@@ -39,7 +39,7 @@ def started_at(pid: int) -> int | None:
     Pids are used again, these pairs are not.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in ("Z", "X") else int(fields[19])

@@ -124,7 +124,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_VARIABLE = re.compile(r"\$\{(\w{1,200})(?::-([^}]{0,1000}+))?\}")
+"""A variable; the limits keep the search in a long text from taking its length squared."""
 
 
 def load_settings(
@@ -263,7 +264,7 @@ def _explain(problem: Any, cls: type[Settings]) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     for text in entries(given):
         if isinstance(text, str) and len(text) > _LONGEST_QUOTED:
-            message = message.replace(text, f"{text[: _LONGEST_QUOTED - 3]}...")
+            message = message.replace(text, quoted(text, _LONGEST_QUOTED)[1:-1])
     message = message if len(message) <= _LONGEST_PROBLEM else f"{message[: _LONGEST_PROBLEM - 3]}..."
     shown = "" if isinstance(given, dict) or not key else f" (given: {quoted(given)})"
     return f"'{key}': {message}{shown}" if key else message

@@ -89,14 +89,9 @@ def silence(descriptor: int) -> None:
 
 
 def can_show(text: str) -> bool:
-    """Return True if stdout shows text, line breaks included, as it is."""
-    if harmless_lines(text) != text:
-        return False
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Return True if stdout gets a text, line breaks included, in UTF-8 as it is, so that it can be read again."""
+    is_utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "").replace("_", "") == "utf8"
+    return harmless_lines(text) == text and (is_utf8 or text.isascii())
 
 
 def print_line(text: object, *, err: bool = False) -> None:

@@ -24,7 +24,7 @@ from karmma_dist.terminal import print_line
 
 LATE_S = 900.0
 """Seconds that ranks wait for one that is merely late: nodes boot, and file systems are slow."""
-HOPELESS_S = 30.0
+HOPELESS_S = 20.0
 """Seconds after which an obstacle that time does not remove is an error, a minute with the start of the program."""
 _ANSWER_S = 10.0
 """Seconds that a connection, and the answer to a ping, may take."""

@@ -62,16 +62,15 @@ def process_group(
         "MASTER_ADDR": world.address, "MASTER_PORT": world.port,
     }
     with _environment({name: str(value) for name, value in variables.items()}):
-        if torch.cuda.is_available():
-            torch.cuda.set_device(device_of(world))
-        if not dist.is_initialized():
-            _join(world)
+        job_store = store() if dist.is_initialized() else rendezvous(world)
         if world.size == 1:
+            _connect(world, job_store)
             yield
             return
-        with Heartbeat(store(), world.rank, world.size, collective_timeout_s, on_loss) as beating:
+        with Heartbeat(job_store, world.rank, world.size, collective_timeout_s, on_loss) as beating:
             heartbeat.set_current(beating)
             try:
+                _connect(world, job_store)  # the others hear from the heartbeat of a rank that fails here
                 yield
                 leave_job()
             except BaseException as error:
@@ -79,18 +78,21 @@ def process_group(
                 raise
             finally:
                 heartbeat.set_current(None)
-                if beating.lost is None:
+                if beating.lost is None and dist.is_initialized():
                     dist.destroy_process_group()
 
 
-def _join(world: World) -> None:
-    """Meet the other ranks and connect to them.
+def _connect(world: World, job_store: dist.Store) -> None:
+    """Choose this rank's device and connect to the other ranks, which have met at the store, if that is not done.
 
     Raises:
-        UserError: the ranks cannot meet, or cannot connect to each other.
+        UserError: this rank has no GPU, or there is no connection.
     """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device_of(world))
+    if dist.is_initialized():
+        return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    job_store = rendezvous(world)
     try:
         dist.init_process_group(backend, store=job_store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
     except RuntimeError as error:

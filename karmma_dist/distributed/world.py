@@ -123,7 +123,9 @@ def _first_host(environment: Mapping[str, str], size: int) -> str:
         raise UserError("MASTER_ADDR is not set and the first host of the Slurm step is unknown: export MASTER_ADDR")
     command = [scontrol, "show", "hostnames", nodes]
     try:
-        hostnames = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SCONTROL_S)
+        hostnames = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_SCONTROL_S
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"scontrol show hostnames {nodes} failed: export MASTER_ADDR ({error})") from None
     if hostnames.returncode or not hostnames.stdout.split():

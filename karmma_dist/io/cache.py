@@ -8,6 +8,8 @@
       .lock                     held while entries get their names and while old entries are removed
       weights/                  starting weights: a separate cache, from which no entry is removed for space
 
+Room is made before a download: where the size of an entry is known, the least recently used ones go first, so that it
+fits below the limit and onto the disk, and what cannot fit is not downloaded.
 Every lock ends with its process: if a downloader is killed, a waiting process takes over.
 An entry may be removed while other processes read it, because they hold it open; the next reader fetches it again.
 

@@ -32,7 +32,7 @@ _ADVICE = {
 }
 """Errors that are the disk's and not the program's."""
 _NO_INODES = f"the disk takes no more files: remove some in {{folder}}, {_AGAIN}"
-_OS_ERROR = re.compile(r"\(os error ([0-9]+)\)")
+_OS_ERROR = re.compile(r"\(os error ([0-9]{1,5})\)")
 """Number of an error in the messages of libraries written in Rust."""
 
 
@@ -84,7 +84,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        with naming(Path(error.filename)):
+        with naming(Path(error.filename or path)):
             raise
 
 

@@ -73,7 +73,7 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file: IO[str] = open(path, "a+", opener=_open)  # noqa: SIM115 - closed by `release`
+        self.file: IO[str] = open(path, "a+", encoding="utf-8", errors="replace", opener=_open)  # noqa: SIM115 - closed by `release`
         self._announced: _Announced | None = None
 
     def __enter__(self) -> FileLock:

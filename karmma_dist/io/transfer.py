@@ -30,7 +30,7 @@ LEAST_BYTES = 60_000
 """Bytes of a window: 1 kB/s is less than any line that could be used for data sets."""
 BLOCK_WINDOW_S = 600.0
 """The window for protocols other than HTTP, whose libraries pass on blocks of some megabytes."""
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 22
 _POLL_S = 0.5
 
 

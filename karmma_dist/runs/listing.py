@@ -37,6 +37,8 @@ _ENDED = {
 }  # fmt: skip
 """Slurm's states of a job that will not run again; "gone" is a job that Slurm no longer knows."""
 
+_NAME = re.compile("[^\\x00\ud800-\udfff]+")
+"""A text that can be part of a path."""
 _JOB_ID = re.compile("[0-9]{1,18}")
 """Ids of jobs that Slurm may be asked about: another would make it refuse the whole question."""
 
@@ -200,7 +202,7 @@ def _check_recipe(recipe: JsonObject) -> None:
         ValueError: a field is of another type.
     """
     for name in ("name", "runs_dir"):
-        if name in recipe and not re.fullmatch(r"[^\0]+", recipe.text(name)):
+        if name in recipe and not _NAME.fullmatch(recipe.text(name)):
             raise recipe.problem(name)
     training = recipe.nested("training") if recipe.others().get("training") is not None else JsonObject({})
     for name in ("epochs", "batch_size", "log_every_steps"):

@@ -226,7 +226,7 @@ class _Memory:
 def _pss_kb(pid: int) -> int:
     """Return a process's proportional set size in KiB; 0 if the system does not tell or the process has ended."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text("utf-8", "replace").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)

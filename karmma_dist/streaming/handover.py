@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Listener
 from pathlib import Path
+from typing import Any
 
 from karmma_dist.errors import UserError, one_line
 
@@ -22,7 +23,8 @@ _LONGEST_SOCKET = 107
 """Bytes of the longest path of a Unix socket (sun_path of unix(7), less its end)."""
 _SOCKET_NAME = "/pymp-12345678/listener-12345678"
 """Path of a socket of `multiprocessing` below the folder for temporary files."""
-_OF_HANDOVER = ("Too many open files", "ancillary data", "shared memory", "unable to mmap", "unable to open file")
+_NO_FILES = os.strerror(errno.EMFILE)
+_OF_HANDOVER = (_NO_FILES, "ancillary data", "shared memory", "unable to mmap", "unable to open file")
 """Words in the errors that torch raises in the trainer if it cannot receive a batch."""
 
 
@@ -52,12 +54,20 @@ def check_handover() -> None:
 
 
 def report_unsent(report: Callable[[BaseException], None]) -> None:
-    """Let this worker call `report` with an error that keeps a batch from being sent."""
+    """Let this worker call `report` with an error that keeps a batch from being sent, or the sending thread away."""
+    queue_type: Any = multiprocessing.queues.Queue
+    start_thread = queue_type._start_thread
 
     def on_error(error: BaseException, item: object) -> None:  # noqa: ARG001
         report(error)
 
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(on_error)  # type: ignore[attr-defined]
+    def start_or_report(queue: object) -> None:
+        try:
+            start_thread(queue)
+        except RuntimeError as error:
+            report(error)
+
+    queue_type._on_queue_feeder_error, queue_type._start_thread = staticmethod(on_error), start_or_report
 
 
 def is_of_handover(error: BaseException) -> bool:
@@ -70,7 +80,9 @@ def is_of_handover(error: BaseException) -> bool:
 def described(error: BaseException) -> str:
     """Return an error of a worker or of the hand-over in one line, with what to do about it."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if not isinstance(error, OSError | RuntimeError):
+    if _NO_FILES in text:
+        text = _NO_FILES  # torch adds advice of its own
+    elif not isinstance(error, OSError | RuntimeError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {text}"
@@ -79,7 +91,7 @@ def described(error: BaseException) -> str:
 
 def _remedy(error: BaseException, text: str) -> str:
     number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancillary data" in text:
+    if number in (errno.EMFILE, errno.ENFILE) or _NO_FILES in text or "ancillary data" in text:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"raise the limit of open files (ulimit -n, now {limit}), or lower data.num_workers"
     if number == errno.EAGAIN or "start new thread" in text:

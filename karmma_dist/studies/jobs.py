@@ -6,6 +6,7 @@ SIGUSR2 are forwarded: children save and exit. If another study is training a ru
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from karmma_dist.errors import ERROR_FILE, LOST_RANK, Stopped, one_line
-from karmma_dist.io.disk_errors import make_folder
-from karmma_dist.io.files import append
+from karmma_dist.io.disk_errors import DiskError, free_bytes, make_folder
+from karmma_dist.io.files import append, scratch_folder
 from karmma_dist.io.locks import FileLock
 from karmma_dist.launching.local import rank_command
 from karmma_dist.processes import dying_with_parent, kill_sessions, signal_name
@@ -35,6 +36,8 @@ _LOOK_EVERY_S = 1.0
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _AWAITED = {signal.SIGCHLD, *_FORWARDED}
 _PREEMPTED = 85
+_LEAST_FREE_BYTES = 1 << 16
+"""Free space below which a disk counts as full where a run has left no word on why it failed."""
 
 Say = Callable[[str], None]
 
@@ -48,6 +51,9 @@ class _Child:
     process: subprocess.Popen[bytes]
     lock: FileLock
     words: Path
+    """File for its last line."""
+    log: Path
+    """File of its output."""
     epoch: int = -1
     started: float = field(default_factory=time.monotonic)
 
@@ -84,22 +90,24 @@ def train_runs(
         UserError: a folder holds a run of another recipe.
         Stopped: a signal arrived, and the children have saved.
     """
-    unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
-    workshop = _Workshop(folder, num_at_once, say, progress, unmasked)
-    try:
-        return workshop.train(runs)
-    finally:
-        workshop.kill()
-        signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+    with scratch_folder("karmma-dist-study-") as scratch:  # for last words: `folder` may be on a full disk
+        unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+        workshop = _Workshop(folder, scratch, num_at_once, say, progress, unmasked)
+        try:
+            return workshop.train(runs)
+        finally:
+            workshop.kill()
+            signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
 
 
 class _Workshop:
     """The running children and the remaining runs."""
 
     def __init__(
-        self, folder: Path, num_at_once: int, say: Say, progress: Report, unmasked: set[int | signal.Signals]
-    ) -> None:
-        self._folder, self._say, self._progress = folder, say, progress
+        self, folder: Path, scratch: Path, num_at_once: int, say: Say, progress: Report,
+        unmasked: set[int | signal.Signals],
+    ) -> None:  # fmt: skip
+        self._folder, self._scratch, self._say, self._progress = folder, scratch, say, progress
         self._free = list(range(num_at_once))
         self._num_at_once = num_at_once
         self._children: list[_Child] = []
@@ -145,16 +153,16 @@ class _Workshop:
             lock.release()
             return False
         path = write_recipe(self._folder, run)
-        words = self._folder / "logs" / f"{run.name}.error"
+        log_path, words = self._folder / "logs" / f"{run.name}.log", self._scratch / f"{run.name}.error"
+        make_folder(log_path.parent)
         make_folder(words.parent)
-        words.unlink(missing_ok=True)
         slot = self._free.pop(0)
-        with append(words.with_suffix(".log")) as log:
+        with append(log_path) as log:
             process = subprocess.Popen(
                 rank_command(["train", str(path)]), env={**os.environ, **self._environment(slot, words)},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=self._prepare,
             )  # fmt: skip
-        self._children.append(_Child(run, slot, process, lock, words))
+        self._children.append(_Child(run, slot, process, lock, words, log_path))
         self._say(f"train {run.name}: started")
         return True
 
@@ -217,9 +225,13 @@ class _Workshop:
 def _last_words(child: _Child, code: int) -> str:
     lines = child.words.read_text("utf-8", "replace").splitlines() if child.words.is_file() else []
     if lines:
-        return one_line(lines[-1].removeprefix(LOST_RANK).removeprefix("error: "))
+        line = one_line(lines[-1].removeprefix(LOST_RANK).removeprefix("error: "))
+        return f"{child.log}{line.removeprefix('output')}" if line.startswith("output: ") else line
     cause = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
-    return f"{cause}: see {child.words.with_suffix('.log')}"
+    free = free_bytes(child.log.parent)
+    if free is not None and free < _LEAST_FREE_BYTES:  # so its output may be lost
+        return str(DiskError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(child.log)))
+    return f"{cause}: see {child.log}"
 
 
 def _visible_gpus() -> list[str]:

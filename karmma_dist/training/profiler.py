@@ -70,7 +70,8 @@ class Trace:
                 _export(running, plain / "trace.json")
             write_whole(self._path, lambda temporary: _compress(plain / "trace.json", temporary))
         finally:
-            remove(plain)
+            with contextlib.suppress(OSError):  # a read-only disk must not hide the error
+                remove(plain)
         _logger.warning("trace written to %s: open it at ui.perfetto.dev", self._path)
 
 

@@ -439,14 +439,14 @@ class Trainer:
         self.engine.model.train()
 
     def _keep_validated(self, model: KarmmaModel, done: int) -> str | None:
-        """Write the metrics and weights of a validation, on the main rank; return what prevents it."""
+        """Write the weights and metrics of a validation, on the main rank; return what prevents it."""
         if not self.log:
             return None
         epoch = (done - 1) // self.steps_per_epoch
         try:
-            self.log.write("validation", done, epoch, self.metrics)
             save_model(model, self.recipe.run_dir, recipe=self.recipe, classes=self.classes)
             self.best.save_if_better(model, self.metrics, done, epoch)
+            self.log.write("validation", done, epoch, self.metrics)  # last: a validation in the log is not repeated
         except (OSError, UserError) as error:
             return str(error)
         return None

@@ -114,7 +114,6 @@ WRITERS = {
     "studies.results": "into the temporary file of write_whole",
     "terminal": "the process's own streams",
     "training.checkpoint.async_saver": "into the temporary file of write_whole",
-    "training.checkpoint.resume": "a folder, whose errors it names",
     "training.profiler": "into the temporary file of write_whole",
 }
 """Modules that write files or make folders themselves: why a link can lead none of them elsewhere, and a full disk is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ from pydantic import Field
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.named_file import find_file
-from karmma_dist.settings import Settings, dump, flat, load_settings, mark, unmarked
+from karmma_dist.settings import Settings, dump, flat, load_settings, mark, marked, unmarked
+from kits.patience import HANGS_S
 
 
 class Inner(Settings):
@@ -136,6 +138,16 @@ class MarkedWhole(Settings):
     """Marked."""
 
 
+def test_a_field_bears_each_of_its_marks() -> None:
+    class Part(Settings):
+        """A section."""
+
+        both: Annotated[int, MARK, OTHER_MARK] = 1
+        """Marked twice."""
+
+    assert marked(Part, MARK) == marked(Part, OTHER_MARK) == ["both"]
+
+
 def test_marked_fields_are_left_out_at_any_depth() -> None:
     outer = MarkedWhole(sections={"a": MarkedPart(), "b": MarkedPart(kept=5)}, sizes={"width": 3})
     assert unmarked(outer, MARK) == {
@@ -216,6 +228,14 @@ def test_a_variable_is_a_number_where_one_is_wanted(tmp_path: Path, monkeypatch:
         monkeypatch.setenv("KD_X", value)
         with pytest.raises(UserError, match=message):
             load_settings(path, Outer)
+
+
+def test_a_text_full_of_unfinished_variables_is_read_soon(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", f"title: a\ninner: {{names: ['{'${a:-' * 19_000}']}}")
+    began = time.process_time()
+    with pytest.raises(UserError, match="a text of 95,000 characters"):
+        load_settings(path, Outer)
+    assert time.process_time() - began < HANGS_S
 
 
 def test_a_folder_or_pipe_is_no_file_and_a_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

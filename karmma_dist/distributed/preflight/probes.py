@@ -61,7 +61,7 @@ class SharedFolderProbe:
         try:
             with (
                 naming(self._folder / str(rank)),
-                open(create(self._folder / str(rank)), "w") as file,
+                open(create(self._folder / str(rank)), "w", encoding="utf-8") as file,
             ):
                 file.write(f"{self._token} {rank}")
                 file.flush()
@@ -72,7 +72,7 @@ class SharedFolderProbe:
     def sees(self, rank: int) -> bool:
         """Return True if a rank's file exists with this preflight's token."""
         try:
-            return (self._folder / str(rank)).read_text() == f"{self._token} {rank}"
+            return (self._folder / str(rank)).read_text("utf-8", "replace") == f"{self._token} {rank}"
         except OSError:
             return False
 
@@ -195,7 +195,9 @@ def _step_hosts(environment: Mapping[str, str]) -> list[str]:
         return []
     command = ["scontrol", "show", "hostnames", nodes]
     try:
-        hostnames = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        hostnames = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=5, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return hostnames.stdout.split()

@@ -92,11 +92,11 @@ def check_disk(chain: Sequence[Recipe]) -> list[Check]:
     remote = [recipe for recipe in chain if is_url(recipe.data.shards)]
     if remote:
         places["cache"] = cache_root(remote[0].data.cache_dir)
-    return [*(check_room(name, path) for name, path in places.items()), *check_temporary_files()]
+    return [*(check_room(name, path) for name, path in places.items()), *check_temporary_files(chain)]
 
 
-def check_temporary_files() -> list[Check]:
-    """Check the folder for temporary files: its space, and that loader workers can open their sockets there."""
+def check_temporary_files(chain: Sequence[Recipe] = ()) -> list[Check]:
+    """Check the folder for temporary files: its space, and that loader workers, if any, can open sockets there."""
     name, asked = TEMPORARY_FILES, os.environ.get("TMPDIR")
     try:
         folder = tempfile.gettempdir()
@@ -104,7 +104,7 @@ def check_temporary_files() -> list[Check]:
         return [Check(name, "fix", one_line(error.strerror or error), "set TMPDIR to a folder that can be written")]
     checks = [check_room(name, Path(folder))]
     problem = temporary_folder_problem(folder)
-    if problem is not None:
+    if problem is not None and (not chain or any(recipe.data.num_workers for recipe in chain)):
         checks.append(Check(name, "fix", problem, "set TMPDIR to a shorter path, such as /tmp"))
     if asked and os.path.abspath(asked) != os.path.abspath(folder):
         advice = "create TMPDIR, or change its permissions, or set another"

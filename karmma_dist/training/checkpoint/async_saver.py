@@ -24,6 +24,7 @@ from torch import Tensor
 from karmma_dist.distributed.collectives import gather, raise_on_all
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import remove, write_json, write_whole
 from karmma_dist.io.json_fields import JsonObject, read_json
 from karmma_dist.models.model_card import find_nonfinite
@@ -224,7 +225,7 @@ def _prepare(partial: Path) -> str | None:
     try:
         for leftover in partial.parent.glob(".step-*.partial"):
             remove(leftover)
-        partial.mkdir(parents=True)
+        make_folder(partial)
     except OSError as error:
         return _reason(error)
     return None

@@ -12,6 +12,7 @@ from typing import Any
 from karmma_dist.distributed.collectives import gather, raise_on_all
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError, masked
+from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import remove
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
@@ -53,8 +54,10 @@ def prepare_run_dir(recipe: Recipe, world: World, resume: str, report: Report = 
     """
     try:
         decision = [_check_and_prepare(recipe, resume, report), ""] if world.is_main else []
-    except (OSError, UserError) as error:
-        decision = ["", f"{recipe.run_dir}: {error}" if isinstance(error, OSError) else str(error)]
+    except UserError as error:
+        decision = ["", str(error)]
+    except OSError as error:
+        decision = ["", f"{error.filename or recipe.run_dir}: {error.strerror or error}"]
     start, problem = gather(decision)
     if problem:
         raise UserError(problem)
@@ -86,7 +89,7 @@ def _check_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
         names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
         for name in names:
             remove(run_dir / name)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     save_recipe(recipe, run_dir / "recipe.yaml")
     write_state(run_dir, "running")
     if start and Path(start).resolve().parent == (run_dir / "checkpoints").resolve():

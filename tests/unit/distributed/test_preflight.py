@@ -87,6 +87,35 @@ def test_a_rank_that_never_arrives_is_named() -> None:
     assert other.reported
 
 
+def run_worlds(*worlds: World, timeout_s: float = 6.0) -> list[Outcome]:
+    with ThreadPoolExecutor(len(worlds)) as pool:
+        futures = [pool.submit(preflight, [], world, timeout_s) for world in worlds]
+        return [future.result(timeout=HANGS_S) for future in futures]
+
+
+def test_two_processes_with_one_rank_are_named_and_the_missing_rank_too() -> None:
+    port = free_port()
+    outcomes = run_worlds(*(World(rank, rank, 3, "127.0.0.1", port) for rank in (0, 1, 1)))
+    lines = outcomes[0].failures
+    assert any(line.startswith("two processes are rank 1 (") for line in lines), lines
+    assert any(line.startswith("rank 2 (node unknown): did not arrive") for line in lines), lines
+    assert all(outcome.failures for outcome in outcomes)
+
+
+def test_ranks_of_different_world_sizes_are_named() -> None:
+    port = free_port()
+    outcomes = run_worlds(World(0, 0, 2, "127.0.0.1", port), World(1, 1, 4, "127.0.0.1", port))
+    assert all(any("WORLD_SIZE=" in line for line in outcome.failures) for outcome in outcomes), outcomes
+
+
+def test_one_rank_needs_no_free_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        (outcome,) = run_worlds(World(0, 0, 1, "127.0.0.1", taken.getsockname()[1]))
+    assert outcome.failures == []
+
+
 def test_without_rank_0_each_rank_names_the_address_it_tried() -> None:
     (outcome,) = run_ranks(None, [], timeout_s=4.0)
     assert "rank 1 (" in outcome.failures[0]

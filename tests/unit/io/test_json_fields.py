@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from karmma_dist.io.files import json_bytes, json_text
 from karmma_dist.io.json_fields import JsonObject, parse_list, parse_strictly, read_json
 
 FIELDS = JsonObject.parse(
@@ -117,3 +118,42 @@ def test_a_file_without_an_end_or_without_a_writer_is_not_read(tmp_path: Path) -
         with pytest.raises(OSError, match=r"no regular file|more than 100 bytes|directory"):
             read_json(path, limit)
     assert read_json(tmp_path / "large", 108).whole("a") == 1
+
+
+def outcome(read: Callable[[], Any]) -> object:
+    try:
+        return read()
+    except ValueError:
+        return "refused"
+
+
+@given(json_values | st.text("[]{},:\"1aeN-. \n\\u\ud800", max_size=20), st.booleans())
+def test_the_quick_parser_reads_and_refuses_what_the_strict_one_does(value: object, is_text: bool) -> None:
+    content = f'{{"a": {value if is_text and isinstance(value, str) else json.dumps(value)}}}'
+    strict = outcome(lambda: JsonObject(parse_strictly(content)).unchecked())
+    assert outcome(lambda: JsonObject.parse(content).unchecked()) == strict
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"a": 1, "a": 2}', b'{"a": -Infinity}', b'\xef\xbb\xbf{}', '{"a": 1}'.encode("utf-16"), b'{"a": "\xff"}',
+     rb'{"a": "\ud800"}', b'{"a":' * 100_000, b"[1]", b"", b'{"a": 1e999}', b'{"a": ' + b"9" * 5000 + b"}"],
+)  # fmt: skip
+def test_the_quick_parser_refuses(content: bytes) -> None:
+    with pytest.raises(ValueError):
+        JsonObject.parse(content)
+
+
+def test_numbers_that_are_not_finite_are_gaps_where_they_may_be(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a": NaN, "b": [Infinity, -Infinity, 1.5]}')
+    assert read_json(path, with_gaps=True).unchecked() == {"a": None, "b": [None, None, 1.5]}
+    values = {"a": float("nan"), "b": (float("inf"), [{"c": -float("inf")}], 1.5, True)}
+    assert json.loads(json_text(values)) == {"a": None, "b": [None, [{"c": None}], 1.5, True]}
+
+
+@given(json_values)
+def test_what_is_finite_is_written_as_it_always_was(value: object) -> None:
+    assert json_bytes(value) == (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode(
+        errors="surrogatepass"
+    )

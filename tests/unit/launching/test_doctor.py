@@ -328,6 +328,10 @@ def test_a_tmpdir_too_long_for_sockets_must_be_fixed(tmp_path: Path, monkeypatch
     assert path.state == "fix"
     assert "has 140 bytes" in path.found
     assert "TMPDIR" in path.advice
+    alone = recipe("x", tmp_path)
+    assert len(machine.check_temporary_files([alone])) == 2
+    alone.data.num_workers = 0
+    assert len(machine.check_temporary_files([alone])) == 1
 
 
 def test_a_tmpdir_that_does_not_exist_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

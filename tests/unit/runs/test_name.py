@@ -17,7 +17,7 @@ from karmma_dist.models.model_card import CARD
 from karmma_dist.models.weights import WEIGHTS
 from karmma_dist.recipe import Recipe, save_recipe
 from karmma_dist.recipe.name import OWN_NAMES
-from karmma_dist.runs.folder import BEST, ENSEMBLE, STATE, write_state
+from karmma_dist.runs.folder import BEST, ENSEMBLE, METRICS, STATE, write_state
 from karmma_dist.runs.name import check_place, is_run, read_written_recipe
 from karmma_dist.studies.jobs import LOCK
 from karmma_dist.training.checkpoint import resume as preparation
@@ -116,9 +116,9 @@ def test_a_damaged_run_is_still_one(tmp_path: Path, own: str) -> None:
 
 
 def test_names_that_runs_use_are_no_names_of_runs() -> None:
-    assert {BEST, STATE, ENSEMBLE, CARD, WEIGHTS, STOP_FILE} <= OWN_NAMES
+    assert {BEST, STATE, ENSEMBLE, METRICS, CARD, WEIGHTS, STOP_FILE} <= OWN_NAMES
     written = re.findall(r"run_dir / \"([^\"]+)\"", "".join(path.read_text() for path in PACKAGE.rglob("*.py")))
-    assert {"checkpoints", "metrics.jsonl", "trace", "recipe.yaml"} <= set(written) <= OWN_NAMES
+    assert {"checkpoints", "trace", "recipe.yaml"} <= set(written) <= OWN_NAMES
     assert LOCK.startswith(".")
 
 

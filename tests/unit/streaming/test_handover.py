@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -206,6 +207,19 @@ def test_a_worker_without_a_thread_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(workers, "end_with_parent", refuse)
     message = failure()
     assert "failed while starting: can't start new thread" in message
+    assert "ulimit -u" in message
+
+
+def allow_no_further_thread() -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threading.Thread.start = refuse  # type: ignore[method-assign]  # in the worker
+
+
+def test_a_worker_whose_sending_thread_cannot_start_is_named() -> None:
+    message = failure(allow_no_further_thread)
+    assert "failed while handing over: can't start new thread" in message
     assert "ulimit -u" in message
 
 

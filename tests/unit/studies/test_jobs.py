@@ -20,6 +20,8 @@ from karmma_dist.studies.plan import StudyRun, plan_study
 from karmma_dist.studies.study import load_study
 from kits.studies import STUDY, write_study
 
+AGAIN = "then run the same command again to resume"
+
 TRAINER = """
 import json, os, pathlib, signal, sys, time
 recipe = pathlib.Path(sys.argv[1])
@@ -29,7 +31,8 @@ with open("order", "a") as order:
     order.write(f"begin {name}\\n")
 behaviour = json.loads(pathlib.Path("behaviour").read_text())
 if behaviour.get("fails", "nobody") in name:
-    open(os.environ["KARMMA_DIST_ERROR_FILE"], "w").write("error: shards: no such folder\\n")
+    says = behaviour.get("says", "error: shards: no such folder\\n")
+    open(os.environ["KARMMA_DIST_ERROR_FILE"], "w").write(says)
     sys.exit(2)
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -95,6 +98,28 @@ def test_a_failed_run_does_not_stop_independent_runs(runs: list[StudyRun]) -> No
     student = next(run.name for run in runs if "student" in run.name and run.name.endswith("@seed0"))
     assert missing == {"tiny/teacher@seed0": "shards: no such folder", student: "needs tiny/teacher@seed0"}
     assert len([line for line in order() if line.startswith("end")]) == 2
+
+
+def test_last_words_do_not_depend_on_the_studys_disk(runs: list[StudyRun], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "free_bytes", lambda _: 0)
+    places: list[Path] = []
+    environment = jobs._Workshop._environment
+
+    def note(self: jobs._Workshop, slot: int, words: Path) -> dict[str, str]:
+        places.append(words)
+        return environment(self, slot, words)
+
+    monkeypatch.setattr(jobs._Workshop, "_environment", note)
+    log = "out/logs/tiny/teacher@seed0.log"
+    for says, expected in (
+        ("error: shards: no such folder\n", "shards: no such folder"),
+        ("error: output: No space left on device\n", f"{log}: No space left on device"),
+        ("", f"{log}: No space left on device: free some space in out/logs/tiny, {AGAIN}"),
+    ):
+        behave(fails="teacher@seed0", says=says)
+        assert train_runs(runs, Path("out"), 1, print)["tiny/teacher@seed0"] == expected
+    assert places
+    assert not any(place.is_relative_to(Path("out").absolute()) or place.exists() for place in places)
 
 
 def test_a_run_that_another_study_trains_is_waited_for(runs: list[StudyRun]) -> None:
