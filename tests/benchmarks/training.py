@@ -241,8 +241,8 @@ def bench_loop(repeats: int, world: World) -> None:
         recipe = _loop_recipe(folder, repeats)
         shards = ShardFolder(folder / "shards")
         undisturbed = PreemptionHandler(world.rank, None, highest)
-        trainer = loop.Trainer(recipe, world, shards, validate, lambda *_: None, undisturbed)
         clips = TrainingClips(shards, recipe.data, recipe.inputs, recipe.seed, 8)
+        trainer = loop.Trainer(recipe, world, clips, validate, lambda *_: None, undisturbed, None)
         in_turn = InTurn(trainer, [clips.batch(Slice(0, step, step * 8, step * 8 + 8)) for step in range(BLOCK)])
         recipe.run_dir.mkdir(parents=True)
         with (
