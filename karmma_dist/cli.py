@@ -86,9 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(str(stop), of_another=isinstance(stop, LostRank))
         return stop.exit_code
     except click.UsageError as error:
-        if isinstance(error, click.exceptions.NoArgsIsHelpError):
-            click.echo(error.format_message(), err=True)
-            return 2
         command = error.ctx.command_path if error.ctx else "karmma-dist"
         return _fail(f"{command}: {error.format_message()} (see {command} --help)")
     except click.ClickException as error:
@@ -107,6 +104,9 @@ def _run(given: list[str]) -> int:
             raise UserError(f"{shown} of the command line is empty: is a variable unset?")
     try:
         cli(args=given, prog_name="karmma-dist", standalone_mode=False, obj=given)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0

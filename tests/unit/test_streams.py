@@ -90,6 +90,7 @@ def test_a_closed_or_full_stream_moves_nothing_to_the_other(runs: Path) -> None:
         (bad, ">&-", 2, True, b"error: /none: no such shards folder (pack one with: karmma-dist shard)\n"),
         (bad, "2>/dev/full", 2, True, b""),
         (good, ">/dev/full", 2, True, b"error: output: No space left on device\n"),
+        ([], ">/dev/full", 2, True, b"error: output: No space left on device\n"),
         (["--help"], ">/dev/full", 2, True, b"error: output: No space left on device\n"),
         (["recipe", "schema"], ">/dev/full", 2, True, b"error: output: No space left on device\n"),
         (good, ">/dev/full 2>&1", 2, True, b""),
@@ -102,6 +103,15 @@ def test_a_closed_or_full_stream_moves_nothing_to_the_other(runs: Path) -> None:
         assert done.returncode == code, shown
         assert (done.stdout == b"") is out_is_empty, shown
         assert done.stderr == error, shown
+
+
+def test_a_message_that_nobody_reads_does_not_change_the_exit_code() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "karmma_dist", "inspect", "/none"]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=writing, timeout=HANGS_S)
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (2, b"")
 
 
 def test_files_are_written_and_read_as_utf8_whatever_the_locale() -> None:
