@@ -95,6 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         return _fail_by_system(error)
+    except UnicodeEncodeError as error:
+        if error.encoding.replace("-", "") != sys.getfilesystemencoding().replace("-", "") or "utf" in error.encoding:
+            raise
+        return _fail(
+            f"{error.object}: this locale has no name for such a file ({error.encoding}): set LC_ALL=C.UTF-8, then run "
+            "the same command again"
+        )
 
 
 def _run(given: list[str]) -> int:
