@@ -130,7 +130,7 @@ def check_rendezvous(environment: Mapping[str, str] = os.environ) -> list[Check]
 
 def check_room(name: str, path: Path) -> Check:
     """Check that a folder is writable and has space, judging by its nearest existing parent."""
-    path = path.expanduser().absolute()
+    path = path.absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         advice = f"change the permissions of {existing}, or choose another folder"
