@@ -86,9 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(str(stop), of_another=isinstance(stop, LostRank))
         return stop.exit_code
     except click.UsageError as error:
-        if isinstance(error, click.exceptions.NoArgsIsHelpError):
-            click.echo(error.format_message(), err=True)
-            return 2
         command = error.ctx.command_path if error.ctx else "karmma-dist"
         return _fail(f"{command}: {error.format_message()} (see {command} --help)")
     except click.ClickException as error:
@@ -98,6 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         return _fail_by_system(error)
+    except UnicodeEncodeError as error:
+        if error.encoding.replace("-", "") != sys.getfilesystemencoding().replace("-", "") or "utf" in error.encoding:
+            raise
+        return _fail(
+            f"{error.object}: this locale has no name for such a file ({error.encoding}): set LC_ALL=C.UTF-8, then run "
+            "the same command again"
+        )
 
 
 def _run(given: list[str]) -> int:
@@ -107,6 +111,9 @@ def _run(given: list[str]) -> int:
             raise UserError(f"{shown} of the command line is empty: is a variable unset?")
     try:
         cli(args=given, prog_name="karmma-dist", standalone_mode=False, obj=given)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0

@@ -7,7 +7,7 @@ import re
 import reprlib
 from urllib.parse import urlsplit, urlunsplit
 
-from karmma_dist.terminal import print_line
+from karmma_dist.terminal import print_line, silence
 
 ERROR_FILE = "KARMMA_DIST_ERROR_FILE"
 """Environment variable by which `karmma-dist launch` gives a rank the path of the file for its last line."""
@@ -109,7 +109,10 @@ def say(line: str, of_another: bool = False) -> None:
         except OSError as error:
             line = f"{line} (not left in {file}: {error.strerror})"
     rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if "SLURM_STEP_NUM_TASKS" in os.environ else None)
-    print_line(f"rank {rank}: {line}" if rank not in (None, "0") else line, err=True)
+    try:
+        print_line(f"rank {rank}: {line}" if rank not in (None, "0") else line, err=True)
+    except BrokenPipeError:  # nobody reads it; the exit code still says what happened
+        silence(2)
 
 
 def nearest(word: str, choices: list[str]) -> str:

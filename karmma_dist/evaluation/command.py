@@ -149,7 +149,8 @@ def evaluate_request(request: Request) -> Evaluation | None:
     with ExitStack() as stack:
         world = stack.enter_context(joined_ranks())
         plans = request.plans()
-        folders = [plan.folder for plan in plans.values()] + [comparison_folder] * (len(plans) > 1)
+        folders = [plan.folder for plan in plans.values() if plan.is_scored]
+        folders += [comparison_folder] if len(plans) > 1 else []
         stack.enter_context(owned_on_main(folders, world))
         report: Report = stack.enter_context(Progress()) if world.is_main else silent
         if len(plans) > 1:

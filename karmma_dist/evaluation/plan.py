@@ -32,6 +32,8 @@ class Plan:
     """Name of the run, or of the weights file."""
     folder: Path
     """Folder for results and report."""
+    is_scored: bool
+    """True if there are results and a report: a clip has a label for every head."""
     model: KarmmaModel
     """The model, on the CPU."""
     clips: EvaluationClips
@@ -109,13 +111,14 @@ def plan_evaluation(
     check_classes(card, shard_folder)
     clips = EvaluationClips(shard_folder, data, card.inputs, data.validation_split, chosen_views)
     folder = weights_folder / "eval" if out is None else out
-    if _check_labels(clips, card.heads, chosen_exports, has_corruptions=len(intact) < len(chosen)):
+    is_scored = _check_labels(clips, card.heads, chosen_exports, has_corruptions=len(intact) < len(chosen))
+    if is_scored:
         check_folder(folder, "give another with --out" if out is None else "name another folder")
     chosen_exports.check_clips(shard_folder.clips(data.validation_split), intact[0].modalities)
     lists = annotations or (recipe.evaluation.annotations if recipe else None)
     groups = read_groups(Path(lists), model.heads, participants(shard_folder, clips.clips)) if lists else None
     size = batch_size or (recipe.evaluation.batch_size if recipe else 16)
-    return Plan(run_name(run), folder, model, clips, chosen, size, groups, chosen_exports)
+    return Plan(run_name(run), folder, is_scored, model, clips, chosen, size, groups, chosen_exports)
 
 
 def default_split(data: DataRecipe) -> str:

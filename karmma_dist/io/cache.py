@@ -47,9 +47,16 @@ _SETTINGS = "data.cache_dir or KARMMA_DIST_CACHE"
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """Return the cache folder of this node: `cache_dir`, else $KARMMA_DIST_CACHE, else ~/.cache/karmma-dist."""
+    """Return the cache folder of this node: `cache_dir`, else $KARMMA_DIST_CACHE, else ~/.cache/karmma-dist.
+
+    Raises:
+        UserError: its home folder is unknown.
+    """
     root = cache_dir or os.environ.get("KARMMA_DIST_CACHE") or "~/.cache/karmma-dist"
-    return Path(root).expanduser().absolute()
+    expanded = os.path.expanduser(root)
+    if expanded.startswith("~"):
+        raise UserError(f"cache folder {root}: no such home folder is known: name another one ({_SETTINGS})")
+    return Path(expanded).absolute()
 
 
 class FetchError(Exception):

@@ -166,7 +166,7 @@ def _sbatch(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine's PATH: run this on a login node, or use --local N or --dry-run")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=120)
     except subprocess.TimeoutExpired:
         raise UserError("sbatch did not respond within 120 s: is the controller up (scontrol ping)?") from None
     if done.returncode:

@@ -336,7 +336,7 @@ def _resume_command(run: Path, recipe: Mapping[str, Any], state: Mapping[str, An
     """Return the command that resumes the run as it was started: through Slurm, on several local ranks, or alone."""
     words = [str(run / "recipe.yaml")]
     real = Path(os.path.realpath(run))
-    if os.path.realpath(Path(recipe.get("runs_dir", "runs")) / recipe["name"]) != str(real):
+    if not _is_at(Path(recipe.get("runs_dir", "runs")) / recipe["name"], real):
         runs_dir = real
         for _ in Path(recipe["name"]).parts:
             runs_dir = runs_dir.parent
@@ -349,6 +349,13 @@ def _resume_command(run: Path, recipe: Mapping[str, Any], state: Mapping[str, An
         command = ["train", *words]
     line, stop = shlex.join(["karmma-dist", *command]), run / "STOP"
     return f"rm {shlex.quote(str(stop))} && {line}" if stop.exists() else line
+
+
+def _is_at(path: Path, real: Path) -> bool:
+    try:
+        return os.path.realpath(path) == str(real)
+    except UnicodeEncodeError:  # no file has such a name in this locale
+        return False
 
 
 def _progress(run: Run) -> str:

@@ -110,13 +110,15 @@ class Batches(Iterator[Batch]):
         try:
             return iter(loader)
         except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "start new thread" not in str(error):
+            is_of_loader = isinstance(error, RuntimeError) and _is_of_loader(error)
+            if isinstance(error, RuntimeError) and not is_of_loader and "start new thread" not in str(error):
                 raise
             self._processes = list(set(multiprocessing.active_children()) - others)
+            death = self._death(_DEATH_S) if is_of_loader else None  # a worker that ended before all had started
             num_started = len(self._processes)
             self._kill()
             _abandoned.extend(frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
-            raise UserError(
+            raise death or UserError(
                 f"rank {self._rank}: only {num_started} of {self._num_workers} loader workers can be started: "
                 f"{described(error)}"
             ) from None

@@ -10,6 +10,7 @@ from functools import partial
 from karmma_dist.distributed.collectives import barrier, highest
 from karmma_dist.distributed.process_group import process_group
 from karmma_dist.distributed.world import World, find_world
+from karmma_dist.errors import UserError
 from karmma_dist.progress import Progress, Report, silent
 from karmma_dist.recipe import Recipe
 from karmma_dist.recipe.micro_batches import check_batches
@@ -64,9 +65,10 @@ def train_chain(
 def _record_lost_rank(chain: Sequence[Recipe], world: World, reason: str) -> None:
     """Record in the state of the run that this process trains that another rank is lost."""
     for recipe in chain if world.is_main else ():
-        state = read_state(recipe.run_dir)
-        if state.get("state") == "running" and is_this_process(state):
-            write_state(recipe.run_dir, "failed", error=reason)
+        with contextlib.suppress(OSError, UserError):  # the end of this rank, which names the reason, comes next
+            state = read_state(recipe.run_dir)
+            if state.get("state") == "running" and is_this_process(state):
+                write_state(recipe.run_dir, "failed", error=reason)
 
 
 def _train_unless_finished(
@@ -76,5 +78,5 @@ def _train_unless_finished(
     barrier()  # every rank must read the state before any rank trains
     if state.get("state") == "finished":
         report(f"train {recipe.name}", 1, 1, f"already finished in {recipe.run_dir}")
-        return dict(state["metrics"])
+        return dict(state.get("metrics", {}))
     return train(recipe, world, validate, report=report, preemption=preemption)

@@ -18,6 +18,7 @@ from karmma_dist.cli import cli, main
 from karmma_dist.errors import shortened
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import PackingSpec
+from kits.fuzzing import cases
 from kits.packing import write_movie
 from kits.patience import HANGS_S
 
@@ -108,7 +109,7 @@ def test_hostile_arguments_are_one_line(
     monkeypatch.setenv("SLURM_CONF", str(place / "none"))
     chance = random.Random(0)
     commands = list(leaves(cli))
-    for number in range(200):
+    for number in cases(200):
         words, command = commands[number % len(commands)]
         check(random_line(chance, words, command), capsys)
 

@@ -28,9 +28,6 @@ LOCALES = {
 }
 
 
-ELSEWHERE = ("launching/", "settings.py", "training/checkpoint/", "training/teacher.py", "runs/listing.py")
-"""Parts of the package whose files are looked at by their own tests."""
-
 
 def run(words: list[str], redirection: str = "", **variables: str) -> subprocess.CompletedProcess[bytes]:
     """Run a command line in a shell."""
@@ -90,6 +87,7 @@ def test_a_closed_or_full_stream_moves_nothing_to_the_other(runs: Path) -> None:
         (bad, ">&-", 2, True, b"error: /none: no such shards folder (pack one with: karmma-dist shard)\n"),
         (bad, "2>/dev/full", 2, True, b""),
         (good, ">/dev/full", 2, True, b"error: output: No space left on device\n"),
+        ([], ">/dev/full", 2, True, b"error: output: No space left on device\n"),
         (["--help"], ">/dev/full", 2, True, b"error: output: No space left on device\n"),
         (["recipe", "schema"], ">/dev/full", 2, True, b"error: output: No space left on device\n"),
         (good, ">/dev/full 2>&1", 2, True, b""),
@@ -104,12 +102,21 @@ def test_a_closed_or_full_stream_moves_nothing_to_the_other(runs: Path) -> None:
         assert done.stderr == error, shown
 
 
+def test_a_message_that_nobody_reads_does_not_change_the_exit_code() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "karmma_dist", "inspect", "/none"]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=writing, timeout=HANGS_S)
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
 def test_files_are_written_and_read_as_utf8_whatever_the_locale() -> None:
     problems = []
     for path in sorted((ROOT / "karmma_dist").rglob("*.py")):
         name = path.relative_to(ROOT / "karmma_dist").as_posix()
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and uses_locale(node) and not name.startswith(ELSEWHERE):
+            if isinstance(node, ast.Call) and uses_locale(node):
                 problems.append(f"{name}:{node.lineno}")
     assert problems == []
 

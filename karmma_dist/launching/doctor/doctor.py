@@ -74,7 +74,9 @@ def exit_code(checks: Sequence[Check]) -> int:
 def run_probe(name: str, limit_s: float) -> tuple[list[dict[str, Any]], str | None]:
     """Run a probe of `probes.py` in a process; return its results, and why it ended early (None if it did not)."""
     command = [sys.executable, "-m", "karmma_dist.launching.doctor.probes", name]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    ) as process:
         try:
             out, err = process.communicate(timeout=limit_s)
             ended = None
@@ -158,7 +160,7 @@ def check_decoder(limit_s: float) -> list[Check]:
 def _driver() -> str | None:
     """Return the version of NVIDIA's kernel driver, or None if it is not loaded."""
     try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
+        words = Path("/proc/driver/nvidia/version").read_text("utf-8").split()
     except OSError:
         return None
     return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "of unknown version")

@@ -48,7 +48,7 @@ def check_compiler() -> list[Check]:
         return [Check("compiler", "note", "none", f"{needed}: apt install g++ python3-dev, or module load gcc")]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
-        source.write_text("#include <Python.h>\nint answer() { return PY_MAJOR_VERSION; }\n")
+        source.write_text("#include <Python.h>\nint answer() { return PY_MAJOR_VERSION; }\n", encoding="utf-8")
         command = [
             *compiler.split(), "-shared", "-fPIC", f"-I{sysconfig.get_paths()['include']}", str(source), "-o",
             str(source.with_suffix(".so")),
@@ -130,7 +130,7 @@ def check_rendezvous(environment: Mapping[str, str] = os.environ) -> list[Check]
 
 def check_room(name: str, path: Path) -> Check:
     """Check that a folder is writable and has space, judging by its nearest existing parent."""
-    path = path.expanduser().absolute()
+    path = path.absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         advice = f"change the permissions of {existing}, or choose another folder"
@@ -251,7 +251,9 @@ def _limit(value: int) -> str:
 def _run(command: Sequence[str], limit_s: float) -> tuple[int, str, str]:
     """Run a command; return exit code, stdout and stderr. The code is 127 if it cannot start, 124 if it times out."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=limit_s, stdin=subprocess.DEVNULL
+        )
     except subprocess.TimeoutExpired:
         return 124, "", f"no response within {limit_s:.0f} s"
     except OSError as error:

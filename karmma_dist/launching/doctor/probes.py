@@ -121,7 +121,7 @@ def _choose_accelerator() -> None:
 
 def main() -> None:
     """Run the probe that the command line names."""
-    output = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     probe = {"packages": packages, "devices": devices, "decoder": decoder}[sys.argv[1]]
     for result in probe():

@@ -10,7 +10,7 @@ import pytest
 
 from karmma_dist.errors import UserError
 from karmma_dist.io import cache as cache_module
-from karmma_dist.io.cache import Cache, Content
+from karmma_dist.io.cache import Cache, Content, cache_root
 
 DATA = b"data"
 CONTENT = Content(hashlib.sha256(DATA).hexdigest(), len(DATA))
@@ -128,3 +128,9 @@ def test_a_download_has_a_folder_of_its_own(tmp_path: Path) -> None:
         (tmp_path / CONTENT.name).unlink()
     assert places[0] != places[1]
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_home_folder_that_nobody_has_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KARMMA_DIST_CACHE", "~nobody-has-this-name/cache")
+    with pytest.raises(UserError, match="~nobody-has-this-name/cache: no such home folder is known"):
+        cache_root(None)

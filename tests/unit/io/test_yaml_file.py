@@ -29,6 +29,7 @@ from karmma_dist.io.yaml_file import (
     read_yaml,
     to_yaml,
 )
+from kits.fuzzing import cases
 from kits.patience import HANGS_S
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -222,7 +223,7 @@ PIECES = [
 
 def test_any_soup_of_yaml_is_a_tree_or_refused() -> None:
     draw = random.Random(5)
-    for _ in range(3000):
+    for _ in cases(3000):
         soup = "".join(draw.choice(PIECES) for _ in range(draw.randint(1, 25)))
         for parse in (parse_yaml, parse_value):
             try:

@@ -55,10 +55,10 @@ class SmallDisk:
             self.was_full = True
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def open(self, file: Path | int, mode: str = "r", opener: Callable[[str, int], int] | None = None) -> IO[Any]:
+    def open(self, file: Path | int, mode: str = "r", **arguments: Any) -> IO[Any]:
         if "r" not in mode:
             self.use()
-        return open(file, mode, opener=opener)  # what is written is a lock, which stays empty
+        return open(file, mode, **arguments)  # what is written is a lock, which stays empty
 
     def create(self, path: Path, temporary: Path, descriptor: int) -> io.FileIO:
         try:

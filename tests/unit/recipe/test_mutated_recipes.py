@@ -20,6 +20,7 @@ from karmma_dist.recipe import Recipe, load_chain, load_recipe
 from karmma_dist.recipe.name import check_run_name
 from karmma_dist.settings import dump, validate
 from karmma_dist.studies.study import load_study
+from kits.fuzzing import cases
 from kits.patience import HANGS_S
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,7 +99,7 @@ def test_a_mutated_recipe_is_a_recipe_or_refused(
     monkeypatch.chdir(tmp_path)
     path, saved = tmp_path / "mutated.yaml", tmp_path / "saved.yaml"
     num_accepted = 0
-    for _ in range(125):
+    for _ in cases(125):
         path.write_bytes(mutated(draw, tree).encode())
         began = time.process_time()
         try:
@@ -129,7 +130,7 @@ def test_a_mutated_specification_or_study_is_one_or_refused(name: str, tmp_path:
     tree = yaml.safe_load((ROOT / f"{name}.yaml").read_text())
     path = tmp_path / "mutated.yaml"
     num_accepted = 0
-    for _ in range(100):
+    for _ in cases(100):
         path.write_bytes(mutated(draw, tree).encode())
         try:
             settings = load_spec(str(path)) if name.startswith("shards") else load_study(str(path)).study
@@ -149,7 +150,7 @@ def test_an_override_by_chance_is_taken_or_refused() -> None:
     keys = [".".join(map(str, place)) for place in paths(load_recipe("demo/distill").model_dump(mode="json"))]
     keys += ["", ".", "..", "a..b", "training.", ".x", "training.epochs.x", "=", " ", "a." * 3000 + "b", "k" * 100_000]
     num_accepted = 0
-    for _ in range(400):
+    for _ in cases(400):
         override = f"{draw.choice(keys)}={draw.choice(VALUES)}"
         try:
             recipe = load_recipe("demo/distill", [override])

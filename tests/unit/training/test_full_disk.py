@@ -93,6 +93,6 @@ def test_a_trace_that_does_not_fit_is_named_and_hides_no_other_error(
     train(recipe, world, validate)
     assert weights(recipe.run_dir) == weights(finished)
     recipe = recipe_in(tmp_path / "second", shards, profile_steps=[0, 9])
-    with file_limit(5_000), pytest.raises(DiskError, match=r"run/weights\.safetensors: File too large: "):
+    with file_limit(5_000), pytest.raises(UserError, match=r"run/weights\.safetensors: File too large: "):
         train(recipe, world, validate)
     assert "no trace: " in caplog.text

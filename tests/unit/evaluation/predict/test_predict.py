@@ -175,7 +175,7 @@ def test_the_command_prints_names_and_json(place: Path, capsys):
         (["listener", "silent_0"], "the clip has video and flow, but the model needs one of audio"),
         (["student", "RAW/sound.m4a", "--modalities", "V,F"], "it has audio, but the model is to be given video, flow"),
         (["nothing", "one_0"], "no such run folder"),
-        (["student", ""], "a clip has an empty name"),
+        (["student", ""], "of the command line is empty"),
         (["student", "RAW/one.mp4", "--start", "nan"], "one.mp4: start nan is not a number of seconds"),
         (["student", "RAW/one.mp4", "--stop", "inf"], "one.mp4: stop inf is not a number of seconds"),
         (["student", "RAW/../shards/train-000000.tar"], "is a tar archive"),
