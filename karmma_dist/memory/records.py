@@ -101,7 +101,7 @@ class AnswerFiles:
         return answer
 
     def write(self, epoch: int, shard: str, row: int, modalities: int, answer: bytes) -> None:
-        """Store a clip's answer; see `read`.
+        """Store a clip's answer; see `read`. A whole answer for another set of modalities is kept instead.
 
         Raises:
             DiskError: the disk is full or fails.
@@ -112,9 +112,17 @@ class AnswerFiles:
         record = sealed + struct.pack("<I", zlib.crc32(sealed))
         descriptor = self._descriptor(epoch, shard, writes=True)
         assert descriptor is not None
+        if self._holds_another(self._pread(descriptor, epoch, shard, row), modalities):
+            return  # runs with other modality dropout would take turns in replacing each other's answers
         with naming(self.path(epoch, shard)):
             if os.pwrite(descriptor, record, row * self.record_bytes) != len(record):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _holds_another(self, record: bytes, modalities: int) -> bool:
+        if len(record) < self.record_bytes:
+            return False
+        stored, crc32 = _SEAL.unpack_from(record, self.answer_bytes)
+        return stored not in (0, modalities) and zlib.crc32(record[:-4]) == crc32
 
     def path(self, epoch: int, shard: str) -> Path:
         """Return the path of the file of an epoch and a shard."""
