@@ -15,7 +15,7 @@ from karmma_dist.evaluation.exports.exports import Exports
 from karmma_dist.evaluation.groups import Groups, participants, read_groups
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import ModelCard, load_model
-from karmma_dist.recipe import DataRecipe, ViewsRecipe, read_run_recipe
+from karmma_dist.recipe import DataRecipe, ViewsRecipe, data_of, read_run_recipe
 from karmma_dist.runs.folder import BEST, run_places
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
@@ -92,7 +92,7 @@ def plan_evaluation(
     recipe = read_run_recipe(home) if (home / "recipe.yaml").is_file() else None
     if recipe is None and shards is None:
         raise UserError(f"{weights_folder}: no recipe.yaml with the weights: name the shards with --shards DIR")
-    base = recipe.data if recipe else DataRecipe(shards=str(shards), modalities=list(card.modalities))
+    base = recipe.data if recipe else data_of(str(shards), card.modalities)
     changes = {"shards": shards, "validation_split": split or default_split(base), "num_workers": num_workers}
     known = {name: value for name, value in changes.items() if value is not None}
     # A student may use fewer modalities than the clips it was trained on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, ConfigDict, Field, model_validator
@@ -11,7 +12,7 @@ from karmma_dist.modalities.audio import AudioInput
 from karmma_dist.modalities.detections import DetectionsInput
 from karmma_dist.modalities.video import VideoInput
 from karmma_dist.recipe.fields import NOT_LEARNED, SHARED, Probability
-from karmma_dist.settings import PathText, Positive, Seconds, Settings, check_other_sections
+from karmma_dist.settings import PathText, Positive, Seconds, Settings, check_other_sections, validate
 
 
 class InputRecipe(Settings):
@@ -132,3 +133,17 @@ class DataRecipe(Settings):
         if order != self.modalities:
             raise ValueError(f"modalities must be listed once each and in this order: {', '.join(order)}")
         return self
+
+
+def data_of(shards: str, modalities: Sequence[str] | None = None) -> DataRecipe:
+    """Return the data section for shards that a user names, with defaults for everything else.
+
+    Args:
+        shards: Folder or URL of the shards.
+        modalities: Modalities to use; None: the default.
+
+    Raises:
+        UserError: no shards can have this name.
+    """
+    chosen = {} if modalities is None else {"modalities": list(modalities)}
+    return validate({"shards": shards, **chosen}, DataRecipe, "shards")

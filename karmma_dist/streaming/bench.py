@@ -13,7 +13,7 @@ import torch
 
 from karmma_dist.errors import UserError
 from karmma_dist.progress import Report, silent
-from karmma_dist.recipe import DataRecipe, InputRecipe, load_recipe
+from karmma_dist.recipe import DataRecipe, InputRecipe, data_of, load_recipe
 from karmma_dist.shards.remote import open_folder
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches, usable_clips
@@ -122,7 +122,7 @@ def _settings(shards: str, recipe: str | None) -> tuple[DataRecipe, InputRecipe,
     if recipe is not None:
         loaded = load_recipe(recipe, overrides)
         return loaded.data, loaded.inputs, loaded.training.batch_size, loaded.seed, f"recipe {recipe}"
-    folder = open_folder(DataRecipe(shards=shards))
+    folder = open_folder(data_of(shards))
     name = f"{folder.manifest.header.dataset}/distill"
     try:
         loaded = load_recipe(name, overrides)
@@ -131,7 +131,7 @@ def _settings(shards: str, recipe: str | None) -> tuple[DataRecipe, InputRecipe,
         reason = f"recipe {name} needs {', '.join(loaded.data.modalities)}"
     except UserError as error:
         reason = str(error).partition(";")[0]
-    data = DataRecipe(shards=shards, modalities=folder.modalities)
+    data = data_of(shards, folder.modalities)
     return data, InputRecipe(), _BATCH_SIZE, 0, f"default inputs ({reason})"
 
 

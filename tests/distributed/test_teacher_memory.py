@@ -43,7 +43,7 @@ def trained(folder: Path, name: str, num_ranks: int, *overrides: str) -> tuple[b
     return (run / "weights.safetensors").read_bytes(), [(line.get("loss"), line.get("kl")) for line in lines]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_two_ranks_remember_what_two_ranks_were_told(folder: Path, stage: int) -> None:
     settings = (f"training.zero_stage={stage}",)
     online = trained(folder, f"online_{stage}", 2, *settings)

@@ -29,7 +29,7 @@ from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import ModelCard, load_model
 from karmma_dist.packing.inspect.inspect import label_names
 from karmma_dist.progress import Report, silent
-from karmma_dist.recipe import DataRecipe, read_run_recipe
+from karmma_dist.recipe import DataRecipe, data_of, read_run_recipe
 from karmma_dist.runs.folder import run_places
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip
@@ -239,7 +239,7 @@ class _Predictor:
         if not present:
             has = " and ".join(modality for modality in folder.modalities if clip.has(modality))
             raise UserError(f"{named}: the clip has {has}, but the model needs one of {', '.join(self._chosen)}")
-        data = DataRecipe(shards=str(folder.root), modalities=present)
+        data = data_of(str(folder.root), present)
         clips = EvaluationClips(folder, data, self._card.inputs, split)
         place = next(place for place, other in enumerate(clips.clips) if other.key == key)
         batch = clips.batch(Slice(0, 0, place, place + 1))
@@ -303,7 +303,7 @@ def _data(run: Path, shards: str | None, card: ModelCard) -> DataRecipe | None:
     if (home / "recipe.yaml").is_file():
         data = read_run_recipe(home).data
         return data.model_copy(update={"shards": shards or data.shards, "modalities": list(card.modalities)})
-    return None if shards is None else DataRecipe(shards=shards, modalities=card.modalities)
+    return None if shards is None else data_of(shards, card.modalities)
 
 
 def _is_file(clip: str) -> bool:

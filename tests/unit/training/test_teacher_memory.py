@@ -85,16 +85,23 @@ def online(runs: Path, shards: Path, world: World) -> Recipe:
     return run
 
 
-@pytest.fixture
-def memory(runs: Path, shards: Path, world: World, tmp_path_factory: pytest.TempPathFactory, online: Recipe) -> Path:
+@pytest.fixture(scope="module")
+def filled(
+    runs: Path, shards: Path, world: World, tmp_path_factory: pytest.TempPathFactory, online: Recipe
+) -> Path:
     """A memory that a run has filled."""
     folder = tmp_path_factory.mktemp("memory")
-    shutil.rmtree(runs / "filling", ignore_errors=True)
     run = student(runs, shards, "filling", distill={"memory": str(folder)})
     train(run, world, validate)
     assert weights(run) == weights(online)
     assert {entry["remembered_share"] for entry in lines(run)} == {0.0}
     return folder
+
+
+@pytest.fixture
+def memory(filled: Path, tmp_path: Path) -> Path:
+    """A copy of that memory."""
+    return Path(shutil.copytree(filled, tmp_path / "filled"))
 
 
 def never_ask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,15 +135,14 @@ def test_other_students_alphas_and_temperatures_read_the_same_memory(
 
 
 def test_what_a_student_does_not_need_is_not_decoded(
-    runs: Path, shards: Path, world: World, memory: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, shards: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = student(runs, shards, "video_alone", model={"modalities": ["video"]})
     train(alone, world, validate)
-    filled = memory.parent / "video"
-    first = student(runs, shards, "video_first", model={"modalities": ["video"]}, distill={"memory": str(filled)})
+    first = student(runs, shards, "video_first", model={"modalities": ["video"]}, distill={"memory": str(tmp_path)})
     train(first, world, validate)
     never_ask(monkeypatch)
-    run = student(runs, shards, "video_only", model={"modalities": ["video"]}, distill={"memory": str(filled)})
+    run = student(runs, shards, "video_only", model={"modalities": ["video"]}, distill={"memory": str(tmp_path)})
     train(run, world, validate)
     assert weights(first) == weights(alone)
     assert (losses(run), weights(run)) == (losses(alone), weights(alone))
