@@ -1,7 +1,7 @@
 """The memory of a teacher's answers, as the loader reads it and the trainer extends it.
 
     memory = AnswerMemory(Path("memories/teacher"), header)
-    answer_EA = memory.find(epoch, clip, row, kept_M)      # None: the teacher has to be asked
+    answer_EA = memory.find(Source(epoch, shard, row), kept_M)      # None: the teacher has to be asked
 
 Legend: B clips of a batch, M modalities, E experts, A logits of all heads side by side.
 """

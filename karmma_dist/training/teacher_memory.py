@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import av
+import cv2
 import torch
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.io.files import json_bytes, sha256_of
 from karmma_dist.memory.answers import AnswerMemory, dtype_name
 from karmma_dist.memory.header import MemoryHeader, open_header
+from karmma_dist.models.model_card import CARD
 from karmma_dist.models.weights import own_weights
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
@@ -68,7 +69,7 @@ def _header(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype) -> MemoryHe
         "split": recipe.data.train_split,
         "seed of the views": recipe.seed,
         "inputs": {name: recipe.inputs.section(name).model_dump(mode="json") for name in recipe.data.modalities},
-        "decoders": {name: version(name) for name in ("av", "opencv-python-headless")} | _libraries(),
+        "decoders": {"av": av.__version__, "opencv": cv2.__version__, **_libraries()},
     }
     shards = folder.manifest.splits[recipe.data.train_split].shards
     num_clips = {shard.name: shard.num_clips for shard in shards}
@@ -78,7 +79,7 @@ def _header(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype) -> MemoryHe
 def _fingerprint(weights: Path) -> str:
     """Return a hash of what a model is: its weights and its card, without the name of its run."""
     card = "".join(
-        line for line in (weights.parent / "model.yaml").read_text("utf-8").splitlines(keepends=True)
+        line for line in (weights.parent / CARD).read_text("utf-8").splitlines(keepends=True)
         if not line.startswith("run:")
     )  # fmt: skip
     return hashlib.sha256(f"{sha256_of(weights)} {card}".encode()).hexdigest()
@@ -92,18 +93,17 @@ def _libraries() -> dict[str, str]:
 class TeacherMemory:
     """The answers of a step: remembered, or the teacher's own, which are then stored.
 
-    Answers are stored one step later, when no device has to be waited for. A disk that takes no more of them is
-    reported once, and the run goes on.
+    Answers are stored one step later, when no device has to be waited for. Each rank reports damage, and a disk that
+    takes no more answers, once; the run goes on.
 
     Args:
         memory: The memory, of which this opens files of its own: the loader may read in another thread.
         agree: Returns the highest of the ranks' numbers, where every rank must call the teacher together with the
             others; None if each may go its own way.
-        verbose: True if this rank reports problems.
     """
 
-    def __init__(self, memory: AnswerMemory, agree: Callable[[int], int] | None, verbose: bool) -> None:
-        self._memory, self._agree, self._verbose = memory.clone(), agree, verbose
+    def __init__(self, memory: AnswerMemory, agree: Callable[[int], int] | None) -> None:
+        self._memory, self._agree = memory.clone(), agree
         self._pending: tuple[Batch, Tensor] | None = None
         self._is_full = self._has_reported_damage = False
 

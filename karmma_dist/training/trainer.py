@@ -205,7 +205,7 @@ class Trainer:
             return None
         self.clips.remember(memory)
         is_sharded = self.recipe.distill is not None and self.recipe.distill.shard_teacher
-        return TeacherMemory(memory, highest if is_sharded else None, verbose=self.world.is_main)
+        return TeacherMemory(memory, highest if is_sharded else None)
 
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint, so that `run` continues from there."""

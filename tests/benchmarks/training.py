@@ -172,11 +172,11 @@ def bench_memory(repeats: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         header = MemoryHeader("logits", "float32", (1, sum(HEADS.values())), {"train-000000.tar": 8}, {})
         memory = AnswerMemory(Path(folder), header)
-        storing = TeacherMemory(memory, None, verbose=False)
+        storing = TeacherMemory(memory, None)
         arms = {
             "asked": soft_targets_of(teacher),
             "asked and stored": soft_targets_of(teacher, storing),
-            "remembered": soft_targets_of(teacher, TeacherMemory(memory, None, verbose=False)),
+            "remembered": soft_targets_of(teacher, TeacherMemory(memory, None)),
         }
 
         def step(name: str) -> None:
