@@ -54,6 +54,8 @@ from karmma_dist.runs.folder import finished_names
 from karmma_dist.runs.process import node_name
 from karmma_dist.terminal import print_line, print_table
 
+_TELL_S = 2.0
+"""Seconds for which the process of the store stays after an error, so that the others can read it."""
 _SKEW_S = 1.0
 """Clock skew above which a note is printed: ages in `karmma-dist runs` and times in logs are wrong by the skew."""
 
@@ -184,6 +186,10 @@ class _Rank:
             misfit = f"WORLD_SIZE={self.world.size} on rank {rank} ({me}), but {size} on the first rank: set it alike"
         if misfit:
             self.store.set("misfit", misfit)
+            if hosts_store(self.world):  # the store goes with this process: the others must read it first
+                self.store.set("start", json.dumps({"complete": False}))
+                self.store.set("all is good", json.dumps(False))
+                time.sleep(_TELL_S)
             raise UserError(misfit)
         self.put("hello", self.facts)
 
@@ -229,7 +235,8 @@ class _OtherRank(_Rank):
             if self._receive("facts are good"):
                 self.reduce()
         if not self._receive("all is good"):
-            self.outcome.failures.append("see the errors of rank 0")
+            misfit = self.store.get("misfit").decode() if self.store.check(["misfit"]) else None
+            self.outcome.failures.append(misfit or "see the errors of rank 0")
         self.put("bye", True)
         self.outcome.reported = True
 

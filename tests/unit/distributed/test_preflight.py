@@ -7,6 +7,7 @@ import shutil
 import socket
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,15 @@ def test_two_processes_with_one_rank_are_named_and_the_missing_rank_too() -> Non
     assert all(outcome.failures for outcome in outcomes)
 
 
-def test_ranks_of_different_world_sizes_are_named() -> None:
-    port = free_port()
+@pytest.mark.parametrize("late", [None, 0, 1])
+def test_ranks_of_different_world_sizes_are_named(monkeypatch: pytest.MonkeyPatch, late: int | None) -> None:
+    port, arrive = free_port(), module._Rank.arrive
+
+    def arrive_late(rank: module._Rank) -> None:
+        time.sleep(0.5 if rank.world.rank == late else 0.0)
+        arrive(rank)
+
+    monkeypatch.setattr(module._Rank, "arrive", arrive_late)
     outcomes = run_worlds(World(0, 0, 2, "127.0.0.1", port), World(1, 1, 4, "127.0.0.1", port))
     assert all(any("WORLD_SIZE=" in line for line in outcome.failures) for outcome in outcomes), outcomes
 
