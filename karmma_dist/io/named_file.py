@@ -50,7 +50,8 @@ def find_file(name: str, folder: str) -> Path:
         raise UserError(f"{name}: a folder, device or pipe: name a file, or a name in {folder}/")
     known = sorted({str(p.relative_to(b).with_suffix("")) for b in folders for p in b.glob("**/*.yaml")})
     stem = re.sub(r"\.ya?ml$", "", name.removeprefix(f"{folder}/"))
-    shown, held = name if len(name) <= _LONGEST_SHOWN else quoted(name), ", ".join(known) or "nothing"
+    is_short = len(name) <= _LONGEST_SHOWN and name.isprintable()
+    shown, held = name if is_short else quoted(name), ", ".join(known) or "nothing"
     raise UserError(f"{shown}: no such file{nearest(stem[:200], known)}; {folder}/ holds {held}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from karmma_dist.errors import nearest
+from karmma_dist.errors import nearest, quoted
 from karmma_dist.packing.readers.csv_table import PLAIN
 from karmma_dist.packing.readers.epic_kitchens import EPIC_KITCHENS
 from karmma_dist.packing.readers.reader import Reader
@@ -28,5 +28,5 @@ def find_reader(name: str) -> Reader:
         ValueError: no reader has this name.
     """
     if name not in readers():
-        raise ValueError(f"no reader '{name}'{nearest(name, list(readers()))}; there are {', '.join(readers())}")
+        raise ValueError(f"no reader {quoted(name)}{nearest(name, list(readers()))}; there are {', '.join(readers())}")
     return readers()[name]
