@@ -33,7 +33,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -74,7 +74,7 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file: IO[str] = open(path, "a+", encoding="utf-8", errors="replace", opener=_open)  # noqa: SIM115 - closed by `release`
-        self._announced: _Announced | None = None
+        self._announced: Announcement | None = None
 
     def __enter__(self) -> FileLock:
         return self
@@ -127,29 +127,33 @@ class _Other:
     shared: bool
 
 
-class _Announced:
-    """This process's own file beside a lock file, with its heartbeat."""
+class Announcement:
+    """A file of this process alone, which says something about it in JSON; its modification time is a heartbeat.
 
-    def __init__(self, lock: Path, shared: bool) -> None:
-        self.path = lock.with_name(f"{lock.name}.{_HOLDER}-{secrets.token_hex(8)}")
-        self._shared, self._pid = shared, os.getpid()
-        self._descriptor = create(self.path)
+    Args:
+        path: Path of the file, a new one.
+        about: What it says first.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path, self._pid = path, os.getpid()
+        self._descriptor = create(path)
         self._end = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="heartbeat of a lock", daemon=True)
+        self._heart = threading.Thread(target=self._beat, name=f"heartbeat of {path.name}", daemon=True)
         try:
-            self._write(holds=False)
+            self.write(about)
             self._heart.start()
         except BaseException:
             os.close(self._descriptor)
             self.path.unlink(missing_ok=True)
             raise
 
-    def hold(self) -> None:
-        """Say that the lock is held, not only asked for."""
-        self._write(holds=True)
+    def write(self, about: Mapping[str, Any]) -> None:
+        """Replace what the file says; the new text may be shorter by one character at most."""
+        os.pwrite(self._descriptor, f"{json.dumps(about)} ".encode(), 0)  # in place: a name that changes can be missed
 
     def now(self) -> float:
-        """Return the time by the clock of the file system."""
+        """Return the time by the clock of the file system, in seconds since the epoch."""
         os.utime(self._descriptor)
         return os.fstat(self._descriptor).st_mtime
 
@@ -158,16 +162,9 @@ class _Announced:
         if os.getpid() == self._pid:
             self._end.set()
             self._heart.join()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # a disk that is gone: the heartbeat has stopped
                 self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
-
-    def _write(self, *, holds: bool) -> None:
-        about = {
-            "host": socket.gethostname(), "machine": machine(), "pid": self._pid, "started": started_at(self._pid),
-            "shared": self._shared, "holds": holds,
-        }  # fmt: skip
-        os.pwrite(self._descriptor, f"{json.dumps(about)} ".encode(), 0)  # in place: a name that changes can be missed
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_S):
@@ -175,15 +172,25 @@ class _Announced:
                 os.utime(self._descriptor)
 
 
-def _announce(lock: Path, shared: bool, wait: bool) -> _Announced | None:
+def _about(*, shared: bool, holds: bool) -> dict[str, Any]:
+    """Return what a file beside a lock says about this process."""
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(), "machine": machine(), "pid": pid, "started": started_at(pid),
+        "shared": shared, "holds": holds,
+    }  # fmt: skip
+
+
+def _announce(lock: Path, shared: bool, wait: bool) -> Announcement | None:
     """Take a lock where there is no flock; None where another holds it and this process must not wait."""
     tries = 0
     while True:
-        own = _Announced(lock, shared)
+        path = lock.with_name(f"{lock.name}.{_HOLDER}-{secrets.token_hex(8)}")
+        own = Announcement(path, _about(shared=shared, holds=False))
         try:
             against = [other for other in _others(own, lock) if not (shared and other.shared)]
             if not against:
-                own.hold()
+                own.write(_about(shared=shared, holds=True))
                 return own
         except BaseException:
             own.withdraw()
@@ -195,7 +202,7 @@ def _announce(lock: Path, shared: bool, wait: bool) -> _Announced | None:
         time.sleep(_pause.uniform(*_PAUSE_S))
 
 
-def _others(own: _Announced, lock: Path) -> Iterator[_Other]:
+def _others(own: Announcement, lock: Path) -> Iterator[_Other]:
     """Yield who else asks for a lock or holds it; remove the files of those that are dead."""
     for name in os.listdir(lock.parent):
         path = lock.with_name(name)

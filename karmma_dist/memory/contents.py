@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from karmma_dist.errors import UserError, quoted
 from karmma_dist.io.files import open_regular, remove
 from karmma_dist.memory.header import MemoryHeader, read_header
-from karmma_dist.memory.records import SEAL_BYTES, SUFFIX
+from karmma_dist.memory.records import SEAL_BYTES, SUFFIX, stored_set
 from karmma_dist.terminal import print_table
 
 _EPOCH = re.compile(r"epoch-([0-9]{5,})")
@@ -96,10 +95,9 @@ def _read_epoch(folder: Path, number: int, header: MemoryHeader, verify: bool) -
             continue
         epoch.disk_bytes += 512 * path.stat().st_blocks
         for record in _records(path, header.answer_bytes + SEAL_BYTES, num_clips):
-            is_there = any(record[-SEAL_BYTES:])
-            is_whole = not verify or zlib.crc32(record[:-4]) == int.from_bytes(record[-4:], "little")
-            epoch.num_answers += is_there and is_whole
-            epoch.num_damaged += (is_there or (verify and any(record))) and not is_whole
+            stored = stored_set(record) if verify else any(record[-SEAL_BYTES:])
+            epoch.num_answers += bool(stored)
+            epoch.num_damaged += stored is None
     return epoch
 
 

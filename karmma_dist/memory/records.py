@@ -29,6 +29,14 @@ SEAL_BYTES = _SEAL.size
 """Bytes at the end of a record: the set of modalities and the checksum."""
 
 
+def stored_set(record: bytes) -> int | None:
+    """Return the set of modalities of a record's answer: 0 if there is no answer yet, None if it is damaged."""
+    modalities, crc32 = _SEAL.unpack_from(record, len(record) - SEAL_BYTES)
+    if zlib.crc32(record[:-4]) == crc32:
+        return int(modalities)
+    return None if any(record) else 0
+
+
 @dataclass
 class Lookups:
     """Counts of what was looked for."""
@@ -81,24 +89,17 @@ class AnswerFiles:
         descriptor = self._descriptor(epoch, shard, writes=False)
         record = b"" if descriptor is None else self._pread(descriptor, epoch, shard, row)
         self.lookups.num_bytes += len(record)
-        answer = record[: self.answer_bytes]
-        if len(record) < self.record_bytes:
-            self.lookups.absent += 1
-            return None
-        stored, crc32 = _SEAL.unpack_from(record, self.answer_bytes)
-        if zlib.crc32(record[:-4]) != crc32:
-            is_empty = not any(record)
-            self.lookups.absent += is_empty
-            if not is_empty:
-                place = f"{self.path(epoch, shard)}, record {row}"
-                self.lookups.first_damaged = self.lookups.first_damaged or place
-                self.lookups.damaged += 1
+        stored = 0 if len(record) < self.record_bytes else stored_set(record)
+        if stored is None:
+            place = f"{self.path(epoch, shard)}, record {row}"
+            self.lookups.first_damaged = self.lookups.first_damaged or place
+            self.lookups.damaged += 1
             return None
         if stored != modalities:
             self.lookups.absent += 1
             return None
         self.lookups.found += 1
-        return answer
+        return record[: self.answer_bytes]
 
     def write(self, epoch: int, shard: str, row: int, modalities: int, answer: bytes) -> None:
         """Store a clip's answer; see `read`. A whole answer for another set of modalities is kept instead.
@@ -112,17 +113,12 @@ class AnswerFiles:
         record = sealed + struct.pack("<I", zlib.crc32(sealed))
         descriptor = self._descriptor(epoch, shard, writes=True)
         assert descriptor is not None
-        if self._holds_another(self._pread(descriptor, epoch, shard, row), modalities):
+        before = self._pread(descriptor, epoch, shard, row)
+        if len(before) == self.record_bytes and stored_set(before) not in (None, 0, modalities):
             return  # runs with other modality dropout would take turns in replacing each other's answers
         with naming(self.path(epoch, shard)):
             if os.pwrite(descriptor, record, row * self.record_bytes) != len(record):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _holds_another(self, record: bytes, modalities: int) -> bool:
-        if len(record) < self.record_bytes:
-            return False
-        stored, crc32 = _SEAL.unpack_from(record, self.answer_bytes)
-        return stored not in (0, modalities) and zlib.crc32(record[:-4]) == crc32
 
     def path(self, epoch: int, shard: str) -> Path:
         """Return the path of the file of an epoch and a shard."""

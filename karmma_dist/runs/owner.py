@@ -16,12 +16,10 @@ that old. Locks of the kernel would not do: on many parallel file systems each n
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import re
 import secrets
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,9 +28,8 @@ from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.disk_errors import DiskError, make_folder, naming
-from karmma_dist.io.files import create
 from karmma_dist.io.json_fields import JsonObject, parse_strictly
-from karmma_dist.io.locks import BEAT_S, STALE_S
+from karmma_dist.io.locks import STALE_S, Announcement
 from karmma_dist.progress import Report, silent
 from karmma_dist.runs.listing import ask_squeue, has_ended
 from karmma_dist.runs.process import is_alive, process_info
@@ -49,37 +46,17 @@ _FIELDS = {
 _pause = random.SystemRandom()  # processes that share a seed must not all come back in the same moment
 
 
-class Ownership:
-    """This process's file in a folder, with its heartbeat; `owns` is written into it once no other owner is left."""
+class Ownership(Announcement):
+    """This process's file in a folder; `owns` is written into it once no other owner is left."""
 
     def __init__(self, folder: Path) -> None:
-        self.path, self._pid = folder / f".owner-{secrets.token_hex(8)}.json", os.getpid()
-        self._descriptor = create(self.path)
-        self._end = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="heartbeat of a folder's owner", daemon=True)
-        try:
-            self.announce(owns=False)
-            self._heart.start()
-        except BaseException:
-            os.close(self._descriptor)
-            self.path.unlink(missing_ok=True)
-            raise
+        super().__init__(folder / f".owner-{secrets.token_hex(8)}.json", _about(owns=False))
 
     @property
     def is_lost(self) -> bool:
         """True if another process has taken the folder over, because this one seemed to be gone, or removed the file.
         """
         return not self.path.exists()
-
-    def announce(self, *, owns: bool) -> None:
-        """Write whether this process owns the folder or only asks for it."""
-        about = {**process_info(), "restarts": _restarts(), "owns": owns}
-        os.pwrite(self._descriptor, f"{json.dumps(about)} ".encode(), 0)
-
-    def now(self) -> float:
-        """Return the time by the clock of the folder's file system, in seconds since the epoch."""
-        os.utime(self._descriptor)
-        return os.fstat(self._descriptor).st_mtime
 
     def check(self) -> None:
         """Refuse to go on if the folder is no longer this process's.
@@ -93,20 +70,10 @@ class Ownership:
                 "nothing more"
             )
 
-    def release(self) -> None:
-        """End the heartbeat and give the folder back. A forked process leaves that to its parent."""
-        if os.getpid() != self._pid:
-            return
-        self._end.set()
-        self._heart.join()
-        with contextlib.suppress(OSError):  # a disk that is gone: the heartbeat has stopped
-            self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
 
-    def _beat(self) -> None:
-        while not self._end.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # the disk may be back at the next one
-                os.utime(self._descriptor)
+def _about(*, owns: bool) -> dict[str, Any]:
+    """Return what an owner's file says: whether this process owns the folder or only asks for it."""
+    return {**process_info(), "restarts": _restarts(), "owns": owns}
 
 
 @contextmanager
@@ -134,7 +101,7 @@ def owned(folder: Path, doing: str, report: Report = silent) -> Iterator[Ownersh
     try:
         yield ownership
     finally:
-        ownership.release()
+        ownership.withdraw()
         if is_new:
             with contextlib.suppress(OSError):  # it holds what the block has written
                 folder.rmdir()
@@ -152,12 +119,12 @@ def _take(folder: Path, doing: str, report: Report) -> Ownership:
         try:
             others = list(_others(own, report))
             if not others:
-                own.announce(owns=True)
+                own.write(_about(owns=True))
                 return own
         except BaseException:
-            own.release()
+            own.withdraw()
             raise
-        own.release()
+        own.withdraw()
         if any(map(_owns, others)):
             break
         time.sleep(_pause.uniform(*_PAUSE_S))

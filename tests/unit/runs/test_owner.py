@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from karmma_dist.errors import UserError
+from karmma_dist.io import locks
 from karmma_dist.runs import owner
 from karmma_dist.runs.owner import owned
 from karmma_dist.runs.process import process_info
@@ -32,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     monkeypatch.setattr(owner, "_LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(owner, "BEAT_S", 0.1)
+    monkeypatch.setattr(locks, "BEAT_S", 0.1)
     monkeypatch.setattr(owner, "STALE_S", 1.0)
 
 
