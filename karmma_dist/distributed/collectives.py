@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from karmma_dist.distributed import heartbeat
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
+
+T = TypeVar("T")
 
 
 def gather(items: list[Any]) -> list[Any]:
@@ -25,6 +29,25 @@ def raise_on_all(problem: str | None) -> None:
     problems = gather([problem] if problem else [])
     if problems:
         raise UserError(problems[0])
+
+
+def on_main(work: Callable[[], T], world: World) -> T | None:
+    """Do work on the main rank alone; return its result there, None elsewhere. Every rank must call this.
+
+    A job of one rank needs no process group.
+
+    Raises:
+        UserError: the work raised it on the main rank; raised on every rank.
+    """
+    if world.size == 1:
+        return work()
+    result, problem = None, None
+    try:
+        result = work() if world.is_main else None
+    except UserError as error:
+        problem = str(error)
+    raise_on_all(problem)
+    return result
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:

@@ -90,19 +90,18 @@ def owned_on_main(folders: Sequence[Path], world: World) -> Iterator[None]:
     Raises:
         UserError: another evaluation writes into one of them.
     """
-    with ExitStack() as stack:
-        problem = None
-        try:
-            for folder in folders if world.is_main else ():
-                stack.enter_context(owned(folder, "an evaluation is being written here"))
-        except UserError as error:
-            problem = f"{error}; or name another folder with --out"
-        if world.size > 1:
-            from karmma_dist.distributed.collectives import raise_on_all
+    from karmma_dist.distributed.collectives import on_main
 
-            raise_on_all(problem)
-        elif problem:
-            raise UserError(problem)
+    with ExitStack() as stack:
+
+        def own() -> None:
+            try:
+                for folder in folders:
+                    stack.enter_context(owned(folder, "an evaluation is being written here"))
+            except UserError as error:
+                raise UserError(f"{error}; or name another folder with --out") from None
+
+        on_main(own, world)
         yield
 
 

@@ -13,7 +13,7 @@ import cv2
 import torch
 from torch import Tensor
 
-from karmma_dist.distributed.collectives import gather, raise_on_all
+from karmma_dist.distributed.collectives import gather, on_main
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import json_bytes, sha256_of
@@ -43,15 +43,16 @@ def open_memory(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype, world: 
     if recipe.distill is None or recipe.distill.memory is None:
         return None
     path = Path(recipe.distill.memory)
-    headers, problem = [], None
-    try:
-        if world.is_main:
-            headers = [_header(recipe, folder, dtype)]
-            open_header(path, headers[0])
-    except (OSError, UserError) as error:
-        problem = f"distill.memory: {error}"
-    raise_on_all(problem)
-    (header,) = gather(headers)
+
+    def make() -> MemoryHeader:
+        try:
+            header = _header(recipe, folder, dtype)
+            open_header(path, header)
+        except (OSError, UserError) as error:
+            raise UserError(f"distill.memory: {error}") from None
+        return header
+
+    (header,) = gather([made] if (made := on_main(make, world)) else [])
     return AnswerMemory(path, header)
 
 

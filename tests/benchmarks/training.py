@@ -146,12 +146,8 @@ def bench_skip(repeats: int) -> None:
         "dense, masked": (Dense(student), Distillation(recipe.distill, targets_of(Dense(teacher), recipe.distill))),
     }
     _check_same(arms, student, batch)
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(repeats + 1):
-        for name, (model, objective) in arms.items():
-            took = _timed(partial(_plain_step, model, objective, optimizer, batch), device)
-            if repeat:  # the first warms up
-                seconds[name].append(took)
+    steps = {name: partial(_plain_step, *arm, optimizer, batch) for name, arm in arms.items()}
+    seconds = _seconds_in_turn(steps, repeats, device)
     share = float(batch.present_BM.float().mean())
     print(f"distillation step, batch 8, {share:.0%} of (clip, modality) pairs present, {repeats} repeats in turn")
     _print_ratio(seconds, "present clips only", "dense, masked")
@@ -190,12 +186,7 @@ def bench_memory(repeats: int) -> None:
 
         taught = {name: soft_targets(batch) for name, soft_targets in list(arms.items())[:2]}
         assert all(torch.equal(taught["asked"][head], taught["asked and stored"][head]) for head in HEADS)
-        seconds: dict[str, list[float]] = {name: [] for name in arms}
-        for repeat in range(repeats + 1):
-            for name in arms:
-                took = _timed(partial(step, name), device)
-                if repeat:  # the first warms up
-                    seconds[name].append(took)
+        seconds = _seconds_in_turn({name: partial(step, name) for name in arms}, repeats, device)
     print(f"distillation step, batch 8, {repeats} repeats in turn")
     _print_ratio(seconds, "remembered", "asked")
     _print_ratio(seconds, "asked and stored", "asked")
@@ -229,6 +220,19 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     started = _now(device)
     work()
     return _now(device) - started
+
+
+def _seconds_in_turn(
+    steps: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each repeat of each step, taken in turn; a first one warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            took = _timed(step, device)
+            if repeat:
+                seconds[name].append(took)
+    return seconds
 
 
 def _print_ratio(seconds: dict[str, list[float]], ours: str, base: str) -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from karmma_dist.distributed.collectives import gather, raise_on_all
+from karmma_dist.distributed.collectives import gather, on_main
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError, masked
 from karmma_dist.io.disk_errors import make_folder
@@ -33,15 +33,12 @@ def own_run_dir(recipe: Recipe, world: World, report: Report = silent) -> Iterat
         UserError: the run's name is unsafe, another process owns the folder, or it cannot be written.
     """
     with ExitStack() as stack:
-        ownership, problem = None, None
-        try:
-            if world.is_main:
-                check_place(recipe)  # before anything is written or removed
-                ownership = stack.enter_context(owned(recipe.run_dir, "is being trained", report))
-        except UserError as error:
-            problem = str(error)
-        raise_on_all(problem)
-        yield ownership
+
+        def own() -> Ownership:
+            check_place(recipe)  # before anything is written or removed
+            return stack.enter_context(owned(recipe.run_dir, "is being trained", report))
+
+        yield on_main(own, world)
 
 
 def prepare_run_dir(recipe: Recipe, world: World, resume: str, report: Report = silent) -> str:
