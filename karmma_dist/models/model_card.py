@@ -81,7 +81,7 @@ def save_model(
             f"{run_dir / WEIGHTS}: not saved, since the model has diverged: '{name}' holds NaN or infinity (an earlier "
             "file stays as it is): lower optimizer.lr, and start over with --resume never"
         )
-    encoders = {modality: _without_secrets(model.recipe.encoders[modality]) for modality in model.modalities}
+    encoders = {modality: _published(model.recipe.encoders[modality]) for modality in model.modalities}
     card = ModelCard(
         run=recipe.name if recipe else "",
         modalities=list(model.modalities),
@@ -126,6 +126,6 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[KarmmaMo
     return model.to(device), card
 
 
-def _without_secrets(encoder: EncoderRecipe) -> EncoderRecipe:
-    """Mask the URL of the starting weights: the card is published with the weights, its passwords must not be."""
-    return encoder.model_copy(update={"weights": encoder.weights and masked(encoder.weights)})
+def _published(encoder: EncoderRecipe) -> EncoderRecipe:
+    """Return an encoder's recipe without a memory, which is of its run, and without the passwords of a URL."""
+    return encoder.model_copy(update={"weights": encoder.weights and masked(encoder.weights), "memory": None})

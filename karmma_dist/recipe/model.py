@@ -12,6 +12,20 @@ from karmma_dist.recipe.fields import NOT_LEARNED, Probability
 from karmma_dist.settings import PathText, Positive, Settings
 
 
+class EncoderMemory(Settings):
+    """Memory of a frozen encoder's tokens: a training clip's view is encoded once, and read from then on."""
+
+    path: Annotated[PathText, NOT_LEARNED]
+    """Folder of the tokens. Runs with the same encoder, shards, inputs and seed may share it."""
+    views: Annotated[int, Field(ge=0)] = 4
+    """Number of different views of a training clip, which epochs take in turn (epoch modulo views); all memories of a
+    model have the same. 0: a new view in each epoch, as without a memory [ours]."""
+    dtype: Literal["bfloat16", "float16", "int8", "float32"] = "bfloat16"
+    """Type of the stored numbers; int8 has a scale per token. The model is trained on the rounded tokens, also in the
+    pass that stores them, so that what is learned does not depend on what was stored before [ours]."""
+
+
+
 class EncoderRecipe(Settings):
     """Encoder of one modality."""
 
@@ -36,6 +50,15 @@ class EncoderRecipe(Settings):
     runs."""
     options: dict[str, Any] = {}
     """Options of the encoder, e.g. {width: 32}; see the encoder's docstring."""
+    memory: EncoderMemory | None = None
+    """Memory of the encoder's tokens after the tau-average; the encoder must be frozen. None: every clip is encoded in
+    every epoch."""
+
+    @model_validator(mode="after")
+    def _only_frozen_is_remembered(self) -> EncoderRecipe:
+        if self.memory is not None and not self.frozen:
+            raise ValueError("memory is for a frozen encoder: set frozen: true, or remove the memory")
+        return self
 
 
 
@@ -75,12 +98,21 @@ class ModelRecipe(Settings):
     """Treatment of missing modalities. `leave_out`: their tokens are excluded from attention (teacher). `stand_in`:
     learnable tokens replace them (student) [paper]."""
 
+    @property
+    def num_views(self) -> int:
+        """Number of different views of a training clip; 0: a new one in each epoch."""
+        return next((encoder.memory.views for encoder in self.encoders.values() if encoder.memory is not None), 0)
+
     @model_validator(mode="after")
     def _fits_together(self) -> ModelRecipe:
         unknown = next((name for name in self.encoders if name not in MODALITIES), None)
         if unknown is not None:
             advice = f"{nearest(unknown[:60], list(MODALITIES))}; known are {', '.join(MODALITIES)}"
             raise ValueError(f"encoders: unknown modality {quoted(unknown)}{advice}")
+        views = {name: encoder.memory.views for name, encoder in self.encoders.items() if encoder.memory is not None}
+        if len(set(views.values())) > 1:
+            shown = ", ".join(f"{name} {num}" for name, num in views.items())
+            raise ValueError(f"encoders: memories of one model must have the same number of views, not {shown}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         return self

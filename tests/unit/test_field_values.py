@@ -56,7 +56,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
         "name": "r", "stage": "supervised", "data": {"shards": "s", "modalities": ["audio"]},
         "model": {"encoders": {"audio": {"name": "small_audio"}}},
     },
-    "DataRecipe": {"shards": "s"}, "EncoderRecipe": {"name": "e"}, "ObjectiveRecipe": {"name": "o"},
+    "DataRecipe": {"shards": "s"}, "EncoderRecipe": {"name": "e"}, "EncoderMemory": {"path": "m"}, "ObjectiveRecipe": {"name": "o"},
     "PackingSpec": {"reader": "plain", "dataset": "d", "raw": "r", "out": "o"},
     "Column": {"name": "c"}, "Row": {"label": "l", "recipe": "r"},
     "Study": {"title": "t", "rows": [{"label": "l", "recipe": "r"}], "columns": [{"name": "c"}]},
