@@ -95,10 +95,11 @@ def train(
 @click.option("--only", multiple=True, metavar="ROW", help="Train only the row with this label. May be repeated.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one field of every run.")
 @click.option("--dry-run", is_flag=True, help="Print runs, states and costs; with --slurm, the sbatch commands.")
+@click.option("--gpu", default="H100", show_default=True, help="GPU whose hours --dry-run shows, such as A100.")
 @click.option("--out", type=HomePath(path_type=Path), help="Folder of the report; default: runs/studies/STUDY.")
 def study(
     study: str, seeds: int | None, local: int | None, slurm: bool, only: tuple[str, ...],
-    overrides: tuple[str, ...], dry_run: bool, out: Path | None,
+    overrides: tuple[str, ...], dry_run: bool, gpu: str, out: Path | None,
 ) -> None:
     """Train, evaluate and report a table: all unfinished runs of STUDY, over several seeds.
 
@@ -111,7 +112,7 @@ def study(
     file = load_study(study)  # before importing torch: an invalid study fails at once
     from karmma_dist.studies.command import StudyRequest, carry_out, shown_plan, submitted
 
-    request = StudyRequest(file, seeds, local or 1, only, overrides, out)
+    request = StudyRequest(file, seeds, local or 1, only, overrides, out, gpu)
     if slurm:
         for line in submitted(request, is_dry=dry_run):
             print_line(line)

@@ -20,8 +20,8 @@ OWN_NAMES = frozenset({
 })  # fmt: skip
 """Names that a run uses in its own folder; a run inside a run would be taken for one of them."""
 _OWN_BEGINNINGS = ("events.out.tfevents.",)
-_REPORTS = ("comparison", "studies")
-"""Folders of reports in `runs_dir`."""
+_OTHER_FOLDERS = ("comparison", "memories", "studies")
+"""Folders in `runs_dir` of reports, and of memories that runs share."""
 _MOST_BYTES = 200
 """Bytes of a part, which leave room for what temporary files add to names."""
 
@@ -35,8 +35,8 @@ def check_run_name(name: str) -> str:
     Raises:
         ValueError: a part of the name is empty, hidden, too long, one of a run's own files, or leads elsewhere.
     """
-    if (first := name.partition("/")[0]) in _REPORTS:
-        raise ValueError(f"begins with '{first}', a folder of reports in runs_dir: choose another")
+    if (first := name.partition("/")[0]) in _OTHER_FOLDERS:
+        raise ValueError(f"begins with '{first}', a folder in runs_dir that holds no runs: choose another")
     parts = name.split("/")
     if {"", ".", ".."} & set(parts):
         raise ValueError(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_dist.evaluation.report import terminal
 from karmma_dist.progress import Progress
-from karmma_dist.studies.costs import RunCost, plan_costs
+from karmma_dist.studies.costs import plan_costs
 from karmma_dist.studies.jobs import write_recipe
 from karmma_dist.studies.plan import StudyPlan, plan_study
+from karmma_dist.studies.plan_table import print_plan
 from karmma_dist.studies.report import study_table
 from karmma_dist.studies.run import carry_out_study, check_teachers
 from karmma_dist.studies.slurm import plan_arrays, shown_arrays, submit_arrays
 from karmma_dist.studies.study import StudyFile
-from karmma_dist.terminal import console, print_line, print_table
+from karmma_dist.terminal import console, print_line
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class StudyRequest:
     only: tuple[str, ...]
     overrides: tuple[str, ...]
     out: Path | None
+    gpu: str
+    """GPU whose hours are shown."""
 
     @property
     def arguments(self) -> list[str]:
@@ -50,15 +52,14 @@ def shown_plan(request: StudyRequest) -> None:
     """Print each run once with its state and cost, and the totals. Neither shards nor weights are needed.
 
     Raises:
-        UserError: see `plan_costs`.
+        UserError: see `plan_costs` and `print_plan`.
     """
     plan = request.plan()
     check_teachers(plan)
-    costs = plan_costs(plan) if plan.file.study.is_measured else []
-    if not costs:
+    if not plan.file.study.is_measured:
         print_line(f"{plan.file.name}: no column needs training")
         return
-    print_plan(plan, costs)
+    print_plan(plan, plan_costs(plan), request.gpu)
 
 
 def submitted(request: StudyRequest, is_dry: bool) -> list[str]:
@@ -99,41 +100,3 @@ def carry_out(request: StudyRequest) -> bool:
     for name, reason in done.report.missing.items():
         print_line(f"missing: {name}: {reason}", err=True)
     return not done.report.missing
-
-
-def print_plan(plan: StudyPlan, costs: Sequence[RunCost]) -> None:
-    """Print a line per run, in training order, and the cost of each row and of the study."""
-    places = {cost.run.name: place for place, cost in enumerate(costs, 1)}
-    rows = []
-    for place, cost in enumerate(costs, 1):
-        needs = ", ".join(str(places[need]) for need in cost.run.needs)
-        passes = f"{cost.run.recipe.training.epochs} x {'?' if cost.clips is None else f'{cost.clips:,}'}"
-        rows.append([str(place), cost.run.name, cost.state, needs, passes, flops_text(cost.flops)])
-    numbers = ["#", "after", "epochs x clips", "FLOPs"]
-    print_table(
-        ["#", "run", "state", *numbers[1:]], rows, right=numbers, footer=["", *total_lines(plan, costs)],
-        title=f"{plan.file.study.title} ({plan.file.path})",
-    )  # fmt: skip
-
-
-def total_lines(plan: StudyPlan, costs: Sequence[RunCost]) -> list[str]:
-    """Return the cost of each row, including shared runs, and of the study, which counts each run once."""
-    lines = []
-    for label in plan.chosen:
-        row_costs = [cost for cost in costs if label in cost.run.labels]
-        shared = sum(len(cost.run.labels) > 1 for cost in row_costs)
-        aside = f", {shared} of them shared with other rows" if shared else ""
-        lines.append(f"{label}: {_sum(row_costs)} in {len(row_costs)} run{'s' * (len(row_costs) != 1)}{aside}")
-    left = [cost for cost in costs if cost.state != "finished"]
-    lines.append(f"study: {_sum(costs)} in {len(costs)} runs; not finished: {_sum(left)} in {len(left)}")
-    return lines
-
-
-def flops_text(flops: float | None) -> str:
-    """Return FLOPs as text, such as `1.23e+18`, or `?` if unknown."""
-    return "?" if flops is None else f"{flops:.2e}"
-
-
-def _sum(costs: Sequence[RunCost]) -> str:
-    known = [cost.flops for cost in costs if cost.flops is not None]
-    return f"{flops_text(sum(known) if len(known) == len(costs) else None)} FLOPs"

@@ -1,11 +1,12 @@
-"""The cost of a study before any training: FLOPs of every run, and the figures of columns that need no training.
+"""The cost of a study before any training: FLOPs of every run, with and without memories, the bytes that these take,
+and the figures of columns that need no training.
 
 Costs are counted on the meta device, so neither shards nor weights are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,13 +14,16 @@ from pathlib import Path
 import torch
 
 from karmma_dist.errors import UserError
+from karmma_dist.memory.records import SEAL_BYTES
+from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.flops import ClipFlops, flops_per_clip, meta_clip, meta_model, meta_tokens
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.profiling.memory import FUSION_CLIPS, fusion_peak, inference_peak
-from karmma_dist.recipe import Recipe
+from karmma_dist.recipe import Recipe, read_run_recipe
 from karmma_dist.runs.folder import BEST
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import MANIFEST
+from karmma_dist.studies.memories import Held, unremembered, uses, with_token_memories, without_memories
 from karmma_dist.studies.plan import State, StudyPlan, StudyRun
 from karmma_dist.studies.study import Column, Study
 
@@ -33,7 +37,24 @@ class RunCost:
     clips: int | None
     """Number of training clips; None: neither the shards nor the study give it."""
     flops: float | None
-    """FLOPs of all forward and backward passes, including a teacher's forward passes; None if `clips` is None."""
+    """FLOPs of all forward and backward passes without any memory, including a teacher's forward passes; None if
+    `clips` is None."""
+    planned: float | None
+    """FLOPs with the memories of the plan and what earlier runs stored in them."""
+    advised: float | None
+    """FLOPs if all frozen encoders had memories as well."""
+
+
+@dataclass(frozen=True)
+class StudyCosts:
+    """The costs of a study, whose runs train one after another."""
+
+    runs: list[RunCost]
+    """Costs in training order."""
+    planned: list[Held]
+    """Memories of the plan, as the last run leaves them."""
+    advised: list[Held]
+    """Memories if all frozen encoders had one as well; empty if all have one, or none is frozen."""
 
 
 class Counter:
@@ -42,6 +63,7 @@ class Counter:
     def __init__(self, study: Study) -> None:
         self._study = study
         self._counted: dict[str, ClipFlops] = {}
+        self._token_numbers: dict[str, dict[str, int]] = {}
 
     def heads(self, recipe: Recipe) -> dict[str, int]:
         """Return the number of classes per head, from the shards if they exist, else from the recipe or the study.
@@ -73,20 +95,76 @@ class Counter:
 
     def clip_flops(self, recipe: Recipe) -> ClipFlops:
         """Return the FLOPs of one clip by part of the model."""
-        key = repr((recipe.model.model_dump(), recipe.inputs.model_dump(), recipe.modalities, self.heads(recipe)))
+        return self._counted[self._count(recipe)]
+
+    def token_numbers(self, recipe: Recipe) -> dict[str, int]:
+        """Return how many numbers a clip's tokens in the fusion block have before their projection, by modality."""
+        return self._token_numbers[self._count(recipe)]
+
+    def _count(self, recipe: Recipe) -> str:
+        """Count a model unless it has been counted, and return its key."""
+        plain = without_memories(recipe).model.model_dump()
+        key = repr((plain, recipe.inputs.model_dump(), recipe.modalities, self.heads(recipe)))
         if key not in self._counted:
-            self._counted[key] = flops_per_clip(self.model(recipe))
-        return self._counted[key]
+            model = self.model(recipe)
+            self._counted[key] = flops_per_clip(model)
+            widths = {name: encoder.width for name, encoder in model.encoders.items() if isinstance(encoder, Encoder)}
+            self._token_numbers[key] = {name: model.num_tokens[name] * width for name, width in widths.items()}
+        return key
 
     def training_flops(self, run: StudyRun, runs: Mapping[str, StudyRun]) -> float | None:
-        """Return the FLOPs of a full training with its teachers' forward passes; None: the clips are not known."""
+        """Return the FLOPs of a full training without memories and with its teachers' forward passes; None: the number
+        of clips is unknown."""
         recipe, clips = run.recipe, self.clips(run.recipe)
         if clips is None:
             return None
         present = _expected_present(recipe, clips)
         trained = self.clip_flops(recipe).training({m: present[m] for m in recipe.modalities}, clips)
-        taught = sum(_forward(self.clip_flops(runs[name].recipe), present, clips) for name in _teachers(run))
-        return float(recipe.training.epochs * (trained + taught))
+        return float(recipe.training.epochs * (trained + self._teaching_flops(run, runs, clips)))
+
+    def saved_flops(
+        self, run: StudyRun, recipe: Recipe, runs: Mapping[str, StudyRun], held: MutableMapping[str, Held]
+    ) -> float:
+        """Return the FLOPs that a run's memories save it, and add to them what it stores.
+
+        Args:
+            run: The run.
+            recipe: Its recipe, which names the memories.
+            runs: All runs of the study, by name.
+            held: Content of the memories before the run, by path and content; extended.
+        """
+        clips, epochs, saved = self.clips(recipe) or 0, recipe.training.epochs, 0.0
+        kept = _keep_probabilities(recipe)
+        for use in uses(recipe):
+            key = f"{use.path} {use.content}"
+            if use.modality is None:
+                memory = held.setdefault(key, Held("logits", clips, self._answer_bytes(recipe)))
+                saved += (epochs - memory.extend(1.0, epochs)) * self._teaching_flops(run, runs, clips)
+                continue
+            num_bytes = self._token_bytes(recipe, use.modality)
+            memory = held.setdefault(key, Held("tokens", clips, num_bytes, recipe.model.num_views))
+            probability = kept[use.modality]
+            remembered = epochs * probability - memory.extend(probability, epochs)
+            saved += clips * remembered * self.clip_flops(recipe).encoders[use.modality]
+        return saved
+
+    def _teaching_flops(self, run: StudyRun, runs: Mapping[str, StudyRun], clips: int) -> int:
+        """Return the FLOPs of the teachers' forward passes in an epoch."""
+        present = _expected_present(run.recipe, clips)
+        return sum(_forward(self.clip_flops(runs[name].recipe), present, clips) for name in _teachers(run))
+
+    def _answer_bytes(self, recipe: Recipe) -> int:
+        """Return the bytes of a record of answers; precision auto counts as bf16."""
+        assert recipe.distill is not None
+        num_logits = len(recipe.distill.names) * sum(self.heads(recipe).values())
+        return num_logits * (4 if recipe.training.precision == "fp32" else 2) + SEAL_BYTES
+
+    def _token_bytes(self, recipe: Recipe, modality: str) -> int:
+        """Return the bytes of a record of tokens."""
+        memory = recipe.model.encoders[modality].memory
+        assert memory is not None
+        itemsize = int(getattr(torch, memory.dtype).itemsize)
+        return self.token_numbers(recipe)[modality] * itemsize + SEAL_BYTES
 
     def cost_figure(self, recipe: Recipe, column: Column) -> float | None:
         """Return the figure of a column that needs no training; None: the model lacks the column's modalities."""
@@ -109,17 +187,27 @@ class Counter:
         return (4 * sum(sizes.values()) + activations) / 1e9
 
 
-def plan_costs(plan: StudyPlan) -> list[RunCost]:
-    """Return the cost of every run of the chosen rows, in training order.
+def plan_costs(plan: StudyPlan) -> StudyCosts:
+    """Return the costs of all runs of the chosen rows.
+
+    A finished run counts with the memories that it was trained with.
 
     Raises:
         UserError: the number of classes is unknown, or a folder holds a run of another recipe.
     """
     counter = Counter(plan.file.study)
-    return [
-        RunCost(run, run.state(), counter.clips(run.recipe), counter.training_flops(run, plan.runs))
-        for run in plan.chosen_runs
-    ]
+    planned: dict[str, Held] = {}
+    advised: dict[str, Held] = {}
+    costs = []
+    for run in plan.chosen_runs:
+        state, flops = run.state(), counter.training_flops(run, plan.runs)
+        recipe = read_run_recipe(run.recipe.run_dir) if state == "finished" else run.recipe
+        saved = counter.saved_flops(run, recipe, plan.runs, planned)
+        could_save = counter.saved_flops(run, with_token_memories(recipe), plan.runs, advised)
+        with_them, with_all = (None if flops is None else flops - part for part in (saved, could_save))
+        costs.append(RunCost(run, state, counter.clips(run.recipe), flops, with_them, with_all))
+    is_advised = any(unremembered(cost.run.recipe) for cost in costs)
+    return StudyCosts(costs, list(planned.values()), list(advised.values()) if is_advised else [])
 
 
 def _shards(recipe: Recipe) -> ShardFolder | None:
@@ -134,13 +222,15 @@ def _opened(folder: str) -> ShardFolder:
 
 
 def _expected_present(recipe: Recipe, clips: int) -> dict[str, int]:
-    """Return the expected number of clips per epoch with each modality, assuming that all clips have all modalities.
+    """Return the expected number of clips per epoch with each modality, assuming that all clips have all modalities."""
+    return {name: round(clips * probability) for name, probability in _keep_probabilities(recipe).items()}
 
-    Modality dropout keeps at least one modality of the model.
-    """
+
+def _keep_probabilities(recipe: Recipe) -> dict[str, float]:
+    """Return the probability, by modality, that a clip keeps it; modality dropout keeps at least one of the model's."""
     p, num = recipe.data.modality_dropout.probability, len(recipe.modalities)
     kept = (1 - p) + p**num / num
-    return {m: round(clips * (kept if m in recipe.modalities else 1 - p)) for m in recipe.data.modalities}
+    return {m: kept if m in recipe.modalities else 1 - p for m in recipe.data.modalities}
 
 
 def _teachers(run: StudyRun) -> list[str]:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe, load_recipe, read_run_recipe
 from karmma_dist.runs.folder import BEST, read_state
 from karmma_dist.runs.name import check_place
+from karmma_dist.studies.memories import with_memories
 from karmma_dist.studies.study import FOLDER, Row, StudyFile, choose_rows
 from karmma_dist.training.checkpoint.checkpoint import checkpoints
 from karmma_dist.training.checkpoint.resume import differing_fields, refuse_other_recipe
@@ -97,7 +98,7 @@ class StudyPlan:
 def plan_study(
     file: StudyFile, num_seeds: int | None = None, only: tuple[str, ...] = (), overrides: Sequence[str] = ()
 ) -> StudyPlan:
-    """Resolve the recipes of all rows for every seed, and name their runs.
+    """Resolve the recipes of all rows for every seed, name their runs, and let them share memories.
 
     Args:
         file: The study.
@@ -117,7 +118,10 @@ def plan_study(
         for row in file.study.rows:
             with _naming(file, row):
                 cells[row.label, seed] = planner.add(row, seed)
-    return StudyPlan(file, seeds, planner.runs, cells, chosen, tuple(overrides))
+    recipes = {name: run.recipe for name, run in planner.runs.items()}
+    remembering = with_memories(recipes, automatic=file.study.memory)
+    runs = {name: replace(run, recipe=remembering[name]) for name, run in planner.runs.items()}
+    return StudyPlan(file, seeds, runs, cells, chosen, tuple(overrides))
 
 
 @contextmanager

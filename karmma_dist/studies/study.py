@@ -151,6 +151,9 @@ class Study(Settings):
     """Number of classes per head, used for the cost of a plan if neither shards nor recipes give them."""
     rows: Annotated[list[Row], Field(min_length=1)]
     """Rows, in the order of the table."""
+    memory: bool = True
+    """True: runs that ask the same frozen teachers about the same views share a memory of the answers, in
+    `runs_dir`/memories, unless their recipes set distill.memory. What is learned does not depend on it."""
     evaluate: Evaluate = Evaluate()
     """Conditions of the evaluation."""
     columns: Annotated[list[Column], Field(min_length=1)]

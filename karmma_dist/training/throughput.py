@@ -14,7 +14,7 @@ from karmma_dist.streaming.batch import Batch
 
 _logger = logging.getLogger(__name__)
 
-_PEAK_TFLOPS = {
+PEAK_TFLOPS = {
     "B200": 2250.0, "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H800": 989.0,
     "A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
     "V100": 125.0,
@@ -26,7 +26,7 @@ more specific names come first."""
 def peak_tflops(device_name: str) -> float | None:
     """Return a GPU's bf16 peak in 1e12 FLOP/s by the name that torch reports; None if unknown."""
     words = device_name.replace("-", " ").split()
-    for name, peak in _PEAK_TFLOPS.items():
+    for name, peak in PEAK_TFLOPS.items():
         if all(word in words for word in name.split()):
             return peak
     return None

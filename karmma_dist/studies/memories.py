@@ -1,0 +1,230 @@
+"""The memories of a study's runs: which runs share one, where it lies, and how much it will hold.
+
+    runs/memories/epic_kitchens-teacher@seed0-1f3a5b7c/    the teacher's answers, for every student with its views
+
+Runs that ask the same frozen teachers about the same views of the same clips share a memory of the answers, unless
+their recipes say otherwise: the first that trains fills it, the others read it, and all learn what they would without
+it. A memory that a recipe names is used as it is. If runs name the same folder for different answers (views follow from
+the seed), each gets a subfolder of it: `memories/teacher/seed1-1f3a5b7c`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+from karmma_dist.errors import masked
+from karmma_dist.recipe import NOT_LEARNED, Recipe
+from karmma_dist.recipe.model import EncoderMemory
+from karmma_dist.settings import unmarked
+from karmma_dist.training.teacher_memory import decoder_versions
+
+FOLDER = "memories"
+"""Folder of the memories in `runs_dir`."""
+
+Kind = Literal["logits", "tokens"]
+
+_LONGEST_NAME = 80
+
+
+@dataclass(frozen=True)
+class Use:
+    """A memory that a recipe names."""
+
+    modality: str | None
+    """Modality of the encoder; None: the memory is of the teachers' answers."""
+    path: str
+    content: str
+    """Hash of everything that decides what the memory holds."""
+
+
+def with_memories(recipes: Mapping[str, Recipe], *, automatic: bool) -> dict[str, Recipe]:
+    """Return the recipes of a study, each with the memories that it shares with others.
+
+    Args:
+        recipes: Recipe of each run, by name.
+        automatic: True: runs that ask the same teachers about the same views get a memory if their recipes do not set
+            `distill.memory`, be it to null.
+    """
+    shared = _shared_answers(recipes) if automatic else {}
+    named = {name: _with_answers(recipe, shared.get(name)) for name, recipe in recipes.items()}
+    contents: dict[str, set[str]] = {}
+    for use in (use for recipe in named.values() for use in uses(recipe)):
+        contents.setdefault(os.path.abspath(use.path), set()).add(use.content)
+    crowded = {path for path, held in contents.items() if len(held) > 1}
+    return {name: _apart(recipe, crowded) for name, recipe in named.items()}
+
+
+def uses(recipe: Recipe) -> Iterator[Use]:
+    """Yield the memories that a recipe names."""
+    if recipe.distill is not None and recipe.distill.memory is not None:
+        yield Use(None, recipe.distill.memory, _digest(_answer_facts(recipe)))
+    for modality in recipe.modalities:
+        memory = recipe.model.encoders[modality].memory
+        if memory is not None:
+            yield Use(modality, memory.path, _digest(_token_facts(recipe, modality)))
+
+
+def unremembered(recipe: Recipe) -> list[str]:
+    """Return the modalities whose encoder is frozen and has no memory."""
+    encoders = recipe.model.encoders
+    return [name for name in recipe.modalities if encoders[name].frozen and encoders[name].memory is None]
+
+
+def with_token_memories(recipe: Recipe) -> Recipe:
+    """Return the recipe with a memory for each frozen encoder, of the default number of views if it has none yet.
+
+    Encoders of several recipes have the same path if they can share a memory.
+    """
+    known = next((encoder.memory for encoder in recipe.model.encoders.values() if encoder.memory), None)
+    views = EncoderMemory(path=FOLDER).views if known is None else known.views
+    added = {name: EncoderMemory(path=FOLDER, views=views) for name in unremembered(recipe)}
+    remembering = _with_tokens(recipe, added)
+    digests = {name: _digest(_token_facts(remembering, name)) for name in added}
+    return _with_tokens(
+        remembering, {name: memory.model_copy(update={"path": digests[name]}) for name, memory in added.items()}
+    )
+
+
+def without_memories(recipe: Recipe) -> Recipe:
+    """Return the recipe without any memory."""
+    plain = {name: encoder.model_copy(update={"memory": None}) for name, encoder in recipe.model.encoders.items()}
+    changes: dict[str, object] = {"model": recipe.model.model_copy(update={"encoders": plain})}
+    if recipe.distill is not None:
+        changes["distill"] = recipe.distill.model_copy(update={"memory": None})
+    return recipe.model_copy(update=changes)
+
+
+@dataclass
+class Held:
+    """The expected content of a memory while the runs of a study train one after another."""
+
+    kind: Kind
+    """`logits` of teachers, or `tokens` of an encoder."""
+    clips: int
+    """Number of clips of the split."""
+    record_bytes: int
+    """Bytes of a record."""
+    views: int = 0
+    """Number of views that epochs take in turn; 0: a new one in each epoch."""
+    kept: list[float] = field(default_factory=list)
+    """Probability, by epoch, that a run has looked at a clip."""
+
+    @property
+    def disk_bytes(self) -> float:
+        """Expected number of bytes on disk."""
+        return self.clips * distinct_views(self.kept, self.views) * self.record_bytes
+
+    def extend(self, probability: float, epochs: int) -> float:
+        """Add what a run looks at; return the expected number of records per clip that are not there yet.
+
+        Runs of one seed draw the same numbers for modality dropout: where the one with the higher probability of
+        keeping a modality drops it, the other drops it too.
+        """
+        before = distinct_views(self.kept, self.views)
+        self.kept = [max(pair) for pair in zip_longest(self.kept, [probability] * epochs, fillvalue=0.0)]
+        return distinct_views(self.kept, self.views) - before
+
+
+def distinct_views(kept: Sequence[float], num_views: int) -> float:
+    """Return the expected number of different views of a clip that several epochs look at.
+
+    Args:
+        kept: Probability, by epoch, that the epoch looks at the clip; draws of different epochs are independent.
+        num_views: Number of views that epochs take in turn; 0: a new view in each epoch.
+    """
+    missed: dict[int, float] = {}
+    for epoch, probability in enumerate(kept):
+        view = epoch % num_views if num_views else epoch
+        missed[view] = missed.get(view, 1.0) * (1.0 - probability)
+    return sum(1.0 - probability for probability in missed.values())
+
+
+def _shared_answers(recipes: Mapping[str, Recipe]) -> dict[str, str]:
+    """Return the path of a memory for each run that can share its teachers' answers with another."""
+    paths = {
+        name: _answers_path(recipe) for name, recipe in recipes.items()
+        if recipe.distill is not None and "memory" not in recipe.distill.model_fields_set
+    }  # fmt: skip
+    counts = Counter(paths.values())
+    return {name: path for name, path in paths.items() if counts[path] > 1}
+
+
+def _answers_path(recipe: Recipe) -> str:
+    assert recipe.distill is not None
+    first, *others = recipe.distill.names
+    name = f"{first}-and-{len(others)}-more" if others else first
+    readable = re.sub(r"[^\w.@+]+", "-", name.encode(errors="replace").decode()).strip("-.")[-_LONGEST_NAME:]
+    return str(Path(recipe.runs_dir) / FOLDER / f"{readable}-{_digest(_answer_facts(recipe))}")
+
+
+def _answer_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return everything that decides what the teachers are asked, and in which order their answers are stored."""
+    assert recipe.distill is not None
+    return {
+        "teachers": recipe.distill.names, "seed": recipe.seed, "views": recipe.model.num_views,
+        "data": {**unmarked(recipe.data, NOT_LEARNED), "shards": masked(recipe.data.shards)},
+        "inputs": {name: _input(recipe, name) for name in recipe.data.modalities},
+        "modalities": recipe.modalities,  # each clip keeps one of them at least
+        "precision": recipe.training.precision, "decoders": decoder_versions(),
+        "batch_size": recipe.training.batch_size if recipe.data.order.lanes else None,
+    }  # fmt: skip
+
+
+def _token_facts(recipe: Recipe, modality: str) -> dict[str, Any]:
+    """Return everything that decides the tokens of an encoder."""
+    encoder = recipe.model.encoders[modality]
+    return {
+        "modality": modality, "seed": recipe.seed,
+        "encoder": {**unmarked(encoder, NOT_LEARNED), "weights": encoder.weights and masked(encoder.weights)},
+        "tau": recipe.model.tau, "grouping": recipe.model.grouping, "fusion": recipe.model.fusion,
+        "shards": masked(recipe.data.shards), "split": recipe.data.train_split, "input": _input(recipe, modality),
+        "precision": recipe.training.precision, "decoders": decoder_versions(),
+    }  # fmt: skip
+
+
+def _input(recipe: Recipe, modality: str) -> Any:
+    return recipe.inputs.section(modality).model_dump(mode="json")
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _apart(recipe: Recipe, crowded: set[str]) -> Recipe:
+    """Return the recipe with a subfolder of its own for each memory in a folder that is named for several contents."""
+    own = {
+        use.modality: os.path.join(use.path, f"seed{recipe.seed}-{use.content}")
+        for use in uses(recipe) if os.path.abspath(use.path) in crowded
+    }  # fmt: skip
+    tokens = {
+        name: memory.model_copy(update={"path": own[name]})
+        for name, encoder in recipe.model.encoders.items() if name in own and (memory := encoder.memory) is not None
+    }  # fmt: skip
+    return _with_answers(_with_tokens(recipe, tokens), own.get(None))
+
+
+def _with_answers(recipe: Recipe, path: str | None) -> Recipe:
+    """Return the recipe with another `distill.memory`; None: as it is."""
+    if path is None or recipe.distill is None:
+        return recipe
+    return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"memory": path})})
+
+
+def _with_tokens(recipe: Recipe, memories: Mapping[str, EncoderMemory]) -> Recipe:
+    """Return the recipe with other memories of some encoders."""
+    if not memories:
+        return recipe
+    changed = {
+        name: encoder.model_copy(update={"memory": memories.get(name, encoder.memory)})
+        for name, encoder in recipe.model.encoders.items()
+    }
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"encoders": changed})})
