@@ -119,4 +119,6 @@ def open_header(folder: Path, header: MemoryHeader) -> None:
         write_json(folder / HEADER, header.to_json())
         stored = read_header(folder)
     if difference := header.difference(stored):
-        raise UserError(f"{folder}: this memory is of something else: {difference}: name another folder")
+        raise UserError(
+            f"{folder}: this memory is of something else: {difference}: name another folder, or remove this one"
+        )

@@ -63,7 +63,7 @@ class Counter:
     def __init__(self, study: Study) -> None:
         self._study = study
         self._counted: dict[str, ClipFlops] = {}
-        self._token_numbers: dict[str, dict[str, int]] = {}
+        self._token_shapes: dict[str, dict[str, tuple[int, int]]] = {}
 
     def heads(self, recipe: Recipe) -> dict[str, int]:
         """Return the number of classes per head, from the shards if they exist, else from the recipe or the study.
@@ -97,9 +97,9 @@ class Counter:
         """Return the FLOPs of one clip by part of the model."""
         return self._counted[self._count(recipe)]
 
-    def token_numbers(self, recipe: Recipe) -> dict[str, int]:
-        """Return how many numbers a clip's tokens in the fusion block have before their projection, by modality."""
-        return self._token_numbers[self._count(recipe)]
+    def token_shapes(self, recipe: Recipe) -> dict[str, tuple[int, int]]:
+        """Return the number of a clip's tokens after the tau-average, and the width of their encoder, by modality."""
+        return self._token_shapes[self._count(recipe)]
 
     def _count(self, recipe: Recipe) -> str:
         """Count a model unless it has been counted, and return its key."""
@@ -109,7 +109,7 @@ class Counter:
             model = self.model(recipe)
             self._counted[key] = flops_per_clip(model)
             widths = {name: encoder.width for name, encoder in model.encoders.items() if isinstance(encoder, Encoder)}
-            self._token_numbers[key] = {name: model.num_tokens[name] * width for name, width in widths.items()}
+            self._token_shapes[key] = {name: (model.num_tokens[name], width) for name, width in widths.items()}
         return key
 
     def training_flops(self, run: StudyRun, runs: Mapping[str, StudyRun]) -> float | None:
@@ -160,11 +160,12 @@ class Counter:
         return num_logits * (4 if recipe.training.precision == "fp32" else 2) + SEAL_BYTES
 
     def _token_bytes(self, recipe: Recipe, modality: str) -> int:
-        """Return the bytes of a record of tokens."""
+        """Return the bytes of a record of tokens; int8 has a float32 scale per token."""
         memory = recipe.model.encoders[modality].memory
         assert memory is not None
-        itemsize = int(getattr(torch, memory.dtype).itemsize)
-        return self.token_numbers(recipe)[modality] * itemsize + SEAL_BYTES
+        num_tokens, width = self.token_shapes(recipe)[modality]
+        itemsize, scale_bytes = int(getattr(torch, memory.dtype).itemsize), 4 if memory.dtype == "int8" else 0
+        return num_tokens * (width * itemsize + scale_bytes) + SEAL_BYTES
 
     def cost_figure(self, recipe: Recipe, column: Column) -> float | None:
         """Return the figure of a column that needs no training; None: the model lacks the column's modalities."""

@@ -21,11 +21,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
+import av
+import cv2
+
 from karmma_dist.errors import masked
 from karmma_dist.recipe import NOT_LEARNED, Recipe
 from karmma_dist.recipe.model import EncoderMemory
 from karmma_dist.settings import unmarked
-from karmma_dist.training.teacher_memory import decoder_versions
 
 FOLDER = "memories"
 """Folder of the memories in `runs_dir`."""
@@ -170,11 +172,10 @@ def _answer_facts(recipe: Recipe) -> dict[str, Any]:
     """Return everything that decides what the teachers are asked, and in which order their answers are stored."""
     assert recipe.distill is not None
     return {
-        "teachers": recipe.distill.names, "seed": recipe.seed, "views": recipe.model.num_views,
+        "teachers": recipe.distill.names, "views": recipe.model.num_views,
         "data": {**unmarked(recipe.data, NOT_LEARNED), "shards": masked(recipe.data.shards)},
-        "inputs": {name: _input(recipe, name) for name in recipe.data.modalities},
         "modalities": recipe.modalities,  # each clip keeps one of them at least
-        "precision": recipe.training.precision, "decoders": decoder_versions(),
+        **_view_facts(recipe),
         "batch_size": recipe.training.batch_size if recipe.data.order.lanes else None,
     }  # fmt: skip
 
@@ -183,16 +184,21 @@ def _token_facts(recipe: Recipe, modality: str) -> dict[str, Any]:
     """Return everything that decides the tokens of an encoder."""
     encoder = recipe.model.encoders[modality]
     return {
-        "modality": modality, "seed": recipe.seed,
+        "modality": modality,
         "encoder": {**unmarked(encoder, NOT_LEARNED), "weights": encoder.weights and masked(encoder.weights)},
         "tau": recipe.model.tau, "grouping": recipe.model.grouping, "fusion": recipe.model.fusion,
-        "shards": masked(recipe.data.shards), "split": recipe.data.train_split, "input": _input(recipe, modality),
-        "precision": recipe.training.precision, "decoders": decoder_versions(),
+        "shards": masked(recipe.data.shards), "split": recipe.data.train_split,
+        **_view_facts(recipe),
     }  # fmt: skip
 
 
-def _input(recipe: Recipe, modality: str) -> Any:
-    return recipe.inputs.section(modality).model_dump(mode="json")
+def _view_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return what decides the arrays of a view and the numbers in which a model computes."""
+    libraries = {name: av.library_versions[name] for name in ("libavcodec", "libswscale")}
+    return {
+        "seed": recipe.seed, "inputs": unmarked(recipe.inputs, NOT_LEARNED), "precision": recipe.training.precision,
+        "decoders": {"av": av.__version__, "opencv": cv2.__version__, **libraries},
+    }  # fmt: skip
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

@@ -71,7 +71,7 @@ def flops_text(flops: float | None) -> str:
 
 
 def _headings(hours: Hours) -> list[str]:
-    return ["FLOPs", _PLANNED, f"{hours.gpu} hours", f"hours {_PLANNED}"]
+    return ["FLOPs", _PLANNED, f"{hours.gpu} hours", f"{_PLANNED} hours"]
 
 
 def _print_totals(plan: StudyPlan, costs: StudyCosts, hours: Hours) -> None:
@@ -120,10 +120,11 @@ def _advice(costs: Iterable[RunCost]) -> list[str]:
 
 def _size(memories: Sequence[Held], kind: str, costs: Sequence[RunCost]) -> str:
     """Return the bytes that the memories of a kind take on disk; empty without such memories."""
-    chosen = [memory.disk_bytes for memory in memories if memory.kind == kind]
-    if not chosen or any(cost.clips is None for cost in costs):
-        return "? GB" if chosen else ""
-    return f"{sum(chosen) / 1e9:,.0f} GB" if sum(chosen) >= 1e11 else f"{sum(chosen) / 1e9:.2g} GB"
+    sizes = [memory.disk_bytes for memory in memories if memory.kind == kind]
+    if not sizes or any(cost.clips is None for cost in costs):
+        return "? GB" if sizes else ""
+    value, unit = (sum(sizes) / 1e9, "GB") if sum(sizes) >= 1e9 else (sum(sizes) / 1e6, "MB")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
 
 
 def _sum(costs: Sequence[RunCost], which: Callable[[RunCost], float | None]) -> float | None:

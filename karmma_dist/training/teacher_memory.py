@@ -70,7 +70,7 @@ def _header(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype) -> MemoryHe
         "split": recipe.data.train_split,
         "seed of the views": recipe.seed,
         "inputs": {name: recipe.inputs.section(name).model_dump(mode="json") for name in recipe.data.modalities},
-        "decoders": decoder_versions(),
+        "decoders": {"av": av.__version__, "opencv": cv2.__version__, **_libraries()},
     }
     shards = folder.manifest.splits[recipe.data.train_split].shards
     num_clips = {shard.name: shard.num_clips for shard in shards}
@@ -86,10 +86,9 @@ def _fingerprint(weights: Path) -> str:
     return hashlib.sha256(f"{sha256_of(weights)} {card}".encode()).hexdigest()
 
 
-def decoder_versions() -> dict[str, str]:
-    """Return the versions of everything that decodes and converts clips."""
-    libraries = {name: ".".join(map(str, av.library_versions[name])) for name in ("libavcodec", "libswscale")}
-    return {"av": av.__version__, "opencv": cv2.__version__, **libraries}
+def _libraries() -> dict[str, str]:
+    """Return the versions of FFmpeg's libraries that decode and convert."""
+    return {name: ".".join(map(str, av.library_versions[name])) for name in ("libavcodec", "libswscale")}
 
 
 class TeacherMemory:

@@ -25,7 +25,7 @@ UNSAFE = {
     "a/-x", ".a", "a/.b", ".lock", ".study.lock", "a\n", "a\nb", "a\tb", "a\0b", "a\x1bb", "a\x7f", "a\x85b",
     "a\u2028b", "a\u202eb", "a\ud800", "b\udc80", " a", "a ",
     "a/ b", "a /b", "\u3000a", "x" * 201, "a/" + "x" * 201, "/".join(["x" * 100] * 10), "\u00fc" * 101,
-    "studies", "studies/a", "comparison", "events.out.tfevents.1", "a/best", "best/a",
+    "studies", "studies/a", "comparison", "memories", "memories/a", "events.out.tfevents.1", "a/best", "best/a",
     "a/checkpoints/b", "a/recipe.yaml",
     *OWN_NAMES,
 }  # fmt: skip
