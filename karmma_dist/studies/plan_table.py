@@ -40,7 +40,7 @@ class Hours:
         if flops is None:
             return "?"
         hours = flops / self._flops_per_hour
-        return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}" if hours < 10 else f"{hours:.1f}"
+        return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}"
 
 
 def print_plan(plan: StudyPlan, costs: StudyCosts, gpu: str) -> None:
@@ -75,11 +75,14 @@ def _headings(hours: Hours) -> list[str]:
 
 
 def _print_totals(plan: StudyPlan, costs: StudyCosts, hours: Hours) -> None:
-    """Print the cost of each row, including shared runs, and of the study, which counts each run once."""
+    """Print the cost of each row, including shared runs, of each stage, and of the study, which count each run once."""
     groups = [(label, [cost for cost in costs.runs if label in cost.run.labels]) for label in plan.chosen]
-    left = [cost for cost in costs.runs if cost.state != "finished"]
+    for stage in dict.fromkeys(cost.run.recipe.stage for cost in costs.runs):
+        groups.append((f"stage {stage}", [cost for cost in costs.runs if cost.run.recipe.stage == stage]))
+    groups.append(("study", costs.runs))
+    groups.append(("not finished", [cost for cost in costs.runs if cost.state != "finished"]))
     rows = []
-    for label, chosen in [*groups, ("study", costs.runs), ("not finished", left)]:
+    for label, chosen in groups:
         flops, planned, advised = (_sum(chosen, which) for which in (_flops, _planned, _advised))
         shared = sum(len(cost.run.labels) > 1 for cost in chosen)
         cells = [flops_text(flops), flops_text(planned), hours.text(flops), hours.text(planned)]
@@ -92,17 +95,17 @@ def _explanation(costs: StudyCosts, hours: Hours) -> list[str]:
     """Return what the columns count, and what the memories take on disk."""
     kinds = {"logits": "teachers' answers", "tokens": "encoders' tokens"}
     sizes = [f"{size} of {shown}" for kind, shown in kinds.items() if (size := _size(costs.planned, kind, costs.runs))]
+    held = f"with memories ({' and '.join(sizes)}), if runs that share one train one after another"
     lines = [
-        f"hours: of one {hours.gpu} at {MFU:.0%} of its bf16 peak; FLOPs and hours are those without any memory",
-        f"{_PLANNED}: with memories ({' and '.join(sizes) or 'the plan has none'}), one run after another; runs that "
-        "train at the same time may both compute what one of them could read",
+        f"FLOPs: without any memory; hours: of one {hours.gpu} at {100 * MFU:.0f} % of its bf16 peak",
+        f"{_PLANNED}: {held if sizes else 'the plan has no memory'}",
     ]
     if costs.advised:
         views = EncoderMemory.model_fields["views"].default
         lines += [
             f"{_ADVISED}: if every frozen encoder had a memory ({_size(costs.advised, 'tokens', costs.runs)}). Epochs "
-            f"then take {views} views of a clip in turn instead of a new one each, so runs learn something else and "
-            "have other names. In the recipe:",
+            f"would take {views} views of a clip in turn instead of a new one each: another training, under other "
+            "names. In the recipe:",
             *(f"    {line}" for line in _advice(costs.runs)),
         ]
     return lines

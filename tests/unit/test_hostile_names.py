@@ -244,7 +244,7 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     rows = [{**STUDY["rows"][0], "label": HOSTILE}]
     write_study(tmp_path, {"title": HOSTILE, "rows": rows})
     assert main(["study", "tiny/tab0", "--dry-run"]) == 0
-    expect_text(capsys.readouterr().out, f"{SHOWN} (", f"{SHOWN}: ")
+    expect_text(capsys.readouterr().out, f"{SHOWN} (", f"{SHOWN} 2")
     assert main(["study", "tiny/tab0", "--only", f"no {HOSTILE}"]) == 2
     expect_text(capsys.readouterr().err, f"no {SHOWN}")
 
