@@ -125,17 +125,21 @@ def study(
 @click.command("memory")
 @click.argument("folder", metavar="PATH", type=HomePath(path_type=Path))
 @click.option("--verify", "is_verified", is_flag=True, help="Check every answer's checksum; exit 1 if one is damaged.")
-@click.option("--prune", "is_pruned", is_flag=True, help="Remove the epochs that lack answers.")
+@click.option("--prune", "is_pruned", is_flag=True,
+              help="Remove damaged answers, and the epochs of a teacher's memory that lack some.")
+@click.option("--merge", "others", metavar="DIR", multiple=True, type=HomePath(path_type=Path),
+              help="Add the answers of another part of this memory, such as another node's; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def memory_command(folder: Path, is_verified: bool, is_pruned: bool, as_json: bool) -> None:
+def memory_command(
+    folder: Path, is_verified: bool, is_pruned: bool, others: tuple[Path, ...], as_json: bool
+) -> None:
     """Show what the memory of a frozen model holds: of which model and views, answers per epoch, bytes."""
-    from karmma_dist.memory.contents import print_contents, prune, read_contents
+    from karmma_dist.memory.contents import change_contents, print_contents, read_contents
 
-    contents = read_contents(folder, verify=is_verified)
-    if is_pruned:
-        for line in prune(contents):
+    if is_pruned or others:
+        for line in change_contents(folder, others, is_pruned=is_pruned):
             print_line(line, err=as_json)
-        contents = read_contents(folder, verify=is_verified)
+    contents = read_contents(folder, verify=is_verified)
     if as_json:
         print_json(contents.to_json())
     else:

@@ -20,7 +20,7 @@ from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import write_json
 from karmma_dist.io.json_fields import JsonObject, read_json
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout."""
 HEADER = "memory.json"
 """File name of the header."""
@@ -41,19 +41,23 @@ class MemoryHeader:
     """Shape of an answer."""
     num_clips: Mapping[str, int]
     """Number of clips by shard: file name of its tar."""
+    num_expected: int
+    """Number of answers in a complete epoch of the run that made the memory: it leaves clips out, by the size of its
+    batches or since they lack a modality. Other runs may store others."""
     facts: Mapping[str, Any]
     """What decides the answers, by name, in the order in which differences are looked for; JSON values."""
 
     @property
     def answer_bytes(self) -> int:
         """Bytes of an answer."""
-        return _ITEM_BYTES[self.dtype] * math.prod(self.shape)
+        scales = 4 * self.shape[0] if self.dtype == "int8" else 0
+        return _ITEM_BYTES[self.dtype] * math.prod(self.shape) + scales
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of memory.json."""
         return {
             "format": FORMAT, "kind": self.kind, "dtype": self.dtype, "shape": list(self.shape),
-            "num_clips": dict(self.num_clips), "facts": dict(self.facts),
+            "num_clips": dict(self.num_clips), "num_expected": self.num_expected, "facts": dict(self.facts),
         }  # fmt: skip
 
     @classmethod
@@ -74,17 +78,23 @@ class MemoryHeader:
             if not _SHARD.fullmatch(name):
                 raise ValueError(f"num_clips names {quoted(name)}, which is no tar")
         shape = tuple(fields.wholes("shape"))
-        return cls(fields.text("kind"), dtype, shape, num_clips, fields.nested("facts").unchecked())
+        facts = fields.nested("facts").unchecked()
+        return cls(fields.text("kind"), dtype, shape, num_clips, fields.whole("num_expected"), facts)
 
-    def difference(self, stored: MemoryHeader) -> str:
-        """Return in words how a stored memory differs from this one, or an empty string."""
-        own, other = self.to_json(), stored.to_json()
+    def difference(self, stored: MemoryHeader, own_name: str = "this run's") -> str:
+        """Return in words how a stored memory differs from this one, or an empty string.
+
+        Args:
+            stored: Header of the stored memory.
+            own_name: Words for this header, as in "its seed is 4, this run's 5".
+        """
+        own, other = (header.to_json() | {"num_expected": 0} for header in (self, stored))
         for name, shown in (("kind", "kind"), ("dtype", "precision"), ("shape", "shape of an answer")):
             if own[name] != other[name]:
-                return f"its {shown} is {quoted(other[name])}, this run's {quoted(own[name])}"
+                return f"its {shown} is {quoted(other[name])}, {own_name} {quoted(own[name])}"
         for name in [*self.facts, *(stored.facts.keys() - self.facts.keys())]:
             if self.facts.get(name) != stored.facts.get(name):
-                return f"its {name} is {quoted(stored.facts.get(name))}, this run's {quoted(self.facts.get(name))}"
+                return f"its {name} is {quoted(stored.facts.get(name))}, {own_name} {quoted(self.facts.get(name))}"
         return "" if own == other else "its numbers of clips per shard differ"
 
 

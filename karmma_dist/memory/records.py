@@ -5,7 +5,7 @@
     record    answer | set of modalities, uint32 | crc32 of both, uint32      little-endian; zeros: not there yet
 
 A record is written in one call by the rank that has the clip, so any number of runs may read a memory and extend it at
-the same time: they write the same bytes. A record that a killed writer left half-written has a wrong checksum, like one
+the same time. A record that a killed writer left half-written has a wrong checksum, like one
 that was damaged since, and its answer is computed anew. Files are read by position and not mapped: a mapped file whose
 disk disappears ends the process without a word.
 """
@@ -32,9 +32,9 @@ SEAL_BYTES = _SEAL.size
 def stored_set(record: bytes) -> int | None:
     """Return the set of modalities of a record's answer: 0 if there is no answer yet, None if it is damaged."""
     modalities, crc32 = _SEAL.unpack_from(record, len(record) - SEAL_BYTES)
-    if zlib.crc32(record[:-4]) == crc32:
-        return int(modalities)
-    return None if any(record) else 0
+    if not modalities and not crc32:
+        return 0  # the seal is written last: a writer is at it, or was killed
+    return int(modalities) if zlib.crc32(record[:-4]) == crc32 else None
 
 
 @dataclass
@@ -49,6 +49,13 @@ class Lookups:
     """File and place of the first of them."""
     num_bytes: int = 0
     """Bytes that were read."""
+
+    def __add__(self, other: Lookups) -> Lookups:
+        """Return the counts of both."""
+        return Lookups(
+            self.found + other.found, self.absent + other.absent, self.damaged + other.damaged,
+            self.first_damaged or other.first_damaged, self.num_bytes + other.num_bytes,
+        )  # fmt: skip
 
 
 class AnswerFiles:
@@ -101,8 +108,8 @@ class AnswerFiles:
         self.lookups.found += 1
         return record[: self.answer_bytes]
 
-    def write(self, epoch: int, shard: str, row: int, modalities: int, answer: bytes) -> None:
-        """Store a clip's answer; see `read`. A whole answer for another set of modalities is kept instead.
+    def write(self, epoch: int, shard: str, row: int, modalities: int, answer: bytes) -> bool:
+        """Store a clip's answer; see `read`. Return False if a whole answer is there already, which is kept.
 
         Raises:
             DiskError: the disk is full or fails.
@@ -114,11 +121,24 @@ class AnswerFiles:
         descriptor = self._descriptor(epoch, shard, writes=True)
         assert descriptor is not None
         before = self._pread(descriptor, epoch, shard, row)
-        if len(before) == self.record_bytes and stored_set(before) not in (None, 0, modalities):
-            return  # runs with other modality dropout would take turns in replacing each other's answers
+        if len(before) == self.record_bytes and stored_set(before):
+            return False  # others have read it; runs with other modality dropout would take turns in replacing theirs
         with naming(self.path(epoch, shard)):
             if os.pwrite(descriptor, record, row * self.record_bytes) != len(record):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return True
+
+    def remove(self, epoch: int, shard: str, row: int) -> None:
+        """Remove a clip's answer, whole or damaged; see `read`.
+
+        Raises:
+            DiskError: the disk fails.
+            UserError: the file cannot be opened.
+        """
+        descriptor = self._descriptor(epoch, shard, writes=True)
+        assert descriptor is not None
+        with naming(self.path(epoch, shard)):
+            os.pwrite(descriptor, bytes(self.record_bytes), row * self.record_bytes)
 
     def path(self, epoch: int, shard: str) -> Path:
         """Return the path of the file of an epoch and a shard."""

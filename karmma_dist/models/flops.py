@@ -53,7 +53,9 @@ class ClipFlops:
         encoded = sum(num_present.get(m, 0) * (self.encoders[m] + self.projections[m]) for m in everything)
         return encoded + num_clips * self.fusion[in_block]
 
-    def training(self, num_present: Mapping[str, int], num_clips: int) -> int:
+    def training(
+        self, num_present: Mapping[str, int], num_clips: int, num_encoded: Mapping[str, int] | None = None
+    ) -> int:
         """Return the FLOPs of a forward and a backward pass of a model in training.
 
         The backward pass counts as 2 x the forward pass for trained parts and as 0 for frozen encoders. The encoder of
@@ -62,11 +64,14 @@ class ClipFlops:
         Args:
             num_present: Number of clips that have each modality.
             num_clips: Number of clips in the batch.
+            num_encoded: Number of clips that are encoded, for modalities whose tokens may be remembered.
         """
         total = 3 * num_clips * self.fusion[tuple(self.encoders)]
         for modality, encoder in self.encoders.items():
             passes = 1 if modality in self.frozen else 3
-            total += max(1, num_present.get(modality, 0)) * (passes * encoder + 3 * self.projections[modality])
+            num = max(1, num_present.get(modality, 0))
+            encoded = num if num_encoded is None else num_encoded.get(modality, num)
+            total += encoded * passes * encoder + num * 3 * self.projections[modality]
         return total
 
 

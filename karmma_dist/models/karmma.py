@@ -13,8 +13,8 @@ Legend: B clips, M modalities, N clips that have a modality, T tokens, D width, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
 from karmma_dist.modalities import MODALITIES
+from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.encoders.table import build_encoder, input_shape
 from karmma_dist.models.encoders.transformer import INIT_STD, TransformerLayer, at_least_float32, init_linears
 from karmma_dist.recipe import InputRecipe, ModelRecipe
@@ -66,6 +67,17 @@ def _group_means(tokens_BTD: Tensor, num_groups: int) -> Tensor:
     if num_groups == 0:
         return tokens_BTD
     return tokens_BTD.unflatten(1, (num_groups, -1)).mean(dim=2)  # (B, num_groups, D)
+
+
+class KnownTokens(Protocol):
+    """The tokens of a frozen encoder, of which some are known before it runs."""
+
+    @property
+    def must_encode(self) -> bool:
+        """True if the encoder runs even if no clip needs it: another rank gathers its parameters."""
+
+    def complete(self, encoded_NTD: Tensor | None) -> Tensor:
+        """Return the tokens of all clips that have the modality, in batch order, given those of the unknown ones."""
 
 
 class FusionBlock(nn.Module):
@@ -220,12 +232,16 @@ class KarmmaModel(nn.Module):
             self.encoders[modality].eval()
         return self
 
-    def forward(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, inputs: dict[str, Tensor], present_BM: Tensor, known: Mapping[str, KnownTokens] | None = None
+    ) -> dict[str, Tensor]:
         """Return logits (B, C) by head; see `encode` and `fuse`."""
-        return self.fuse(self.encode(inputs, present_BM), present_BM)
+        return self.fuse(self.encode(inputs, present_BM, known), present_BM)
 
-    def encode(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
-        """Run each encoder on the clips that have its modality.
+    def encode(
+        self, inputs: dict[str, Tensor], present_BM: Tensor, known: Mapping[str, KnownTokens] | None = None
+    ) -> dict[str, Tensor]:
+        """Run each encoder on the clips that have its modality and whose tokens are not known.
 
         In training, and with `runs_every_encoder`, the encoder of a modality that no clip has runs on one clip of
         zeros, whose tokens are discarded: its parameters then get zero gradients at the same point of the backward
@@ -237,6 +253,8 @@ class KarmmaModel(nn.Module):
                 parameters; a modality that no clip has may be missing. Only shapes and dtypes are checked, so that
                 the check does not wait for the device.
             present_BM: bool, True = the clip has the modality; on any device.
+            known: Known tokens of frozen encoders, by modality; `inputs` then hold only the clips whose tokens are not
+                known.
 
         Returns:
             Tokens (N, T, D) by modality, after encoder, tau-average and Linear; with `fusion: mean` their mean,
@@ -251,27 +269,48 @@ class KarmmaModel(nn.Module):
         tokens = {}
         for modality, num in zip(self.modalities, present.sum(dim=0).tolist(), strict=True):
             x = inputs.get(modality)
-            if (0 if x is None else len(x)) != num:
-                raise ValueError(
-                    f"inputs['{modality}'] holds {0 if x is None else len(x)} clips, but present_BM says {num}"
-                )
-            if x is not None and num:
-                tokens[modality] = self._encode(modality, x)
+            given = 0 if x is None else len(x)
+            source = None if known is None else known.get(modality)
+            if given > num or (given != num and source is None):
+                raise ValueError(f"inputs['{modality}'] holds {given} clips, but present_BM says {num}")
+            if source is not None:
+                reduced = self._complete(modality, x if given else None, source, num)
+            elif x is not None and num:
+                reduced = self._reduce(modality, x)
             elif self.runs_every_encoder or (self.training and torch.is_grad_enabled()):
-                zeros = self._like.new_zeros(1, *input_shape(modality, self.inputs))
-                tokens[modality] = self._encode(modality, zeros)[:0]
+                reduced = self._reduce(modality, self._blank_clip(modality))
+            else:
+                continue
+            projected = self.projections[modality](reduced)
+            tokens[modality] = projected if num else projected[:0]
         return tokens
 
-    def _encode(self, modality: str, x: Tensor) -> Tensor:
-        """Encode one modality of N clips to (N, T, D)."""
+    def _complete(self, modality: str, x: Tensor | None, source: KnownTokens, num: int) -> Tensor:
+        """Return the tokens of all `num` clips, known or encoded, as `_reduce` does; those of one blank clip for none.
+        """
+        encoded = None if x is None else self._reduce(modality, x)
+        if x is None and source.must_encode:
+            self._reduce(modality, self._blank_clip(modality))
+        if num:
+            return source.complete(encoded)
+        return self._like.new_zeros(1, self.num_tokens[modality], self.encoder_width(modality))
+
+    def _reduce(self, modality: str, x: Tensor) -> Tensor:
+        """Encode one modality of N clips to (N, T, width of the encoder), tau-averaged."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and modality not in self.frozen):
-            tokens = self.encoders[modality](x)
+            tokens: Tensor = self.encoders[modality](x)
             if self.fusion is None:
-                tokens = tokens.mean(dim=1, keepdim=True)
-            else:
-                tokens = tau_average(tokens, self.recipe.tau, self.recipe.grouping)
-        projected: Tensor = self.projections[modality](tokens)
-        return projected
+                return tokens.mean(dim=1, keepdim=True)
+            return tau_average(tokens, self.recipe.tau, self.recipe.grouping)
+
+    def _blank_clip(self, modality: str) -> Tensor:
+        return self._like.new_zeros(1, *input_shape(modality, self.inputs))
+
+    def encoder_width(self, modality: str) -> int:
+        """Return the width of a modality's tokens before the Linear."""
+        encoder = self.encoders[modality]
+        assert isinstance(encoder, Encoder)
+        return encoder.width
 
     def fuse(
         self, tokens: dict[str, Tensor], present_BM: Tensor, keep_BM: Tensor | None = None

@@ -71,6 +71,8 @@ class Clip:
     """Class per head; None where the split is unlabelled."""
     members: dict[str, Member | None]
     """Member per modality of the dataset, and the metadata under "json"; None: the dataset has none for this clip."""
+    row: int
+    """0-based place of the clip in its tar."""
 
     def has(self, modality: str) -> bool:
         """Return True if the dataset has this modality for this clip."""

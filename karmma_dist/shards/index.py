@@ -116,7 +116,7 @@ def _clips(entries: list[Any], path: str, shard: str) -> Iterator[Clip]:
             raise ValueError(f"{path}[{number}].members.{wrong} is {shown(declared[wrong])}")
         if members.get("json") is None:
             raise ValueError(f"{path}[{number}].members.json is missing: every clip has metadata")
-        yield Clip(key, shard, labels, members)
+        yield Clip(key, shard, labels, members, number)
 
 
 def read_index(tar: Path) -> ShardIndex:
@@ -150,7 +150,8 @@ def build_index(tar: Path, modalities: tuple[str, ...], header: DatasetHeader | 
         if suffix == "json":
             metadata[key] = data
     clips = tuple(
-        _indexed_clip(tar.name, key, metadata.get(key), stored, modalities) for key, stored in members.items()
+        _indexed_clip(tar.name, row, key, metadata.get(key), stored, modalities)
+        for row, (key, stored) in enumerate(members.items())
     )
     return ShardIndex(tar.name, tar.stat().st_size, clips, header)
 
@@ -171,7 +172,7 @@ def _tar_members(tar: Path) -> Iterator[tuple[str, str, int, bytes]]:
 
 
 def _indexed_clip(
-    shard: str, key: str, metadata: bytes | None, stored: dict[str, Member], modalities: tuple[str, ...]
+    shard: str, row: int, key: str, metadata: bytes | None, stored: dict[str, Member], modalities: tuple[str, ...]
 ) -> Clip:
     """Return a clip's entry, its members compared with those that its metadata declares."""
     if metadata is None:
@@ -188,4 +189,4 @@ def _indexed_clip(
         if member is not None and size_and_crc32 != (member.size, member.crc32):
             raise DamageError(shard, key, modality, "bytes or crc32 differ from the declared ones")
         members[modality] = member
-    return Clip(key, shard, labels, members)
+    return Clip(key, shard, labels, members, row)

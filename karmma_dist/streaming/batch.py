@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from karmma_dist.memory.answers import Source
+from karmma_dist.memory.memory import Source
 from karmma_dist.memory.records import Lookups
 from karmma_dist.modalities import MODALITIES, Decoder, Description, View
 from karmma_dist.recipe import InputRecipe
@@ -62,11 +62,23 @@ class Sample:
     uncut: dict[str, UncutSignal] = field(default_factory=dict)
     """Whole signals from which arrays are cut, by modality, for the modalities that were requested."""
     kept: tuple[str, ...] | None = None
-    """Modalities that the clip brings, if not all of them were read: the teacher's answer is remembered."""
+    """Modalities that the clip brings, if not all of them were read: what models say of the others is remembered."""
     source: Source | None = None
-    """The clip's place in the teacher's memory; None without a memory."""
+    """The clip's place in memories; None without one."""
     answer_EA: Tensor | None = None
     """The teacher's remembered answer."""
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """Remembered tokens of frozen encoders, packed, uint8 (X,), by modality; their arrays are missing."""
+
+
+@dataclass(frozen=True)
+class RememberedTokens:
+    """The tokens of a modality that a batch's clips bring instead of arrays."""
+
+    is_remembered_N: Tensor
+    """bool, True = the clip's tokens are remembered; of the clips that have the modality, in batch order."""
+    packed_NX: Tensor
+    """Packed tokens of the remembered clips, uint8; see `TokenMemory`."""
 
 
 @dataclass
@@ -94,16 +106,21 @@ class Batch:
     uncut: dict[str, list[UncutSignal]] = field(default_factory=dict)
     """Whole signals of the present clips, in batch order, by modality, for the modalities that were requested."""
     sources: list[Source] = field(default_factory=list)
-    """Each clip's place in the teacher's memory; empty without a memory."""
+    """Each clip's place in memories; empty without one."""
     answers_BEA: Tensor | None = None
     """The teacher's remembered answers, if all of the batch's are: `inputs` may then lack modalities that only the
     teacher needs."""
+    tokens: dict[str, RememberedTokens] = field(default_factory=dict)
+    """Remembered tokens by modality: `inputs` lacks these clips. Missing if no clip's are remembered."""
     lookups: Lookups = field(default_factory=Lookups)
-    """What the memory was asked for."""
+    """What the teacher's memory was asked for."""
+    token_lookups: Lookups = field(default_factory=Lookups)
+    """What the memories of frozen encoders were asked for."""
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor that `map` changes."""
         remembered = [] if self.answers_BEA is None else [self.answers_BEA]
+        remembered += [tokens.packed_NX for tokens in self.tokens.values()]
         return [*self.jitter.values(), *self.inputs.values(), *self.labels.values(), *remembered]
 
     def only(self, modalities: Sequence[str], columns: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
@@ -129,6 +146,7 @@ class Batch:
             labels={head: change(label) for head, label in self.labels.items()},
             jitter={name: change(factors) for name, factors in self.jitter.items()},
             answers_BEA=None if self.answers_BEA is None else change(self.answers_BEA),
+            tokens={name: replace(tokens, packed_NX=change(tokens.packed_NX)) for name, tokens in self.tokens.items()},
         )
 
 
@@ -157,12 +175,23 @@ def collate(
         step=step,
         sources=[sample.source for sample in samples if sample is not None and sample.source is not None],
         answers_BEA=torch.stack(answers) if len(answers) == len(samples) > 0 else None,
+        tokens=_remembered_tokens([sample for sample in samples if sample is not None], modalities),
         uncut={
             name: signals
             for name in modalities
             if (signals := [sample.uncut[name] for sample in samples if sample is not None and name in sample.uncut])
         },
     )
+
+
+def _remembered_tokens(samples: Sequence[Sample], modalities: Sequence[str]) -> dict[str, RememberedTokens]:
+    remembered = {}
+    for name in modalities:
+        packed = [sample.tokens[name] for sample in samples if name in sample.tokens]
+        if packed:
+            is_remembered = [name in sample.tokens for sample in samples if name in _kept(sample)]
+            remembered[name] = RememberedTokens(torch.tensor(is_remembered), torch.stack(packed))
+    return remembered
 
 
 def _kept(sample: Sample) -> Collection[str]:

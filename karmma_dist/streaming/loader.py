@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from karmma_dist.errors import UserError
-from karmma_dist.memory.answers import AnswerMemory, Source
+from karmma_dist.memory.memory import AnswerMemory, Source
+from karmma_dist.memory.records import Lookups
+from karmma_dist.memory.tokens import TokenMemory
 from karmma_dist.recipe import DataRecipe, InputRecipe, ViewsRecipe
 from karmma_dist.seeding import fallback_words, hold_out_word
 from karmma_dist.shards.folder import ShardFolder
@@ -121,19 +124,11 @@ class _Clips(ABC):
         batch.damage, batch.stats = damage, activity.end_batch()
         return batch
 
-    def _samples_of(self, part: Slice, damage: list[Damage], activity: Activity) -> list[Sample | None]:
-        """Return the samples of a batch."""
-        return [
-            sample
-            for place in range(part.start, part.stop)
-            for sample in self._samples(place, part.epoch, damage, activity)
-        ]
-
     @abstractmethod
-    def _samples(
-        self, place: int, epoch: int, damage: list[Damage], activity: Activity
-    ) -> Sequence[Sample | None]:
-        """Return one sample per view of the clip at `place`, or None for padding, and add damaged members to `damage`.
+    def _samples_of(self, part: Slice, damage: list[Damage], activity: Activity) -> list[Sample | None]:
+        """Return the samples of a batch, one per view of each clip, or None for padding.
+
+        Damaged members are added to `damage`.
         """
 
     @abstractmethod
@@ -176,40 +171,67 @@ class _EpochDraw(NamedTuple):
     """Random word of each place, for clips that would lose all modalities."""
 
 
+class _Drawn(NamedTuple):
+    """A clip at its place in an epoch."""
+
+    clip: Clip
+    kept_M: np.ndarray
+    """bool, True = the clip brings the modality."""
+    source: Source
+    """Place of the clip's view in memories."""
+
+
 class TrainingClips(_Clips):
     """The training clips: they are ordered, lose modalities by dropout, and are replaced if damaged.
 
     Clips that `data.hold_out` holds out are excluded. Every clip brings at least one of the `needed` modalities (by
     default all), so that a student with fewer modalities than its teacher always receives one.
 
-    With a memory (`remember`), a batch whose answers are all remembered brings them, and of its clips only the needed
-    modalities are read.
+    With memories (`remember`), a batch whose teacher's answers are all remembered brings them, and of its clips only
+    the needed modalities are read, except those whose tokens are remembered.
+
+    Args:
+        folder: Opened shards.
+        data: Split, modalities, dropout and order.
+        inputs: Sizes of the arrays.
+        seed: Seed of the run.
+        batch_size: Clips per optimizer step, over all ranks.
+        needed: Modalities of which every clip brings at least one.
+        num_views: Number of different views of a clip, which epochs take in turn; 0: a new one in each epoch.
     """
 
     def __init__(
         self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, seed: int, batch_size: int,
-        needed: Sequence[str] = (),
+        needed: Sequence[str] = (), num_views: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(folder, data, inputs, data.train_split, needed, held_out=False)
+        self._num_views = num_views
         self._needed_M = np.array([m in self.needed for m in data.modalities])
         self.seed = seed
         self._draw: _EpochDraw | None = None
         shards = [clip.shard for clip in self.clips]
         self._order = ClipOrder(shards, batch_size, seed, data.order.lanes, data.order.window)
-        self._memory: AnswerMemory | None = None
-        self._rows: dict[tuple[str, str], int] = {}
+        self._answers: AnswerMemory | None = None
+        self._tokens: dict[str, TokenMemory] = {}
+        self._is_taught = False
 
-    def remember(self, memory: AnswerMemory) -> None:
-        """Look answers up in a memory from now on."""
-        self._memory = memory
-        for _, clips in itertools.groupby(self.folder.clips(self.split), key=lambda clip: clip.shard):
-            self._rows |= {(clip.shard, clip.key): row for row, clip in enumerate(clips)}
+    def remember(self, answers: AnswerMemory | None, tokens: Mapping[str, TokenMemory], *, is_taught: bool) -> None:
+        """Look answers and tokens up from now on.
+
+        Args:
+            answers: Memory of the teacher's answers.
+            tokens: Memories of frozen encoders, by modality.
+            is_taught: True if a teacher sees the batches, unless all its answers are remembered: it needs the arrays of
+                every clip.
+        """
+        self._answers, self._tokens, self._is_taught = answers, dict(tokens), is_taught
 
     def batch(self, part: Slice, activity: Activity | None = None) -> Batch:
         """Read one slice; see the base class."""
         batch = super().batch(part, activity)
-        if self._memory is not None:
-            batch.lookups = self._memory.take_lookups()
+        if self._answers is not None:
+            batch.lookups = self._answers.take_lookups()
+        batch.token_lookups = sum((memory.take_lookups() for memory in self._tokens.values()), Lookups())
         return batch
 
     def _drawn_for(self, epoch: int) -> _EpochDraw:
@@ -223,59 +245,104 @@ class TrainingClips(_Clips):
         return draw
 
     def _samples_of(self, part: Slice, damage: list[Damage], activity: Activity) -> list[Sample | None]:
-        remembered = self._remembered(part, activity)
-        return super()._samples_of(part, damage, activity) if remembered is None else list(remembered)
+        places = range(part.start, part.stop)
+        drawn = [self._candidate(place, place, part.epoch) for place in places]
+        remembered = self._remembered(drawn, activity)
+        if remembered is not None:
+            return list(remembered)
+        tokens = self._find_tokens(drawn, {} if self._is_taught else self._tokens)
+        return [
+            self._replaced_if_damaged(place, part.epoch, found, damage, activity)
+            for place, found in zip(places, tokens, strict=True)
+        ]
 
-    def _remembered(self, part: Slice, activity: Activity) -> list[Sample] | None:
+    def _remembered(self, drawn: Sequence[_Drawn], activity: Activity) -> list[Sample] | None:
         """Return the samples of a batch with their answers; None if an answer is missing or a clip is damaged.
 
         A clip that replaces a damaged one has other answers. They are found anew, so that the batch is the one of a run
         without a memory.
         """
-        if self._memory is None:
+        if self._answers is None:
             return None
-        found = []
-        for place in range(part.start, part.stop):
-            clip, kept_M = self._candidate(place, place, part.epoch)
-            source = self._source(clip, part.epoch)
-            answer_EA = self._memory.find(source, kept_M)
+        answers = []
+        for clip in drawn:
+            answer_EA = self._answers.find(clip.source, clip.kept_M)
             if answer_EA is None:
                 return None
-            found.append((clip, kept_M, source, answer_EA))
+            answers.append(answer_EA)
         samples = []
-        for clip, kept_M, source, answer_EA in found:
-            read = self._read(clip, self._names(kept_M & self._needed_M), part.epoch, [], activity)
-            if read is None:
+        for clip, answer_EA, tokens in zip(drawn, answers, self._find_tokens(drawn, self._tokens), strict=True):
+            sample = self._read_training(clip, tokens, [], activity, self._needed_M)
+            if sample is None:
                 return None
-            kept = tuple(self._names(kept_M))
-            samples.append(replace(read[0], kept=kept, source=source, answer_EA=answer_EA))
+            samples.append(replace(sample, answer_EA=answer_EA))
         return samples
 
-    def _samples(self, place: int, epoch: int, damage: list[Damage], activity: Activity) -> list[Sample]:
+    def _find_tokens(
+        self, drawn: Sequence[_Drawn], memories: Mapping[str, TokenMemory]
+    ) -> list[dict[str, Tensor]]:
+        """Return the remembered tokens of each clip of a batch, packed, by modality.
+
+        With a new view in each epoch, a modality is remembered for all of its clips or for none: the encoder then runs
+        on the clips on which it would run without a memory, so that its tokens differ by no rounding error.
+        """
+        found: list[dict[str, Tensor]] = [{} for _ in drawn]
+        for modality, memory in memories.items():
+            m = self.data.modalities.index(modality)
+            having = [place for place, clip in enumerate(drawn) if clip.kept_M[m]]
+            packed = [memory.find(drawn[place].source) for place in having]
+            if self._num_views or all(tokens is not None for tokens in packed):
+                for place, tokens in zip(having, packed, strict=True):
+                    found[place] |= {} if tokens is None else {modality: tokens}
+        return found
+
+    def _replaced_if_damaged(
+        self, place: int, epoch: int, tokens: Mapping[str, Tensor], damage: list[Damage], activity: Activity
+    ) -> Sample:
         """Read the clip at `place`; if it is damaged, the first undamaged one of the order's candidates."""
         for candidate in itertools.islice(self._order.candidates(place), _MAX_REPLACEMENTS):
-            clip, kept_M = self._candidate(place, candidate, epoch)
-            samples = self._read(clip, self._names(kept_M), epoch, damage, activity)
-            if samples is not None:
-                if self._memory is None:
-                    return samples
-                return [replace(sample, source=self._source(clip, epoch)) for sample in samples]
+            clip = self._candidate(place, candidate, epoch)
+            sample = self._read_training(clip, tokens if candidate == place else {}, damage, activity)
+            if sample is not None:
+                return sample
         tried = min(_MAX_REPLACEMENTS, len(self.clips))
         raise UserError(f"{self.folder.where}: {tried} clips in a row are damaged, the last: {damage[-1]}")
 
-    def _candidate(self, place: int, candidate: int, epoch: int) -> tuple[Clip, np.ndarray]:
-        """Return the clip at a candidate's place of the order, and bool (M,), the modalities that it keeps at `place`.
+    def _read_training(
+        self, drawn: _Drawn, tokens: Mapping[str, Tensor], damage: list[Damage], activity: Activity,
+        needed_M: np.ndarray | None = None,
+    ) -> Sample | None:  # fmt: skip
+        """Read the kept modalities of a clip whose tokens are not remembered; return None if any of them is damaged.
+
+        Args:
+            drawn: The clip.
+            tokens: Its remembered tokens, by modality.
+            damage: List to which damaged members are added.
+            activity: Record of the current stage.
+            needed_M: bool, True = the modality is read. None reads all.
         """
+        wanted = self._names(drawn.kept_M if needed_M is None else drawn.kept_M & needed_M)
+        unknown = [m for m in wanted if m not in tokens]
+        samples = [_blank(drawn.clip)]
+        if unknown:
+            read = self._read(drawn.clip, unknown, drawn.source.epoch, damage, activity)
+            if read is None:
+                return None
+            samples = read
+        kept = tuple(self._names(drawn.kept_M))
+        return replace(samples[0], kept=kept, source=drawn.source, tokens=dict(tokens))
+
+    def _candidate(self, place: int, candidate: int, epoch: int) -> _Drawn:
+        """Return the clip at a candidate's place of the order, with the modalities that it keeps at `place`."""
         draw = self._drawn_for(epoch)
         clip = self.clips[draw.clip_at[candidate]]
         present_M = np.array([clip.has(m) for m in self.data.modalities])
-        return clip, keep_present(draw.keep[place], present_M, int(draw.words[place]), self._needed_M)
+        kept_M = keep_present(draw.keep[place], present_M, int(draw.words[place]), self._needed_M)
+        view = epoch % self._num_views if self._num_views else epoch
+        return _Drawn(clip, kept_M, Source(view, clip.shard, clip.row))
 
     def _names(self, kept_M: np.ndarray) -> list[str]:
         return [m for m, keep in zip(self.data.modalities, kept_M, strict=True) if keep]
-
-    def _source(self, clip: Clip, epoch: int) -> Source:
-        return Source(epoch, clip.shard, self._rows[clip.shard, clip.key])
 
     def _views(self, metadata: ClipMetadata, epoch: int, key: str) -> list[View]:
         return [training_view(self.inputs.video, num_stored_frames(metadata), self.seed, epoch, key)]
@@ -296,20 +363,26 @@ class EvaluationClips(_Clips):
         super().__init__(folder, data, inputs, split, held_out=True if held_out else None)
         self.views = views or ViewsRecipe()
 
-    def _samples(
-        self, place: int, epoch: int, damage: list[Damage], activity: Activity
-    ) -> Sequence[Sample | None]:
-        padding = [None] * self.views.num
-        if place >= len(self.clips):
-            return padding
-        clip = self.clips[place]
-        wanted = [m for m in self.data.modalities if clip.has(m)]
-        return self._read(clip, wanted, epoch, damage, activity) or padding
+    def _samples_of(self, part: Slice, damage: list[Damage], activity: Activity) -> list[Sample | None]:
+        samples: list[Sample | None] = []
+        for place in range(part.start, part.stop):
+            read = None
+            if place < len(self.clips):
+                clip = self.clips[place]
+                wanted = [m for m in self.data.modalities if clip.has(m)]
+                read = self._read(clip, wanted, part.epoch, damage, activity)
+            samples += [None] * self.views.num if read is None else read
+        return samples
 
     def _views(self, metadata: ClipMetadata, epoch: int, key: str) -> list[View]:  # noqa: ARG002
         return evaluation_views(
             self.inputs.video, num_stored_frames(metadata), self.views, is_wide=is_wide(metadata)
         )
+
+
+def _blank(clip: Clip) -> Sample:
+    """Return a sample without arrays."""
+    return Sample(clip.key, clip.labels, {}, np.ones(3, dtype=np.float32))
 
 
 def num_stored_frames(metadata: ClipMetadata) -> int:

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from karmma_dist.distributed.process_group import device_of
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
-from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.karmma import KarmmaModel, KnownTokens
 from karmma_dist.recipe import Recipe
 from karmma_dist.recipe.micro_batches import divide_batch
 from karmma_dist.training.checkpoint.zero_state import SavedState, StateShards
@@ -90,9 +91,17 @@ class Engine:
         module: nn.Module = self._deepspeed.module
         return module
 
-    def forward(self, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
-        """Return logits per head in the training precision, which `inputs` must have (`prepare` with `self.dtype`)."""
-        logits: dict[str, Tensor] = self._deepspeed(inputs, present_BM)
+    def forward(
+        self, inputs: dict[str, Tensor], present_BM: Tensor, known: Mapping[str, KnownTokens] | None = None
+    ) -> dict[str, Tensor]:
+        """Return logits per head in the training precision, which `inputs` must have (`prepare` with `self.dtype`).
+
+        Args:
+            inputs: See `KarmmaModel.encode`.
+            present_BM: See `KarmmaModel.encode`.
+            known: Known tokens of frozen encoders; see `KarmmaModel.encode`.
+        """
+        logits: dict[str, Tensor] = self._deepspeed(inputs, present_BM, **({"known": known} if known else {}))
         return logits
 
     def backward(self, loss: Tensor) -> None:
@@ -230,6 +239,11 @@ class ShardedModule:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Run the module's forward pass."""
         return self._deepspeed(*arguments, **named)
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """Return the type in which a recipe's model computes on this machine."""
+    return _DTYPES[_precision(recipe)]
 
 
 def _precision(recipe: Recipe) -> str:

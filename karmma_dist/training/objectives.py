@@ -28,8 +28,8 @@ from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip, label_problem
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.training.engine import ShardedModule
+from karmma_dist.training.memories.teacher_answers import TeacherMemory
 from karmma_dist.training.teacher import Teacher
-from karmma_dist.training.teacher_memory import TeacherMemory
 from karmma_dist.training.tracking import accuracies, agreements, entropies
 
 SoftTargets = Callable[[Batch], dict[str, Tensor]]

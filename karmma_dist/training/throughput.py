@@ -49,6 +49,7 @@ class Throughput:
         peak: float | None, verbose: bool,
     ) -> None:  # fmt: skip
         self._student = flops_per_clip(student)
+        self._remembering = [m for m in student.modalities if student.recipe.encoders[m].memory is not None]
         self._teachers = [(model, flops_per_clip(model)) for model in teachers]
         self._device = device
         on_gpu = device.type == "cuda"
@@ -62,13 +63,15 @@ class Throughput:
         self._peak = peak
 
     def flops(self, batch: Batch) -> float:
-        """Return the FLOPs of a step, without synchronising: forward and backward pass, and the teacher's forward pass
-        unless its answers are remembered."""
-        num_present = {modality: len(clips) for modality, clips in batch.inputs.items()}
+        """Return the FLOPs of a step, without synchronising: forward and backward pass, and the teacher's forward pass,
+        without what is remembered."""
+        read = {modality: len(clips) for modality, clips in batch.inputs.items()}
+        num_present = read | {modality: len(tokens.is_remembered_N) for modality, tokens in batch.tokens.items()}
+        num_encoded = {modality: read.get(modality, 0) for modality in self._remembering}
         num_clips = len(batch.keys)
         asked = self._teachers if batch.answers_BEA is None else []
         teaching = sum(_forward(model, counted, num_present, num_clips) for model, counted in asked)
-        return float(self._student.training(num_present, num_clips) + teaching)
+        return float(self._student.training(num_present, num_clips, num_encoded) + teaching)
 
     def metrics(self, flops: float, seconds: float) -> dict[str, float]:
         """Return `tflops_per_s` for `flops` computed in `seconds`, and `mfu` (0 to 1) if the device's peak is known."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -28,14 +28,32 @@ def loading_sums(batch: Batch, modalities: Sequence[str]) -> dict[str, float]:
     return sums
 
 
-def memory_sums(batch: Batch) -> dict[str, float]:
+def answer_sums(batch: Batch) -> dict[str, float]:
     """Return a batch's statistics of the teacher's memory for the averages.
 
-    `remembered_share` is the share of clips whose answers are remembered, `memory_mb` what was read for a batch.
+    `remembered_share` is the share of clips whose answers are remembered, `answers_mb` what was read for a batch.
     """
     return {
-        "remembered_share": float(batch.answers_BEA is not None), "memory_mb": batch.lookups.num_bytes / 1e6,
+        "remembered_share": float(batch.answers_BEA is not None), "answers_mb": batch.lookups.num_bytes / 1e6,
         "damaged_answers": float(batch.lookups.damaged),
+    }  # fmt: skip
+
+
+def token_sums(batch: Batch, modalities: Collection[str]) -> dict[str, float]:
+    """Return a batch's statistics of the memories of frozen encoders for the averages.
+
+    `remembered_tokens_share` is the share of (clip, modality) pairs whose tokens are remembered, `tokens_mb` what was
+    read for a batch.
+
+    Args:
+        batch: Batch.
+        modalities: Modalities whose encoders have a memory.
+    """
+    remembered = sum(len(tokens.packed_NX) for tokens in batch.tokens.values())
+    encoded = sum(len(clips) for modality, clips in batch.inputs.items() if modality in modalities)
+    return {
+        "remembered_tokens_share": remembered / max(remembered + encoded, 1),
+        "tokens_mb": batch.token_lookups.num_bytes / 1e6, "damaged_tokens": float(batch.token_lookups.damaged),
     }  # fmt: skip
 
 

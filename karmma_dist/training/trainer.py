@@ -44,18 +44,19 @@ from karmma_dist.training.checkpoint.async_saver import AsyncSaver
 from karmma_dist.training.checkpoint.best import BestWeights
 from karmma_dist.training.checkpoint.checkpoint import data_state, load_checkpoint
 from karmma_dist.training.checkpoint.resume import own_run_dir, prepare_run_dir
-from karmma_dist.training.engine import Engine, Update, full_model
+from karmma_dist.training.engine import Engine, Update, dtype_of, full_model
 from karmma_dist.training.fault_tolerance.damaged_clips import DamageLog
 from karmma_dist.training.fault_tolerance.preemption import PreemptionHandler, Stop, refuse_stop_file
 from karmma_dist.training.fault_tolerance.skipped_steps import RankStep, SkippedSteps, describe
+from karmma_dist.training.memories.encoder_tokens import EncoderMemories, open_tokens
+from karmma_dist.training.memories.teacher_answers import TeacherMemory, open_answers
 from karmma_dist.training.objectives import build_objective, check_labels, soft_targets_of
 from karmma_dist.training.optim import learning_rate
 from karmma_dist.training.profiler import tracing
 from karmma_dist.training.teacher import build_teacher, members_of
-from karmma_dist.training.teacher_memory import TeacherMemory, open_memory
 from karmma_dist.training.throughput import Throughput
 from karmma_dist.training.trackers import RunLog
-from karmma_dist.training.tracking import Averages, loading_sums, memory_sums, pace
+from karmma_dist.training.tracking import Averages, answer_sums, loading_sums, pace, token_sums
 
 
 class Validate(Protocol):
@@ -104,8 +105,9 @@ def train(
     folder = open_shards(recipe.data)
     check_heads(recipe.data, folder)
     clips = TrainingClips(
-        folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size, recipe.modalities
-    )
+        folder, recipe.data, recipe.inputs, recipe.seed, recipe.training.batch_size, recipe.modalities,
+        recipe.model.num_views,
+    )  # fmt: skip
     check_labels(recipe, folder, clips.clips, world)
     with own_run_dir(recipe, world, report) as ownership:
         start = prepare_run_dir(recipe, world, resume, report)
@@ -170,15 +172,24 @@ class Trainer:
         self.classes = clips.folder.classes
         self.data_state = data_state(recipe, clips.folder)
         self.best = BestWeights(recipe, self.classes, validate.metrics(self.classes))
-        self.engine = Engine(build_model(recipe, self.classes, report, world.is_main), recipe, world)
+        model = build_model(recipe, self.classes, report, world.is_main)
+        tokens = open_tokens(recipe, clips, model, dtype_of(recipe), world)
+        self.engine = Engine(model, recipe, world)
         heads = {head: len(names) for head, names in self.classes.items()}
         teacher = None
         if recipe.distill is not None:
             teacher = build_teacher(
                 recipe, heads, self.engine, world, lambda model, changed: validate(model, changed, world, lambda: None)
             )
-        self.memory = self._open_memory()
-        soft_targets = None if teacher is None else soft_targets_of(teacher, self.memory)
+        clips_per_epoch = self.steps_per_epoch * recipe.training.batch_size
+        answers = open_answers(recipe, clips.folder, self.engine.dtype, clips_per_epoch, world)
+        clips.remember(answers, tokens, is_taught=teacher is not None)
+        agree = highest if recipe.training.zero_stage == 3 else None
+        self.tokens = EncoderMemories(tokens, self.engine.dtype, agree) if tokens else None
+        self.answers = None
+        if answers is not None and recipe.distill is not None:
+            self.answers = TeacherMemory(answers, highest if recipe.distill.shard_teacher else None)
+        soft_targets = None if teacher is None else soft_targets_of(teacher, self.answers)
         self.objective = build_objective(recipe, soft_targets)
         assert isinstance(self.engine.model, KarmmaModel)
         self.throughput = Throughput(
@@ -198,14 +209,10 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.resumed = ""
 
-    def _open_memory(self) -> TeacherMemory | None:
-        """Open the teacher's memory that the recipe names, and let the loader read it."""
-        memory = open_memory(self.recipe, self.clips.folder, self.engine.dtype, self.world)
-        if memory is None:
-            return None
-        self.clips.remember(memory)
-        is_sharded = self.recipe.distill is not None and self.recipe.distill.shard_teacher
-        return TeacherMemory(memory, highest if is_sharded else None)
+    @property
+    def _memories(self) -> list[TeacherMemory | EncoderMemories]:
+        """Memories that the run reads and extends."""
+        return [memory for memory in (self.answers, self.tokens) if memory is not None]
 
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint, so that `run` continues from there."""
@@ -244,8 +251,8 @@ class Trainer:
                     self._step(batches, step, self.schedule.accumulation)
         finally:
             self.damage.flush()
-            if self.memory:
-                self.memory.close()
+            for memory in self._memories:
+                memory.close()
         self.saver.finish()
         if self.log:
             self.log.close()
@@ -269,7 +276,8 @@ class Trainer:
             self._mark(f"in the forward pass of step {step + 1}")
             self.damage.note(batch)
             self.averages.add(loading_sums(batch, self.recipe.data.modalities))
-            self.averages.add(memory_sums(batch) if self.memory else {})
+            self.averages.add(answer_sums(batch) if self.answers else {})
+            self.averages.add(token_sums(batch, self.tokens.modalities) if self.tokens else {})
             flops += self.throughput.flops(batch)
             passes.append(self._forward_backward(batch, step * accumulation + micro, step))
         self._is_warm = True
@@ -308,7 +316,8 @@ class Trainer:
         batch = prepare(raw, self.recipe.inputs, self.engine.device, self.engine.dtype)
         checked = self.graph_check.is_due(step)
         with self.graph_check.forward() if checked else contextlib.nullcontext():
-            logits = self.engine.forward(*batch.only(self.recipe.modalities, self.recipe.data.modalities))
+            known = self.tokens.known(batch, self.recipe.data.modalities) if self.tokens else None
+            logits = self.engine.forward(*batch.only(self.recipe.modalities, self.recipe.data.modalities), known)
         loss, parts = self.objective.loss(logits, batch)
         if checked:
             self.graph_check.check(loss)
@@ -414,8 +423,9 @@ class Trainer:
         if values.pop("damage_noted"):
             self.damage.share(gather(self.damage.take()))
         seconds, flops = values.pop("step_s"), values.pop("flops")
-        if "memory_mb" in values:
-            values["memory_mb_per_s"] = values.pop("memory_mb") * self.schedule.accumulation / seconds
+        if self._memories:
+            read_mb = values.pop("answers_mb", 0.0) + values.pop("tokens_mb", 0.0)
+            values["memory_mb_per_s"] = read_mb * self.schedule.accumulation / seconds
         values |= self.throughput.metrics(flops, seconds)
         values["peak_memory_gb"] = max(gather([self.throughput.peak_memory_gb()]))
         values |= pace(values, seconds, self.recipe)

@@ -37,8 +37,8 @@ from karmma_dist.distributed.collectives import highest
 from karmma_dist.distributed.process_group import process_group
 from karmma_dist.distributed.world import World, find_world
 from karmma_dist.evaluation.run import validate
-from karmma_dist.memory.answers import AnswerMemory, Source
 from karmma_dist.memory.header import MemoryHeader
+from karmma_dist.memory.memory import AnswerMemory, Source
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.packing.pack import pack
@@ -53,9 +53,9 @@ from karmma_dist.streaming.order import Slice
 from karmma_dist.training import trainer as loop
 from karmma_dist.training.engine import Engine
 from karmma_dist.training.fault_tolerance.preemption import PreemptionHandler
+from karmma_dist.training.memories.teacher_answers import TeacherMemory
 from karmma_dist.training.objectives import Distillation, SoftTargets, soft_targets_of
 from karmma_dist.training.teacher import Teacher
-from karmma_dist.training.teacher_memory import TeacherMemory
 
 SHORT_CLIPS = ["inputs.video.num_frames=8", "inputs.video.short_side=56", "inputs.video.crop=56",
                "inputs.audio.num_windows=8"]  # fmt: skip
@@ -166,7 +166,7 @@ def bench_memory(repeats: int) -> None:
     batch = synthetic_batch(recipe, 8, device, torch.float32)
     batch.sources = [Source(0, "train-000000.tar", row) for row in range(8)]
     with tempfile.TemporaryDirectory() as folder:
-        header = MemoryHeader("logits", "float32", (1, sum(HEADS.values())), {"train-000000.tar": 8}, {})
+        header = MemoryHeader("logits", "float32", (1, sum(HEADS.values())), {"train-000000.tar": 8}, 8, {})
         memory = AnswerMemory(Path(folder), header)
         storing = TeacherMemory(memory, None)
         arms = {

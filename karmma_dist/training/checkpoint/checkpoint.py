@@ -82,6 +82,7 @@ def data_state(recipe: Recipe, folder: ShardFolder) -> dict[str, Any]:
         **{f"data.modality_dropout.{name}": v for name, v in data.modality_dropout.model_dump(mode="json").items()},
         **({"data.hold_out": data.hold_out} if data.hold_out else {}),
         **({"model.modalities": model_modalities} if model_modalities is not None else {}),
+        **({"model.encoders.X.memory.views": recipe.model.num_views} if recipe.model.num_views else {}),
     }
 
 

@@ -100,7 +100,7 @@ def look_at(
     described = parse_metadata(metadata)
     view = training_view(work.inputs.video, num_stored_frames(described), work.seed, 0, key)
     entries: dict[str, Member | None] = {modality: Member(0, len(data), 0) for modality, data in members.items()}
-    stored = Clip(key, "", described.labels, entries)
+    stored = Clip(key, "", described.labels, entries, 0)
     return LookedAt(stored, described, view, list(members) if wanted is None else wanted, members)
 
 

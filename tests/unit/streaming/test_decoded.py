@@ -72,7 +72,7 @@ def test_no_clip_is_read_again_after_the_first_epoch(
 
 def test_the_limit_holds_and_kept_clips_stay() -> None:
     kept = DecodedClips(100)
-    clips = [Clip(f"k{number}", "s.tar", {}, {}) for number in range(3)]
+    clips = [Clip(f"k{number}", "s.tar", {}, {}, number) for number in range(3)]
     kept.keep(clips[0], "video", np.zeros(60, np.uint8))
     assert kept.takes_more
     kept.keep(clips[1], "video", np.zeros(60, np.uint8))

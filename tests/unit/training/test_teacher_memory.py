@@ -15,13 +15,12 @@ from karmma_dist.distributed.process_group import process_group
 from karmma_dist.distributed.world import World, free_port
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.run import validate
-from karmma_dist.memory import answers
+from karmma_dist.memory import memory as memories
 from karmma_dist.memory.contents import prune, read_contents
 from karmma_dist.models.model_card import save_model
 from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.streaming.loader import TrainingClips
 from karmma_dist.training.engine import Engine
 from karmma_dist.training.teacher import Teacher
 from karmma_dist.training.trainer import train
@@ -198,15 +197,15 @@ def test_a_disk_that_is_full_ends_the_memory_and_not_the_run(
     runs: Path, shards: Path, world: World, online: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    store, stored = answers.AnswerMemory.store, []
+    store, stored = memories.AnswerMemory.store, []
 
-    def until_full(self: answers.AnswerMemory, *arguments: Any) -> None:
+    def until_full(self: memories.AnswerMemory, *arguments: Any) -> None:
         stored.append(arguments)
         if len(stored) > 10:
             raise OSError(28, "No space left on device", str(tmp_path))
         store(self, *arguments)
 
-    monkeypatch.setattr(answers.AnswerMemory, "store", until_full)
+    monkeypatch.setattr(memories.AnswerMemory, "store", until_full)
     run = student(runs, shards, "full", distill={"memory": str(tmp_path)})
     with caplog.at_level(logging.WARNING):
         train(run, world, validate)
@@ -281,14 +280,3 @@ def test_a_clip_that_is_damaged_is_replaced_as_in_a_run_without_a_memory(
         train(run, world, validate)
         outcomes.append((losses(run), weights(run)))
     assert outcomes[0] == outcomes[1] == outcomes[2]
-
-
-def test_clips_know_their_place_in_a_memory(runs: Path, shards: Path, memory: Path) -> None:
-    run = student(runs, shards, "places", distill={"memory": str(memory)})
-    folder = ShardFolder(shards)
-    clips = TrainingClips(folder, run.data, run.inputs, run.seed, 6)
-    clips.remember(answers.AnswerMemory(memory, read_contents(memory).header))
-    rows = clips._rows
-    assert sorted(rows.values()) == sorted(
-        row for shard in folder.manifest.splits["train"].shards for row in range(shard.num_clips)
-    )

@@ -1,40 +1,38 @@
-"""The use of a teacher's memory in training: what it must be of, and a step's answers, remembered or stored anew."""
+"""A teacher's memory in training: a step's answers are remembered, or the teacher's own, which are then stored."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import av
-import cv2
 import torch
 from torch import Tensor
 
-from karmma_dist.distributed.collectives import gather, on_main
 from karmma_dist.distributed.world import World
-from karmma_dist.errors import UserError
 from karmma_dist.io.files import json_bytes, sha256_of
-from karmma_dist.memory.answers import AnswerMemory, dtype_name
-from karmma_dist.memory.header import MemoryHeader, open_header
+from karmma_dist.memory.header import MemoryHeader
+from karmma_dist.memory.memory import AnswerMemory, dtype_name
 from karmma_dist.models.model_card import CARD
 from karmma_dist.models.weights import own_weights
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.batch import Batch
+from karmma_dist.training.memories.facts import clips_per_shard, open_on_all, view_facts
+from karmma_dist.training.memories.writer import MemoryWriter
 
-_logger = logging.getLogger(__name__)
 
-
-def open_memory(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype, world: World) -> AnswerMemory | None:
+def open_answers(
+    recipe: Recipe, folder: ShardFolder, dtype: torch.dtype, clips_per_epoch: int, world: World
+) -> AnswerMemory | None:
     """Open the memory that the recipe names, or make it; None if it names none. Every rank must call this.
 
     Args:
         recipe: The student's recipe.
         folder: The opened shards.
         dtype: Type in which the teacher computes.
+        clips_per_epoch: Number of clips that the steps of an epoch take.
         world: This rank.
 
     Raises:
@@ -43,20 +41,11 @@ def open_memory(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype, world: 
     if recipe.distill is None or recipe.distill.memory is None:
         return None
     path = Path(recipe.distill.memory)
-
-    def make() -> MemoryHeader:
-        try:
-            header = _header(recipe, folder, dtype)
-            open_header(path, header)
-        except (OSError, UserError) as error:
-            raise UserError(f"distill.memory: {error}") from None
-        return header
-
-    (header,) = gather([made] if (made := on_main(make, world)) else [])
+    header = open_on_all("distill.memory", path, lambda: _header(recipe, folder, dtype, clips_per_epoch), world)
     return AnswerMemory(path, header)
 
 
-def _header(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype) -> MemoryHeader:
+def _header(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype, clips_per_epoch: int) -> MemoryHeader:
     """Return the header of a memory that the recipe can use."""
     assert recipe.distill is not None
     teachers = [_fingerprint(own_weights(recipe.find_run(name))) for name in recipe.distill.names]
@@ -66,15 +55,10 @@ def _header(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype) -> MemoryHe
         "modalities": recipe.data.modalities,
         "heads": [[head, len(names)] for head, names in folder.classes.items()],
         "classes (sha256)": hashlib.sha256(json_bytes(folder.classes)).hexdigest(),
-        "shards (sha256 of their manifest)": folder.sha256,
-        "split": recipe.data.train_split,
-        "seed of the views": recipe.seed,
-        "inputs": {name: recipe.inputs.section(name).model_dump(mode="json") for name in recipe.data.modalities},
-        "decoders": {"av": av.__version__, "opencv": cv2.__version__, **_libraries()},
+        **view_facts(recipe, folder, recipe.data.modalities),
     }
-    shards = folder.manifest.splits[recipe.data.train_split].shards
-    num_clips = {shard.name: shard.num_clips for shard in shards}
-    return MemoryHeader("logits", dtype_name(dtype), (len(teachers), num_logits), num_clips, facts)
+    num_clips = clips_per_shard(recipe, folder)
+    return MemoryHeader("logits", dtype_name(dtype), (len(teachers), num_logits), num_clips, clips_per_epoch, facts)
 
 
 def _fingerprint(weights: Path) -> str:
@@ -86,16 +70,8 @@ def _fingerprint(weights: Path) -> str:
     return hashlib.sha256(f"{sha256_of(weights)} {card}".encode()).hexdigest()
 
 
-def _libraries() -> dict[str, str]:
-    """Return the versions of FFmpeg's libraries that decode and convert."""
-    return {name: ".".join(map(str, av.library_versions[name])) for name in ("libavcodec", "libswscale")}
-
-
 class TeacherMemory:
     """The answers of a step: remembered, or the teacher's own, which are then stored.
-
-    Answers are stored one step later, when no device has to be waited for. Each rank reports damage, and a disk that
-    takes no more answers, once; the run goes on.
 
     Args:
         memory: The memory, of which this opens files of its own: the loader may read in another thread.
@@ -105,8 +81,7 @@ class TeacherMemory:
 
     def __init__(self, memory: AnswerMemory, agree: Callable[[int], int] | None) -> None:
         self._memory, self._agree = memory.clone(), agree
-        self._pending: tuple[Batch, Tensor] | None = None
-        self._is_full = self._has_reported_damage = False
+        self._writer = MemoryWriter("the teacher's memory")
 
     def answers(self, batch: Batch, ask: Callable[[Batch | None], Tensor]) -> Tensor:
         """Return the members' answers (B, E, A).
@@ -116,7 +91,7 @@ class TeacherMemory:
             ask: Asks the teacher about a batch; None: only takes part in what the ranks do together.
         """
         self.flush()
-        self._report_damage(batch)
+        self._writer.report_damage(batch.lookups)
         remembered = batch.answers_BEA
         if remembered is not None:
             if self._agree is not None and self._agree(0):
@@ -125,30 +100,19 @@ class TeacherMemory:
         if self._agree is not None:
             self._agree(1)
         answers_BEA = ask(batch)
-        self._pending = batch, answers_BEA
+        self._writer.later(lambda: self._store(batch, answers_BEA))
         return answers_BEA
+
+    def _store(self, batch: Batch, answers_BEA: Tensor) -> None:
+        kept_BM, answers = batch.present_BM.numpy(), answers_BEA.cpu()
+        for row, source in enumerate(batch.sources):
+            self._memory.store(source, kept_BM[row], answers[row])
 
     def flush(self) -> None:
         """Store the answers of the last step."""
-        if self._pending is None or self._is_full:
-            return
-        (batch, answers_BEA), self._pending = self._pending, None
-        kept_BM, answers = batch.present_BM.numpy(), answers_BEA.cpu()
-        try:
-            for row, source in enumerate(batch.sources):
-                self._memory.store(source, kept_BM[row], answers[row])
-        except (OSError, UserError) as error:
-            self._is_full = True
-            _logger.warning("the teacher's memory is not extended any more, the run goes on: %s", error)
+        self._writer.flush()
 
     def close(self) -> None:
         """Store the last answers and close the files."""
         self.flush()
         self._memory.close()
-
-    def _report_damage(self, batch: Batch) -> None:
-        if batch.lookups.damaged and not self._has_reported_damage:
-            self._has_reported_damage = True
-            _logger.warning(
-                "%s: damaged, so this and other damaged answers are computed anew", batch.lookups.first_damaged
-            )

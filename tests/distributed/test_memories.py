@@ -1,4 +1,4 @@
-"""A teacher's memory with several ranks: the same losses and weights as without it, at every ZeRO stage."""
+"""Memories with several ranks: the same losses and weights as without them, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     training = {**RECIPE["training"], "epochs": 1, "validate_every_epochs": 0}
     student = {**RECIPE, "stage": "distill", "data": data, "training": training, "distill": {"teacher": "teacher"}}
     (folder / "student.yaml").write_text(yaml.safe_dump(student))
+    (folder / "frozen.yaml").write_text(yaml.safe_dump({**teacher, "training": training}))
     return folder
 
 
-def trained(folder: Path, name: str, num_ranks: int, *overrides: str) -> tuple[bytes, list[Any]]:
+def trained(
+    folder: Path, name: str, num_ranks: int, *overrides: str, recipe: str = "student.yaml"
+) -> tuple[bytes, list[Any]]:
     """Train; return the weights, and the losses of the log."""
     karmma_dist(
-        folder, "train", "student.yaml", f"--set=name={name}", *(f"--set={text}" for text in overrides),
+        folder, "train", recipe, f"--set=name={name}", *(f"--set={text}" for text in overrides),
         num_ranks=num_ranks,
     )  # fmt: skip
     run = folder / "runs" / name
@@ -65,3 +68,20 @@ def test_ranks_that_share_a_teacher_ask_it_together(folder: Path) -> None:
     assert trained(folder, "sharded_read", 2, *settings, f"distill.memory={memory}") == online
     assert first.exists()
     shutil.rmtree(memory)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_ranks_encode_together_what_one_of_them_does_not_know(folder: Path, stage: int) -> None:
+    """Remove a shard's tokens: one rank then knows the tokens of a batch that the other encodes."""
+    settings = [f"training.zero_stage={stage}"]
+    for modality in RECIPE["data"]["modalities"]:
+        settings += [f"model.encoders.{modality}.frozen=true"]
+    online = trained(folder, f"encoding_{stage}", 2, *settings, recipe="frozen.yaml")
+    for modality in RECIPE["data"]["modalities"]:
+        setting = f"model.encoders.{modality}.memory"
+        settings += [f"{setting}.path={folder}/tokens_{stage}/{modality}"]
+        settings += [f"{setting}.views=0", f"{setting}.dtype=float32"]
+    assert trained(folder, f"encoding_fill_{stage}", 2, *settings, recipe="frozen.yaml") == online
+    for epoch in (folder / f"tokens_{stage}").glob("*/epoch-*"):
+        min(epoch.iterdir()).unlink()
+    assert trained(folder, f"encoding_read_{stage}", 2, *settings, recipe="frozen.yaml") == online
