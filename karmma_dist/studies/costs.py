@@ -15,7 +15,6 @@ import torch
 
 from karmma_dist.errors import UserError
 from karmma_dist.memory.records import SEAL_BYTES
-from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.flops import ClipFlops, flops_per_clip, meta_clip, meta_model, meta_tokens
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.profiling.memory import FUSION_CLIPS, fusion_peak, inference_peak
@@ -108,8 +107,8 @@ class Counter:
         if key not in self._counted:
             model = self.model(recipe)
             self._counted[key] = flops_per_clip(model)
-            widths = {name: encoder.width for name, encoder in model.encoders.items() if isinstance(encoder, Encoder)}
-            self._token_shapes[key] = {name: (model.num_tokens[name], width) for name, width in widths.items()}
+            sizes = {name: (model.num_tokens[name], model.encoder_width(name)) for name in model.modalities}
+            self._token_shapes[key] = sizes
         return key
 
     def training_flops(self, run: StudyRun, runs: Mapping[str, StudyRun]) -> float | None:
@@ -133,19 +132,24 @@ class Counter:
             runs: All runs of the study, by name.
             held: Content of the memories before the run, by path and content; extended.
         """
-        clips, epochs, saved = self.clips(recipe) or 0, recipe.training.epochs, 0.0
-        kept = _keep_probabilities(recipe)
+        clips, epochs, views = self.clips(recipe) or 0, recipe.training.epochs, recipe.model.num_views
+        kept, saved = _keep_probabilities(recipe), 0.0
+        read_share = float(recipe.distill is None)  # of the epochs; a teacher that is asked needs every clip's arrays
         for use in uses(recipe):
             key = f"{use.path} {use.content}"
             if use.modality is None:
-                memory = held.setdefault(key, Held("logits", clips, self._answer_bytes(recipe)))
-                saved += (epochs - memory.extend(1.0, epochs)) * self._teaching_flops(run, runs, clips)
+                memory = held.setdefault(key, Held("logits", clips, self._answer_bytes(recipe), views))
+                # Where a view comes again with other modalities, the first answer stays and is of no use.
+                lasting = min(epochs, views) if views and recipe.data.modality_dropout.probability else epochs
+                num_read = lasting - memory.extend(1.0, lasting)
+                saved += num_read * self._teaching_flops(run, runs, clips)
+                read_share = num_read / epochs
                 continue
             num_bytes = self._token_bytes(recipe, use.modality)
-            memory = held.setdefault(key, Held("tokens", clips, num_bytes, recipe.model.num_views))
+            memory = held.setdefault(key, Held("tokens", clips, num_bytes, views))
             probability = kept[use.modality]
             remembered = epochs * probability - memory.extend(probability, epochs)
-            saved += clips * remembered * self.clip_flops(recipe).encoders[use.modality]
+            saved += read_share * clips * remembered * self.clip_flops(recipe).encoders[use.modality]
         return saved
 
     def _teaching_flops(self, run: StudyRun, runs: Mapping[str, StudyRun], clips: int) -> int:

@@ -21,13 +21,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-import av
-import cv2
-
 from karmma_dist.errors import masked
 from karmma_dist.recipe import NOT_LEARNED, Recipe
 from karmma_dist.recipe.model import EncoderMemory
 from karmma_dist.settings import unmarked
+from karmma_dist.training.memories.facts import decoder_versions
 
 FOLDER = "memories"
 """Folder of the memories in `runs_dir`."""
@@ -126,14 +124,17 @@ class Held:
         return self.clips * distinct_views(self.kept, self.views) * self.record_bytes
 
     def extend(self, probability: float, epochs: int) -> float:
-        """Add what a run looks at; return the expected number of records per clip that are not there yet.
+        """Add what a run looks at; return the expected number of records per clip that it has to compute.
 
         Runs of one seed draw the same numbers for modality dropout: where the one with the higher probability of
-        keeping a modality drops it, the other drops it too.
+        keeping a modality drops it, the other drops it too. With a new view in each epoch, a batch is computed as a
+        whole if one of its records is missing.
         """
-        before = distinct_views(self.kept, self.views)
-        self.kept = [max(pair) for pair in zip_longest(self.kept, [probability] * epochs, fillvalue=0.0)]
-        return distinct_views(self.kept, self.views) - before
+        before = self.kept
+        self.kept = [max(pair) for pair in zip_longest(before, [probability] * epochs, fillvalue=0.0)]
+        if self.views:
+            return distinct_views(self.kept, self.views) - distinct_views(before, self.views)
+        return probability * (epochs - sum(earlier >= probability for earlier in before[:epochs]))
 
 
 def distinct_views(kept: Sequence[float], num_views: int) -> float:
@@ -194,10 +195,9 @@ def _token_facts(recipe: Recipe, modality: str) -> dict[str, Any]:
 
 def _view_facts(recipe: Recipe) -> dict[str, Any]:
     """Return what decides the arrays of a view and the numbers in which a model computes."""
-    libraries = {name: av.library_versions[name] for name in ("libavcodec", "libswscale")}
     return {
         "seed": recipe.seed, "inputs": unmarked(recipe.inputs, NOT_LEARNED), "precision": recipe.training.precision,
-        "decoders": {"av": av.__version__, "opencv": cv2.__version__, **libraries},
+        "decoders": decoder_versions(),
     }  # fmt: skip
 
 

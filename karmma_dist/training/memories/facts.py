@@ -31,7 +31,7 @@ def view_facts(recipe: Recipe, folder: ShardFolder, modalities: Collection[str])
         "seed of the views": recipe.seed,
         "frames, crop and jitter": recipe.inputs.video.model_dump(mode="json"),
         "inputs": {name: recipe.inputs.section(name).model_dump(mode="json") for name in modalities},
-        "decoders": {"av": av.__version__, "opencv": cv2.__version__, **_libraries()},
+        "decoders": decoder_versions(),
     }
 
 
@@ -73,6 +73,7 @@ def open_on_all(field: str, path: Path, make: Callable[[], MemoryHeader], world:
     return header
 
 
-def _libraries() -> dict[str, str]:
-    """Return the versions of FFmpeg's libraries that decode and convert."""
-    return {name: ".".join(map(str, av.library_versions[name])) for name in ("libavcodec", "libswscale")}
+def decoder_versions() -> dict[str, str]:
+    """Return the versions of everything that decodes and converts clips."""
+    libraries = {name: ".".join(map(str, av.library_versions[name])) for name in ("libavcodec", "libswscale")}
+    return {"av": av.__version__, "opencv": cv2.__version__, **libraries}

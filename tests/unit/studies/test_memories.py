@@ -273,6 +273,26 @@ def test_encoders_with_a_memory_encode_each_view_once(home: Path) -> None:
     assert sorted(memory.kind for memory in costs.planned) == ["tokens", "tokens"]
 
 
+@pytest.mark.parametrize(("dropout", "read"), [(0.0, (2, 4)), (0.5, (0, 2))])
+def test_answers_about_views_in_turn_are_read_if_their_modalities_come_again(
+    home: Path, dropout: float, read: tuple[int, int]
+) -> None:
+    changes = [
+        "training.epochs=4", f"data.modality_dropout.probability={dropout}", "model.encoders.video.frozen=true",
+        "model.encoders.video.memory={path: tokens, views: 2}",
+    ]  # fmt: skip
+    alone = {**TEACHER_ROW, "set": changes}
+    planned = plan(home, alone, student("a", *changes), student("b", *changes, "distill.alpha=0.9"))
+    costs = plan_costs(planned)
+    rows = costs_by_row(planned, costs)
+    learning, teaching = rows["teacher"][0] / 4, (rows["a"][0] - rows["teacher"][0]) / 4
+    for label, num_read in zip("ab", read, strict=True):
+        saved = rows[label][0] - rows[label][1]
+        assert num_read * teaching <= saved <= num_read * (teaching + learning)  # some of it is for its own encoder
+    (logits,) = (memory for memory in costs.planned if memory.kind == "logits")
+    assert logits.disk_bytes == 2 * CLIPS * logits.record_bytes
+
+
 def test_a_memory_with_new_views_in_each_epoch_saves_nothing_in_one_run(home: Path) -> None:
     write_study(home)
     freeze(home, views=0)
