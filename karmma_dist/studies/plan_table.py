@@ -126,7 +126,8 @@ def _size(memories: Sequence[Held], kind: str, costs: Sequence[RunCost]) -> str:
     sizes = [memory.disk_bytes for memory in memories if memory.kind == kind]
     if not sizes or any(cost.clips is None for cost in costs):
         return "? GB" if sizes else ""
-    value, unit = (sum(sizes) / 1e9, "GB") if sum(sizes) >= 1e9 else (sum(sizes) / 1e6, "MB")
+    power, unit = next(((n, unit) for n, unit in ((9, "GB"), (6, "MB")) if sum(sizes) >= 10**n), (3, "kB"))
+    value = sum(sizes) / 10**power
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
 
 
