@@ -1,12 +1,10 @@
 """What a training step costs: absent modalities skipped against masked, the loop against its bare steps, and a GPU.
 
-    python tests/benchmarks/training.py [--arms skip,memory,loop,gpu] [--repeats N] [--threads N] [--peak-tflops X]
+    python tests/benchmarks/training.py [--arms skip,loop,gpu] [--repeats N] [--threads N] [--peak-tflops X]
 
 skip   a distillation step at modality dropout 0.5 (stratified, batch 8) with encoders run on present clips only,
        against the same step with every encoder on all clips and absent tokens masked; Swin-B teachers, Swin-T and
        AST-T students, short clips of few pixels. Both ways give the same logits, which is checked first.
-memory the same step with the teacher's answers read from a full memory, and with answers that are stored, against the
-       step whose teacher is asked. The losses are the same, which is checked first.
 loop   `Trainer`, from one batch to the next with preparing, averages and logging, against the forwards, backward and
        optimizer step of the same batches, in blocks in turn.
 gpu    recipes/epic_kitchens/distill.yaml with random weights on synthetic clips at batch sizes 4, 8, 16, 32: clips/s,
@@ -37,8 +35,6 @@ from karmma_dist.distributed.collectives import highest
 from karmma_dist.distributed.process_group import process_group
 from karmma_dist.distributed.world import World, find_world
 from karmma_dist.evaluation.run import validate
-from karmma_dist.memory.header import MemoryHeader
-from karmma_dist.memory.memory import AnswerMemory, Source
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.packing.pack import pack
@@ -53,9 +49,7 @@ from karmma_dist.streaming.order import Slice
 from karmma_dist.training import trainer as loop
 from karmma_dist.training.engine import Engine
 from karmma_dist.training.fault_tolerance.preemption import PreemptionHandler
-from karmma_dist.training.memories.teacher_answers import TeacherMemory
-from karmma_dist.training.objectives import Distillation, SoftTargets, soft_targets_of
-from karmma_dist.training.teacher import Teacher
+from karmma_dist.training.objectives import Distillation, SoftTargets
 
 SHORT_CLIPS = ["inputs.video.num_frames=8", "inputs.video.short_side=56", "inputs.video.crop=56",
                "inputs.audio.num_windows=8"]  # fmt: skip
@@ -146,50 +140,11 @@ def bench_skip(repeats: int) -> None:
         "dense, masked": (Dense(student), Distillation(recipe.distill, targets_of(Dense(teacher), recipe.distill))),
     }
     _check_same(arms, student, batch)
-    steps = {name: partial(_plain_step, *arm, optimizer, batch) for name, arm in arms.items()}
-    seconds = _seconds_in_turn(steps, repeats, device)
+    steps = {name: partial(plain_step, *arm, optimizer, batch) for name, arm in arms.items()}
+    seconds = seconds_in_turn(steps, repeats, device)
     share = float(batch.present_BM.float().mean())
     print(f"distillation step, batch 8, {share:.0%} of (clip, modality) pairs present, {repeats} repeats in turn")
-    _print_ratio(seconds, "present clips only", "dense, masked")
-
-
-def bench_memory(repeats: int) -> None:
-    """A remembered teacher, and one whose answers are stored, against one that is asked."""
-    recipe = epic_recipe("training.batch_size=8", *SHORT_CLIPS)
-    assert recipe.distill is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    student = KarmmaModel(recipe.model, recipe.inputs, recipe.data.modalities, HEADS).to(device)
-    teacher = Teacher([make_teacher(recipe)], recipe.data.modalities, {head: [0.0] for head in HEADS}, recipe.distill)
-    teacher.eval().to(device)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
-    batch = synthetic_batch(recipe, 8, device, torch.float32)
-    batch.sources = [Source(0, "train-000000.tar", row) for row in range(8)]
-    with tempfile.TemporaryDirectory() as folder:
-        header = MemoryHeader("logits", "float32", (1, sum(HEADS.values())), {"train-000000.tar": 8}, 8, {})
-        memory = AnswerMemory(Path(folder), header)
-        storing = TeacherMemory(memory, None)
-        arms = {
-            "asked": soft_targets_of(teacher),
-            "asked and stored": soft_targets_of(teacher, storing),
-            "remembered": soft_targets_of(teacher, TeacherMemory(memory, None)),
-        }
-
-        def step(name: str) -> None:
-            if name == "remembered":
-                storing.flush()
-                kept_BM = batch.present_BM.numpy()
-                found = [memory.find(source, kept_BM[row]) for row, source in enumerate(batch.sources)]
-                batch.answers_BEA = torch.stack([answer for answer in found if answer is not None]).to(device)
-            _plain_step(student, Distillation(recipe.distill, arms[name]), optimizer, batch)
-            batch.answers_BEA = None
-
-        taught = {name: soft_targets(batch) for name, soft_targets in list(arms.items())[:2]}
-        assert all(torch.equal(taught["asked"][head], taught["asked and stored"][head]) for head in HEADS)
-        seconds = _seconds_in_turn({name: partial(step, name) for name in arms}, repeats, device)
-    print(f"distillation step, batch 8, {repeats} repeats in turn")
-    _print_ratio(seconds, "remembered", "asked")
-    _print_ratio(seconds, "asked and stored", "asked")
+    print_ratio(seconds, "present clips only", "dense, masked")
 
 
 def _check_same(arms: dict[str, tuple[nn.Module, Distillation]], student: nn.Module, batch: Batch) -> None:
@@ -201,7 +156,7 @@ def _check_same(arms: dict[str, tuple[nn.Module, Distillation]], student: nn.Mod
     student.train()
 
 
-def _plain_step(model: nn.Module, objective: Distillation, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+def plain_step(model: nn.Module, objective: Distillation, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     loss, _ = objective.loss(model(batch.inputs, batch.present_BM), batch)
     optimizer.zero_grad()
     loss.backward()
@@ -222,7 +177,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     return _now(device) - started
 
 
-def _seconds_in_turn(
+def seconds_in_turn(
     steps: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of each repeat of each step, taken in turn; a first one warms up."""
@@ -235,7 +190,7 @@ def _seconds_in_turn(
     return seconds
 
 
-def _print_ratio(seconds: dict[str, list[float]], ours: str, base: str) -> None:
+def print_ratio(seconds: dict[str, list[float]], ours: str, base: str) -> None:
     for name, values in seconds.items():
         spread = f"min {min(values):.3f}, max {max(values):.3f}"
         print(f"  {name:24} median {statistics.median(values):8.3f} s  ({spread})")
@@ -306,7 +261,7 @@ def bench_loop(repeats: int, world: World) -> None:
             trainer.run()
     seconds = {name: values[1 : repeats + 1] for name, values in in_turn.seconds.items()}
     print(f"training loop, batch 8, logging every {BLOCK} steps, seconds per step, {repeats} blocks of {BLOCK} in turn")
-    _print_ratio(seconds, "loop", "bare steps")
+    print_ratio(seconds, "loop", "bare steps")
     extra = [1000 * (a - b) for a, b in zip(seconds["loop"], seconds["bare steps"], strict=True)]
     print(f"  the loop adds {statistics.median(extra):.1f} ms to a step")
 
@@ -391,7 +346,7 @@ def _gpu_step(size: int, repeats: int, world: World) -> tuple[float, float]:
 def main() -> None:
     """Run the arms that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", default="skip,memory,loop,gpu")
+    parser.add_argument("--arms", default="skip,loop,gpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU, where the table does not know it")
@@ -402,8 +357,6 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, load before {os.getloadavg()[0]:.1f}")
     if "skip" in arms:
         bench_skip(arguments.repeats)
-    if "memory" in arms:
-        bench_memory(arguments.repeats)
     world = find_world({})
     with process_group(world):
         if "loop" in arms:
