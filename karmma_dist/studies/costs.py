@@ -138,17 +138,16 @@ class Counter:
         for use in uses(recipe):
             key = f"{use.path} {use.content}"
             if use.modality is None:
-                memory = held.setdefault(key, Held("logits", clips, self._answer_bytes(recipe), views))
+                memory = held.setdefault(key, Held("logits", clips, self._answer_bytes(recipe)))
                 # Where a view comes again with other modalities, the first answer stays and is of no use.
                 lasting = min(epochs, views) if views and recipe.data.modality_dropout.probability else epochs
-                num_read = lasting - memory.extend(1.0, lasting)
+                num_read = lasting - memory.extend(1.0, lasting, views)
                 saved += num_read * self._teaching_flops(run, runs, clips)
                 read_share = num_read / epochs
                 continue
-            num_bytes = self._token_bytes(recipe, use.modality)
-            memory = held.setdefault(key, Held("tokens", clips, num_bytes, views))
+            memory = held.setdefault(key, Held("tokens", clips, self._token_bytes(recipe, use.modality)))
             probability = kept[use.modality]
-            remembered = epochs * probability - memory.extend(probability, epochs)
+            remembered = epochs * probability - memory.extend(probability, epochs, views)
             saved += read_share * clips * remembered * self.clip_flops(recipe).encoders[use.modality]
         return saved
 

@@ -4,20 +4,23 @@
 
 Runs that ask the same frozen teachers about the same views of the same clips share a memory of the answers, unless
 their recipes say otherwise: the first that trains fills it, the others read it, and all learn what they would without
-it. A memory that a recipe names is used as it is. If runs name the same folder for different answers (views follow from
-the seed), each gets a subfolder of it: `memories/teacher/seed1-1f3a5b7c`.
+it.
+
+A folder that a recipe names for tokens of an encoder has a subfolder for everything that decides them, such as the
+seed: `memories/video/seed1-1f3a5b7c`. One that it names for a teacher's answers is used as it is, unless several runs
+name it for different answers: then each has its own subfolder, too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,42 +116,39 @@ class Held:
     """Number of clips of the split."""
     record_bytes: int
     """Bytes of a record."""
-    views: int = 0
-    """Number of views that epochs take in turn; 0: a new one in each epoch."""
-    kept: list[float] = field(default_factory=list)
-    """Probability, by epoch, that a run has looked at a clip."""
+    looks: dict[int, dict[int, float]] = field(default_factory=dict)
+    """Probability that a run has looked at a clip, by view and epoch."""
+
+    @property
+    def num_records(self) -> float:
+        """Expected number of records per clip; draws of different epochs are independent."""
+        missed = (math.prod(1.0 - probability for probability in looks.values()) for looks in self.looks.values())
+        return sum(1.0 - probability for probability in missed)
 
     @property
     def disk_bytes(self) -> float:
         """Expected number of bytes on disk."""
-        return self.clips * distinct_views(self.kept, self.views) * self.record_bytes
+        return self.clips * self.num_records * self.record_bytes
 
-    def extend(self, probability: float, epochs: int) -> float:
+    def extend(self, probability: float, epochs: int, views: int) -> float:
         """Add what a run looks at; return the expected number of records per clip that it has to compute.
 
         Runs of one seed draw the same numbers for modality dropout: where the one with the higher probability of
         keeping a modality drops it, the other drops it too. With a new view in each epoch, a batch is computed as a
         whole if one of its records is missing.
+
+        Args:
+            probability: Probability that an epoch of the run looks at a clip.
+            epochs: Number of the run's epochs.
+            views: Number of views that its epochs take in turn; 0: a new one in each epoch.
         """
-        before = self.kept
-        self.kept = [max(pair) for pair in zip_longest(before, [probability] * epochs, fillvalue=0.0)]
-        if self.views:
-            return distinct_views(self.kept, self.views) - distinct_views(before, self.views)
-        return probability * (epochs - sum(earlier >= probability for earlier in before[:epochs]))
-
-
-def distinct_views(kept: Sequence[float], num_views: int) -> float:
-    """Return the expected number of different views of a clip that several epochs look at.
-
-    Args:
-        kept: Probability, by epoch, that the epoch looks at the clip; draws of different epochs are independent.
-        num_views: Number of views that epochs take in turn; 0: a new view in each epoch.
-    """
-    missed: dict[int, float] = {}
-    for epoch, probability in enumerate(kept):
-        view = epoch % num_views if num_views else epoch
-        missed[view] = missed.get(view, 1.0) * (1.0 - probability)
-    return sum(1.0 - probability for probability in missed.values())
+        before, computed = self.num_records, 0.0
+        for epoch in range(epochs):
+            looks = self.looks.setdefault(epoch % views if views else epoch, {})
+            earlier = looks.get(epoch, 0.0)
+            computed += probability if earlier < probability else 0.0
+            looks[epoch] = max(earlier, probability)
+        return self.num_records - before if views else computed
 
 
 def _shared_answers(recipes: Mapping[str, Recipe]) -> dict[str, str]:
@@ -184,9 +184,10 @@ def _answer_facts(recipe: Recipe) -> dict[str, Any]:
 def _token_facts(recipe: Recipe, modality: str) -> dict[str, Any]:
     """Return everything that decides the tokens of an encoder."""
     encoder = recipe.model.encoders[modality]
+    changed = {"weights": encoder.weights and masked(encoder.weights), "memory": None}  # any number of views may share
     return {
-        "modality": modality,
-        "encoder": {**unmarked(encoder, NOT_LEARNED), "weights": encoder.weights and masked(encoder.weights)},
+        "modality": modality, "encoder": {**unmarked(encoder, NOT_LEARNED), **changed},
+        "dtype": encoder.memory and encoder.memory.dtype,
         "tau": recipe.model.tau, "grouping": recipe.model.grouping, "fusion": recipe.model.fusion,
         "shards": masked(recipe.data.shards), "split": recipe.data.train_split,
         **_view_facts(recipe),
@@ -206,10 +207,10 @@ def _digest(facts: Mapping[str, Any]) -> str:
 
 
 def _apart(recipe: Recipe, crowded: set[str]) -> Recipe:
-    """Return the recipe with a subfolder of its own for each memory in a folder that is named for several contents."""
+    """Return the recipe with a subfolder for each memory of tokens, and of answers where the folder is crowded."""
     own = {
         use.modality: os.path.join(use.path, f"seed{recipe.seed}-{use.content}")
-        for use in uses(recipe) if os.path.abspath(use.path) in crowded
+        for use in uses(recipe) if use.modality is not None or os.path.abspath(use.path) in crowded
     }  # fmt: skip
     tokens = {
         name: memory.model_copy(update={"path": own[name]})

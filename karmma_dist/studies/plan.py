@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from karmma_dist.errors import UserError
-from karmma_dist.recipe import EncoderRecipe, Recipe, load_recipe, read_run_recipe
+from karmma_dist.recipe import Recipe, load_recipe, read_run_recipe
 from karmma_dist.runs.folder import BEST, read_state
 from karmma_dist.runs.name import check_place
 from karmma_dist.studies.memories import with_memories
@@ -224,19 +224,6 @@ def _suffix(plain: Recipe, recipe: Recipe, below: Sequence[str]) -> str:
     return f"+{slug}-{digest}"
 
 
-def _with_own_memory(encoder: EncoderRecipe, recipe: Recipe) -> EncoderRecipe:
-    """Return an encoder's recipe with a folder in its memory's path for what decides the tokens, such as the seed."""
-    if encoder.memory is None:
-        return encoder
-    learned = encoder.model_dump(mode="json", exclude={"memory"})
-    decides = [learned, encoder.memory.dtype, recipe.model.tau, recipe.model.grouping, recipe.model.fusion, recipe.seed,
-               recipe.inputs.model_dump(mode="json"), recipe.data.shards, recipe.data.train_split,
-               recipe.training.precision]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-    path = str(Path(encoder.memory.path) / f"seed{recipe.seed}-{digest}")
-    return encoder.model_copy(update={"memory": encoder.memory.model_copy(update={"path": path})})
-
-
 def _referring(recipe: Recipe, earlier: Mapping[str, _Place]) -> Recipe:
     """Return the recipe with its references to other recipes changed to the runs of the study."""
     runs_dir = Path(recipe.runs_dir)
@@ -249,7 +236,7 @@ def _referring(recipe: Recipe, earlier: Mapping[str, _Place]) -> Recipe:
         return reference
 
     encoders = {
-        modality: _with_own_memory(encoder.model_copy(update={"weights": follow(encoder.weights)}), recipe)
+        modality: encoder.model_copy(update={"weights": follow(encoder.weights)})
         for modality, encoder in recipe.model.encoders.items()
     }
     changes: dict[str, object] = {

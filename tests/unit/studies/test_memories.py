@@ -19,7 +19,7 @@ from karmma_dist.runs.listing import find_runs
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
 from karmma_dist.studies.costs import StudyCosts, plan_costs
 from karmma_dist.studies.jobs import write_recipe
-from karmma_dist.studies.memories import Held, distinct_views
+from karmma_dist.studies.memories import Held
 from karmma_dist.studies.plan import StudyPlan, plan_study
 from karmma_dist.studies.study import load_study
 from kits.studies import STUDY, write_study
@@ -169,6 +169,38 @@ def plan_with_teacher(home: Path, *rows: dict[str, Any], seeds: int = 1) -> Stud
     return plan_study(load_study("tiny/tab0"), seeds)
 
 
+def tokens(planned: StudyPlan) -> dict[str, str]:
+    """Return the folder of the video encoder's tokens of each row's run of seed 0."""
+    cells = recipes_of(planned).items()
+    memories = {label: recipe.model.encoders["video"].memory for (label, seed), recipe in cells if seed == 0}
+    return {label: memory.path for label, memory in memories.items() if memory is not None}
+
+
+def test_tokens_are_shared_by_rows_that_see_the_same_views(home: Path) -> None:
+    write_study(home)
+    freeze(home, views=2)
+    memory = "model.encoders.video.memory={path: tokens/video, "
+    rows = [
+        {"label": label, "recipe": "tiny/teacher", "set": [change]}
+        for label, change in {
+            "dropout": "data.modality_dropout.probability=0.5", "optimizer": "optimizer.lr=0.1",
+            "batch": "training.batch_size=5", "width": "model.width=32",
+            "tau": "model.tau=3", "jitter": "inputs.video.jitter=0.3",
+            "options": "model.encoders.video.options.width=8",
+        }.items()
+    ]  # fmt: skip
+    only = [f"{memory}views: 7}}", "model.encoders.audio.memory=null"]
+    views = {"label": "views", "recipe": "tiny/teacher", "set": only}
+    int8 = {"label": "int8", "recipe": "tiny/teacher", "set": [f"{memory}views: 2, dtype: int8}}"]}
+    paths = tokens(plan_with_teacher(home, TEACHER_ROW, *rows, views, int8))
+    same = {label for label, path in paths.items() if path == paths["teacher"]}
+    assert same == {"teacher", "dropout", "optimizer", "batch", "width", "views"}
+    assert len(set(paths.values())) == 1 + len({"tau", "jitter", "options", "int8"})
+    assert all(re.fullmatch(r"tokens/video/seed0-[0-9a-f]{8}", path) for path in paths.values())
+    alone = tokens(plan_with_teacher(home, TEACHER_ROW, seeds=3))
+    assert alone["teacher"] == paths["teacher"]
+
+
 def test_a_folder_of_memories_is_no_run(home: Path) -> None:
     planned = plan(home, student("a"), student("b", "distill.alpha=0.9"))
     memory = home / (answers(planned)["a", 0] or "")
@@ -227,20 +259,20 @@ def test_distinct_views_are_those_of_a_simulation(views: int, draw: Any) -> None
         keep_NM = kept_modalities(num_clips, dropout, epoch)
         seen[order, epoch % views if views else epoch] |= keep_NM[:, 0]
     probability = 0.4 + 0.6**3 / 3
-    assert seen.sum() / num_clips == pytest.approx(distinct_views([probability] * epochs, views), rel=0.03)
+    assert seen.sum() / num_clips == pytest.approx(Held("tokens", 1, 1).extend(probability, epochs, views), rel=0.03)
 
 
 def test_another_run_of_the_seed_adds_only_what_the_first_dropped() -> None:
     num_clips, epochs = 4000, 3
     seen: set[tuple[int, int]] = set()
-    held = Held("tokens", num_clips, record_bytes=1, views=2)
-    for p in (0.7, 0.3, 0.5):
+    held = Held("tokens", num_clips, record_bytes=1)
+    for p, views in ((0.7, 2), (0.3, 2), (0.5, 2), (0.5, 3)):
         dropout = ModalityDropout(probability=p, draw="independent")
         before = len(seen)
         for epoch in range(epochs):  # no clip is shuffled: all runs of a seed have the same order
             kept = kept_modalities(num_clips, dropout, epoch)[:, 0]
-            seen |= {(clip, epoch % 2) for clip in np.flatnonzero(kept).tolist()}
-        expected = held.extend(1 - p + p**3 / 3, epochs)
+            seen |= {(clip, epoch % views) for clip in np.flatnonzero(kept).tolist()}
+        expected = held.extend(1 - p + p**3 / 3, epochs, views)
         assert (len(seen) - before) / num_clips == pytest.approx(expected, abs=0.08)
     assert len(seen) == pytest.approx(held.disk_bytes, rel=0.05)
 
