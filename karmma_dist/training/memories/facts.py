@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +57,31 @@ def open_on_all(field: str, path: Path, make: Callable[[], MemoryHeader], world:
     """
 
     def make_and_open() -> MemoryHeader:
-        try:
+        with _naming(field, path):
             header = make()
             open_header(path, header)
-        except (OSError, UserError) as error:
-            raise UserError(f"{field}: {error}") from None
         return header
 
     (header,) = gather([made] if (made := on_main(make_and_open, world)) else [])
     problem = None
     try:
-        open_header(path, header)
-    except (OSError, UserError) as error:
-        problem = f"{field}: {error}"
+        with _naming(field, path):
+            open_header(path, header)
+    except UserError as error:
+        problem = str(error)
     raise_on_all(problem)
     return header
+
+
+@contextmanager
+def _naming(field: str, path: Path) -> Iterator[None]:
+    """Name the field of the recipe in errors."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{field}: {error.filename or path}: {error.strerror or error}: name another folder") from None
 
 
 def _libraries() -> dict[str, str]:
