@@ -59,11 +59,11 @@ def _header(
     assert encoder.memory is not None
     is_pooled = recipe.model.fusion == "mean"
     facts = {
+        "modality": modality,
         "encoder": {"name": encoder.name, "options": encoder.options},
         "encoder (sha256 of its weights)": _fingerprint(model.encoders[modality].state_dict()),
         "tokens": "mean" if is_pooled else {"tau": recipe.model.tau, "grouping": recipe.model.grouping},
         "precision of the encoder": dtype_name(dtype),
-        "modality": modality,
         **view_facts(recipe, clips.folder, [modality]),
     }
     shape = (model.num_tokens[modality], model.encoder_width(modality))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +57,18 @@ def open_on_all(field: str, path: Path, make: Callable[[], MemoryHeader], world:
     """
 
     def make_and_open() -> MemoryHeader:
-        try:
+        with _naming(field, path):
             header = make()
             open_header(path, header)
-        except (OSError, UserError) as error:
-            raise UserError(f"{field}: {error}") from None
         return header
 
     (header,) = gather([made] if (made := on_main(make_and_open, world)) else [])
     problem = None
     try:
-        open_header(path, header)
-    except (OSError, UserError) as error:
-        problem = f"{field}: {error}"
+        with _naming(field, path):
+            open_header(path, header)
+    except UserError as error:
+        problem = str(error)
     raise_on_all(problem)
     return header
 
@@ -77,3 +77,14 @@ def decoder_versions() -> dict[str, str]:
     """Return the versions of everything that decodes and converts clips."""
     libraries = {name: ".".join(map(str, av.library_versions[name])) for name in ("libavcodec", "libswscale")}
     return {"av": av.__version__, "opencv": cv2.__version__, **libraries}
+
+
+@contextmanager
+def _naming(field: str, path: Path) -> Iterator[None]:
+    """Name the field of the recipe in errors."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{field}: {error.filename or path}: {error.strerror or error}: name another folder") from None
