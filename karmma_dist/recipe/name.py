@@ -16,7 +16,8 @@ from karmma_dist.errors import quoted
 
 OWN_NAMES = frozenset({
     "best", "checkpoints", "damage.jsonl", "ensemble.json", "environment.json", "eval", "metrics.jsonl", "model.yaml",
-    "recipe.yaml", "report.html", "report.md", "state.json", "STOP", "trace", "weights.safetensors",
+    "mlflow.db", "recipe.yaml", "report.html", "report.md", "state.json", "STOP", "trace", "tracked.json", "trackio",
+    "wandb", "weights.safetensors",
 })  # fmt: skip
 """Names that a run uses in its own folder; a run inside a run would be taken for one of them."""
 _OWN_BEGINNINGS = ("events.out.tfevents.",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,21 @@ class OptimizerRecipe(Settings):
 
 
 
+class TrackerRecipe(Settings):
+    """A tracker of metrics."""
+
+    name: str
+    """Name in the table of trackers: tensorboard, wandb, mlflow, trackio, or a tracker of another package."""
+    options: dict[str, Any] = {}
+    """Options of the tracker, e.g. {project: epic, server: "https://api.wandb.ai"}; see its class."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+
 class TrainingRecipe(Settings):
     """Training loop, precision, sharding, checkpoints and limits."""
 
@@ -76,8 +91,9 @@ class TrainingRecipe(Settings):
     """Epochs between validations with every modality present; 0: only after the last epoch."""
     log_every_steps: Annotated[Positive, NOT_LEARNED] = 10
     """Optimizer steps between lines of metrics.jsonl."""
-    trackers: Annotated[list[str], NOT_LEARNED] = ["tensorboard"]
-    """Trackers that receive the metrics in addition to metrics.jsonl: names in the table of trackers."""
+    trackers: Annotated[list[TrackerRecipe], NOT_LEARNED] = [TrackerRecipe(name="tensorboard")]
+    """Trackers that receive the metrics in addition to metrics.jsonl: names, or {name: ..., options: {...}}. They write
+    to the run folder; only those whose options name a server send anything."""
     threads: Annotated[int, Field(ge=0, le=10_000), NOT_LEARNED] = 0
     """CPU threads of the model per rank; 0: torch's default."""
     best_metric: str = "action_top1"

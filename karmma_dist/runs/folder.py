@@ -25,8 +25,10 @@ METRICS = "metrics.jsonl"
 """File name of a run's metrics, a line per logged step and per validation."""
 ENSEMBLE = "ensemble.json"
 """File name of the losses and weights of several experts, computed when their distillation began."""
+TRACKED = "tracked.json"
+"""File name of the identifiers under which trackers know a run."""
 
-_NO_RUNS = {"checkpoints", "eval", BEST, "trace"}
+_NO_RUNS = {"checkpoints", "eval", BEST, "trace", "trackio", "wandb"}
 """Subfolders of a run that never hold another run."""
 _TAIL_BYTES = 16_384
 _STATE_BYTES = 16 << 20

@@ -55,7 +55,7 @@ from karmma_dist.training.optim import learning_rate
 from karmma_dist.training.profiler import tracing
 from karmma_dist.training.teacher import build_teacher, members_of
 from karmma_dist.training.throughput import Throughput
-from karmma_dist.training.trackers import RunLog
+from karmma_dist.training.trackers.run_log import RunLog
 from karmma_dist.training.tracking import Averages, answer_sums, loading_sums, pace, token_sums
 
 

@@ -34,7 +34,8 @@ from karmma_dist.runs.folder import write_state
 from karmma_dist.studies.results import write_outcomes
 from karmma_dist.training.fault_tolerance.damaged_clips import DamageLog
 from karmma_dist.training.profiler import Trace
-from karmma_dist.training.trackers import RunLog, TensorBoard
+from karmma_dist.training.trackers.run_log import RunLog
+from karmma_dist.training.trackers.tensorboard import TensorBoard
 from kits.fusion import predict
 from kits.recipes import tiny_recipe
 from kits.reports import random_results

@@ -57,7 +57,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
         "model": {"encoders": {"audio": {"name": "small_audio"}}},
     },
     "DataRecipe": {"shards": "s"}, "EncoderRecipe": {"name": "e"}, "EncoderMemory": {"path": "m"},
-    "ObjectiveRecipe": {"name": "o"},
+    "ObjectiveRecipe": {"name": "o"}, "TrackerRecipe": {"name": "t"},
     "PackingSpec": {"reader": "plain", "dataset": "d", "raw": "r", "out": "o"},
     "Column": {"name": "c"}, "Row": {"label": "l", "recipe": "r"},
     "Study": {"title": "t", "rows": [{"label": "l", "recipe": "r"}], "columns": [{"name": "c"}]},

@@ -25,7 +25,7 @@ from karmma_dist.training.checkpoint.async_saver import _prepare
 from karmma_dist.training.checkpoint.checkpoint import discard, set_latest
 from karmma_dist.training.checkpoint.resume import _check_and_prepare
 from karmma_dist.training.profiler import Trace
-from karmma_dist.training.trackers import RunLog
+from karmma_dist.training.trackers.run_log import RunLog
 from kits.recipes import tiny_recipe
 from kits.reports import random_results
 

@@ -16,7 +16,7 @@ from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import remove
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import NOT_LEARNED, Recipe, read_run_recipe, save_recipe
-from karmma_dist.runs.folder import BEST, ENSEMBLE, read_state, write_state
+from karmma_dist.runs.folder import BEST, ENSEMBLE, TRACKED, read_state, write_state
 from karmma_dist.runs.name import check_place
 from karmma_dist.runs.owner import Ownership, owned
 from karmma_dist.settings import flat, unmarked
@@ -83,7 +83,7 @@ def _check_and_prepare(recipe: Recipe, resume: str, report: Report) -> str:
     if start:
         read_state(run_dir / BEST)  # a damaged record of the best validation is found now, not hours later
     else:
-        names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE)
+        names = ("checkpoints", "metrics.jsonl", "damage.jsonl", BEST, ENSEMBLE, TRACKED)
         for name in names:
             remove(run_dir / name)
     make_folder(run_dir)

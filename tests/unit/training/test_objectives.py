@@ -8,7 +8,7 @@ import pytest
 
 from karmma_dist.errors import UserError
 from karmma_dist.training.objectives import CrossEntropy, Distillation, build_objective
-from karmma_dist.training.trackers import RunLog
+from karmma_dist.training.trackers.run_log import RunLog
 from kits.experts import make_recipe
 
 

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from torch.utils.tensorboard import SummaryWriter
 
 from karmma_dist.io.disk_errors import DiskError
-from karmma_dist.training.trackers import TensorBoard
+from karmma_dist.training.trackers.tensorboard import TensorBoard
 from kits.disk_writers import file_limit, recipe_in
 
 VALUES = {"loss": 1.5, "lr": 1e-5, "flow": float("nan")}
