@@ -4,6 +4,7 @@ merging of the parts that nodes without a shared disk have written.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -120,11 +121,9 @@ def _records(
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the place and the bytes of each record that the file reaches to; with `only_seal`, only its last bytes."""
     with open_regular(path) as file:
-        for row in range(num_clips):
+        for row in range(min(num_clips, os.fstat(file.fileno()).st_size // record_bytes)):
             file.seek(row * record_bytes + (record_bytes - SEAL_BYTES if only_seal else 0))
-            record = file.read(SEAL_BYTES if only_seal else record_bytes)
-            if len(record) == (SEAL_BYTES if only_seal else record_bytes):
-                yield row, record
+            yield row, file.read(SEAL_BYTES if only_seal else record_bytes)
 
 
 def prune(contents: Contents) -> list[str]:

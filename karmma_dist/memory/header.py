@@ -22,6 +22,8 @@ from karmma_dist.io.json_fields import JsonObject, read_json
 
 FORMAT = 2
 """Version of the layout."""
+MOST_BYTES = 1 << 30
+"""Largest size of an answer."""
 HEADER = "memory.json"
 """File name of the header."""
 
@@ -78,8 +80,13 @@ class MemoryHeader:
             if not _SHARD.fullmatch(name):
                 raise ValueError(f"num_clips names {quoted(name)}, which is no tar")
         shape = tuple(fields.wholes("shape"))
+        if min(shape, default=0) < 1:
+            raise fields.problem("shape")
         facts = fields.nested("facts").unchecked()
-        return cls(fields.text("kind"), dtype, shape, num_clips, fields.whole("num_expected"), facts)
+        header = cls(fields.text("kind"), dtype, shape, num_clips, fields.whole("num_expected"), facts)
+        if header.answer_bytes > MOST_BYTES:
+            raise ValueError(f"an answer would have {header.answer_bytes} bytes, at most {MOST_BYTES} are possible")
+        return header
 
     def difference(self, stored: MemoryHeader, own_name: str = "this run's") -> str:
         """Return in words how a stored memory differs from this one, or an empty string.

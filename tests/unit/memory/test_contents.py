@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,33 @@ def test_another_memory_is_not_merged(memory: Path, tmp_path: Path, capsys: pyte
     assert main(["memory", str(memory), "--merge", str(tmp_path / "other")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"not a part of {memory}: its split is 'test', the other's None" in line
+
+
+def _with_link(path: Path) -> None:
+    path.symlink_to("/etc/hostname")
+
+
+def _longer(path: Path) -> None:
+    path.write_bytes(bytes(range(250)) * 40)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, Path.touch, _with_link, _longer])
+@pytest.mark.parametrize("option", ["--verify", "--prune", "--merge"])
+def test_what_is_no_file_of_a_memory_is_one_line_or_damage(
+    memory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], option: str
+) -> None:
+    path = memory / "epoch-00000" / "train-000001.answers"
+    path.unlink()
+    make(path)
+    whole = AnswerFiles(memory, HEADERS.answer_bytes, SHARDS).path(0, "train-000000.tar").read_bytes()
+    arguments = [str(memory), option]
+    if option == "--merge":
+        open_header(tmp_path / "part", HEADERS)
+        arguments = [str(tmp_path / "part"), option, str(memory)]
+    code = main(["memory", *arguments])
+    error = capsys.readouterr().err.splitlines()
+    assert (code, len(error)) in [(0, 0), (1, 0), (2, 1)]
+    assert option == "--prune" or (memory / "epoch-00000" / "train-000000.answers").read_bytes() == whole
 
 
 @pytest.mark.parametrize("content", [None, b"{", b'{"format": 9}'])

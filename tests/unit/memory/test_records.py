@@ -186,6 +186,9 @@ def test_a_memory_of_something_else_is_refused_with_the_difference(
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b'{"format": 1}', b'{"format": 2}', b"\xff", b'{"format": 2, "kind": "logits", "dtype": "int4"}',
+     b'{"format":2,"kind":"logits","dtype":"int8","shape":[0],"num_clips":{},"num_expected":1,"facts":{}}',
+     b'{"format":2,"kind":"logits","dtype":"int8","shape":[9,-9],"num_clips":{},"num_expected":1,"facts":{}}',
+     b'{"format":2,"kind":"logits","dtype":"int8","shape":[1000000,1000000],"num_clips":{},"num_expected":1,"facts":{}}',
      b'{"format":2,"kind":"logits","dtype":"int8","shape":[1],"num_clips":{"../x.tar":1},"num_expected":1,"facts":{}}'],
 )  # fmt: skip
 def test_a_damaged_header_is_one_line(tmp_path: Path, content: bytes) -> None:
