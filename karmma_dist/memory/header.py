@@ -38,7 +38,7 @@ class MemoryHeader:
     dtype: str
     """Type of the stored numbers: float64, float32, float16, bfloat16 or int8."""
     shape: tuple[int, ...]
-    """Shape of an answer."""
+    """Shape of an answer: (experts, classes) or (subsets, experts, classes) of logits, (tokens, width) of tokens."""
     num_clips: Mapping[str, int]
     """Number of clips by shard: file name of its tar."""
     num_expected: int

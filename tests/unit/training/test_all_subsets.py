@@ -28,6 +28,7 @@ from karmma_dist.recipe import DistillRecipe, Recipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.batch import Batch, collate
 from karmma_dist.streaming.loader import Slice, TrainingClips
+from karmma_dist.training.memories.teacher_answers import open_answers
 from karmma_dist.training.teacher import Teacher
 from karmma_dist.training.throughput import Throughput
 from karmma_dist.training.trainer import train
@@ -178,6 +179,14 @@ def test_other_memories_are_refused_with_the_name_of_the_setting(
             train(refused, world, validate, resume="never")
 
 
+def test_the_setting_without_a_memory_is_said_to_have_no_effect(
+    runs: Path, shards: Path, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = student(runs, shards, "none", distill={"memory_subsets": "all"})
+    assert open_answers(recipe, ShardFolder(shards), torch.float32, 30, world) is None
+    assert caplog.messages == ["distill.memory_subsets has no effect: name a folder in distill.memory"]
+
+
 def test_a_memory_of_all_subsets_is_shown_as_one(memory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", str(memory), "--verify"]) == 0
     out = capsys.readouterr().out
@@ -192,12 +201,12 @@ def batches(recipe: Recipe, memory: AnswerMemory | None = None) -> list[Batch]:
     return [clips.batch(Slice(1, step, 6 * step, 6 * step + 6)) for step in range(5)]
 
 
-def test_a_batch_brings_what_dropout_takes_beside_what_the_student_sees(
+def test_a_batch_brings_what_dropout_takes_apart_from_what_the_student_sees(
     runs: Path, shards: Path, tmp_path: Path
 ) -> None:
     recipe = student(runs, shards, "run")
     complete = student(runs, shards, "run", data={"modality_dropout": {"probability": 0.0}})
-    header = MemoryHeader("logits", "float32", (7, 1, 9), dict.fromkeys(ShardFolder(shards).classes, 0), 30, {})
+    header = MemoryHeader("logits", "float32", (7, 1, 9), {}, 30, {})
     asking = batches(recipe, AnswerMemory(tmp_path, header))
     for batch, plain, whole in zip(asking, batches(recipe), batches(complete), strict=True):
         assert (batch.keys, plain.dropped, whole.dropped) == (whole.keys, None, None)
