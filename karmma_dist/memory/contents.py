@@ -221,4 +221,7 @@ def print_contents(contents: Contents, *, verified: bool) -> None:
         *(f"{name}: {quoted(value, 200)}" for name, value in header.facts.items()),
     ]
     numbers = [what, "answers", "damaged", "MB"]
-    print_table(numbers, rows, right=numbers, title=f"{contents.folder}: {header.kind}", footer=footer)
+    title = f"{contents.folder}: {header.kind}"
+    if header.memory_subsets == "all":
+        title += f", an answer is for all {header.shape[0]} subsets of the modalities"
+    print_table(numbers, rows, right=numbers, title=title, footer=footer)

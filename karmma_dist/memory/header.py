@@ -40,7 +40,7 @@ class MemoryHeader:
     dtype: str
     """Type of the stored numbers: float64, float32, float16, bfloat16 or int8."""
     shape: tuple[int, ...]
-    """Shape of an answer."""
+    """Shape of an answer: (experts, classes) or (subsets, experts, classes) of logits, (tokens, width) of tokens."""
     num_clips: Mapping[str, int]
     """Number of clips by shard: file name of its tar."""
     num_expected: int
@@ -54,6 +54,11 @@ class MemoryHeader:
         """Bytes of an answer."""
         scales = 4 * self.shape[0] if self.dtype == "int8" else 0
         return _ITEM_BYTES[self.dtype] * math.prod(self.shape) + scales
+
+    @property
+    def memory_subsets(self) -> str:
+        """`all` if an answer is a teacher's for every subset of a clip's modalities, else `drawn`."""
+        return "all" if self.kind == "logits" and len(self.shape) == 3 else "drawn"
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of memory.json."""
@@ -95,8 +100,12 @@ class MemoryHeader:
             stored: Header of the stored memory.
             own_name: Words for this header, as in "its seed is 4, this run's 5".
         """
-        own, other = (header.to_json() | {"num_expected": 0} for header in (self, stored))
-        for name, shown in (("kind", "kind"), ("dtype", "precision"), ("shape", "shape of an answer")):
+        subsets = "memory_subsets"
+        own, other = (
+            header.to_json() | {"num_expected": 0, subsets: header.memory_subsets} for header in (self, stored)
+        )
+        names = {"kind": "kind", "dtype": "precision", subsets: subsets, "shape": "shape of an answer"}
+        for name, shown in names.items():
             if own[name] != other[name]:
                 return f"its {shown} is {quoted(other[name])}, {own_name} {quoted(own[name])}"
         for name in [*self.facts, *(stored.facts.keys() - self.facts.keys())]:

@@ -1,11 +1,11 @@
 """Memories on disk, as the loader reads them and the trainer extends them.
 
     memory = AnswerMemory(Path("memories/teacher"), header)
-    answer_EA = memory.find(Source(epoch, shard, row), kept_M)      # None: the teacher has to be asked
+    answer_EA = memory.find(Source(epoch, shard, row), kept_M, present_M)      # None: the teacher has to be asked
 
 `tokens.py` has the memory of a frozen encoder.
 
-Legend: M modalities, E experts, A logits of all heads side by side.
+Legend: M modalities, S = 2^M - 1 subsets of them, E experts, A logits of all heads side by side.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ def set_of(present_M: np.ndarray) -> int:
     return int(sum(1 << m for m, present in enumerate(present_M) if present))
 
 
+def sets_of(num_modalities: int) -> Tensor:
+    """Return all sets of modalities, bool (2^M, M), True = in the set, each at its number; see `set_of`."""
+    return (torch.arange(2**num_modalities)[:, None] >> torch.arange(num_modalities)) & 1 == 1
+
+
 class Memory:
     """A memory; cheap to pickle.
 
@@ -78,25 +83,48 @@ class Memory:
 
 
 class AnswerMemory(Memory):
-    """A memory of logits: an answer belongs to the set of modalities that the teacher saw."""
+    """A memory of logits.
 
-    def find(self, source: Source, kept_M: np.ndarray) -> Tensor | None:
-        """Return the answer (E, A) for a clip with these modalities, or None.
+    A record holds the answer (E, A) for the set of modalities that the teacher saw or, with `has_all_subsets`, the
+    answers (S, E, A) for every subset of the modalities that the clip has, in the order of `sets_of` without the empty
+    set; subsets that the clip cannot have are zeros.
+    """
+
+    @property
+    def has_all_subsets(self) -> bool:
+        """True if a record holds the answers for all subsets of a clip's modalities."""
+        return self.header.memory_subsets == "all"
+
+    def find(self, source: Source, kept_M: np.ndarray, present_M: np.ndarray) -> Tensor | None:
+        """Return the answer (E, A) for a clip of which the teacher sees the kept modalities, or None.
+
+        Args:
+            source: Place of the clip's view.
+            kept_M: bool, True = the teacher sees the modality.
+            present_M: bool, True = the clip has the modality.
 
         Raises:
             UserError: the disk fails.
         """
-        answer = self._files.read(source.epoch, source.shard, source.row, set_of(kept_M))
-        if answer is None:
+        stored_M = present_M if self.has_all_subsets else kept_M
+        content = self._files.read(source.epoch, source.shard, source.row, set_of(stored_M))
+        if content is None:
             return None
-        return torch.frombuffer(bytearray(answer), dtype=DTYPES[self.header.dtype]).reshape(self.header.shape)
+        answer = torch.frombuffer(bytearray(content), dtype=DTYPES[self.header.dtype]).reshape(self.header.shape)
+        return answer[set_of(kept_M) - 1] if self.has_all_subsets else answer
 
-    def store(self, source: Source, kept_M: np.ndarray, answer_EA: Tensor) -> None:
-        """Store an answer, which must be in host memory.
+    def store(self, source: Source, stored_M: np.ndarray, answer: Tensor) -> None:
+        """Store a record, which must be in host memory.
+
+        Args:
+            source: Place of the clip's view.
+            stored_M: bool, the set of modalities of the record: those that the teacher saw or, with `has_all_subsets`,
+                those that the clip has.
+            answer: Content of the record, of the header's shape.
 
         Raises:
             DiskError: the disk is full or fails.
             UserError: the folder cannot be written.
         """
-        content = answer_EA.contiguous().view(torch.uint8).numpy().tobytes()
-        self._files.write(source.epoch, source.shard, source.row, set_of(kept_M), content)
+        content = answer.contiguous().view(torch.uint8).numpy().tobytes()
+        self._files.write(source.epoch, source.shard, source.row, set_of(stored_M), content)

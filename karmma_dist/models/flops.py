@@ -6,6 +6,7 @@ attention.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -52,6 +53,21 @@ class ClipFlops:
         in_block = tuple(m for m in everything if num_present.get(m, 0)) if self.leaves_out else everything
         encoded = sum(num_present.get(m, 0) * (self.encoders[m] + self.projections[m]) for m in everything)
         return encoded + num_clips * self.fusion[in_block]
+
+    def all_subsets(self, present_BM: Tensor) -> int:
+        """Return the FLOPs of encoding each clip once and fusing it once per subset of its modalities, no gradients.
+
+        Args:
+            present_BM: bool, True = the clip has the modality; columns in the order of `encoders`.
+        """
+        everything = tuple(self.encoders)
+        counts = zip(everything, present_BM.sum(dim=0).tolist(), strict=True)
+        total = sum(num * (self.encoders[m] + self.projections[m]) for m, num in counts)
+        for size in range(1, len(everything) + 1):
+            for columns in itertools.combinations(range(len(everything)), size):
+                in_block = tuple(everything[m] for m in columns) if self.leaves_out else everything
+                total += int(present_BM[:, list(columns)].all(dim=1).sum()) * self.fusion[in_block]
+        return total
 
     def training(
         self, num_present: Mapping[str, int], num_clips: int, num_encoded: Mapping[str, int] | None = None

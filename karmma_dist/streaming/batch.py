@@ -69,6 +69,8 @@ class Sample:
     """The teacher's remembered answer."""
     tokens: dict[str, Tensor] = field(default_factory=dict)
     """Remembered tokens of frozen encoders, packed, uint8 (X,), by modality; their arrays are missing."""
+    dropped: Sample | None = None
+    """The same clip with the modalities that dropout takes from it; None if they were not read or one is damaged."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,16 @@ class Batch:
     """What the teacher's memory was asked for."""
     token_lookups: Lookups = field(default_factory=Lookups)
     """What the memories of frozen encoders were asked for."""
+    dropped: Batch | None = None
+    """The same clips with the modalities that dropout takes from them, for a teacher that is asked about all subsets;
+    padding for a clip of which one is damaged. None if it is padding alone, or nobody asks."""
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor that `map` changes."""
         remembered = [] if self.answers_BEA is None else [self.answers_BEA]
         remembered += [tokens.packed_NX for tokens in self.tokens.values()]
-        return [*self.jitter.values(), *self.inputs.values(), *self.labels.values(), *remembered]
+        dropped = [] if self.dropped is None else self.dropped.tensors()
+        return [*self.jitter.values(), *self.inputs.values(), *self.labels.values(), *remembered, *dropped]
 
     def only(self, modalities: Sequence[str], columns: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the inputs and present_BM of some modalities, for a model that takes only these.
@@ -135,6 +141,22 @@ class Batch:
         inputs = {m: x for m, x in self.inputs.items() if m in modalities}
         return inputs, self.present_BM[:, [list(columns).index(m) for m in modalities]]
 
+    def with_dropped(self, columns: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the inputs and present_BM of the clips with `dropped`, as far as that was read.
+
+        Args:
+            columns: Modalities of the columns of `present_BM`.
+        """
+        if self.dropped is None:
+            return self.inputs, self.present_BM
+        inputs = {**self.inputs, **self.dropped.inputs}
+        for m, name in enumerate(columns):
+            if name in self.inputs and name in self.dropped.inputs:
+                rows_N = torch.cat([batch.present_BM[:, m].nonzero() for batch in (self, self.dropped)])
+                both_N = torch.cat([self.inputs[name], self.dropped.inputs[name]])
+                inputs[name] = both_N.index_select(0, rows_N.flatten().argsort().to(both_N.device))
+        return inputs, self.present_BM | self.dropped.present_BM
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with `change` applied to every tensor except `present_BM` and `valid_B`.
 
@@ -147,6 +169,7 @@ class Batch:
             jitter={name: change(factors) for name, factors in self.jitter.items()},
             answers_BEA=None if self.answers_BEA is None else change(self.answers_BEA),
             tokens={name: replace(tokens, packed_NX=change(tokens.packed_NX)) for name, tokens in self.tokens.items()},
+            dropped=None if self.dropped is None else self.dropped.map(change),
         )
 
 
@@ -160,6 +183,7 @@ def collate(
         arrays = [sample.arrays[modality] for sample in samples if sample is not None and modality in sample.arrays]
         if arrays:
             inputs[modality] = torch.from_numpy(np.stack(arrays))
+    dropped = [None if sample is None else sample.dropped for sample in samples]
     answers = [sample.answer_EA for sample in samples if sample is not None and sample.answer_EA is not None]
     labels = {
         head: torch.tensor([_label(sample, head) for sample in samples], dtype=torch.int64) for head in heads
@@ -181,6 +205,7 @@ def collate(
             for name in modalities
             if (signals := [sample.uncut[name] for sample in samples if sample is not None and name in sample.uncut])
         },
+        dropped=collate(dropped, modalities, (), epoch, step) if any(dropped) else None,
     )
 
 
@@ -224,4 +249,5 @@ def prepare(
         name: MODALITIES[name].tensors.make(arrays_N, inputs.section(name), moved.jitter.get(name)).to(dtype)
         for name, arrays_N in moved.inputs.items()
     }
-    return replace(moved, inputs=tensors)
+    dropped = None if moved.dropped is None else prepare(moved.dropped, inputs, device, dtype)
+    return replace(moved, inputs=tensors, dropped=dropped)

@@ -175,6 +175,8 @@ class _Drawn(NamedTuple):
     """A clip at its place in an epoch."""
 
     clip: Clip
+    present_M: np.ndarray
+    """bool, True = the clip has the modality."""
     kept_M: np.ndarray
     """bool, True = the clip brings the modality."""
     source: Source
@@ -188,7 +190,8 @@ class TrainingClips(_Clips):
     default all), so that a student with fewer modalities than its teacher always receives one.
 
     With memories (`remember`), a batch whose teacher's answers are all remembered brings them, and of its clips only
-    the needed modalities are read, except those whose tokens are remembered.
+    the needed modalities are read, except those whose tokens are remembered. For a teacher whose answers for all
+    subsets of a clip's modalities are to be remembered, other batches bring what dropout takes as well.
 
     Args:
         folder: Opened shards.
@@ -266,7 +269,7 @@ class TrainingClips(_Clips):
             return None
         answers = []
         for clip in drawn:
-            answer_EA = self._answers.find(clip.source, clip.kept_M)
+            answer_EA = self._answers.find(clip.source, clip.kept_M, clip.present_M)
             if answer_EA is None:
                 return None
             answers.append(answer_EA)
@@ -304,7 +307,7 @@ class TrainingClips(_Clips):
             clip = self._candidate(place, candidate, epoch)
             sample = self._read_training(clip, tokens if candidate == place else {}, damage, activity)
             if sample is not None:
-                return sample
+                return replace(sample, dropped=self._read_dropped(clip, activity))
         tried = min(_MAX_REPLACEMENTS, len(self.clips))
         raise UserError(f"{self.folder.where}: {tried} clips in a row are damaged, the last: {damage[-1]}")
 
@@ -332,6 +335,20 @@ class TrainingClips(_Clips):
         kept = tuple(self._names(drawn.kept_M))
         return replace(samples[0], kept=kept, source=drawn.source, tokens=dict(tokens))
 
+    def _read_dropped(self, drawn: _Drawn, activity: Activity) -> Sample | None:
+        """Read the modalities that dropout takes from a clip, if its answers for all subsets are to be remembered.
+
+        Return None if they are not, or if a modality is damaged. Such a clip is not replaced: a run without a memory
+        does not notice.
+        """
+        if self._answers is None or not self._answers.has_all_subsets:
+            return None
+        wanted = self._names(drawn.present_M & ~drawn.kept_M)
+        if not wanted:
+            return _blank(drawn.clip)
+        read = self._read(drawn.clip, wanted, drawn.source.epoch, [], activity)
+        return None if read is None else read[0]
+
     def _candidate(self, place: int, candidate: int, epoch: int) -> _Drawn:
         """Return the clip at a candidate's place of the order, with the modalities that it keeps at `place`."""
         draw = self._drawn_for(epoch)
@@ -339,7 +356,7 @@ class TrainingClips(_Clips):
         present_M = np.array([clip.has(m) for m in self.data.modalities])
         kept_M = keep_present(draw.keep[place], present_M, int(draw.words[place]), self._needed_M)
         view = epoch % self._num_views if self._num_views else epoch
-        return _Drawn(clip, kept_M, Source(view, clip.shard, clip.row))
+        return _Drawn(clip, present_M, kept_M, Source(view, clip.shard, clip.row))
 
     def _names(self, kept_M: np.ndarray) -> list[str]:
         return [m for m, keep in zip(self.data.modalities, kept_M, strict=True) if keep]

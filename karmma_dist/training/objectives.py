@@ -195,9 +195,10 @@ def soft_targets_of(teacher: Teacher | ShardedModule, memory: TeacherMemory | No
     assert isinstance(module, Teacher)
 
     def ask(batch: Batch | None) -> Tensor:
-        inputs, present_BM = ({}, module.nothing()) if batch is None else (batch.inputs, batch.present_BM)
-        answers_BEA: Tensor = teacher(inputs, present_BM, only_answers=True)
-        return answers_BEA
+        subsets = "drawn" if memory is None or not memory.has_all_subsets else "all"
+        inputs, present_BM = ({}, module.nothing()) if batch is None else batch.with_dropped(module.modalities)
+        answers: Tensor = teacher(inputs, present_BM, answers_for=subsets)
+        return answers
 
     def soft_targets(batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -5,7 +5,8 @@ temperature), where the loss is measured on training clips that no expert learne
 alternatively all experts have equal weights. In that paper each expert sees every clip; here a clip may lack an
 expert's modality, so weights are normalised over the experts that have a modality of the clip.
 
-Legend: B clips, M modalities, E experts, C classes.
+Legend: B clips, M modalities, S = 2^M - 1 subsets of them, E experts, K modalities of an expert, C classes, A classes
+of all heads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import write_json
 from karmma_dist.io.json_fields import JsonObject, read_json
+from karmma_dist.memory.memory import set_of, sets_of
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.encoders.transformer import at_least_float32
@@ -54,7 +57,7 @@ class Teacher(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.recipe = recipe
+        self.recipe, self.modalities = recipe, tuple(modalities)
         self._heads = dict(members[0].heads)
         self._columns = [[list(modalities).index(name) for name in member.modalities] for member in members]
         # Not a buffer, so that it stays float32 when the members' parameters are cast.
@@ -72,7 +75,7 @@ class Teacher(nn.Module):
 
     def forward(
         self, inputs: dict[str, Tensor], present_BM: Tensor, labels: dict[str, Tensor] | None = None,
-        *, only_answers: bool = False,
+        *, answers_for: Literal["drawn", "all"] | None = None,
     ) -> dict[str, Tensor] | Tensor:  # fmt: skip
         """Return log-probabilities (B, C) per head, float32 or more, at the recipe's temperature.
 
@@ -80,10 +83,14 @@ class Teacher(nn.Module):
             inputs: per modality, the present clips only; see `KarmmaModel.encode`.
             present_BM: bool, True if the clip has the modality.
             labels: per head, int64 (B,); required if experts are weighted `per_sample`.
-            only_answers: True: return the members' answers instead, from which `log_probs` follow.
+            answers_for: `drawn`: return the members' answers (B, E, A) instead, from which `log_probs` follow. `all`:
+                return those for every subset of the modalities, (B, S, E, A), in the order of `sets_of` without the
+                empty set, with zeros for subsets that a clip cannot have.
         """
+        if answers_for == "all":
+            return self._subset_answers(inputs, present_BM.cpu())
         answers_BEA = self._answers(inputs, present_BM.cpu())
-        return answers_BEA if only_answers else self.log_probs(answers_BEA, present_BM, labels)
+        return answers_BEA if answers_for == "drawn" else self.log_probs(answers_BEA, present_BM, labels)
 
     def log_probs(
         self, answers_BEA: Tensor, present_BM: Tensor, labels: dict[str, Tensor] | None = None
@@ -115,7 +122,43 @@ class Teacher(nn.Module):
     def _answers(self, inputs: dict[str, Tensor], present_BM: Tensor) -> Tensor:
         seen_BE = self._seen(present_BM)
         outputs = [self._member_logits(e, inputs, present_BM, seen_BE[:, e]) for e in range(len(self.members))]
-        return torch.stack([torch.cat([output[head] for head in self._scores], dim=1) for output in outputs], dim=1)
+        return torch.stack([self._side_by_side(output) for output in outputs], dim=1)
+
+    def _side_by_side(self, logits: dict[str, Tensor]) -> Tensor:
+        return torch.cat([logits[head] for head in self._scores], dim=1)  # (B, A)
+
+    def _subset_answers(self, inputs: dict[str, Tensor], present_BM: Tensor) -> Tensor:
+        """Return the members' answers for every subset, of which each sees its own modalities; see `forward`."""
+        subsets_SM = sets_of(len(self.modalities))[1:]
+        answers = []
+        for e, columns in enumerate(self._columns):
+            own_sets_S = torch.tensor([set_of(own_K.numpy()) for own_K in subsets_SM[:, columns]])
+            logits = self._logits_by_set(e, inputs, present_BM[:, columns])
+            answers.append(logits.index_select(1, own_sets_S.to(logits.device)))
+        answers_BSEA = torch.stack(answers, dim=2)
+        lacks_BS = (subsets_SM & ~present_BM[:, None]).any(dim=2).to(answers_BSEA.device)
+        return answers_BSEA.masked_fill(lacks_BS[:, :, None, None], 0)
+
+    def _logits_by_set(self, e: int, inputs: dict[str, Tensor], present_BK: Tensor) -> Tensor:
+        """Return one member's logits (B, 2^K, A) for every set of its modalities, in the order of `sets_of`.
+
+        Each clip is encoded once. The empty set, and sets that a clip cannot have, have zeros.
+        """
+        member = self.members[e]
+        assert isinstance(member, KarmmaModel)
+        tokens = member.encode({name: inputs[name] for name in member.modalities if name in inputs}, present_BK)
+        nothing = member._like.new_zeros(len(present_BK), sum(member.heads.values()))
+        by_set = [nothing]
+        for set_K in sets_of(len(member.modalities))[1:]:
+            rows_N = (present_BK | ~set_K).all(dim=1).nonzero().flatten()
+            if len(rows_N):
+                logits = member.fuse(*_tokens_of(rows_N, set_K, tokens, present_BK, member))
+                by_set.append(nothing.index_copy(0, rows_N.to(nothing.device), self._side_by_side(logits)))
+                continue
+            by_set.append(nothing)
+            if member.runs_every_encoder:
+                member.fuse(*_blank_tokens(member))
+        return torch.stack(by_set, dim=1)
 
     def _member_logits(
         self, e: int, inputs: dict[str, Tensor], present_BM: Tensor, seen_B: Tensor
@@ -153,6 +196,33 @@ class Teacher(nn.Module):
         if self.recipe.average == "logits":
             return (log_weights_BE1.exp() * logits_BEC).sum(dim=1).log_softmax(dim=-1)
         return torch.logsumexp(log_weights_BE1 + logits_BEC.log_softmax(dim=-1), dim=1)
+
+
+def _tokens_of(
+    rows_N: Tensor, set_K: Tensor, tokens: dict[str, Tensor], present_BK: Tensor, member: KarmmaModel
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the tokens and present_NK of some of a batch's clips, as if they had the modalities of a set alone.
+
+    Args:
+        rows_N: Rows of the clips, which have all modalities of the set.
+        set_K: bool, True = in the set.
+        tokens: Result of `KarmmaModel.encode` for all clips.
+        present_BK: bool, True = the clip has the modality.
+        member: The model, for its modalities.
+    """
+    chosen = {}
+    for k in set_K.nonzero().flatten().tolist():
+        name, places_B = member.modalities[k], present_BK[:, k].cumsum(dim=0) - 1
+        places_N = places_B[rows_N]
+        is_everything = len(places_N) == len(tokens[name])
+        chosen[name] = tokens[name] if is_everything else tokens[name][places_N.to(tokens[name].device)]
+    return chosen, set_K.expand(len(rows_N), -1)
+
+
+def _blank_tokens(member: KarmmaModel) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the tokens of one clip with every modality, all zeros."""
+    tokens = {m: member._like.new_zeros(1, num, member.width) for m, num in member.num_tokens.items()}
+    return tokens, torch.ones(1, len(tokens), dtype=torch.bool)
 
 
 def _blank_clip(member: KarmmaModel) -> tuple[dict[str, Tensor], Tensor]:

@@ -38,6 +38,7 @@ class Throughput:
     Args:
         student: the model in training.
         teachers: frozen models that run in every step.
+        modalities: columns of the batches' `present_BM`.
         device: this rank's device.
         precision: dtype of the model in training.
         peak: peak of the device in 1e12 FLOP/s; None: looked up by its name.
@@ -45,13 +46,13 @@ class Throughput:
     """
 
     def __init__(
-        self, student: KarmmaModel, teachers: Sequence[KarmmaModel], device: torch.device, precision: torch.dtype,
-        peak: float | None, verbose: bool,
+        self, student: KarmmaModel, teachers: Sequence[KarmmaModel], modalities: Sequence[str], device: torch.device,
+        precision: torch.dtype, peak: float | None, verbose: bool,
     ) -> None:  # fmt: skip
         self._student = flops_per_clip(student)
         self._remembering = [m for m in student.modalities if student.recipe.encoders[m].memory is not None]
         self._teachers = [(model, flops_per_clip(model)) for model in teachers]
-        self._device = device
+        self._modalities, self._device = list(modalities), device
         on_gpu = device.type == "cuda"
         if peak is None and on_gpu and precision != torch.float32:
             peak = peak_tflops(torch.cuda.get_device_name(device))
@@ -69,9 +70,19 @@ class Throughput:
         num_present = read | {modality: len(tokens.is_remembered_N) for modality, tokens in batch.tokens.items()}
         num_encoded = {modality: read.get(modality, 0) for modality in self._remembering}
         num_clips = len(batch.keys)
-        asked = self._teachers if batch.answers_BEA is None else []
-        teaching = sum(_forward(model, counted, num_present, num_clips) for model, counted in asked)
-        return float(self._student.training(num_present, num_clips, num_encoded) + teaching)
+        student = self._student.training(num_present, num_clips, num_encoded)
+        return float(student + (self._teaching(batch, num_present) if batch.answers_BEA is None else 0))
+
+    def _teaching(self, batch: Batch, num_present: dict[str, int]) -> int:
+        """Return the FLOPs of asking the teacher about a batch, or about all subsets of its clips' modalities."""
+        if batch.dropped is None:
+            return sum(_forward(model, counted, num_present, len(batch.keys)) for model, counted in self._teachers)
+        present_BM = batch.present_BM | batch.dropped.present_BM
+        columns = {name: m for m, name in enumerate(self._modalities)}
+        return sum(
+            counted.all_subsets(present_BM[:, [columns[name] for name in model.modalities]])
+            for model, counted in self._teachers
+        )
 
     def metrics(self, flops: float, seconds: float) -> dict[str, float]:
         """Return `tflops_per_s` for `flops` computed in `seconds`, and `mfu` (0 to 1) if the device's peak is known."""

@@ -193,8 +193,8 @@ class Trainer:
         self.objective = build_objective(recipe, soft_targets)
         assert isinstance(self.engine.model, KarmmaModel)
         self.throughput = Throughput(
-            self.engine.model, [] if teacher is None else members_of(teacher), self.engine.device, self.engine.dtype,
-            recipe.training.peak_tflops, verbose=world.is_main,
+            self.engine.model, [] if teacher is None else members_of(teacher), recipe.data.modalities,
+            self.engine.device, self.engine.dtype, recipe.training.peak_tflops, verbose=world.is_main,
         )  # fmt: skip
         self.position = Position(0, 0)
         self._is_warm = self._save_is_due = False

@@ -74,7 +74,7 @@ def bench_answers(repeats: int, device: torch.device) -> None:
                 _forget(Path(folder), [memory, storing])
             if name == "remembered":
                 kept_BM = batch.present_BM.numpy()
-                found = [memory.find(source, kept_BM[row]) for row, source in enumerate(batch.sources)]
+                found = [memory.find(source, kept_BM[row], kept_BM[row]) for row, source in enumerate(batch.sources)]
                 batch.answers_BEA = torch.stack([answer for answer in found if answer is not None]).to(device)
             plain_step(student, Distillation(recipe.distill, arms[name]), optimizer, batch)
             storing.flush()

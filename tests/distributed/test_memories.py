@@ -70,6 +70,17 @@ def test_ranks_that_share_a_teacher_ask_it_together(folder: Path) -> None:
     shutil.rmtree(memory)
 
 
+def test_ranks_that_share_a_teacher_ask_it_together_about_all_subsets(folder: Path) -> None:
+    memory = folder / "memory_subsets"
+    settings = ("distill.shard_teacher=true", f"distill.memory={memory}", "distill.memory_subsets=all")
+    filled = trained(folder, "subsets_fill", 2, *settings)
+    first = min((memory / "epoch-00000").iterdir())
+    first.unlink()
+    assert trained(folder, "subsets_read", 2, *settings) == filled
+    (epoch,) = read_contents(memory, verify=True).epochs
+    assert (epoch.num_answers, epoch.num_damaged) == (30, 0)
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_ranks_encode_together_what_one_of_them_does_not_know(folder: Path, stage: int) -> None:
     """Remove a shard's tokens: one rank then knows the tokens of a batch that the other encodes."""

@@ -61,11 +61,11 @@ def test_answers_come_back_bit_for_bit_in_every_precision(tmp_path: Path, dtype:
     given_EA = torch.tensor([[1 / 3, -0.0, 1e-7], [float("nan"), float("inf"), -2.5]]).to(dtype)
     kept_M = torch.tensor([True, False, True]).numpy()
     memory.store(source, kept_M, given_EA)
-    found_EA = memory.clone().find(source, kept_M)
+    found_EA = memory.clone().find(source, kept_M, kept_M)
     assert found_EA is not None
     assert found_EA.dtype == dtype
     assert torch.equal(found_EA.view(torch.uint8), given_EA.view(torch.uint8))
-    assert memory.find(source, ~kept_M) is None
+    assert memory.find(source, ~kept_M, kept_M) is None
 
 
 def test_no_bit_of_a_record_may_flip(tmp_path: Path) -> None:

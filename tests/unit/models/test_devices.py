@@ -17,6 +17,8 @@ from karmma_dist.evaluation.corruptions.kinds import KINDS
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector
 from karmma_dist.evaluation.predict.predict import _Predictor
+from karmma_dist.memory.header import MemoryHeader
+from karmma_dist.memory.memory import AnswerMemory, Source
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.losses import cross_entropy
 from karmma_dist.models.model_card import ModelCard
@@ -25,6 +27,7 @@ from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.batch import Batch, collate, prepare
 from karmma_dist.streaming.loader import EvaluationClips, TrainingClips, evaluation_batches, training_batches
 from karmma_dist.streaming.order import Position, Schedule
+from karmma_dist.training.memories.teacher_answers import TeacherMemory
 from karmma_dist.training.objectives import Distillation, soft_targets_of
 from karmma_dist.training.teacher import Teacher
 from karmma_dist.training.tracking import Averages
@@ -105,6 +108,33 @@ def test_teaching_by_several_experts_stays_on_the_device(sharded: bool) -> None:
 
     here, there = here_and_there(lesson)
     assert there == pytest.approx(here, rel=1e-4)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_teaching_with_a_memory_of_all_subsets_stays_on_the_device(tmp_path: Path, sharded: bool) -> None:
+    batch, dropped = (collate([None, None], MODALITIES, list(HEADS)) for _ in range(2))
+    batch.present_BM, dropped.present_BM = torch.tensor([[1, 0, 1], [1, 0, 0]]) > 0, torch.tensor([[0, 1, 0]] * 2) > 0
+    batch.inputs, dropped.inputs = clips(batch.present_BM, 1), clips(dropped.present_BM, 2)
+    batch.dropped, dropped.valid_B = dropped, torch.tensor([True, False])
+    batch.sources = [Source(0, "train-000000.tar", row) for row in range(2)]
+    recipe = DistillRecipe(teachers=["v", "f", "a"])
+    header = MemoryHeader("logits", "float32", (7, 3, 7), {"train-000000.tar": 2}, 2, {})
+
+    def taught(device: torch.device) -> list[torch.Tensor]:
+        teacher = Teacher(copy.deepcopy(EXPERTS), MODALITIES, {head: [1.0] * 3 for head in HEADS}, recipe).to(device)
+        if sharded:
+            teacher.run_everything()
+        answers = AnswerMemory(tmp_path / device.type, header)
+        memory = TeacherMemory(answers, None)
+        targets = soft_targets_of(teacher, memory)(batch.map(lambda tensor: tensor.to(device)))
+        memory.close()
+        stored_EA = answers.find(batch.sources[0], torch.tensor([0, 1, 1]).numpy(), np.ones(3))
+        assert stored_EA is not None
+        assert answers.find(batch.sources[1], torch.tensor([1, 0, 0]).numpy(), np.ones(3)) is None
+        return [*(log_probs.cpu() for log_probs in targets.values()), stored_EA]
+
+    here, there = here_and_there(taught)
+    torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -22,13 +21,9 @@ from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.training.engine import Engine
-from karmma_dist.training.teacher import Teacher
 from karmma_dist.training.trainer import train
 from kits.recipes import tiny_recipe
-
-MODALITIES = ["video", "flow", "audio"]
-EPOCHS = 2
-EXPERTS = {"teacher": None, "teachers": ["pictures", "sound"], "expert_weights": "equal"}
+from kits.students import EXPERTS, MODALITIES, lines, losses, never_ask, save_teachers, student, weights
 
 
 @pytest.fixture(scope="module")
@@ -41,39 +36,7 @@ def world() -> Iterator[World]:
 @pytest.fixture(scope="module")
 def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs with a teacher, and two experts."""
-    folder = tmp_path_factory.mktemp("runs")
-    models = {"teacher": MODALITIES, "pictures": MODALITIES[:2], "sound": ["audio"]}
-    for seed, (name, modalities) in enumerate(models.items()):
-        tree = tiny_recipe(modalities, name=name, seed=seed, data={"shards": str(shards)})
-        tree["model"]["missing"] = "leave_out"
-        classes = ShardFolder(shards).classes
-        save_model(build_model(Recipe.model_validate(tree), classes), folder / name, classes=classes)
-    return folder
-
-
-def student(runs: Path, shards: Path, name: str, **sections: Any) -> Recipe:
-    distill = {"teacher": "teacher", "alpha": 0.3, **sections.pop("distill", {})}
-    tree = tiny_recipe(
-        MODALITIES, name=name, seed=3, stage="distill", distill=distill, runs_dir=str(runs),
-        data={"shards": str(shards), "modality_dropout": {"probability": 0.5}},
-        optimizer={"lr": 0.01}, training={"epochs": EPOCHS, "batch_size": 6, "log_every_steps": 1},
-    )  # fmt: skip
-    for section, values in sections.items():
-        tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
-    return Recipe.model_validate(tree)
-
-
-def weights(run: Recipe) -> bytes:
-    return (run.run_dir / "weights.safetensors").read_bytes()
-
-
-def lines(run: Recipe) -> list[dict[str, Any]]:
-    entries = map(json.loads, (run.run_dir / "metrics.jsonl").read_text().splitlines())
-    return [entry for entry in entries if entry["kind"] == "train"]
-
-
-def losses(run: Recipe) -> list[tuple[float, float, float]]:
-    return [(entry["loss"], entry["kl"], entry["teacher_accuracy"]) for entry in lines(run)]
+    return save_teachers(tmp_path_factory.mktemp("runs"), shards)
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +64,6 @@ def filled(
 def memory(filled: Path, tmp_path: Path) -> Path:
     """A copy of that memory."""
     return Path(shutil.copytree(filled, tmp_path / "filled"))
-
-
-def never_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Teacher, "forward", lambda *_, **__: pytest.fail("the teacher was asked"))
 
 
 def test_a_remembered_teacher_is_never_asked_and_teaches_the_same(

@@ -117,7 +117,7 @@ def test_flops_count_present_clips_and_the_teachers_forward_pass(tmp_path: Path)
     recipe = make_recipe(tmp_path)
     student = KarmmaModel(recipe.model, recipe.inputs, ["audio"], {"verb": 2})
     teacher = KarmmaModel(recipe.model, recipe.inputs, ["audio"], {"verb": 2})
-    throughput = Throughput(student, [teacher], torch.device("cpu"), torch.float32, peak=2e-3, verbose=True)
+    throughput = Throughput(student, [teacher], ["audio"], torch.device("cpu"), torch.float32, peak=2e-3, verbose=True)
     batch = collate([None] * 5, ["audio"], ["verb"])
     counted = flops_per_clip(student)
     encoder, projection, fusion = counted.encoders["audio"], counted.projections["audio"], counted.fusion[("audio",)]
@@ -127,7 +127,7 @@ def test_flops_count_present_clips_and_the_teachers_forward_pass(tmp_path: Path)
     batch.inputs.clear()
     assert throughput.flops(batch) == 3 * (encoder + projection + 5 * fusion)
     assert throughput.metrics(5e9, 10.0) == {"tflops_per_s": 5e-4, "mfu": 0.25}
-    unknown = Throughput(student, [], torch.device("cpu"), torch.float32, peak=None, verbose=True)
+    unknown = Throughput(student, [], ["audio"], torch.device("cpu"), torch.float32, peak=None, verbose=True)
     assert unknown.metrics(5e9, 10.0) == {"tflops_per_s": 5e-4}
 
 
