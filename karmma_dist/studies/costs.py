@@ -139,10 +139,14 @@ class Counter:
             key = f"{use.path} {use.content}"
             if use.modality is None:
                 memory = held.setdefault(key, Held("logits", clips, self._answer_bytes(recipe)))
+                assert recipe.distill is not None
+                is_drawn = recipe.distill.memory_subsets == "drawn" and recipe.data.modality_dropout.probability > 0
                 # Where a view comes again with other modalities, the first answer stays and is of no use.
-                lasting = min(epochs, views) if views and recipe.data.modality_dropout.probability else epochs
-                num_read = lasting - memory.extend(1.0, lasting, views)
+                lasting = min(epochs, views) if views and is_drawn else epochs
+                num_asked = memory.extend(1.0, lasting, views)
+                num_read = lasting - num_asked
                 saved += num_read * self._teaching_flops(run, runs, clips)
+                saved -= num_asked * self._storing_flops(run, recipe, runs, clips)
                 read_share = num_read / epochs
                 continue
             memory = held.setdefault(key, Held("tokens", clips, self._token_bytes(recipe, use.modality)))
@@ -156,10 +160,21 @@ class Counter:
         present = _expected_present(run.recipe, clips)
         return sum(_forward(self.clip_flops(runs[name].recipe), present, clips) for name in _teachers(run))
 
+    def _storing_flops(self, run: StudyRun, recipe: Recipe, runs: Mapping[str, StudyRun], clips: int) -> int:
+        """Return the FLOPs that an epoch of asking the teachers costs more if answers for all subsets are stored."""
+        assert recipe.distill is not None
+        if recipe.distill.memory_subsets == "drawn":
+            return 0
+        counted = [self.clip_flops(runs[name].recipe) for name in _teachers(run)]
+        per_clip = sum(flops.all_subsets(torch.ones(1, len(flops.encoders), dtype=torch.bool)) for flops in counted)
+        return clips * per_clip - self._teaching_flops(run, runs, clips)
+
     def _answer_bytes(self, recipe: Recipe) -> int:
         """Return the bytes of a record of answers; precision auto counts as bf16."""
         assert recipe.distill is not None
         num_logits = len(recipe.distill.names) * sum(self.heads(recipe).values())
+        if recipe.distill.memory_subsets == "all":
+            num_logits *= 2 ** len(recipe.data.modalities) - 1
         return num_logits * (4 if recipe.training.precision == "fp32" else 2) + SEAL_BYTES
 
     def _token_bytes(self, recipe: Recipe, modality: str) -> int:

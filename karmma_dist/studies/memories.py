@@ -170,14 +170,22 @@ def _answers_path(recipe: Recipe) -> str:
 
 
 def _answer_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return everything that decides what the teachers are asked, and in which order their answers are stored."""
+    """Return everything that decides what the teachers are asked, and in which order their answers are stored.
+
+    Answers for all subsets of the modalities serve any modality dropout.
+    """
     assert recipe.distill is not None
-    return {
-        "teachers": recipe.distill.names, "views": recipe.model.num_views,
-        "data": {**unmarked(recipe.data, NOT_LEARNED), "shards": masked(recipe.data.shards)},
+    data = {**unmarked(recipe.data, NOT_LEARNED), "shards": masked(recipe.data.shards)}
+    drawn = {
         "modalities": recipe.modalities,  # each clip keeps one of them at least
-        **_view_facts(recipe),
         "batch_size": recipe.training.batch_size if recipe.data.order.lanes else None,
+    }  # fmt: skip
+    if recipe.distill.memory_subsets == "all":
+        drawn = {}
+        data = {name: value for name, value in data.items() if name not in ("modality_dropout", "order")}
+    return {
+        "teachers": recipe.distill.names, "views": recipe.model.num_views, "data": data, **drawn,
+        **_view_facts(recipe), "subsets": recipe.distill.memory_subsets,
     }  # fmt: skip
 
 

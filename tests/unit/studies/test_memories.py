@@ -101,6 +101,22 @@ def test_students_of_other_answers_share_nothing_with_the_rest(home: Path, chang
     assert twice["a", 0] is None
 
 
+def test_answers_for_all_subsets_serve_any_modality_dropout(home: Path) -> None:
+    every = "distill.memory_subsets=all"
+    low, high = (f"data.modality_dropout={{probability: {p}, draw: independent}}" for p in (0.25, 0.75))
+    planned = plan(home, student("a", every, low), student("b", every, high), student("c", low, "distill.alpha=0.1"))
+    held = answers(planned)
+    assert held["a", 0] == held["b", 0] is not None
+    assert held["c", 0] is None
+    costs = plan_costs(planned)
+    (asking, storing), (_, remembering), (alone, _) = (costs_by_row(planned, costs)[label] for label in "abc")
+    assert remembering < alone == asking < storing
+    num_epochs = recipes_of(planned)["a", 0].training.epochs
+    subsets = 2 ** len(recipes_of(planned)["a", 0].data.modalities) - 1
+    (memory,) = costs.planned
+    assert memory.disk_bytes == num_epochs * CLIPS * (subsets * 10 * 2 + 8)  # verb 4 and noun 6 in bf16
+
+
 def test_runs_with_lanes_share_a_memory_only_with_the_same_batches(home: Path) -> None:
     lanes = "data.order={lanes: 2, window: 4}"
     held = answers(plan(home, student("a", lanes), student("b", lanes, "training.batch_size=20")))
