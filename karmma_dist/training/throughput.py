@@ -49,9 +49,9 @@ class Throughput:
         self, student: KarmmaModel, teachers: Sequence[KarmmaModel], modalities: Sequence[str], device: torch.device,
         precision: torch.dtype, peak: float | None, verbose: bool,
     ) -> None:  # fmt: skip
-        self._student = flops_per_clip(student)
+        self._student = _counted(student)
         self._remembering = [m for m in student.modalities if student.recipe.encoders[m].memory is not None]
-        self._teachers = [(model, flops_per_clip(model)) for model in teachers]
+        self._teachers = [(model, _counted(model)) for model in teachers]
         self._modalities, self._device = list(modalities), device
         on_gpu = device.type == "cuda"
         if peak is None and on_gpu and precision != torch.float32:
@@ -94,6 +94,18 @@ class Throughput:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+_counted_by_architecture: dict[str, ClipFlops] = {}
+
+
+def _counted(model: KarmmaModel) -> ClipFlops:
+    """Return a model's FLOPs, counted once per architecture: that takes most of a short run's start."""
+    settings = model.recipe.model_dump(), model.inputs.model_dump(), model.modalities, model.heads
+    key = repr(settings)
+    if key not in _counted_by_architecture:
+        _counted_by_architecture[key] = flops_per_clip(model)
+    return _counted_by_architecture[key]
 
 
 def _forward(model: KarmmaModel, counted: ClipFlops, num_present: dict[str, int], num_clips: int) -> int:

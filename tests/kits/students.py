@@ -36,7 +36,7 @@ def student(runs: Path, shards: Path, name: str, **sections: Any) -> Recipe:
     distill = {"teacher": "teacher", "alpha": 0.3, **sections.pop("distill", {})}
     tree = tiny_recipe(
         MODALITIES, name=name, seed=3, stage="distill", distill=distill, runs_dir=str(runs),
-        data={"shards": str(shards), "modality_dropout": {"probability": 0.5}},
+        data={"shards": str(shards), "modality_dropout": {"probability": 0.5}, "keep_decoded": "100 MB"},
         optimizer={"lr": 0.01}, training={"epochs": EPOCHS, "batch_size": 6, "log_every_steps": 1},
     )  # fmt: skip
     for section, values in sections.items():

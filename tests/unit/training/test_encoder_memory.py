@@ -47,7 +47,8 @@ def teacher(runs: Path, shards: Path, name: str, memory: dict[str, Any] | None =
     """Return a recipe with frozen encoders, which are random; with a memory in `runs`, one folder per modality."""
     tree = tiny_recipe(
         MODALITIES, name=name, seed=5, stage="teacher", runs_dir=str(runs),
-        data={"shards": str(shards), "modality_dropout": {"probability": 0.5}}, optimizer={"lr": 0.01},
+        data={"shards": str(shards), "modality_dropout": {"probability": 0.5}, "keep_decoded": "100 MB"},
+        optimizer={"lr": 0.01},
         training={"epochs": EPOCHS, "batch_size": 6, "log_every_steps": 1},
     )  # fmt: skip
     for modality, encoder in tree["model"]["encoders"].items():
