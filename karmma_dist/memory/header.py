@@ -141,6 +141,11 @@ def open_header(folder: Path, header: MemoryHeader) -> None:
     try:
         stored = read_header(folder)
     except FileNotFoundError:
+        if any(folder.glob("epoch-*")):
+            raise UserError(
+                f"{folder}: holds answers without {HEADER}, so what they are of is unknown: remove this folder, or "
+                "name another"
+            ) from None
         make_folder(folder)
         write_json(folder / HEADER, header.to_json())
         stored = read_header(folder)

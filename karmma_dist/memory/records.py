@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_dist.errors import UserError
-from karmma_dist.io.disk_errors import make_folder, naming
+from karmma_dist.io.disk_errors import naming
 
 SUFFIX = ".answers"
 _MOST_OPEN = 128
@@ -168,7 +168,7 @@ class AnswerFiles:
             flags = (os.O_RDWR | os.O_CREAT if writes else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             path = self.path(epoch, shard)
             if writes:
-                make_folder(path.parent)
+                self._make_folder(path.parent)
             try:
                 with naming(path):
                     descriptor = os.open(path, flags, 0o666)
@@ -180,6 +180,16 @@ class AnswerFiles:
             if writes:
                 self._extend(path, descriptor, self._num_clips[shard] * self.record_bytes)
         return self._open[key]
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make the folder of an epoch, but not that of a memory that is gone: its header would be missing."""
+        try:
+            with naming(folder):
+                folder.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.folder}: the memory is gone: mount its disk again, or name another folder"
+            ) from None
 
     def _extend(self, path: Path, descriptor: int, num_bytes: int) -> None:
         """Give a new file its size; the disk takes room for records as they are written."""

@@ -10,6 +10,7 @@ from typing import Any
 import av
 import cv2
 
+import karmma_dist
 from karmma_dist.distributed.collectives import gather, on_main, raise_on_all
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
@@ -74,9 +75,10 @@ def open_on_all(field: str, path: Path, make: Callable[[], MemoryHeader], world:
 
 
 def decoder_versions() -> dict[str, str]:
-    """Return the versions of everything that decodes and converts clips."""
+    """Return the versions of everything that decodes and converts clips, of this package without the patch release."""
     libraries = {name: ".".join(map(str, av.library_versions[name])) for name in ("libavcodec", "libswscale")}
-    return {"av": av.__version__, "opencv": cv2.__version__, **libraries}
+    own = ".".join(karmma_dist.__version__.split(".")[:2])
+    return {"karmma-dist": own, "av": av.__version__, "opencv": cv2.__version__, **libraries}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,27 @@ def test_a_memory_of_something_else_is_refused_with_the_difference(
     assert read_header(tmp_path / "m") == other
     with pytest.raises(UserError, match=f"m: this memory is of something else: {message}: name another folder"):
         open_header(tmp_path / "m", HEADERS)
+
+
+def test_answers_whose_header_is_gone_are_refused(tmp_path: Path) -> None:
+    memory = files(tmp_path)
+    memory.write(0, "train-000000.tar", 0, 1, bytes(range(12)))
+    memory.close()
+    with pytest.raises(UserError, match=r"answers without memory\.json, so what they are of is unknown"):
+        open_header(tmp_path, HEADERS)
+    assert not (tmp_path / HEADER).exists()
+
+
+def test_a_memory_that_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    open_header(folder, HEADERS)
+    memory = files(folder)
+    memory.write(0, "train-000000.tar", 0, 1, bytes(12))
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="memory: the memory is gone"):
+        memory.write(1, "train-000000.tar", 0, 1, bytes(12))
+    assert memory.read(1, "train-000000.tar", 0, 1) is None
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
