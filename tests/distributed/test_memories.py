@@ -86,12 +86,12 @@ def test_ranks_encode_together_what_one_of_them_does_not_know(folder: Path) -> N
     settings = ["training.zero_stage=3"]
     for modality in RECIPE["data"]["modalities"]:
         settings += [f"model.encoders.{modality}.frozen=true"]
-    online = trained(folder, f"encoding", 2, *settings, recipe="frozen.yaml")
+    online = trained(folder, "encoding", 2, *settings, recipe="frozen.yaml")
     for modality in RECIPE["data"]["modalities"]:
         setting = f"model.encoders.{modality}.memory"
         settings += [f"{setting}.path={folder}/tokens/{modality}"]
         settings += [f"{setting}.views=0", f"{setting}.dtype=float32"]
-    assert trained(folder, f"encoding_fill", 2, *settings, recipe="frozen.yaml") == online
+    assert trained(folder, "encoding_fill", 2, *settings, recipe="frozen.yaml") == online
     for epoch in (folder / "tokens").glob("*/epoch-*"):
         min(epoch.iterdir()).unlink()
-    assert trained(folder, f"encoding_read", 2, *settings, recipe="frozen.yaml") == online
+    assert trained(folder, "encoding_read", 2, *settings, recipe="frozen.yaml") == online
