@@ -18,7 +18,7 @@ from karmma_dist.settings import PathText, Positive, Seconds, Settings, check_ot
 class InputRecipe(Settings):
     """Settings of each modality's input tensor. The teacher and the student of a distillation share them.
 
-    Modalities of other packages have their own sections, checked by their `settings`.
+    Modalities that are no field here have their own sections, checked by their `settings`.
     """
 
     model_config = ConfigDict(extra="allow")
