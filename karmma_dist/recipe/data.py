@@ -41,6 +41,12 @@ class InputRecipe(Settings):
         section = getattr(self, entry.section, None)
         return entry.settings() if section is None else section
 
+    def completed(self, modalities: Sequence[str]) -> InputRecipe:
+        """Return the settings with the sections of all these modalities, also of those that are no field here."""
+        sections = {MODALITIES[name].section: self.section(name) for name in modalities}
+        missing = {name: section for name, section in sections.items() if getattr(self, name, None) is None}
+        return self.model_copy(update=missing) if missing else self
+
 
 
 class ModalityDropout(Settings):
