@@ -41,20 +41,20 @@ class ChannelSpec(Settings):
     """Name, unique among the channels."""
     unit: Text
     """Unit of its numbers, such as m/s2. A file whose header gives another one in brackets is refused."""
-    word: Text
+    word: Annotated[Text, Field(pattern=r"^\S+$")]
     """One word on what it measures, such as acceleration."""
     column: Text | None = None
     """Column of the file, without a unit in brackets; None: the name."""
     mean: float | None = None
     """Mean that is subtracted for models; None: the recording's own."""
-    std: Annotated[float, Field(gt=0)] | None = None
+    std: Annotated[float, Field(ge=1e-9)] | None = None
     """Standard deviation by which models' inputs are divided; None: the recording's own."""
 
 
 class TrackSpec(Settings):
     """A CSV file per recording, whose channels share a clock."""
 
-    file: Text
+    file: Annotated[str, Field(min_length=1, max_length=1000)]
     """Path inside the raw folder; {participant} and {recording} stand for the names."""
     time_column: Text = "time"
     """Column of the moments, counted from the start of the recording."""

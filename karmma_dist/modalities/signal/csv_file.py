@@ -83,11 +83,11 @@ def _columns(path: Path, header: str, track: TrackSpec) -> list[int]:
         headings = next(csv.reader([header], strict=True), [])
     except csv.Error as error:
         raise _problem(path, f"line 1: {error}") from None
-    wanted: dict[str, str] = {track.time_column: track.time_unit}
-    wanted |= {channel.column or channel.name: channel.unit for channel in track.channels}
+    wanted: list[tuple[str, str]] = [(track.time_column, track.time_unit)]
+    wanted += [(channel.column or channel.name, channel.unit) for channel in track.channels]
     parsed = [_heading(text) for text in headings]
     columns = []
-    for name, unit in wanted.items():
+    for name, unit in wanted:
         places = [place for place, (found, _) in enumerate(parsed) if found == name]
         if len(places) != 1:
             if len(headings) == 1 and (mark := next((mark for mark in ";\t|" if mark in header), None)):

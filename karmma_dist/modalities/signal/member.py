@@ -36,6 +36,7 @@ MAGIC, VERSION = b"KSIG", 1
 MOST_TRACKS, MOST_CHANNELS = 16, 64
 _MOST_DECIMALS = 9
 _EXACT = 2.0**53
+_LATEST_S = 1e9
 _F64, _F32, _I16, _I32, _INCREMENTS = range(5)
 _DTYPES = {_F64: "<f8", _F32: "<f4", _I16: "<i2", _I32: "<i4"}
 
@@ -180,6 +181,8 @@ def _track(reader: _Reader) -> Track:
     times_T = reader.column(num_samples, (_F64, _INCREMENTS))
     if (np.diff(times_T) < 0).any():
         raise DecodeError("has a clock that runs backwards")
+    if not np.abs(times_T).max() * tick_s <= _LATEST_S:
+        raise DecodeError(f"has a clock that goes beyond {_LATEST_S:g} s")
     values_CT = np.stack([reader.column(num_samples, tuple(_DTYPES)) for _ in range(num_channels)])
     return Track(tuple(channels), tick_s, times_T, values_CT)
 

@@ -32,7 +32,8 @@ texts = st.text(min_size=1, max_size=15)
 @st.composite
 def tracks(draw: st.DrawFn) -> Track:
     num_samples, num_channels = draw(st.integers(1, 6)), draw(st.integers(1, 3))
-    times = sorted(draw(st.lists(numbers, min_size=num_samples, max_size=num_samples)))
+    moments = st.floats(-1e9, 1e9) | st.integers(-(10**9), 10**9).map(lambda n: n / 1000)
+    times = sorted(draw(st.lists(moments, min_size=num_samples, max_size=num_samples)))
     values = draw(st.lists(st.lists(numbers, min_size=num_samples, max_size=num_samples),
                            min_size=num_channels, max_size=num_channels))  # fmt: skip
     channels = [Channel(draw(texts), draw(texts), draw(texts), draw(numbers), draw(st.floats(1e-9, 1e9)))
@@ -94,6 +95,14 @@ def test_a_file_is_read_to_the_sample_whatever_its_spelling(tmp_path: Path) -> N
     other = read_track(tmp_path / "b.csv", track_spec())
     assert np.array_equal(other.times_T, plain.times_T)
     assert np.array_equal(other.values_CT, plain.values_CT)
+
+
+def test_a_column_may_be_several_channels(tmp_path: Path) -> None:
+    channels = [{"name": name, "column": column, "unit": "s", "word": "time"}
+                for name, column in (("a", "time"), ("b", "x"), ("c", "time"))]  # fmt: skip
+    read = read_track(write_csv(tmp_path / "s.csv", [(0, 5), (1, 6)], "time,x"), track_spec(channels=channels))
+    assert read.times_T.tolist() == [0, 1]
+    assert read.values_CT.tolist() == [[0, 1], [5, 6], [0, 1]]
 
 
 @pytest.mark.parametrize(
