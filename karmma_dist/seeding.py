@@ -16,6 +16,7 @@ the step at which a run was interrupted.
     recordings held out                      recording                    BLAKE2b, 64 bits
     bootstrap of clips and seeds             seed                         PCG64
     synthetic kitchen                        seed, split, recording       PCG64
+    IMU of the synthetic kitchen             seed, split, recording       PCG64, with a further 1
 
 Starting weights are what torch draws after `torch.manual_seed(seed)` (`models.weights.build_model`).
 
@@ -120,6 +121,11 @@ def kitchen_generator(seed: int, split: str, recording: int) -> np.random.Genera
         recording: Number of the recording within its split, counted from 0.
     """
     return np.random.default_rng([seed, split == "validation", recording])
+
+
+def motion_generator(seed: int, split: str, recording: int) -> np.random.Generator:
+    """Return the generator of the IMU of one recording of the synthetic kitchen; see `kitchen_generator`."""
+    return np.random.default_rng([seed, split == "validation", recording, 1])
 
 
 def _philox_words(num: int, first: int, second: int) -> np.ndarray:

@@ -29,6 +29,7 @@ from karmma_dist.modalities.contract import (
 )
 from karmma_dist.modalities.detections import DETECTIONS
 from karmma_dist.modalities.flow import FLOW
+from karmma_dist.modalities.signal import SIGNAL
 from karmma_dist.modalities.video import VIDEO
 from karmma_dist.plugins import with_plugins
 
@@ -40,7 +41,7 @@ __all__ = [
 
 
 def _table() -> dict[str, Modality]:
-    own = {modality.name: modality for modality in (VIDEO, FLOW, AUDIO, DETECTIONS)}
+    own = {modality.name: modality for modality in (VIDEO, FLOW, AUDIO, DETECTIONS, SIGNAL)}
     table = with_plugins(own, "karmma_dist.modalities", Modality)
     for first, second in itertools.combinations(table.values(), 2):
         for name in ("letter", "member"):

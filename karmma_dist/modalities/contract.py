@@ -313,7 +313,7 @@ class Modality:
     array: str
     """Kind of array that a model receives, by which encoders say what they take. Ours, with the fields of the section
     that encoders read: `frames` (3, num_frames, crop, crop), `spectrograms` (num_windows, num_mels, num_steps), `boxes`
-    (num_frames, max_boxes, 6); another kind is for encoders of its own package."""
+    (num_frames, max_boxes, 6), `series` (num_channels, num_samples); other kinds are for encoders of other packages."""
     layout: str
     """Axes of that array for N present clips, and what its values are."""
     settings: type[Settings]

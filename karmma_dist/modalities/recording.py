@@ -40,6 +40,13 @@ class MediaFile:
     path: Path
     rate: int = 1
     """Rate in the modality's own terms: samples per second, or numbered frames per frame of this modality."""
+    others: tuple[Path, ...] = ()
+    """Further files that belong to it."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All of its files."""
+        return (self.path, *self.others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ stored from a file of its own, from the pictures, or not at all.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from enum import Enum
 from fractions import Fraction
@@ -113,6 +113,13 @@ class Storage(ABC):
         Raises:
             UserError: a package that the settings need is not installed.
         """
+
+    def files(self, settings: Any) -> Sequence[str]:
+        """Return the files that a recording has by the settings, for any reader, as paths inside the raw folder.
+
+        `{participant}` and `{recording}` stand for the names. A recording that lacks one of them lacks the modality.
+        """
+        return ()
 
     def open(
         self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None

@@ -32,7 +32,7 @@ from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities import MODALITIES, letters
 from karmma_dist.modalities.recording import ClipRecord, Recording, is_of_the_machine
 from karmma_dist.packing.readers import find_reader
-from karmma_dist.packing.records import Failure, Plan, file_type
+from karmma_dist.packing.records import Failure, Plan, file_type, with_named_files
 from karmma_dist.packing.spec import PackingSpec
 from karmma_dist.packing.tars.assemble import Source, assemble, made_with, packed_clips, shards_are_whole
 from karmma_dist.packing.tars.lock import folder_lock
@@ -53,7 +53,7 @@ def make_plan(spec: PackingSpec, limit: int | None = None) -> Plan:
     """
     for name, section in spec.sections().items():
         MODALITIES[name].storage.check_settings(section)
-    plan = find_reader(spec.reader).read(spec)
+    plan = with_named_files(find_reader(spec.reader).read(spec), Path(spec.raw), spec.sections())
     planned = [*plan.splits, *(clip.split for recording in plan.recordings for clip in recording.clips)]
     if problem := split_problem(dict.fromkeys(planned)) or plan.problem():
         raise UserError(f"{spec.raw}: reader {spec.reader}: {problem}")

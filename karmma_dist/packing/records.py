@@ -9,15 +9,15 @@ import errno
 import os
 import stat
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.json_fields import JsonObject
 from karmma_dist.modalities import MODALITIES
-from karmma_dist.modalities.recording import ClipRecord, Recording
+from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
 from karmma_dist.shards.format import check_key, label_problem
 
 
@@ -287,3 +287,43 @@ class MediaFinder:
 def _spelled(name: str) -> tuple[str, str]:
     stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
     return stem, suffix.lower()
+
+
+def with_named_files(plan: Plan, raw: Path, sections: Mapping[str, Any]) -> Plan:
+    """Add the media whose files the sections of the specification name (`Storage.files`), whatever the reader.
+
+    A recording has such a modality if all of its files exist.
+
+    Args:
+        plan: The reader's plan.
+        raw: The raw folder.
+        sections: Sections of the specification, by modality.
+
+    Raises:
+        UserError: a path leaves the raw folder.
+    """
+    patterns = {
+        name: MODALITIES[name].storage.files(section) for name, section in sections.items() if section.source != "none"
+    }
+    patterns = {name: files for name, files in patterns.items() if files}
+    if not patterns:
+        return plan
+    finder, recordings, notes = MediaFinder(raw), [], []
+    for recording in plan.recordings:
+        media, problems = dict(recording.media), dict(recording.problems)
+        for name, files in patterns.items():
+            named = (
+                file.replace("{participant}", recording.participant).replace("{recording}", recording.name)
+                for file in files
+            )
+            paths = [finder.file(path, f"recording {recording.name}: {name}") for path in named]
+            existing = [path for path in paths if path is not None]
+            if len(existing) == len(paths):
+                media[name] = MediaFile(existing[0], others=tuple(existing[1:]))
+                problems |= finder.problems(existing)
+        recordings.append(replace(recording, media=media, problems=problems))
+    for name, files in patterns.items():
+        if not any(name in recording.media for recording in recordings):
+            notes.append(f"no {name}: no recording has {' and '.join(files)}")
+    sought = plan.sought or finder.sought
+    return replace(plan, recordings=tuple(recordings), notes=(*plan.notes, *notes, *finder.notes()), sought=sought)

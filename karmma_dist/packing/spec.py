@@ -34,7 +34,10 @@ NOT_IN_BYTES = mark("not_in_bytes")
 
 
 class PackingSpec(Settings):
-    """Settings that turn a raw dataset into shards. Modalities of other packages have sections under their names."""
+    """Settings that turn a raw dataset into shards.
+
+    A modality that is no field here has a section under its name, and is packed if that section is given.
+    """
 
     model_config = ConfigDict(extra="allow")
 

@@ -18,7 +18,7 @@ from karmma_dist.settings import PathText, Positive, Seconds, Settings, check_ot
 class InputRecipe(Settings):
     """Settings of each modality's input tensor. The teacher and the student of a distillation share them.
 
-    Modalities of other packages have their own sections, checked by their `settings`.
+    Modalities that are no field here have their own sections, checked by their `settings`.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -40,6 +40,12 @@ class InputRecipe(Settings):
         entry = MODALITIES[modality]
         section = getattr(self, entry.section, None)
         return entry.settings() if section is None else section
+
+    def completed(self, modalities: Sequence[str]) -> InputRecipe:
+        """Return the settings with the sections of all these modalities, also of those that are no field here."""
+        sections = {MODALITIES[name].section: self.section(name) for name in modalities}
+        missing = {name: section for name, section in sections.items() if getattr(self, name, None) is None}
+        return self.model_copy(update=missing) if missing else self
 
 
 

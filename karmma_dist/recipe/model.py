@@ -30,7 +30,7 @@ class EncoderRecipe(Settings):
     """Encoder of one modality."""
 
     name: str
-    """Name in the table of encoders: swin3d_t, swin3d_b, ast_t, stlt, small_video, small_audio, ..."""
+    """Name in the table of encoders: swin3d_t, swin3d_b, ast_t, stlt, small_video, small_audio, signal_cnn, ..."""
     frozen: bool = False
     """True: the encoder is not trained and stays in eval mode."""
     weights: PathText | None = None

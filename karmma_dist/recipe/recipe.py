@@ -127,6 +127,7 @@ class Recipe(Settings):
         if self.stage != "distill" and self.distill is not None:
             raise ValueError(f"stage {self.stage} does not use the section 'distill': remove it")
         self._check_modalities()
+        self.inputs = self.inputs.completed(self.data.modalities)  # a run's recipe.yaml holds every setting
         missing = [m for m in self.modalities if m not in self.model.encoders]
         if missing:
             raise ValueError(f"model.encoders has no entry for modality '{missing[0]}'")

@@ -61,6 +61,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "PackingSpec": {"reader": "plain", "dataset": "d", "raw": "r", "out": "o"},
     "Column": {"name": "c"}, "Row": {"label": "l", "recipe": "r"},
     "Study": {"title": "t", "rows": [{"label": "l", "recipe": "r"}], "columns": [{"name": "c"}]},
+    "ChannelSpec": {"name": "c", "unit": "u", "word": "w"},
+    "TrackSpec": {"file": "f", "channels": [{"name": "c", "unit": "u", "word": "w"}]},
+    "SignalSpec": {"tracks": [{"file": "f", "channels": [{"name": "c", "unit": "u", "word": "w"}]}]},
     "ModelCard": {"modalities": [], "heads": {}, "model": {}, "inputs": {}},
 }  # fmt: skip
 

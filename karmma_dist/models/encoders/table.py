@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities import MODALITIES
-from karmma_dist.models.encoders import ast, small, stlt, swin3d, temporal
+from karmma_dist.models.encoders import ast, signal_cnn, small, stlt, swin3d, temporal
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
 from karmma_dist.plugins import with_plugins
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
@@ -23,6 +23,7 @@ _OWN = {
     "small_video": small.SMALL_VIDEO,
     "small_audio": small.SMALL_AUDIO,
     "temporal_video": temporal.TEMPORAL_VIDEO,
+    "signal_cnn": signal_cnn.SIGNAL_CNN,
 }
 
 ENCODERS: dict[str, EncoderType] = with_plugins(_OWN, "karmma_dist.encoders", EncoderType)

@@ -2,6 +2,7 @@
 
 Video files are cut by the timestamps in seconds. Numbered frames are cut by frame number: 1-based, at a nominal 60
 frames/s for recordings PXX_YY and 50 for PXX_1YY, independent of the video file's rate; flow of PXX_YY is at half rate.
+The IMU of PXX_1YY is found by the tracks that `shards/epic_kitchens_imu.yaml` names.
 Columns: https://github.com/epic-kitchens/epic-kitchens-100-annotations.
 """
 

@@ -26,7 +26,8 @@ class Reader:
     read: Callable[[PackingSpec], Plan]
     """Function that reads the annotations and checks which media exist. Raises UserError with file and row."""
     modalities: tuple[str, ...]
-    """Modalities that every clip declares; those of other packages are declared if they have a section."""
+    """Modalities that every clip declares; those that are no field of the specification are declared if they have a
+    section."""
     takes_participants: bool = True
     """True if recordings name the participant."""
     check: Callable[[PackingSpec], None] = _accept

@@ -3,7 +3,8 @@
     write_kitchen(Path("data/kitchen"), seed=0)
     pack(load_spec("demo", raw="data/kitchen", out="shards/demo"))
 
-Some recordings have no audio and some no video, as in real datasets.
+Some recordings have no audio and some no video, as in real datasets. With `imu=True` they have the files of an IMU as
+well, which end early (`load_spec("demo_signal", ...)` packs them).
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import numpy as np
 
 from karmma_dist.io.disk_errors import make_folder
 from karmma_dist.io.files import write_whole
+from karmma_dist.packing.synthetic.motion import ACCELEROMETER, GYROSCOPE, motion
 from karmma_dist.packing.synthetic.scene import FPS, HEIGHT, NOUNS, SOUND_RATE, VERBS, WIDTH, Event, Scene, sound
 from karmma_dist.progress import Report
-from karmma_dist.seeding import kitchen_generator
+from karmma_dist.seeding import kitchen_generator, motion_generator
 
 _COLUMNS = (
     "narration_id", "participant_id", "video_id", "narration_timestamp", "start_timestamp", "stop_timestamp",
@@ -32,6 +34,10 @@ _COLUMNS = (
 )  # fmt: skip
 _PER_PARTICIPANT = 3
 _NOMINAL_FPS = 60
+_LONGER_S = 0.35
+"""Seconds by which annotations outlast their action, in a quarter of the clips."""
+_IMU_SHARE = 0.8
+"""Fraction of a recording's clips during which its IMU runs."""
 
 
 def write_kitchen(
@@ -42,12 +48,13 @@ def write_kitchen(
     validation_recordings: int = 4,
     clips_per_recording: int = 24,
     difficulty: float = 1.0,
+    imu: bool = False,
     progress: Report | None = None,
 ) -> None:
     """Write a raw dataset: EPIC-KITCHENS/PXX/videos/*.MP4 (H.264 and AAC) and annotations/EPIC_100_*.csv.
 
     Every fourth of six recordings of a split has no audio; in training every sixth has no video. Clips last 1 to 2
-    seconds; a quarter of them overlap the next one.
+    seconds; a quarter of them overlap the next one. The IMU of a recording stops before its last fifth of the clips.
 
     Args:
         root: Folder to write into; created if missing.
@@ -56,6 +63,7 @@ def write_kitchen(
         validation_recordings: Number of recordings of the validation split, of other participants.
         clips_per_recording: Number of annotated actions in each recording.
         difficulty: Difficulty of the scene; 0 is clean, 1 the default.
+        imu: True to write EPIC-KITCHENS/PXX/meta_data/*-accl.csv and *-gyro.csv as well; all other files stay the same.
         progress: Called after each recording.
     """
     total = train_recordings + validation_recordings
@@ -74,6 +82,9 @@ def write_kitchen(
             path = root / "EPIC-KITCHENS" / participant / "videos" / f"{name}.MP4"
             has_video, has_audio = not (index % 6 == 5 and split == "train"), index % 6 != 3
             _write_video_file(path, events, difficulty, random, has_video=has_video, has_audio=has_audio)
+            if imu:
+                folder = path.parents[1] / "meta_data"
+                _write_imu(folder, name, events, difficulty, motion_generator(seed, split, index))
             rows += [_row(participant, name, place, event) for place, event in enumerate(events)]
             done += 1
             if progress is not None:
@@ -146,9 +157,23 @@ def _add_audio(container: Any, stream: Any, samples: np.ndarray, second: int) ->
     container.mux(stream.encode(frame))
 
 
+def _write_imu(
+    folder: Path, name: str, events: list[Event], difficulty: float, random: np.random.Generator
+) -> None:
+    """Write the files of accelerometer and gyroscope, each with its own clock, which stop before the last fifth."""
+    make_folder(folder)
+    last = events[max(round(_IMU_SHARE * len(events)), 1) - 1]
+    sensors = motion(events, last.stop_s + _LONGER_S, difficulty, random)
+    for suffix, axes, (times_T, values_3T) in zip(
+        ("accl", "gyro"), (ACCELEROMETER, GYROSCOPE), sensors, strict=True
+    ):
+        rows = np.concatenate([times_T[None], values_3T]).T.tolist()
+        _write_table(folder / f"{name}-{suffix}.csv", ("Milliseconds", *axes), rows)
+
+
 def _row(participant: str, name: str, place: int, event: Event) -> Sequence[Any]:
     # As in Epic-Kitchens, a quarter of the clips overlap the next one: the annotation ends after the action.
-    stop_s = event.stop_s + (0.35 if place % 4 == 1 else 0.0)
+    stop_s = event.stop_s + (_LONGER_S if place % 4 == 1 else 0.0)
     verb, noun = VERBS[event.verb], NOUNS[event.noun]
     return (
         f"{name}_{place}", participant, name, _timestamp(event.start_s + 0.1), _timestamp(event.start_s),

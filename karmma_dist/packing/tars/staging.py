@@ -177,7 +177,9 @@ def _digest(recordings: Sequence[Recording], settings: dict[str, Any]) -> str:
     described = []
     for recording in recordings:
         paths = {"video_file": recording.video_file, "frames": recording.frames}
-        paths |= {f"media.{name}": file.path for name, file in recording.media.items()}
+        for name, file in recording.media.items():
+            numbers = ("", *(f".{number}" for number in range(1, len(file.paths))))
+            paths |= {f"media.{name}{number}": path for number, path in zip(numbers, file.paths, strict=True)}
         stamps = {name: None if path is None else _stamp(path) for name, path in paths.items()}
         rates = {name: file.rate for name, file in recording.media.items()}
         clips = [dataclasses.asdict(clip) for clip in recording.clips]

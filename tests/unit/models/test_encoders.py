@@ -22,6 +22,7 @@ TINY = InputRecipe.model_validate(
         "video": {"num_frames": 5, "crop": 36, "short_side": 36},
         "audio": {"num_windows": 3, "window_s": 0.2, "num_mels": 20},
         "detections": {"num_frames": 4, "max_boxes": 3},
+        "signal": {"num_samples": 70, "num_channels": 3},
     }
 )
 TINY_OPTIONS: dict[str, dict[str, Any]] = {
@@ -29,6 +30,7 @@ TINY_OPTIONS: dict[str, dict[str, Any]] = {
     "small_audio": {"width": 8, "blocks": 2},
     "temporal_video": {"width": 8, "embedding": 8, "steps": 3},
     "swin3d_small": {"width": 12, "depths": [1, 2], "heads": [2, 4]},
+    "signal_cnn": {"width": 8, "steps": 3},
     "stlt": {"width": 24, "heads": 2, "spatial_layers": 2, "temporal_layers": 2},
     "ast_t": {},
 }
@@ -58,6 +60,7 @@ def test_default_inputs_have_the_papers_shapes() -> None:
     assert input_shape("video", InputRecipe()) == input_shape("flow", InputRecipe()) == (3, 32, 224, 224)
     assert input_shape("audio", InputRecipe()) == (32, 128, 224)
     assert input_shape("detections", InputRecipe()) == (32, 14, 6)
+    assert input_shape("signal", InputRecipe()) == (6, 400)
 
 
 @pytest.mark.parametrize(("name", "modality"), TINY_CASES)
@@ -103,6 +106,15 @@ def test_published_encoders_have_their_published_size_and_cost(
     assert encoder.num_tokens == num_tokens
     assert sum(p.numel() for p in encoder.parameters()) == parameters
     assert counter.get_total_flops() / 1e9 == pytest.approx(gflops, abs=6e-4)
+
+
+@pytest.mark.parametrize("num_samples", [200, 400, 800])
+def test_the_encoder_of_signals_is_small(num_samples: int) -> None:
+    encoder = build("signal_cnn", "signal", InputRecipe.model_validate({"signal": {"num_samples": num_samples}}))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(torch.randn(1, 6, num_samples))
+    assert sum(p.numel() for p in encoder.parameters()) < 1e6
+    assert counter.get_total_flops() < 1e8
 
 
 def test_swin3d_t_tokens_are_torchvisions_features() -> None:

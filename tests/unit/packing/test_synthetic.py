@@ -9,9 +9,10 @@ import av
 import numpy as np
 import pytest
 
-from karmma_dist.packing.pack import make_plan
+from karmma_dist.packing.pack import make_plan, pack
 from karmma_dist.packing.spec import load_spec
 from karmma_dist.packing.synthetic.kitchen import write_kitchen
+from karmma_dist.packing.synthetic.motion import motion
 from karmma_dist.packing.synthetic.scene import NOUNS, VERBS, Event, Scene, sound
 from karmma_dist.shards.folder import ShardFolder
 
@@ -29,6 +30,34 @@ def test_the_seed_decides_the_bytes(tmp_path: Path) -> None:
     assert first == again
     assert first.keys() == other.keys()
     assert all(first[name] != other[name] for name in first if name.endswith(".MP4"))
+
+
+def test_an_imu_comes_on_top_and_ends_before_the_last_fifth_of_the_clips(tmp_path: Path) -> None:
+    small = {"train_recordings": 1, "validation_recordings": 1, "clips_per_recording": 5}
+    for name, imu in (("without", False), ("with", True)):
+        write_kitchen(tmp_path / name, seed=3, imu=imu, **small)
+    without, files = (_files(tmp_path / name) for name in ("without", "with"))
+    added = {Path(name).name for name in files.keys() - without.keys()}
+    assert added == {f"{name}-{sensor}.csv" for name in ("P01_01", "P02_01") for sensor in ("accl", "gyro")}
+    assert {name: files[name] for name in without} == without
+    overrides = ["flow.source=none", "video.short_side=16"]
+    pack(load_spec("demo_signal", raw=tmp_path / "with", out=tmp_path / "out", overrides=overrides))
+    folder = ShardFolder(tmp_path / "out")
+    for split in folder.splits:
+        has = {int(clip.key.rsplit("_")[-1]): clip.has("signal") for clip in folder.clips(split)}
+        assert has == {number: number < 4 for number in range(5)}
+
+
+def test_the_imu_moves_along_the_axis_of_the_verb() -> None:
+    axes = {"slide": {0}, "lift": {1}, "stir": {0, 1}, "bring": {2}}
+    for verb, name in enumerate(VERBS):
+        event = Event(0.5, 3.5, verb, 0)
+        (times_T, accelerations_3T), (_, rates_3T) = motion([event], 5.0, 0.0, np.random.default_rng(verb))
+        inside = (times_T >= 500) & (times_T < 3500)
+        moved = accelerations_3T[:, inside].std(axis=1)
+        assert set(np.argsort(moved)[-len(axes[name]) :].tolist()) == axes[name]
+        assert accelerations_3T[:, ~inside].std(axis=1).max() < 1e-9
+        assert rates_3T.shape[0] == 3
 
 
 def test_some_recordings_have_no_sound_and_some_no_picture(kitchen: Path, shards: Path) -> None:

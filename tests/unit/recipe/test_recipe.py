@@ -27,6 +27,17 @@ def minimal(tmp_path: Path) -> str:
     return str(path)
 
 
+def test_a_recipe_holds_all_inputs_of_its_modalities_and_of_no_others(minimal: str, tmp_path: Path) -> None:
+    encoders = "model.encoders={signal: {name: signal_cnn}}"
+    for written in ([], ["inputs.signal.rate_hz=50"]):
+        recipe = load_recipe(minimal, ["data.modalities=[signal]", encoders, *written])
+        assert recipe.inputs.model_dump()["signal"] == recipe.inputs.section("signal").model_dump()
+        assert recipe.inputs.section("signal").rate_hz == (50 if written else 100)
+        save_recipe(recipe, tmp_path / "recipe.yaml")
+        assert read_run_recipe(tmp_path) == recipe
+    assert "signal" not in load_recipe(minimal).inputs.model_dump()
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
     assert load_recipe(str(path)).name == f"{path.parent.name}/{path.stem}"
