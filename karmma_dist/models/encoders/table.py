@@ -10,6 +10,7 @@ from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders import ast, small, stlt, swin3d, temporal
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
+from karmma_dist.models.encoders.pretrained.video import VIDEO_MODELS
 from karmma_dist.plugins import with_plugins
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
 from karmma_dist.settings import validate
@@ -23,6 +24,7 @@ _OWN = {
     "small_video": small.SMALL_VIDEO,
     "small_audio": small.SMALL_AUDIO,
     "temporal_video": temporal.TEMPORAL_VIDEO,
+    **VIDEO_MODELS,
 }
 
 ENCODERS: dict[str, EncoderType] = with_plugins(_OWN, "karmma_dist.encoders", EncoderType)
