@@ -257,8 +257,9 @@ PUBLISHED = {
     "swin_tiny_patch244_window877_kinetics400_1k.pth": "github.com/SwinTransformer/storage, release v1.0.4",
     "swin_base_patch244_window877_kinetics400_1k.pth": "github.com/SwinTransformer/storage, release v1.0.4",
     "stlt_action_genome.pth": "github.com/gorjanradevski/revisiting-spatial-temporal-layouts (STLT, Action Genome)",
+    "vjepa2-vitl-fpc64-256": "huggingface.co/facebook/vjepa2-vitl-fpc64-256 (config.json and model.safetensors)",
 }
-"""Places where the public weights of recipes are published, by file name."""
+"""Places where the public weights of recipes are published, by name of the file or folder."""
 
 
 def check_published(source: Path, field: str) -> None:

@@ -27,13 +27,22 @@ from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import load_model, save_model
 from karmma_dist.models.weights import load_encoder_weights
 from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe
+from kits.hub_folders import (
+    TOLERANCE,
+    change,
+    change_config,
+    imagenet,
+    inputs_of,
+    normalised,
+    pixels_of,
+    tensor_of,
+)
 from kits.web_server import serving
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'karmma-dist[encoders]'")
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 FIXED = {**SIZES, "intermediate_size": 32, "image_size": 32, "num_frames": 4}
-TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
 
 
 @dataclass(frozen=True)
@@ -47,14 +56,6 @@ class Published:
     """Makes the model that is saved."""
     tokens: Callable[[nn.Module, Tensor], Tensor]
     """The library's own tokens (N, T, D) of pixels (N, F, 3, S, S) in [0, 1], ordered by time, row, column."""
-
-
-def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-
-def imagenet(pixels: Tensor) -> Tensor:
-    return normalised(pixels, IMAGENET.mean, IMAGENET.std)
 
 
 def timesformer_tokens(model: Any, pixels: Tensor) -> Tensor:
@@ -105,10 +106,6 @@ MODELS = {
 EVERY = pytest.mark.parametrize("kind", MODELS)
 
 
-def inputs_of(num_frames: int = 4, crop: int = 32) -> InputRecipe:
-    return InputRecipe.model_validate({"video": {"num_frames": num_frames, "crop": crop, "short_side": crop}})
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Path]]:
     """Models with the folders that hold them, by kind."""
@@ -147,27 +144,6 @@ def loaded(kind: str, folder: Path | str, inputs: InputRecipe | None = None, **o
     encoder = encoder_of(kind, inputs, **options)
     load_encoder_weights(encoder, "video", str(folder))
     return encoder
-
-
-def pixels_of(num_clips: int, num_frames: int = 4) -> Tensor:
-    torch.manual_seed(1)
-    return torch.rand(num_clips, num_frames, 3, 32, 32)
-
-
-def tensor_of(pixels: Tensor) -> Tensor:
-    """Return pixels (N, F, 3, S, S) as an encoder gets them: (N, 3, F, S, S), ImageNet-normalised."""
-    return imagenet(pixels).transpose(1, 2)
-
-
-def change(folder: Path, change_state: Callable[[dict[str, Tensor]], object]) -> None:
-    state = load_file(folder / "model.safetensors")
-    change_state(state)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def refusal(kind: str, folder: Path | str) -> str:

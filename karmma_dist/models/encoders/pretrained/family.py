@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class Family:
     """`model_type` of config.json."""
     config_class: str
     model_class: str
-    """Names of the classes in transformers."""
+    """Dotted names of the classes in transformers."""
     architectures: Mapping[str, Mapping[str, Any]]
     """Published architectures: fields of config.json that differ from the defaults of `config_class`, or that matter
     most."""
@@ -72,7 +71,7 @@ class Family:
     """Patterns of published keys that the encoder does not need: heads and decoders."""
     free: tuple[str, ...]
     """Patterns of fields of config.json that do not change the encoder, or that follow the recipe's inputs."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str | Callable[[re.Match[str]], str]] = field(default_factory=dict)
     """Regular expressions of published keys that some versions of transformers name otherwise, with replacements."""
     part: str = ""
     """Attribute of the model that is the encoder; empty: the model itself."""
@@ -88,7 +87,7 @@ class PretrainedModel(Encoder):
         sizes: Fields of the configuration that follow the recipe's inputs.
 
     Raises:
-        UserError: transformers is not installed, or the options fit no architecture.
+        UserError: transformers is not installed or too old, or the options fit no architecture.
     """
 
     reads_folders = True
@@ -101,7 +100,7 @@ class PretrainedModel(Encoder):
         self.normalisation = _normalisation(family, options, self.where)
         self.config = _configuration(family, options, sizes, self.where)
         try:
-            model = getattr(_transformers(family, self.where), family.model_class)(self.config)
+            model = _class(family, family.model_class, self.where)(self.config)
         except ValueError as error:
             raise UserError(f"{self.where}.options.config: {one_line(error)}") from None
         self.model: nn.Module = getattr(model, family.part) if family.part else model
@@ -217,19 +216,15 @@ def _normalisation(family: Family, options: PretrainedOptions, where: str) -> No
     return chosen
 
 
-def _transformers(family: Family, where: str) -> ModuleType:
+def _class(family: Family, name: str, where: str) -> Any:
+    """Import a class of transformers."""
+    module, _, class_name = f"transformers.{name}".rpartition(".")
     try:
-        library = importlib.import_module("transformers")
-    except ImportError:
+        return getattr(importlib.import_module(module), class_name)
+    except (ImportError, AttributeError):
         raise UserError(
-            f"{where}.name: {family.name} needs transformers: pip install 'karmma-dist[encoders]'"
+            f"{where}.name: {family.name} needs {class_name} of transformers: pip install -U 'karmma-dist[encoders]'"
         ) from None
-    if not hasattr(library, family.model_class):
-        version = getattr(library, "__version__", "of an unknown version")
-        raise UserError(
-            f"{where}.name: transformers {version} has no {family.model_class}: pip install -U 'karmma-dist[encoders]'"
-        )
-    return library
 
 
 def _configuration(family: Family, options: PretrainedOptions, sizes: Mapping[str, Any], where: str) -> Any:
@@ -241,7 +236,7 @@ def _configuration(family: Family, options: PretrainedOptions, sizes: Mapping[st
             f"{where}.options.architecture: unknown architecture '{name}'{nearest(name, known)}; there are "
             f"{', '.join(known)}"
         )
-    config_class = getattr(_transformers(family, where), family.config_class)
+    config_class = _class(family, family.config_class, where)
     known = list(_fields(config_class()))
     for key in options.config:
         if key not in known:
