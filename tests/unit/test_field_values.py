@@ -62,6 +62,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "Column": {"name": "c"}, "Row": {"label": "l", "recipe": "r"},
     "Study": {"title": "t", "rows": [{"label": "l", "recipe": "r"}], "columns": [{"name": "c"}]},
     "ModelCard": {"modalities": [], "heads": {}, "model": {}, "inputs": {}},
+    "FramesOptions": {"model": "m"},
 }  # fmt: skip
 
 
