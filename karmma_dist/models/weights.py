@@ -28,6 +28,7 @@ from karmma_dist.io.cache import Cache, Content, FetchError, cache_root
 from karmma_dist.io.download import fetch, is_url
 from karmma_dist.io.files import sha256_of
 from karmma_dist.models.encoders.encoder import Encoder
+from karmma_dist.models.hub_folder import is_hub_folder, read_hub_folder
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe
@@ -256,8 +257,9 @@ PUBLISHED = {
     "swin_tiny_patch244_window877_kinetics400_1k.pth": "github.com/SwinTransformer/storage, release v1.0.4",
     "swin_base_patch244_window877_kinetics400_1k.pth": "github.com/SwinTransformer/storage, release v1.0.4",
     "stlt_action_genome.pth": "github.com/gorjanradevski/revisiting-spatial-temporal-layouts (STLT, Action Genome)",
+    "vjepa2-vitl-fpc64-256": "huggingface.co/facebook/vjepa2-vitl-fpc64-256 (config.json and model.safetensors)",
 }
-"""Places where the public weights of recipes are published, by file name."""
+"""Places where the public weights of recipes are published, by name of the file or folder."""
 
 
 def check_published(source: Path, field: str) -> None:
@@ -290,7 +292,8 @@ def load_encoder_weights(
         encoder: Encoder from `build_encoder`.
         modality: Modality of the run's encoder to use. A run with one other modality gives its only encoder.
         source: Run folder, its weights.safetensors, a published checkpoint of the encoder's architecture
-            (.safetensors, .pth or .pt; see the encoder's `from_published`), or the URL of such a file.
+            (.safetensors, .pth or .pt; see the encoder's `from_published`), or the URL of such a file. For encoders
+            that read them, a published folder or its URL; see `hub_folder`.
         ignore: Glob patterns of the encoder's keys that need not fit; see `load_exactly`.
         sha256: Expected sha256 of the file.
         cache_dir: Cache folder, see `DataRecipe.cache_dir`.
@@ -298,12 +301,26 @@ def load_encoder_weights(
         log: Receives lines on weights that did not carry over.
 
     Raises:
-        UserError: the file is missing, has another sha256, or its keys and shapes do not fit the encoder.
+        UserError: the file is missing, has another sha256, or its keys and shapes do not fit the encoder; or the folder
+            is of another architecture.
     """
     shown, moved = masked(source), ""
-    state = _download(source, sha256, cache_dir, report) if is_url(source) else _read(Path(source), sha256)
+    read = partial(_read_source, sha256=sha256, cache_dir=cache_dir, report=report)
+    if encoder.reads_folders and is_hub_folder(source):
+        folder = read_hub_folder(source, read, sha256 is not None)
+        try:
+            encoder.check_config(folder.config, folder.preprocessor)
+        except UserError as error:
+            raise UserError(f"{shown}: {error}") from None
+        load_exactly(
+            encoder, encoder.from_published(folder.state), f"{shown} (for the {modality} encoder)", ignore, log
+        )
+        return
+    state = read(source)
     if any(key.startswith("encoders.") for key in state):
         state = _encoder_of_run(state, modality, shown)
+    elif encoder.reads_folders:
+        raise UserError(f"{shown}: not the weights of a run: give a published folder, with its config.json")
     elif not set(state) <= (own := set(encoder.state_dict())):
         moved = encoder.moved_rows(state)
         try:
@@ -314,6 +331,12 @@ def load_encoder_weights(
     load_exactly(encoder, state, f"{shown} (for the {modality} encoder)", ignore, log)
     if moved:
         log(f"{shown}: {moved}")
+
+
+def _read_source(
+    source: str, sha256: str | None, cache_dir: str | None, report: Report
+) -> dict[str, Tensor]:
+    return _download(source, sha256, cache_dir, report) if is_url(source) else _read(Path(source), sha256)
 
 
 def _read(source: Path, sha256: str | None) -> dict[str, Tensor]:

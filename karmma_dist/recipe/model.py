@@ -30,12 +30,13 @@ class EncoderRecipe(Settings):
     """Encoder of one modality."""
 
     name: str
-    """Name in the table of encoders: swin3d_t, swin3d_b, ast_t, stlt, small_video, small_audio, signal_cnn, ..."""
+    """Name in the table of encoders: swin3d_t, swin3d_b, ast_t, stlt, small_video, signal_cnn, hf_vjepa2, ..."""
     frozen: bool = False
     """True: the encoder is not trained and stays in eval mode."""
     weights: PathText | None = None
     """Initial weights: a run's name under `runs_dir`, a run folder, a file (.safetensors, or .pth in a published
-    layout), or the URL of such a file, which each node downloads once into its cache. None: random."""
+    layout), or the URL of such a file, which each node downloads once into its cache. For hf_* and timm_frames a
+    published folder with its config.json, or its URL (hf://owner/name@revision). None: random."""
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """SHA-256 of the weights file; a file with another hash is refused. None: not checked."""
     weights_ignore: list[str] = []

@@ -65,6 +65,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "TrackSpec": {"file": "f", "channels": [{"name": "c", "unit": "u", "word": "w"}]},
     "SignalSpec": {"tracks": [{"file": "f", "channels": [{"name": "c", "unit": "u", "word": "w"}]}]},
     "ModelCard": {"modalities": [], "heads": {}, "model": {}, "inputs": {}},
+    "FramesOptions": {"model": "m"},
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from karmma_dist.modalities.contract import Breakage, Description, Modality
 from karmma_dist.settings import Positive, Settings
@@ -15,6 +15,8 @@ SAMPLE_RATE = 16_000
 
 HOP = 80
 """Samples from one column of a spectrogram to the next."""
+FRAME, STEP = 400, 160
+"""Samples of a column, and from one to the next, of the spectrograms of published models."""
 
 
 class AudioInput(Settings):
@@ -26,6 +28,9 @@ class AudioInput(Settings):
     """Length of one window in seconds, padded with silence at the clip's borders [fit]."""
     num_mels: Positive = 128
     """Mel bands [fit]."""
+    spectrogram: Literal["paper", "kaldi", "whisper"] = "paper"
+    """`paper`: as above. `kaldi`: the log filter banks on which AST was pretrained, a column every 10 ms. `whisper`:
+    the log mel spectrogram of Whisper, likewise. Published encoders need theirs."""
 
     @property
     def window_samples(self) -> int:
@@ -34,8 +39,18 @@ class AudioInput(Settings):
 
     @property
     def num_steps(self) -> int:
-        """Number of spectrogram columns in one window, at 80 samples a hop."""
+        """Number of spectrogram columns in one window."""
+        if self.spectrogram == "kaldi":
+            return (self.window_samples - FRAME) // STEP + 1
+        if self.spectrogram == "whisper":
+            return self.window_samples // STEP
         return self.window_samples // HOP + 1
+
+    @model_validator(mode="after")
+    def _window_holds_a_column(self) -> AudioInput:
+        if self.spectrogram != "paper" and self.window_samples < FRAME:
+            raise ValueError(f"window_s {self.window_s} is shorter than a column of {self.spectrogram}, 0.025 s")
+        return self
 
 
 class AudioSpec(Settings):

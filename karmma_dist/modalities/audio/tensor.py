@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from karmma_dist.modalities.audio import HOP, SAMPLE_RATE, AudioInput
+from karmma_dist.modalities.audio.published import kaldi_filter_banks, whisper_spectrogram
 from karmma_dist.modalities.contract import TensorMaker
 
 N_FFT, WINDOW = 1024, 160
@@ -29,8 +30,12 @@ class AudioTensors(TensorMaker):
         return (settings.num_windows, settings.num_mels, settings.num_steps)
 
     def make(self, arrays_N: Tensor, settings: AudioInput, jitter_N3: Tensor | None) -> Tensor:
-        """Return the mel spectrograms; `jitter_N3` is ignored."""
-        return mel_spectrogram(arrays_N, settings.num_mels)
+        """Return the spectrograms of `AudioInput.spectrogram`; `jitter_N3` is ignored."""
+        if settings.spectrogram == "paper":
+            return mel_spectrogram(arrays_N, settings.num_mels)
+        transform = kaldi_filter_banks if settings.spectrogram == "kaldi" else whisper_spectrogram
+        parts = [transform(_waves(part), settings.num_mels) for part in arrays_N.flatten(0, 1).split(_AT_ONCE)]
+        return torch.cat(parts).unflatten(0, arrays_N.shape[:2])
 
 
 def mel_spectrogram(windows_NWS: Tensor, num_mels: int) -> Tensor:
@@ -42,15 +47,19 @@ def mel_spectrogram(windows_NWS: Tensor, num_mels: int) -> Tensor:
 
 
 def _mel_power(windows_WS: Tensor, num_mels: int) -> Tensor:
-    waves = windows_WS.float()
-    if not windows_WS.is_floating_point():
-        waves = waves / 32768
+    waves = _waves(windows_WS)
     hann = torch.hann_window(WINDOW, device=waves.device)
     spectrum = torch.stft(
         waves, N_FFT, HOP, WINDOW, window=hann, center=True, pad_mode="reflect", return_complex=True
     )  # (W, N_FFT/2+1, steps)
     power = spectrum.real.square() + spectrum.imag.square()
     return mel_filters(num_mels).to(waves.device).T @ power  # (W, mels, steps)
+
+
+def _waves(windows_WS: Tensor) -> Tensor:
+    """Return float waves with full scale 1."""
+    waves = windows_WS.float()
+    return waves if windows_WS.is_floating_point() else waves / 32768
 
 
 @functools.cache

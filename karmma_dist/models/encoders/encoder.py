@@ -6,7 +6,7 @@ Legend: N clips, T tokens, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ class Encoder(nn.Module, ABC):
     """D."""
     num_tokens: int
     """T, the same for every clip."""
+    reads_folders = False
+    """True if published weights are a folder in the layout of the Hugging Face hub, instead of a file."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -37,6 +39,17 @@ class Encoder(nn.Module, ABC):
             UserError: the encoder has no blocks that can be recomputed.
         """
         raise UserError(f"{type(self).__name__} cannot recompute activations: remove activation_checkpointing")
+
+    def check_config(self, config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> None:
+        """Check that a published folder describes this encoder; see `reads_folders`.
+
+        Args:
+            config: Content of its config.json.
+            preprocessor: Content of its preprocessor_config.json, empty if it has none.
+
+        Raises:
+            UserError: it describes another architecture or other inputs.
+        """
 
     def moved_rows(self, state: dict[str, Tensor]) -> str:  # noqa: ARG002 - most encoders move none
         """Return a sentence on the rows of published tables that `from_published` moves; empty if it moves none."""

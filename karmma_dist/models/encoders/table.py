@@ -10,6 +10,9 @@ from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders import ast, signal_cnn, small, stlt, swin3d, temporal
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
+from karmma_dist.models.encoders.pretrained import frames
+from karmma_dist.models.encoders.pretrained.audio import AUDIO_MODELS
+from karmma_dist.models.encoders.pretrained.video import VIDEO_MODELS
 from karmma_dist.plugins import with_plugins
 from karmma_dist.recipe import EncoderRecipe, InputRecipe
 from karmma_dist.settings import validate
@@ -24,6 +27,9 @@ _OWN = {
     "small_audio": small.SMALL_AUDIO,
     "temporal_video": temporal.TEMPORAL_VIDEO,
     "signal_cnn": signal_cnn.SIGNAL_CNN,
+    **VIDEO_MODELS,
+    **AUDIO_MODELS,
+    "timm_frames": frames.TIMM_FRAMES,
 }
 
 ENCODERS: dict[str, EncoderType] = with_plugins(_OWN, "karmma_dist.encoders", EncoderType)

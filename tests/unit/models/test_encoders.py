@@ -233,6 +233,8 @@ def test_a_spectrogram_smaller_than_a_patch_is_refused() -> None:
 
 def test_no_encoder_normalises_over_the_batch() -> None:
     for name, kind in ENCODERS.items():
+        if name.startswith(("hf_", "timm_")):  # of other packages, which need not be there
+            continue
         with torch.device("meta"):
             encoder = build(name, kind.modalities[0], InputRecipe())
         assert not any(isinstance(module, nn.modules.batchnorm._NormBase) for module in encoder.modules())
