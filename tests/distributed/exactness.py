@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from karmma_dist.evaluation.run import validate
 from karmma_dist.io.files import write_whole
 from karmma_dist.launching.local import launch_local
-from karmma_dist.models.karmma import KarmmaModel
+from karmma_dist.models.karmma import KarmmaModel, KnownTokens
 from karmma_dist.models.model_card import load_model, save_model
 from karmma_dist.packing.pack import pack
 from karmma_dist.packing.spec import load_spec
@@ -376,11 +376,13 @@ def run_rank(jobs: list[Job], shards: Path) -> None:
 _encode = KarmmaModel.encode
 
 
-def encode_present_only(self: KarmmaModel, inputs: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
+def encode_present_only(
+    self: KarmmaModel, inputs: dict[str, Tensor], present_BM: Tensor, known: Mapping[str, KnownTokens] | None = None
+) -> dict[str, Tensor]:
     """Break the rule: run no branch of a modality that no clip of this rank has."""
     before, self.training = self.training, False
     try:
-        return _encode(self, inputs, present_BM)
+        return _encode(self, inputs, present_BM, known)
     finally:
         self.training = before
 

@@ -105,6 +105,7 @@ WRITERS = {
     "io.download": "a file that io.files creates",
     "launching.doctor.machine": "into a temporary folder",
     "launching.doctor.probes": "its own stdout",
+    "memory.records": "the folder of an epoch, in that of a memory",
     "modalities.audio.store": "into memory",
     "modalities.encode": "into memory",
     "models.model_card": "into the temporary file of write_whole",

@@ -17,7 +17,7 @@ from karmma_dist.evaluation.corruptions.kinds import KINDS
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector
 from karmma_dist.evaluation.predict.predict import _Predictor
-from karmma_dist.memory.header import MemoryHeader
+from karmma_dist.memory.header import MemoryHeader, open_header
 from karmma_dist.memory.memory import AnswerMemory, Source
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.losses import cross_entropy
@@ -124,6 +124,7 @@ def test_teaching_with_a_memory_of_all_subsets_stays_on_the_device(tmp_path: Pat
         teacher = Teacher(copy.deepcopy(EXPERTS), MODALITIES, {head: [1.0] * 3 for head in HEADS}, recipe).to(device)
         if sharded:
             teacher.run_everything()
+        open_header(tmp_path / device.type, header)
         answers = AnswerMemory(tmp_path / device.type, header)
         memory = TeacherMemory(answers, None)
         targets = soft_targets_of(teacher, memory)(batch.map(lambda tensor: tensor.to(device)))

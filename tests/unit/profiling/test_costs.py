@@ -32,7 +32,7 @@ from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming.loader import check_heads
 from karmma_dist.training.trainer import train
 
-V, F_, A, D = MODALITIES
+V, F_, A, D, *_ = MODALITIES
 ALL = ((V,), (F_,), (A,), (V, F_), (V, A), (F_, A), (V, F_, A))
 
 

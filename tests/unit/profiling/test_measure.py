@@ -36,7 +36,7 @@ from karmma_dist.recipe import load_recipe
 from karmma_dist.studies.costs import Counter
 from karmma_dist.studies.study import Column, load_study
 
-V, F, A, _ = MODALITIES
+V, F, A, *_ = MODALITIES
 DEMO = "data.heads={verb: 4, noun: 3}"
 PARTS = ("model", "fusion")
 Models = dict[str, tuple[ProfiledModel, KarmmaModel, ClipFlops]]
