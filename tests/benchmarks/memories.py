@@ -34,7 +34,7 @@ from training import (
     synthetic_batch,
 )
 
-from karmma_dist.memory.header import MemoryHeader
+from karmma_dist.memory.header import MemoryHeader, open_header
 from karmma_dist.memory.memory import AnswerMemory, Source
 from karmma_dist.memory.tokens import TokenMemory
 from karmma_dist.models.karmma import KarmmaModel
@@ -142,7 +142,9 @@ def _batch(device: torch.device) -> Batch:
 
 def _token_memory(folder: Path, teacher: KarmmaModel, modality: str) -> TokenMemory:
     shape = (teacher.num_tokens[modality], teacher.encoder_width(modality))
-    return TokenMemory(folder, MemoryHeader("tokens", "bfloat16", shape, {SHARD: SIZE}, SIZE, {}))
+    header = MemoryHeader("tokens", "bfloat16", shape, {SHARD: SIZE}, SIZE, {})
+    open_header(folder, header)
+    return TokenMemory(folder, header)
 
 
 def _remembered(memories: dict[str, TokenMemory], batch: Batch, device: torch.device) -> Batch:
