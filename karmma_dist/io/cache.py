@@ -73,6 +73,10 @@ class FetchError(Exception):
         self.what, self.damaged, self.passing = what, damaged, passing
 
 
+class NotFoundError(FetchError):
+    """A file that the server does not have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
     """The expected content of a file."""

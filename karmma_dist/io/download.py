@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import fsspec
 
 from karmma_dist.errors import URL, UserError, masked, one_line
-from karmma_dist.io.cache import Content, FetchError
+from karmma_dist.io.cache import Content, FetchError, NotFoundError
 from karmma_dist.io.disk_errors import DiskError, naming
 from karmma_dist.io.files import MOST_BYTES, create
 from karmma_dist.io.json_fields import JsonObject
@@ -169,7 +169,7 @@ def _failure(error: Exception) -> FetchError:
     status = getattr(error, "status", None)
     reason = one_line(f"HTTP {status}" if status else getattr(error, "strerror", None) or type(error).__name__)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return FetchError("not found on the server", damaged=True)
+        return NotFoundError("not found on the server", damaged=True)
     if isinstance(error, IsADirectoryError):
         return FetchError("is a folder", damaged=True)
     if type(error).__name__ == "TooManyRedirects":

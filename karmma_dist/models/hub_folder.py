@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from karmma_dist.errors import UserError, masked
-from karmma_dist.io.cache import FetchError
+from karmma_dist.io.cache import FetchError, NotFoundError
 from karmma_dist.io.download import fetch_json, is_url
 from karmma_dist.io.files import read_file
 from karmma_dist.io.json_fields import parse_strictly
@@ -112,7 +112,7 @@ def _fetched(url: str, name: str, may_be_missing: bool = False) -> dict[str, Any
     try:
         return _object(fetch_json(f"{url}/{name}", _MOST_BYTES), shown)
     except FetchError as error:
-        if may_be_missing and error.damaged:
+        if may_be_missing and isinstance(error, NotFoundError):
             return None
         advice = "check URL and network, or download the folder and give its path"
         raise UserError(f"{shown}: {error.what}: {advice}") from None

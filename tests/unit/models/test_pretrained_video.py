@@ -275,6 +275,20 @@ def test_a_folder_at_a_url_is_downloaded(
     assert torch.equal(encoder(clips), loaded("vjepa2", published["vjepa2"][1])(clips))
 
 
+@pytest.mark.usefixtures("downloads_at_once")
+def test_a_preprocessor_at_a_url_is_missing_only_if_the_server_says_so(
+    copied: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copied("videomae")
+    with serving(folder.parent) as server:
+        load_encoder_weights(encoder_of("videomae"), "video", server.url_of(folder.name), cache_dir=str(tmp_path / "a"))
+        (folder / "preprocessor_config.json").write_text("{")
+        with pytest.raises(UserError, match=r"preprocessor_config\.json: not valid JSON"):
+            load_encoder_weights(
+                encoder_of("videomae"), "video", server.url_of(folder.name), cache_dir=str(tmp_path / "b")
+            )
+
+
 def test_a_pickle_is_not_read(copied: Callable[[str], Path]) -> None:
     folder = copied("videomae")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
