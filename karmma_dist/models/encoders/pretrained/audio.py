@@ -9,6 +9,7 @@ Legend: N clips, V windows, W windows of all clips, M mel bands, S steps, P toke
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -136,9 +137,9 @@ class AudioModel(PretrainedModel):
             raise ValueError(f"a clip's spectrograms are {tuple(x.shape[1:])}, expected {self.shape}")
         return self._encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(1, 2)
 
+    @abstractmethod
     def _encode(self, windows_WMS: Tensor) -> Tensor:
         """Return (W, P, D)."""
-        raise NotImplementedError
 
 
 class AstModel(AudioModel):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from karmma_dist.errors import UserError, nearest, one_line, quoted
 from karmma_dist.models.encoders.encoder import Encoder, EncoderType
-from karmma_dist.models.encoders.pretrained.family import Normalisation, Renormalise, check_normalisation
-from karmma_dist.models.encoders.pretrained.video import IMAGENET
+from karmma_dist.models.encoders.pretrained.family import Normalisation, check_normalisation
+from karmma_dist.models.encoders.pretrained.video import PickedFrames
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.settings import Positive, Settings
 
@@ -63,7 +63,6 @@ class FrameModel(Encoder):
     def __init__(self, modality: str, options: FramesOptions, num_frames: int, side: int) -> None:
         super().__init__()
         self.where, self.options = f"model.encoders.{modality}", options
-        self.num_frames, self.side = num_frames, side
         self.num_encoded = options.num_frames or num_frames
         if num_frames % self.num_encoded:
             raise UserError(
@@ -80,7 +79,7 @@ class FrameModel(Encoder):
         self.grid = tuple(model.patch_embed.grid_size)
         published = model.pretrained_cfg
         self.normalisation = Normalisation(tuple(published["mean"]), tuple(published["std"]))
-        self.renormalise = Renormalise(IMAGENET, self.normalisation)
+        self.pick = PickedFrames(num_frames, self.num_encoded, side, self.normalisation)
         self.width = int(model.num_features)
         self.num_tokens = self.num_encoded * (1 if options.tokens == "class" else self.grid[0] * self.grid[1])
         self.model = model
@@ -91,12 +90,7 @@ class FrameModel(Encoder):
         Raises:
             ValueError: the frames do not have the size for which the encoder was built.
         """
-        expected = (3, self.num_frames, self.side, self.side)
-        if x.shape[1:] != expected:
-            raise ValueError(f"a clip's frames are {tuple(x.shape[1:])}, expected {expected}")
-        every = self.num_frames // self.num_encoded
-        frames = self.renormalise(x[:, :, (every - 1) // 2 :: every]).transpose(1, 2)  # (N, G, 3, S, S)
-        tokens: Tensor = self.model.forward_features(frames.flatten(0, 1))  # (N * G, prefix + P, D)
+        tokens: Tensor = self.model.forward_features(self.pick(x).flatten(0, 1))  # (N * G, prefix + P, D)
         kept = tokens[:, :1] if self.options.tokens == "class" else tokens[:, self.num_prefix :]
         return kept.unflatten(0, (-1, self.num_encoded)).flatten(1, 2)
 

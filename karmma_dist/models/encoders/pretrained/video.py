@@ -107,6 +107,35 @@ TIMESFORMER = VideoFamily(
 )
 
 
+class PickedFrames(nn.Module):
+    """The frames that a model takes of a clip, with its normalisation: the middle one of each group of consecutive
+    frames.
+
+    Args:
+        num_frames: F.
+        num_picked: G, which divides F.
+        side: S.
+        normalisation: Normalisation of the model.
+    """
+
+    def __init__(self, num_frames: int, num_picked: int, side: int, normalisation: Normalisation) -> None:
+        super().__init__()
+        self.expected = (3, num_frames, side, side)
+        self.every = num_frames // num_picked
+        self.renormalise = Renormalise(IMAGENET, normalisation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, G, 3, S, S) of ImageNet-normalised (N, 3, F, S, S).
+
+        Raises:
+            ValueError: the frames do not have the size for which the encoder was built.
+        """
+        if x.shape[1:] != self.expected:
+            raise ValueError(f"a clip's frames are {tuple(x.shape[1:])}, expected {self.expected}")
+        picked: Tensor = self.renormalise(x[:, :, (self.every - 1) // 2 :: self.every])
+        return picked.transpose(1, 2)
+
+
 class VideoModel(PretrainedModel):
     """A video model of transformers: (N, 3, F, S, S) -> (N, T, D).
 
@@ -137,7 +166,7 @@ class VideoModel(PretrainedModel):
         self._check_sizes(tubelet, patch)
         self.num_steps = self.num_model_frames // tubelet
         self.num_tokens = self.num_steps * (side // patch) ** 2
-        self.renormalise = Renormalise(IMAGENET, self.normalisation)
+        self.pick = PickedFrames(num_frames, self.num_model_frames, side, self.normalisation)
         _keep_positions_on_device(self.model)
 
     def _check_sizes(self, tubelet: int, patch: int) -> None:
@@ -161,12 +190,7 @@ class VideoModel(PretrainedModel):
         Raises:
             ValueError: the frames do not have the size for which the encoder was built.
         """
-        expected = (3, self.num_frames, self.side, self.side)
-        if x.shape[1:] != expected:
-            raise ValueError(f"a clip's frames are {tuple(x.shape[1:])}, expected {expected}")
-        every = self.num_frames // self.num_model_frames
-        frames = self.renormalise(x[:, :, (every - 1) // 2 :: every]).transpose(1, 2)  # (N, G, 3, S, S)
-        tokens: Tensor = self.model(frames).last_hidden_state
+        tokens: Tensor = self.model(self.pick(x)).last_hidden_state
         if self.family.has_class_token:
             tokens = tokens[:, 1:]
         if self.family.is_by_place:
