@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from karmma_dist.errors import UserError, quoted
+from karmma_dist.io.disk_errors import DiskError
 from karmma_dist.io.files import open_regular, remove
 from karmma_dist.memory.header import MemoryHeader, read_header
-from karmma_dist.memory.records import SEAL_BYTES, SUFFIX, AnswerFiles, stored_set
+from karmma_dist.memory.records import SEAL_BYTES, AnswerFiles, answers_path, epoch_folder, stored_set
 from karmma_dist.terminal import print_table
 
 _EPOCH = re.compile(r"epoch-([0-9]{5,})")
@@ -83,7 +84,7 @@ def read_contents(folder: Path, *, verify: bool = False) -> Contents:
         epochs = []
         for path in sorted(folder.iterdir()):
             if match := _EPOCH.fullmatch(path.name):
-                epochs.append(_read_epoch(path, int(match[1]), header, verify))
+                epochs.append(_read_epoch(folder, int(match[1]), header, verify))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: no memory: name a folder that distill.memory or model.encoders.X.memory of a recipe names"
@@ -95,7 +96,7 @@ def read_contents(folder: Path, *, verify: bool = False) -> Contents:
 
 def _read_epoch(folder: Path, number: int, header: MemoryHeader, verify: bool) -> Epoch:
     epoch = Epoch(number)
-    for path, num_clips in _files(folder, header):
+    for _, path, num_clips in _files(folder, number, header):
         epoch.disk_bytes += 512 * path.stat().st_blocks
         for _, record in _records(path, header.answer_bytes + SEAL_BYTES, num_clips, only_seal=not verify):
             stored = stored_set(record) if verify else any(record)
@@ -104,16 +105,12 @@ def _read_epoch(folder: Path, number: int, header: MemoryHeader, verify: bool) -
     return epoch
 
 
-def _epoch_folder(folder: Path, number: int) -> Path:
-    return folder / f"epoch-{number:05d}"
-
-
-def _files(folder: Path, header: MemoryHeader) -> Iterator[tuple[Path, int]]:
-    """Yield the path and the number of clips of each file of an epoch that exists."""
+def _files(folder: Path, epoch: int, header: MemoryHeader) -> Iterator[tuple[str, Path, int]]:
+    """Yield the shard, the path and the number of clips of each file of an epoch that exists."""
     for shard, num_clips in header.num_clips.items():
-        path = folder / f"{shard.removesuffix('.tar')}{SUFFIX}"
+        path = answers_path(folder, epoch, shard)
         if path.exists():
-            yield path, num_clips
+            yield shard, path, num_clips
 
 
 def _records(
@@ -132,17 +129,20 @@ def prune(contents: Contents) -> list[str]:
     A view of an encoder's memory is never removed: modality dropout fills it over several epochs.
 
     Raises:
+        DiskError: the disk fails.
         UserError: the memory cannot be read or written.
     """
     lines, expected = [], contents.header.num_expected
     try:
         for epoch in contents.epochs:
-            path = _epoch_folder(contents.folder, epoch.number)
+            path = epoch_folder(contents.folder, epoch.number)
             if contents.header.kind == "logits" and epoch.num_answers < expected:
                 remove(path)
                 lines.append(f"{path}: removed, it had {epoch.num_answers} of {expected} answers")
                 continue
             lines += [f"{place}: removed, it was damaged" for place in _remove_damaged(epoch.number, contents)]
+    except DiskError:
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or contents.folder}: cannot be changed: {error.strerror}") from None
     return lines
@@ -164,11 +164,11 @@ def change_contents(folder: Path, others: Iterable[Path], *, is_pruned: bool) ->
 def _remove_damaged(number: int, contents: Contents) -> Iterator[str]:
     """Remove the damaged answers of an epoch; yield the place of each."""
     with _opened(contents) as files:
-        for path, num_clips in _files(_epoch_folder(contents.folder, number), contents.header):
+        for shard, path, num_clips in _files(contents.folder, number, contents.header):
             records = _records(path, files.record_bytes, num_clips)
             damaged = [row for row, record in records if stored_set(record) is None]
             for row in damaged:
-                files.remove(number, f"{path.stem}.tar", row)
+                files.remove(number, shard, row)
                 yield f"{path}, record {row}"
 
 
@@ -194,11 +194,13 @@ def merge(contents: Contents, other: Contents) -> int:
     try:
         with _opened(contents) as files:
             for epoch in other.epochs:
-                for path, num_clips in _files(_epoch_folder(other.folder, epoch.number), other.header):
+                for shard, path, num_clips in _files(other.folder, epoch.number, other.header):
                     for row, record in _records(path, files.record_bytes, num_clips):
                         if modalities := stored_set(record):
                             answer = record[: files.answer_bytes]
-                            num_added += files.write(epoch.number, f"{path.stem}.tar", row, modalities, answer)
+                            num_added += files.write(epoch.number, shard, row, modalities, answer)
+    except DiskError:
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or other.folder}: cannot be read: {error.strerror}") from None
     return num_added

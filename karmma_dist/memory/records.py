@@ -22,11 +22,21 @@ from pathlib import Path
 from karmma_dist.errors import UserError
 from karmma_dist.io.disk_errors import naming
 
-SUFFIX = ".answers"
+_SUFFIX = ".answers"
 _MOST_OPEN = 128
 _SEAL = struct.Struct("<II")
 SEAL_BYTES = _SEAL.size
 """Bytes at the end of a record: the set of modalities and the checksum."""
+
+
+def epoch_folder(folder: Path, epoch: int) -> Path:
+    """Return the folder of an epoch of a memory."""
+    return folder / f"epoch-{epoch:05d}"
+
+
+def answers_path(folder: Path, epoch: int, shard: str) -> Path:
+    """Return the path of the file of an epoch and a shard, whose tar has the name `shard`."""
+    return epoch_folder(folder, epoch) / f"{shard.removesuffix('.tar')}{_SUFFIX}"
 
 
 def stored_set(record: bytes) -> int | None:
@@ -142,7 +152,7 @@ class AnswerFiles:
 
     def path(self, epoch: int, shard: str) -> Path:
         """Return the path of the file of an epoch and a shard."""
-        return self.folder / f"epoch-{epoch:05d}" / f"{shard.removesuffix('.tar')}{SUFFIX}"
+        return answers_path(self.folder, epoch, shard)
 
     def close(self) -> None:
         """Close all files; the next read or write opens them again."""

@@ -12,6 +12,7 @@ import pytest
 from karmma_dist.cli import main
 from karmma_dist.memory.header import HEADER, MemoryHeader, open_header
 from karmma_dist.memory.records import AnswerFiles
+from kits.disk_writers import file_limit
 
 SHARDS = {"train-000000.tar": 3, "train-000001.tar": 2}
 FACTS = {"seed of the views": 7, "heads": [["verb", 1], ["noun", 2]]}
@@ -116,6 +117,16 @@ def test_parts_of_nodes_merge_to_the_whole(memory: Path, tmp_path: Path, capsys:
     assert main(["memory", str(parts[0]), "--merge", str(parts[1])]) == 0
     assert "0 answers added" in capsys.readouterr().out
     whole.close()
+
+
+def test_a_disk_without_room_for_a_part_is_named_as_such(
+    memory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_header(tmp_path / "part", HEADERS)
+    with file_limit(30):
+        assert main(["memory", str(tmp_path / "part"), "--merge", str(memory)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "part/epoch-00000/train-000000.answers: File too large" in line
 
 
 def test_another_memory_is_not_merged(memory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
