@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,12 @@ HEADER = "memory.json"
 
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+def answer_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the bytes of an answer; int8 has a float32 scale for each row, which is a token."""
+    scales = 4 * shape[0] if dtype == "int8" else 0
+    return _ITEM_BYTES[dtype] * math.prod(shape) + scales
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,7 @@ class MemoryHeader:
     @property
     def answer_bytes(self) -> int:
         """Bytes of an answer."""
-        scales = 4 * self.shape[0] if self.dtype == "int8" else 0
-        return _ITEM_BYTES[self.dtype] * math.prod(self.shape) + scales
+        return answer_bytes(self.dtype, self.shape)
 
     @property
     def memory_subsets(self) -> str:

@@ -54,6 +54,18 @@ class ClipFlops:
         encoded = sum(num_present.get(m, 0) * (self.encoders[m] + self.projections[m]) for m in everything)
         return encoded + num_clips * self.fusion[in_block]
 
+    def teaching(self, num_present: Mapping[str, int], num_clips: int) -> int:
+        """Return the FLOPs of a teacher's forward pass; a unimodal expert sees only the clips that have its modality.
+
+        Args:
+            num_present: Number of clips that have each modality, also those that the teacher does not take.
+            num_clips: Number of clips in the batch.
+        """
+        seen = {modality: num_present.get(modality, 0) for modality in self.encoders}
+        if not any(seen.values()):
+            return 0
+        return self.forward(seen, num_clips if len(seen) > 1 else sum(seen.values()))
+
     def all_subsets(self, present_BM: Tensor) -> int:
         """Return the FLOPs of encoding each clip once and fusing it once per subset of its modalities, no gradients.
 

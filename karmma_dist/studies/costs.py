@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from karmma_dist.errors import UserError
+from karmma_dist.memory.header import answer_bytes
 from karmma_dist.memory.records import SEAL_BYTES
 from karmma_dist.models.flops import ClipFlops, flops_per_clip, meta_clip, meta_model, meta_tokens
 from karmma_dist.models.karmma import KarmmaModel
@@ -158,7 +159,7 @@ class Counter:
     def _teaching_flops(self, run: StudyRun, runs: Mapping[str, StudyRun], clips: int) -> int:
         """Return the FLOPs of the teachers' forward passes in an epoch."""
         present = _expected_present(run.recipe, clips)
-        return sum(_forward(self.clip_flops(runs[name].recipe), present, clips) for name in _teachers(run))
+        return sum(self.clip_flops(runs[name].recipe).teaching(present, clips) for name in _teachers(run))
 
     def _storing_flops(self, run: StudyRun, recipe: Recipe, runs: Mapping[str, StudyRun], clips: int) -> int:
         """Return the FLOPs that an epoch of asking the teachers costs more if answers for all subsets are stored."""
@@ -172,18 +173,15 @@ class Counter:
     def _answer_bytes(self, recipe: Recipe) -> int:
         """Return the bytes of a record of answers; precision auto counts as bf16."""
         assert recipe.distill is not None
-        num_logits = len(recipe.distill.names) * sum(self.heads(recipe).values())
-        if recipe.distill.memory_subsets == "all":
-            num_logits *= 2 ** len(recipe.data.modalities) - 1
-        return num_logits * (4 if recipe.training.precision == "fp32" else 2) + SEAL_BYTES
+        num_subsets = 2 ** len(recipe.data.modalities) - 1 if recipe.distill.memory_subsets == "all" else 1
+        shape = (num_subsets, len(recipe.distill.names), sum(self.heads(recipe).values()))
+        return answer_bytes("float32" if recipe.training.precision == "fp32" else "bfloat16", shape) + SEAL_BYTES
 
     def _token_bytes(self, recipe: Recipe, modality: str) -> int:
-        """Return the bytes of a record of tokens; int8 has a float32 scale per token."""
+        """Return the bytes of a record of tokens."""
         memory = recipe.model.encoders[modality].memory
         assert memory is not None
-        num_tokens, width = self.token_shapes(recipe)[modality]
-        itemsize, scale_bytes = int(getattr(torch, memory.dtype).itemsize), 4 if memory.dtype == "int8" else 0
-        return num_tokens * (width * itemsize + scale_bytes) + SEAL_BYTES
+        return answer_bytes(memory.dtype, self.token_shapes(recipe)[modality]) + SEAL_BYTES
 
     def cost_figure(self, recipe: Recipe, column: Column) -> float | None:
         """Return the figure of a column that needs no training; None: the model lacks the column's modalities."""
@@ -259,11 +257,3 @@ def _teachers(run: StudyRun) -> list[str]:
         return []
     named = [name.removesuffix(f"/{BEST}") for name in distill.names]
     return [need for need in run.needs for name in named if name == need or name.endswith(f"/{need}")]
-
-
-def _forward(counted: ClipFlops, present: Mapping[str, int], clips: int) -> int:
-    """Return the FLOPs of a teacher's forward passes; an expert of one modality sees only the clips that have it."""
-    seen = {modality: present.get(modality, 0) for modality in counted.encoders}
-    if not any(seen.values()):
-        return 0
-    return counted.forward(seen, clips if len(seen) > 1 else sum(seen.values()))

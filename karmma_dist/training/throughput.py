@@ -51,7 +51,7 @@ class Throughput:
     ) -> None:  # fmt: skip
         self._student = _counted(student)
         self._remembering = [m for m in student.modalities if student.recipe.encoders[m].memory is not None]
-        self._teachers = [(model, _counted(model)) for model in teachers]
+        self._teachers = [_counted(model) for model in teachers]
         self._modalities, self._device = list(modalities), device
         on_gpu = device.type == "cuda"
         if peak is None and on_gpu and precision != torch.float32:
@@ -76,12 +76,12 @@ class Throughput:
     def _teaching(self, batch: Batch, num_present: dict[str, int]) -> int:
         """Return the FLOPs of asking the teacher about a batch, or about all subsets of its clips' modalities."""
         if batch.dropped is None:
-            return sum(_forward(model, counted, num_present, len(batch.keys)) for model, counted in self._teachers)
+            return sum(teacher.teaching(num_present, len(batch.keys)) for teacher in self._teachers)
         present_BM = batch.present_BM | batch.dropped.present_BM
         columns = {name: m for m, name in enumerate(self._modalities)}
         return sum(
-            counted.all_subsets(present_BM[:, [columns[name] for name in model.modalities]])
-            for model, counted in self._teachers
+            teacher.all_subsets(present_BM[:, [columns[name] for name in teacher.encoders]])
+            for teacher in self._teachers
         )
 
     def metrics(self, flops: float, seconds: float) -> dict[str, float]:
@@ -106,11 +106,3 @@ def _counted(model: KarmmaModel) -> ClipFlops:
     if key not in _counted_by_architecture:
         _counted_by_architecture[key] = flops_per_clip(model)
     return _counted_by_architecture[key]
-
-
-def _forward(model: KarmmaModel, counted: ClipFlops, num_present: dict[str, int], num_clips: int) -> int:
-    """Return the FLOPs of a teacher's forward pass; a unimodal expert sees only the clips that have its modality."""
-    seen = {name: num_present.get(name, 0) for name in model.modalities}
-    if not any(seen.values()):
-        return 0
-    return counted.forward(seen, num_clips if len(seen) > 1 else sum(seen.values()))
