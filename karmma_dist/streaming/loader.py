@@ -255,8 +255,8 @@ class TrainingClips(_Clips):
             return list(remembered)
         tokens = self._find_tokens(drawn, {} if self._is_taught else self._tokens)
         return [
-            self._replaced_if_damaged(place, part.epoch, found, damage, activity)
-            for place, found in zip(places, tokens, strict=True)
+            self._replaced_if_damaged(place, part.epoch, clip, found, damage, activity)
+            for place, clip, found in zip(places, drawn, tokens, strict=True)
         ]
 
     def _remembered(self, drawn: Sequence[_Drawn], activity: Activity) -> list[Sample] | None:
@@ -300,12 +300,14 @@ class TrainingClips(_Clips):
         return found
 
     def _replaced_if_damaged(
-        self, place: int, epoch: int, tokens: Mapping[str, Tensor], damage: list[Damage], activity: Activity
-    ) -> Sample:
-        """Read the clip at `place`; if it is damaged, the first undamaged one of the order's candidates."""
+        self, place: int, epoch: int, drawn: _Drawn, tokens: Mapping[str, Tensor], damage: list[Damage],
+        activity: Activity,
+    ) -> Sample:  # fmt: skip
+        """Read the clip at `place`, given as `drawn`; if it is damaged, the first undamaged one of the candidates."""
         for candidate in itertools.islice(self._order.candidates(place), _MAX_REPLACEMENTS):
-            clip = self._candidate(place, candidate, epoch)
-            sample = self._read_training(clip, tokens if candidate == place else {}, damage, activity)
+            is_drawn = candidate == place
+            clip = drawn if is_drawn else self._candidate(place, candidate, epoch)
+            sample = self._read_training(clip, tokens if is_drawn else {}, damage, activity)
             if sample is not None:
                 return replace(sample, dropped=self._read_dropped(clip, activity))
         tried = min(_MAX_REPLACEMENTS, len(self.clips))

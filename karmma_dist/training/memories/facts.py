@@ -66,8 +66,9 @@ def open_on_all(field: str, path: Path, make: Callable[[], MemoryHeader], world:
     (header,) = gather([made] if (made := on_main(make_and_open, world)) else [])
     problem = None
     try:
-        with _naming(field, path):
-            open_header(path, header)
+        if not world.is_main:
+            with _naming(field, path):
+                open_header(path, header)
     except UserError as error:
         problem = str(error)
     raise_on_all(problem)
