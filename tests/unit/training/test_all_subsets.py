@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from karmma_dist.cli import main
-from karmma_dist.distributed.process_group import process_group
-from karmma_dist.distributed.world import World, free_port
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.run import validate
 from karmma_dist.memory.contents import read_contents
@@ -45,13 +43,6 @@ def all_subsets(memory: Path, **settings: Any) -> dict[str, Any]:
 def close(run: Recipe, other: Recipe) -> None:
     """Check that two runs learned the same to rounding."""
     torch.testing.assert_close(losses(run), losses(other), rtol=1e-3, atol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    single = World(0, 0, 1, "127.0.0.1", free_port())
-    with process_group(single):
-        yield single
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from karmma_dist.distributed.process_group import process_group
-from karmma_dist.distributed.world import World, free_port
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.run import validate
 from karmma_dist.memory.contents import read_contents
@@ -31,16 +28,9 @@ from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.streaming import loader
 from karmma_dist.training.trainer import train
 from kits.recipes import tiny_recipe
+from kits.students import MODALITIES, lines, weights
 
-MODALITIES = ["video", "flow", "audio"]
 EPOCHS = 4
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    single = World(0, 0, 1, "127.0.0.1", free_port())
-    with process_group(single):
-        yield single
 
 
 def teacher(runs: Path, shards: Path, name: str, memory: dict[str, Any] | None = None, **sections: Any) -> Recipe:
@@ -63,12 +53,7 @@ def teacher(runs: Path, shards: Path, name: str, memory: dict[str, Any] | None =
 def trained(recipe: Recipe, world: World) -> tuple[bytes, list[tuple[float, float]]]:
     """Train; return the weights, and loss and gradient norm of every step."""
     train(recipe, world, validate)
-    return (recipe.run_dir / "weights.safetensors").read_bytes(), [(e["loss"], e["grad_norm"]) for e in lines(recipe)]
-
-
-def lines(run: Recipe) -> list[dict[str, Any]]:
-    entries = map(json.loads, (run.run_dir / "metrics.jsonl").read_text().splitlines())
-    return [entry for entry in entries if entry["kind"] == "train"]
+    return weights(recipe), [(e["loss"], e["grad_norm"]) for e in lines(recipe)]
 
 
 def never_encode(monkeypatch: pytest.MonkeyPatch) -> None:

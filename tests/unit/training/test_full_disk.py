@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from karmma_dist.distributed.process_group import process_group
-from karmma_dist.distributed.world import World, find_world
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.run import validate
 from karmma_dist.io.disk_errors import DiskError
@@ -35,14 +33,6 @@ def recipe_in(folder: Path, shards: Path, **training: Any) -> Recipe:
 
 def weights(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in KEPT}
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """A process group of one rank."""
-    alone = find_world({})
-    with process_group(alone):
-        yield alone
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from karmma_dist.distributed.process_group import process_group
-from karmma_dist.distributed.world import World, free_port
+from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.run import validate
 from karmma_dist.memory import memory as memories
@@ -24,13 +22,6 @@ from karmma_dist.training.engine import Engine
 from karmma_dist.training.trainer import train
 from kits.recipes import tiny_recipe
 from kits.students import EXPERTS, MODALITIES, lines, losses, never_ask, save_teachers, student, weights
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    single = World(0, 0, 1, "127.0.0.1", free_port())
-    with process_group(single):
-        yield single
 
 
 @pytest.fixture(scope="module")
