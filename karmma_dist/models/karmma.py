@@ -278,7 +278,7 @@ class KarmmaModel(nn.Module):
             elif x is not None and num:
                 reduced = self._reduce(modality, x)
             elif self.runs_every_encoder or (self.training and torch.is_grad_enabled()):
-                reduced = self._reduce(modality, self._blank_clip(modality))
+                reduced = self._reduce(modality, self.blank_clip(modality))
             else:
                 continue
             projected = self.projections[modality](reduced)
@@ -290,7 +290,7 @@ class KarmmaModel(nn.Module):
         """
         encoded = None if x is None else self._reduce(modality, x)
         if x is None and source.must_encode:
-            self._reduce(modality, self._blank_clip(modality))
+            self._reduce(modality, self.blank_clip(modality))
         if num:
             return source.complete(encoded)
         return self._like.new_zeros(1, self.num_tokens[modality], self.encoder_width(modality))
@@ -303,7 +303,8 @@ class KarmmaModel(nn.Module):
                 return tokens.mean(dim=1, keepdim=True)
             return tau_average(tokens, self.recipe.tau, self.recipe.grouping)
 
-    def _blank_clip(self, modality: str) -> Tensor:
+    def blank_clip(self, modality: str) -> Tensor:
+        """Return the input of one clip of zeros, (1, ...)."""
         return self._like.new_zeros(1, *input_shape(modality, self.inputs))
 
     def encoder_width(self, modality: str) -> int:

@@ -26,7 +26,6 @@ from karmma_dist.io.files import write_json
 from karmma_dist.io.json_fields import JsonObject, read_json
 from karmma_dist.memory.memory import set_of, sets_of
 from karmma_dist.modalities import MODALITIES
-from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.encoders.transformer import at_least_float32
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import load_model
@@ -227,7 +226,7 @@ def _blank_tokens(member: KarmmaModel) -> tuple[dict[str, Tensor], Tensor]:
 
 def _blank_clip(member: KarmmaModel) -> tuple[dict[str, Tensor], Tensor]:
     """Return the inputs of one all-zero clip with every modality."""
-    inputs = {m: member._like.new_zeros(1, *input_shape(m, member.inputs)) for m in member.modalities}
+    inputs = {m: member.blank_clip(m) for m in member.modalities}
     return inputs, torch.ones(1, len(member.modalities), dtype=torch.bool)
 
 
