@@ -25,6 +25,10 @@ from karmma_dist.terminal import print_line
     "--corrupt", multiple=True, metavar="SENSOR:KIND:SEVERITY",
     help="Also evaluate a broken sensor, e.g. video:blur:3 (severity 1 to 5); 'suite': every kind. May be repeated.",
 )
+@click.option(
+    "--missing", multiple=True, metavar="MODALITY:SHARE",
+    help="Also evaluate with a share of the clips that lacks one modality, e.g. audio:0.5. May be repeated.",
+)
 @click.option("--annotations", type=HomePath(path_type=Path), help="Lists of tail classes and unseen participants.")
 @click.option("--views", help="Average TEMPORALxSPATIAL views of each clip, e.g. 3x1; default: the recipe's.")
 @click.option(
@@ -46,8 +50,8 @@ from karmma_dist.terminal import print_line
 def evaluate(
     context: click.Context, runs: tuple[Path, ...], shards: str | None, split: str | None, drop_prob: float | None,
     modalities: str | None, subsets: bool, sweep: bool, seeds: int, corrupt: tuple[str, ...],
-    annotations: Path | None, views: str | None, predictions: Path | None, submission: tuple[str, Path] | None,
-    sls: str | None, out: Path | None, local: int | None, as_json: bool,
+    missing: tuple[str, ...], annotations: Path | None, views: str | None, predictions: Path | None,
+    submission: tuple[str, Path] | None, sls: str | None, out: Path | None, local: int | None, as_json: bool,
 ) -> None:
     """Evaluate a run (default: the newest finished run) under missing modalities, or compare runs on the same clips.
 
@@ -65,8 +69,8 @@ def evaluate(
     evaluation = evaluate_request(
         Request(
             runs=runs, shards=shards, split=split, drop_prob=drop_prob, modalities=modalities, subsets=subsets,
-            sweep=sweep, num_seeds=seeds, corrupt=corrupt, annotations=annotations, views=views, exports=exports,
-            out=out,
+            sweep=sweep, num_seeds=seeds, corrupt=corrupt, missing=missing, annotations=annotations, views=views,
+            exports=exports, out=out,
         )
     )
     if evaluation is None:

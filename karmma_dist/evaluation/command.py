@@ -59,6 +59,7 @@ class Request:
     sweep: bool = False
     num_seeds: int = 1
     corrupt: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     annotations: Path | None = None
     views: str | None = None
     exports: Exports = field(default_factory=Exports)
@@ -69,7 +70,7 @@ class Request:
         chosen = None if self.modalities is None else parse_modalities(self.modalities, available)
         return build_conditions(
             available, modalities=chosen, drop_prob=self.drop_prob, subsets=self.subsets, sweep=self.sweep,
-            num_seeds=self.num_seeds, corrupt=self.corrupt,
+            num_seeds=self.num_seeds, corrupt=self.corrupt, missing=self.missing,
         )  # fmt: skip
 
     def plans(self) -> dict[Path, Plan]:

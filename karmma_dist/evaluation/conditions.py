@@ -1,8 +1,8 @@
 """Evaluation conditions, and the modalities that each clip keeps under a condition.
 
 A condition is a subset of the modalities and a drop probability. The modalities that a clip loses are a function of
-(seed, clip key, modality) alone, equal for every model, batch size and world size. A condition can also name a sensor
-that is present but broken: see `corruptions`.
+(seed, clip key, modality) alone, equal for every model, batch size and world size. A condition can also name one
+modality that a share of the clips lacks, or a sensor that is present but broken: see `corruptions`.
 
 Legend: B clips, M modalities (columns in the model's order).
 """
@@ -10,6 +10,7 @@ Legend: B clips, M modalities (columns in the model's order).
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,13 +20,48 @@ from torch import Tensor
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.corruptions.kinds import parse_corruption, parse_corruptions
+from karmma_dist.modalities import parse_modalities
 from karmma_dist.modalities import subsets as all_subsets
 from karmma_dist.seeding import uniform
 
 DROP_PROBS: tuple[float, ...] = tuple(tenth / 10 for tenth in range(10))
 """The drop probabilities of a sweep (paper, Fig. 4)."""
 
+_MISSING = re.compile(r"([^\s:,]+):([0-9]{1,3}(?:\.[0-9]{1,15})?)")
+
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MissingShare:
+    """A share of the clips that lacks one modality.
+
+    Raises:
+        UserError: the share is not above 0 and at most 1.
+    """
+
+    modality: str
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"missing {self.modality}:{self.share:g}: the share must lie above 0 and be at most 1")
+
+    def __str__(self) -> str:
+        return f"{self.modality}:{self.share:g}"
+
+    @classmethod
+    def parse(cls, text: str, available: Sequence[str]) -> MissingShare:
+        """Parse `MODALITY:SHARE`, such as `audio:0.5` or `A:0.5`.
+
+        Raises:
+            UserError: the text has another form, the modality is not one of `available`, or the share is out of range.
+        """
+        match = _MISSING.fullmatch(text)
+        if match is None:
+            raise UserError(f"missing '{text}': give a modality and the share of clips that lacks it, as in audio:0.5")
+        (modality,) = parse_modalities(match[1], available)
+        return cls(modality, float(match[2]))
 
 
 @dataclass(frozen=True)
@@ -34,7 +70,8 @@ class Condition:
 
     Raises:
         UserError: no modality is named or one is named twice, the probability lies outside [0, 1], the seed is
-            negative, or the corruption does not exist.
+            negative, the corruption does not exist, or the missing modality is not named, is the only one, or is
+            combined with a drop probability or a corruption.
     """
 
     modalities: tuple[str, ...]
@@ -42,6 +79,18 @@ class Condition:
     seed: int = 0
     corrupt: str | None = None
     """The broken sensor and its failure, such as `video:blur:3`; None: all sensors are intact."""
+    missing: str | None = None
+    """The modality that a share of the clips lacks, such as `audio:0.5`; None: no fixed modality is missing."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the condition consists of modalities and a drop probability only."""
+        return self.corrupt is None and self.missing is None
+
+    @property
+    def missing_share(self) -> MissingShare | None:
+        """The parsed `missing`."""
+        return None if self.missing is None else MissingShare.parse(self.missing, self.modalities)
 
     def __post_init__(self) -> None:
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
@@ -52,6 +101,12 @@ class Condition:
             raise UserError(f"seed {self.seed}: it must not be negative")
         if self.corrupt is not None:
             parse_corruption(self.corrupt)
+        if self.missing_share is None:
+            return
+        if len(self.modalities) == 1:
+            raise UserError(f"missing '{self.missing}': without another modality, no clip can lack it")
+        if self.drop_prob or self.corrupt is not None:
+            raise UserError(f"missing '{self.missing}': not together with a drop probability or a broken sensor")
 
 
 def build_conditions(
@@ -63,6 +118,7 @@ def build_conditions(
     sweep: bool = False,
     num_seeds: int = 1,
     corrupt: Sequence[str] = (),
+    missing: Sequence[str] = (),
 ) -> list[Condition]:
     """Build the conditions of one evaluation from its options, without duplicates, in the order of the report.
 
@@ -74,9 +130,12 @@ def build_conditions(
     `corrupt` repeats all conditions that contain an affected modality, with that sensor broken. If the failure itself
     is random, these are repeated for every seed even if nothing is dropped.
 
+    `missing` adds, to every set of modalities that contains the named one and another, a condition in which a share of
+    the clips lacks it and nothing else is dropped, for every seed.
+
     Raises:
-        UserError: a modality is not available, the probability or number of seeds is out of range, or a corruption
-            does not exist or affects no evaluated modality.
+        UserError: a modality is not available, the probability or number of seeds is out of range, a corruption does
+            not exist or affects no evaluated modality, or a missing modality is the only one of every set.
     """
     if num_seeds < 1:
         raise UserError(f"number of seeds {num_seeds}: it must be at least 1")
@@ -88,8 +147,9 @@ def build_conditions(
     if sweep:
         wanted += [(base, probability) for probability in DROP_PROBS]
     broken = parse_corruptions(corrupt, base)
+    shares = [MissingShare.parse(text, base) for text in missing]
     if all(_drops_nothing(*pair) for pair in wanted):
-        if num_seeds > 1 and not any(corruption.kind.is_random for corruption in broken):
+        if num_seeds > 1 and not shares and not any(corruption.kind.is_random for corruption in broken):
             _logger.warning("%d seeds requested, but no condition drops anything at random: running one", num_seeds)
         if any(probability > 0 for _, probability in wanted):
             _logger.warning("the drop probability has no effect on a single modality: one modality is always kept")
@@ -105,7 +165,25 @@ def build_conditions(
         if set(subset) & set(corruption.modalities)
         for seed in range(num_seeds if corruption.kind.is_random or not _drops_nothing(subset, probability) else 1)
     ]
+    conditions += [
+        Condition(subset, seed=seed, missing=str(share))
+        for share in shares
+        for subset in _sets_with(share, [subset for subset, _ in wanted])
+        for seed in range(num_seeds)
+    ]
     return list(dict.fromkeys(conditions))
+
+
+def _sets_with(missing: MissingShare, sets: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return the distinct sets that contain the modality and another one.
+
+    Raises:
+        UserError: there is none.
+    """
+    chosen = [names for names in dict.fromkeys(sets) if missing.modality in names and len(names) > 1]
+    if not chosen:
+        raise UserError(f"missing '{missing}': without another modality, no clip can lack it")
+    return chosen
 
 
 def keep(condition: Condition, keys: Sequence[str], present_BM: Tensor, modalities: Sequence[str]) -> Tensor:
@@ -116,6 +194,9 @@ def keep(condition: Condition, keys: Sequence[str], present_BM: Tensor, modaliti
     the largest u is kept. Given that all u lie below, the largest is a uniform choice, so the distribution equals
     independent drops where an empty draw is replaced by one random modality (the paper's protocol). The masks are
     nested: a modality dropped at 0.3 is also dropped at 0.4, so curves over the drop probability vary less.
+
+    A modality that a share of the clips lacks is taken from the clips whose u lies below the share, unless they have no
+    other modality. These clips are nested in the same way: a clip that lacks audio at 0.3 also lacks it at 0.4.
 
     A clip that has none of the condition's modalities keeps none: it cannot be evaluated under this condition.
 
@@ -131,9 +212,15 @@ def keep(condition: Condition, keys: Sequence[str], present_BM: Tensor, modaliti
     _in_order(condition.modalities, modalities)
     named_M = torch.tensor([name in condition.modalities for name in modalities], device=present_BM.device)
     eligible_BM = present_BM & named_M
-    if condition.drop_prob == 0:
+    missing = condition.missing_share
+    if condition.drop_prob == 0 and missing is None:
         return eligible_BM
     uniforms_BM = _uniforms(condition.seed, tuple(keys), tuple(modalities)).to(present_BM.device)
+    if missing is not None:
+        column = list(modalities).index(missing.modality)
+        lacks_B = (uniforms_BM[:, column] < missing.share) & (eligible_BM.sum(dim=1) > 1)
+        eligible_BM[:, column] &= ~lacks_B
+        return eligible_BM
     last_B = uniforms_BM.masked_fill(~eligible_BM, -1.0).argmax(dim=1)
     is_last_BM = torch.nn.functional.one_hot(last_B, len(modalities)).bool()
     return eligible_BM & ((uniforms_BM >= condition.drop_prob) | is_last_BM)

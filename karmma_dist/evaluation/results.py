@@ -65,10 +65,22 @@ class ResultRow:
     """95 % intervals of the figures that have one; None if the figure is None."""
     group_sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Number of shown clips in each group ("tail", "unseen"), by action and head."""
+    missing: str | None = None
+    """The modality that a share of the clips lacks, such as `audio:0.5`; None: no fixed modality is missing."""
+
+    @property
+    def condition(self) -> Condition:
+        """The condition of the row."""
+        return Condition(self.modalities, self.drop_prob, self.seed, self.corrupt, self.missing)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object: every figure is followed by its interval and preceded by the size of its group."""
+        """Return the JSON object: every figure is followed by its interval and preceded by the size of its group.
+
+        `missing` is left out if it is None.
+        """
         row: dict[str, Any] = as_json({name: getattr(self, name) for name in _ROW_FIELDS})
+        if self.missing is None:
+            del row["missing"]
         waiting = list(self.group_sizes)
         for name, value in self.figures.items():
             group = find_figure(name).metric.group

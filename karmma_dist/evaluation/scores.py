@@ -267,6 +267,7 @@ def _row(condition: Condition, modalities: list[str], clips: _Clips, k: int) -> 
         drop_prob=condition.drop_prob,
         seed=condition.seed,
         corrupt=condition.corrupt,
+        missing=condition.missing,
         num_clips=int(shown_N.sum()),
         num_without=int((~shown_N).sum()),
         num_present=_count(clips.present_NM[shown_N], modalities),

@@ -1,7 +1,7 @@
 """Figures over the rows of one model, and the ranking of several models.
 
 They are the averages over subsets, the relative drop, the curve over the drop probability, and the average rank among
-models. All of them leave out rows with a broken sensor.
+models. All of them use the plain rows only: those without a broken sensor or a modality that a share of clips lacks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Subset = tuple[str, ...]
 
 
 def summarise(rows: Sequence[ResultRow]) -> tuple[list[int], SubsetSummary | None, DropCurve | None]:
-    """Return the seeds, the figures over subsets, and the drop curve; None for what the intact rows do not contain.
+    """Return the seeds, the figures over subsets, and the drop curve; None for what the plain rows do not contain.
 
     * Subsets use the rows at the lowest drop probability with several subsets, averaged over seeds first. They have
       `average` (over all subsets, including the full set) and `relative_drop` (loss against the full set in percent,
@@ -47,22 +47,20 @@ def _percentages(rows: Sequence[ResultRow]) -> tuple[list[str], list[str]]:
     return [figure.name for figure in percentages if figure.name not in errors], errors
 
 
-def intact_rows(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """Return the rows in which no sensor is broken."""
-    return [row for row in rows if row.corrupt is None]
+def plain_rows(rows: Iterable[ResultRow]) -> list[ResultRow]:
+    """Return the rows whose conditions consist of modalities and a drop probability only."""
+    return [row for row in rows if row.condition.is_plain]
 
 
-def rows_of(
-    rows: Iterable[ResultRow], modalities: Sequence[str], drop_prob: float, corrupt: str | None = None
-) -> list[ResultRow]:
-    """Return the rows of one condition, one per seed."""
-    wanted = (tuple(modalities), drop_prob, corrupt)
-    return [row for row in rows if (row.modalities, row.drop_prob, row.corrupt) == wanted]
+def rows_of(rows: Iterable[ResultRow], modalities: Sequence[str], drop_prob: float) -> list[ResultRow]:
+    """Return the plain rows of one set of modalities and drop probability, one per seed."""
+    wanted = (tuple(modalities), drop_prob)
+    return [row for row in plain_rows(rows) if (row.modalities, row.drop_prob) == wanted]
 
 
 def fullest(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Return the intact rows (one per seed) with the lowest drop probability, and among them the most modalities."""
-    rows = intact_rows(rows)
+    """Return the plain rows (one per seed) with the lowest drop probability, and among them the most modalities."""
+    rows = plain_rows(rows)
     first = min(rows, key=lambda row: (row.drop_prob, -len(row.modalities)), default=None)
     return [] if first is None else rows_of(rows, first.modalities, first.drop_prob)
 
@@ -79,7 +77,7 @@ def interval_of(rows: Sequence[ResultRow], name: str = METRIC) -> Interval | Non
 
 def by_subset(rows: Sequence[ResultRow]) -> tuple[float, dict[Subset, list[ResultRow]]] | None:
     """Return the lowest drop probability at which several subsets were evaluated, and its rows per subset."""
-    rows = intact_rows(rows)
+    rows = plain_rows(rows)
     for probability in sorted({row.drop_prob for row in rows}):
         groups: dict[Subset, list[ResultRow]] = {}
         for row in rows:
@@ -93,7 +91,7 @@ def by_subset(rows: Sequence[ResultRow]) -> tuple[float, dict[Subset, list[Resul
 def by_drop_prob(rows: Sequence[ResultRow]) -> tuple[Subset, dict[float, list[ResultRow]]] | None:
     """Return the modalities evaluated at the most drop probabilities (at least two), and their rows per probability."""
     groups: dict[Subset, dict[float, list[ResultRow]]] = {}
-    for row in intact_rows(rows):
+    for row in plain_rows(rows):
         groups.setdefault(row.modalities, {}).setdefault(row.drop_prob, []).append(row)
     swept = max(groups, key=lambda names: (len(groups[names]), len(names)), default=None)
     if swept is None or len(groups[swept]) < 2:
@@ -107,7 +105,7 @@ def subset_rows(models: Mapping[str, Results]) -> tuple[float, dict[str, dict[Su
     probability = min((group[0] for group in grouped.values() if group is not None), default=0.0)
     rows: dict[str, dict[Subset, list[ResultRow]]] = {name: {} for name in models}
     for name, results in models.items():
-        for row in intact_rows(results.rows):
+        for row in plain_rows(results.rows):
             if row.drop_prob == probability:
                 rows[name].setdefault(row.modalities, []).append(row)
     return probability, rows
@@ -134,8 +132,17 @@ def by_corruption(rows: Iterable[ResultRow], condition: tuple[Subset, float]) ->
     """Return the rows (one per seed) of one condition by corruption; the first key is None, for intact sensors."""
     groups: dict[str | None, list[ResultRow]] = {None: []}
     for row in rows:
-        if (row.modalities, row.drop_prob) == condition:
+        if (row.modalities, row.drop_prob) == condition and row.missing is None:
             groups.setdefault(row.corrupt, []).append(row)
+    return groups
+
+
+def by_missing(rows: Iterable[ResultRow]) -> dict[tuple[Subset, str], list[ResultRow]]:
+    """Return the rows (one per seed) in which a share of the clips lacks one modality, by modalities and `missing`."""
+    groups: dict[tuple[Subset, str], list[ResultRow]] = {}
+    for row in rows:
+        if row.missing is not None:
+            groups.setdefault((row.modalities, row.missing), []).append(row)
     return groups
 
 

@@ -69,16 +69,18 @@ def conditions(evaluate: Evaluate, available: Sequence[str]) -> list[Condition]:
     """Return the conditions for a model with the modalities `available`; all modalities present is always included."""
     names = evaluate.modalities
     shown = None if names is None else parse_modalities(",".join(names), available)
+    used = shown or tuple(available)
+    shares = [share for share in evaluate.missing_shares if share.modality in used and len(used) > 1]
     built = build_conditions(
-        available, modalities=shown, subsets=evaluate.subsets, sweep=evaluate.sweep and len(shown or available) > 1,
-        num_seeds=evaluate.drop_seeds if evaluate.sweep else 1,
+        available, modalities=shown, subsets=evaluate.subsets, sweep=evaluate.sweep and len(used) > 1,
+        num_seeds=evaluate.drop_seeds if evaluate.sweep or shares else 1, missing=list(map(str, shares)),
     )  # fmt: skip
-    return list(dict.fromkeys([*built, Condition(shown or tuple(available))]))
+    return list(dict.fromkeys([*built, Condition(used)]))
 
 
 def write_outcomes(path: Path, outcomes: ClipResults) -> None:
     """Write the results per clip, whole or not at all."""
-    listed = json.dumps([asdict(condition) for condition in outcomes.conditions])
+    listed = json.dumps([_without_missing(asdict(condition)) for condition in outcomes.conditions])
     arrays: dict[str, Any] = {f"ranks_{name}": ranks_NK for name, ranks_NK in outcomes.ranks.items()}
     arrays |= {"keys": np.array(outcomes.keys), "conditions": np.array(listed)}
 
@@ -90,10 +92,16 @@ def write_outcomes(path: Path, outcomes: ClipResults) -> None:
     write_whole(path, write)
 
 
+def _without_missing(condition: dict[str, Any]) -> dict[str, Any]:
+    """Return the condition without a `missing` of None, as in results.json."""
+    return {name: value for name, value in condition.items() if name != "missing" or value is not None}
+
+
 def _condition(fields: JsonObject) -> Condition:
     corrupt = None if fields.is_null("corrupt") else fields.text("corrupt")
+    missing = fields.text("missing") if "missing" in fields else None
     drop_prob = float(fields.number("drop_prob"))
-    return Condition(tuple(fields.texts("modalities")), drop_prob, fields.whole("seed"), corrupt)
+    return Condition(tuple(fields.texts("modalities")), drop_prob, fields.whole("seed"), corrupt, missing)
 
 
 def read_outcomes(path: Path) -> ClipResults:

@@ -186,13 +186,15 @@ def figure_of(column: Column) -> Figure:
         return _fall
     if column.drop_prob is not None:
         return lambda top1_DK, conditions: _curve(top1_DK, conditions).get(column.drop_prob or 0.0, _none(top1_DK))
+    if column.missing is not None:
+        return lambda top1_DK, conditions: _of_missing(top1_DK, conditions, str(column.missing))
     return lambda top1_DK, conditions: _of_subset(top1_DK, conditions, column.subset or _full(conditions))
 
 
 def curve_points(conditions: Sequence[Condition]) -> list[float]:
     """Return the drop probabilities at which the full set of modalities was evaluated."""
     full = _full(conditions)
-    return sorted({condition.drop_prob for condition in conditions if condition.modalities == full})
+    return sorted({c.drop_prob for c in conditions if c.modalities == full and c.is_plain})
 
 
 def paired_t(differences: Sequence[float]) -> float | None:
@@ -263,7 +265,7 @@ def _full(conditions: Sequence[Condition]) -> tuple[str, ...]:
 
 def _subsets(conditions: Sequence[Condition]) -> dict[tuple[str, ...], int]:
     """Return the column of each subset without random drops."""
-    return {c.modalities: k for k, c in enumerate(conditions) if c.drop_prob == 0 and c.corrupt is None}
+    return {c.modalities: k for k, c in enumerate(conditions) if c.drop_prob == 0 and c.is_plain}
 
 
 def _none(top1_DK: np.ndarray) -> np.ndarray:
@@ -273,6 +275,13 @@ def _none(top1_DK: np.ndarray) -> np.ndarray:
 def _of_subset(top1_DK: np.ndarray, conditions: Sequence[Condition], subset: tuple[str, ...]) -> np.ndarray:
     place = _subsets(conditions).get(subset)
     return _none(top1_DK) if place is None else top1_DK[:, place]
+
+
+def _of_missing(top1_DK: np.ndarray, conditions: Sequence[Condition], missing: str) -> np.ndarray:
+    """Return the mean over the random draws in which a share of the clips lacks one modality."""
+    full = _full(conditions)
+    places = [k for k, c in enumerate(conditions) if (c.modalities, c.missing) == (full, missing)]
+    return _mean([top1_DK[:, k] for k in places], top1_DK)
 
 
 def _mean(columns: Sequence[np.ndarray], top1_DK: np.ndarray) -> np.ndarray:
@@ -297,7 +306,7 @@ def _curve(top1_DK: np.ndarray, conditions: Sequence[Condition]) -> dict[float, 
     full = _full(conditions)
     places: dict[float, list[int]] = {}
     for k, condition in enumerate(conditions):
-        if condition.modalities == full and condition.corrupt is None:
+        if condition.modalities == full and condition.is_plain:
             places.setdefault(condition.drop_prob, []).append(k)
     return {p: _mean([top1_DK[:, k] for k in columns], top1_DK) for p, columns in sorted(places.items())}
 

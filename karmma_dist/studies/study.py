@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from karmma_dist.errors import UserError, nearest
+from karmma_dist.evaluation.conditions import MissingShare
 from karmma_dist.evaluation.metrics import ACTION, find_figure, known_figure, metric_table
 from karmma_dist.io.named_file import find_file
-from karmma_dist.modalities import LETTERS
+from karmma_dist.modalities import LETTERS, MODALITIES
 from karmma_dist.settings import PathText, Positive, Settings, load_settings
 
 FOLDER = "studies"
@@ -37,6 +38,7 @@ OVER = ("average", "relative drop", "area", "fall")
 """Figures over several conditions."""
 
 _DROP = re.compile(r"drop (0(?:\.\d+)?|1(?:\.0+)?)")
+_MISSING = re.compile(r"missing (\S+)")
 
 Seeds = Annotated[int, Field(gt=0, le=1000)]
 """A number of seeds, each of which is a training or an evaluation."""
@@ -54,8 +56,9 @@ class Column(Settings):
     `fusion_memory_unfused` of the same with attention that materializes its weight matrix."""
     at: str = "all"
     """Modalities present: `all` of the model, a subset such as `V+F`, or `drop 0.5`: each is dropped with that
-    probability. Figures over several conditions: `average` over all subsets, `relative drop` (average loss of the
-    proper subsets against the full set, in percent of it), `area` and `fall` of the curve over the drop probability."""
+    probability; or `missing A:0.5`: that share of the clips lacks the modality. Figures over several conditions:
+    `average` over all subsets, `relative drop` (average loss of the proper subsets against the full set, in percent of
+    it), `area` and `fall` of the curve over the drop probability."""
     tested: bool = False
     """True if rows are tested against each other on this column. If no column sets it, the first accuracy is tested."""
 
@@ -78,6 +81,12 @@ class Column(Settings):
         return None if match is None else float(match[1])
 
     @property
+    def missing(self) -> MissingShare | None:
+        """Missing modality of `missing A:0.5`; None for other columns."""
+        match = _MISSING.fullmatch(self.at)
+        return None if match is None else MissingShare.parse(match[1], tuple(MODALITIES))
+
+    @property
     def subset(self) -> tuple[str, ...] | None:
         """Modalities of a subset such as `V+F`; None for other columns."""
         parts = self.at.split("+")
@@ -91,11 +100,15 @@ class Column(Settings):
                 f"column '{self.name}': metric '{self.metric}' is neither an accuracy ({', '.join(accuracies)}, or of "
                 f"a head) nor a cost ({', '.join(COSTS)}){nearest(self.metric, [*COSTS, *accuracies])}"
             )
+        try:
+            is_drawn = self.drop_prob is not None or self.missing is not None
+        except UserError as error:
+            raise ValueError(f"column '{self.name}': {error}") from None
         is_condition = self.at == "all" or self.subset is not None
-        if not is_condition and (self.is_cost or (self.at not in OVER and self.drop_prob is None)):
+        if not is_condition and (self.is_cost or (self.at not in OVER and not is_drawn)):
             raise ValueError(
                 f"column '{self.name}': at '{self.at}' is not 'all', a subset such as V+F"
-                + ("" if self.is_cost else f", 'drop 0.5', or one of {', '.join(OVER)}")
+                + ("" if self.is_cost else f", 'drop 0.5', 'missing A:0.5', or one of {', '.join(OVER)}")
             )
         if self.is_cost and self.tested:
             raise ValueError(f"column '{self.name}': a cost does not vary, so it cannot be tested: remove 'tested'")
@@ -130,10 +143,27 @@ class Evaluate(Settings):
     """True to evaluate every subset of the modalities."""
     sweep: bool = False
     """True to evaluate the drop probabilities 0.0, 0.1, ... 0.9 and to plot them."""
+    missing: list[str] = []
+    """Modalities that a share of the clips lacks, such as `A:0.5`: each is a condition of its own."""
     drop_seeds: Seeds = 3
-    """Number of random draws per drop probability."""
+    """Number of random draws per drop probability and missing share."""
     modalities: list[str] | None = None
     """Letters or names of the modalities shown to the models; None: all modalities of each model."""
+
+    @property
+    def missing_shares(self) -> list[MissingShare]:
+        """The parsed `missing`."""
+        return [MissingShare.parse(text, tuple(MODALITIES)) for text in self.missing]
+
+    @field_validator("missing")
+    @classmethod
+    def _is_known(cls, missing: list[str]) -> list[str]:
+        for text in missing:
+            try:
+                MissingShare.parse(text, tuple(MODALITIES))
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return missing
 
 
 class Study(Settings):
@@ -211,6 +241,8 @@ class Study(Settings):
         needs_subsets = column.at in ("average", "relative drop") or column.subset is not None
         if needs_subsets and not self.evaluate.subsets:
             raise ValueError(f"column '{column.name}': at '{column.at}' needs evaluate.subsets: true")
+        if column.missing is not None and column.missing not in self.evaluate.missing_shares:
+            raise ValueError(f"column '{column.name}': at '{column.at}' needs evaluate.missing: [{column.missing}]")
         if (column.at in ("area", "fall") or column.drop_prob is not None) and not self.evaluate.sweep:
             raise ValueError(f"column '{column.name}': at '{column.at}' needs evaluate.sweep: true")
 

@@ -25,7 +25,7 @@ def row_of(
     """Return a row whose clips all have every modality of the model."""
     clips = dict.fromkeys(modalities, num_clips)
     names = (condition.modalities, condition.drop_prob, condition.seed, condition.corrupt)
-    return ResultRow(*names, num_clips, 0, clips, clips, figures)
+    return ResultRow(*names, num_clips, 0, clips, clips, figures, missing=condition.missing)
 
 
 def random_results(

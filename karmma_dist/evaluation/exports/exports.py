@@ -66,7 +66,7 @@ class Exports:
         if len(conditions) != 1:
             raise UserError(
                 f"--submission {name}: the file holds the predictions of one condition, not of {len(conditions)}: "
-                "leave out --subsets and --sweep, and give one seed"
+                "leave out --subsets, --sweep and --missing, and give one seed"
             )
 
     def check_clips(self, clips: Sequence[Clip], modalities: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ conditions, M modalities, R pairs of a clip and a mask, C classes:
     condition_modalities (K, M) bool    the condition names the modality
     condition_drop_prob (K,)  float64
     condition_seed      (K,)  int64
+    condition_missing   (K,)  str       modality that a share of the clips lacks, such as "audio:0.5"; "" = none
     prediction          (N, K) int64    row of the arrays below, -1 = the clip has none of the condition's modalities
     clip                (R,)  int64     row of `keys`
     mask                (R,)  uint8     bit m set = modality m was used
@@ -29,7 +30,7 @@ without a prediction are only in the `.npz`:
     key             string
     present         list<string>    modalities of the clip in the dataset
     modalities      list<string>    modalities that were used: the mask
-    conditions      list<struct<modalities: list<string>, drop_prob: double, seed: int64>>
+    conditions      list<struct<modalities: list<string>, drop_prob: double, seed: int64, missing: string>>
                                     all conditions that leave the clip with this mask
     label_HEAD      int64           class, -1 = unlabelled
     log_probs_HEAD  fixed_size_list<float>[C]
@@ -206,6 +207,7 @@ def _write_npz(predictions: Predictions, path: Path) -> None:
         "condition_modalities": np.array([[m in c.modalities for m in predictions.modalities] for c in conditions]),
         "condition_drop_prob": np.array([condition.drop_prob for condition in conditions], dtype=np.float64),
         "condition_seed": np.array([condition.seed for condition in conditions], dtype=np.int64),
+        "condition_missing": np.array([condition.missing or "" for condition in conditions]),
         "prediction": predictions.prediction_NK,
         "clip": predictions.clip_R,
         "mask": predictions.mask_R,
@@ -219,7 +221,10 @@ def _write_npz(predictions: Predictions, path: Path) -> None:
 def _write_parquet(predictions: Predictions, path: Path) -> None:
     pyarrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
     names, texts = predictions.modalities, pyarrow.list_(pyarrow.string())
-    condition = pyarrow.struct([("modalities", texts), ("drop_prob", pyarrow.float64()), ("seed", pyarrow.int64())])
+    condition = pyarrow.struct(
+        [("modalities", texts), ("drop_prob", pyarrow.float64()), ("seed", pyarrow.int64()),
+         ("missing", pyarrow.string())]
+    )  # fmt: skip
     used = [[m for bit, m in enumerate(names) if mask >> bit & 1] for mask in predictions.mask_R.tolist()]
     present = [list(itertools.compress(names, present_M)) for present_M in predictions.present_NM]
     columns = {
@@ -238,7 +243,8 @@ def _write_parquet(predictions: Predictions, path: Path) -> None:
 def _conditions_of_rows(predictions: Predictions) -> list[list[dict[str, Any]]]:
     """Return the conditions that refer to each of the R predictions."""
     described = [
-        {"modalities": list(condition.modalities), "drop_prob": condition.drop_prob, "seed": condition.seed}
+        {"modalities": list(condition.modalities), "drop_prob": condition.drop_prob, "seed": condition.seed,
+         "missing": condition.missing}
         for condition in predictions.conditions
     ]
     conditions: list[list[dict[str, Any]]] = [[] for _ in predictions.clip_R]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from karmma_dist.errors import UserError
-from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.results import ResultRow, Results
 from karmma_dist.evaluation.statistics.compare import Comparison
 from karmma_dist.evaluation.summary import broken_condition
@@ -61,7 +60,7 @@ def condense(content: ReportContent) -> ReportContent:
     comparison = content.comparison
     if comparison is not None:
         note += ", and comparison.json their paired tests"
-        shown = {condition_of(row) for results in models.values() for row in results.rows}
+        shown = {row.condition for results in models.values() for row in results.rows}
         comparison = replace(
             comparison,
             pairs=[
@@ -78,8 +77,3 @@ def kept_rows(results: Results) -> list[ResultRow]:
     if condition is None or sum(row.corrupt is not None for row in results.rows) <= MOST_BROKEN:
         return results.rows
     return [row for row in results.rows if row.corrupt is None or (row.modalities, row.drop_prob) == condition]
-
-
-def condition_of(row: ResultRow) -> Condition:
-    """Return the condition of a row."""
-    return Condition(row.modalities, row.drop_prob, row.seed, row.corrupt)

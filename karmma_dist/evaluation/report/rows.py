@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.metrics import ACTION, Figure, find_figure
-from karmma_dist.evaluation.report.content import condition_of, kept_rows
+from karmma_dist.evaluation.report.content import kept_rows
 from karmma_dist.evaluation.report.model import NONE, Cell, Section, Table, TableLine, best_cells, interval, percent
 from karmma_dist.evaluation.report.sentences import Models, fullest_name
 from karmma_dist.evaluation.results import ResultRow, Results
@@ -56,7 +56,7 @@ def clips_behind(models: Models) -> Section:
     for name, results in models.items():
         for row in results.rows:
             counts = [count for modality in modalities for count in _used_dropped_lacking(row, modality)]
-            line = (*condition_cells(condition_of(row)), f"{row.num_clips:,}", *counts)
+            line = (*condition_cells(row.condition), f"{row.num_clips:,}", *counts)
             models_by_line.setdefault(line, []).append(name)
     body = [
         [*line, "all models" if 1 < len(models) == len(names) else ", ".join(names)]
@@ -106,7 +106,7 @@ def _is_for_terminal(figure: Figure) -> bool:
 
 def _row_cells(row: ResultRow) -> list[str]:
     """Return condition and counts of a row, in the order of `_ROW_COLUMNS`."""
-    return [*condition_cells(condition_of(row)), f"{row.num_clips:,}", f"{row.num_without:,}"]
+    return [*condition_cells(row.condition), f"{row.num_clips:,}", f"{row.num_without:,}"]
 
 
 def _rows_table(name: str, rows: Sequence[ResultRow], figures: Sequence[Figure]) -> Table:
@@ -121,9 +121,11 @@ def _figure_cell(row: ResultRow, name: str) -> Cell:
 
 
 def condition_cells(condition: Condition) -> list[str]:
-    """Return the cells of a condition: modalities and broken sensor, drop probability in percent, seed."""
-    broken = "" if condition.corrupt is None else f" {condition.corrupt}"
-    return [letters(condition.modalities) + broken, f"{100 * condition.drop_prob:g}", f"{condition.seed}"]
+    """Return the cells of a condition: modalities and what fails, drop probability in percent, seed."""
+    failing = "" if condition.corrupt is None else f" {condition.corrupt}"
+    if condition.missing is not None:
+        failing = f" missing {condition.missing}"
+    return [letters(condition.modalities) + failing, f"{100 * condition.drop_prob:g}", f"{condition.seed}"]
 
 
 def condition_name(modalities: Sequence[str], drop_prob: float) -> str:

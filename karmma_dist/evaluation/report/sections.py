@@ -1,6 +1,7 @@
 """The sections of an evaluation's report: the tables, pictures and sentences made from the results.
 
-Rows with a broken sensor (`corrupt` is set) appear in their own sections and in the table of all rows, nowhere else.
+Rows with a broken sensor, and those in which a share of the clips lacks one modality, appear in their own sections
+(see `failures`) and in the tables of all rows and tests, nowhere else.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from karmma_dist.evaluation import metrics
-from karmma_dist.evaluation.corruptions.kinds import NUM_SEVERITIES, parse_corruption
 from karmma_dist.evaluation.metrics import ACTION, Figure
+from karmma_dist.evaluation.report.cells import capitalised, cells_of, extremes, interval_note, point_of, summary_cells
 from karmma_dist.evaluation.report.content import ReportContent
+from karmma_dist.evaluation.report.failures import broken_sensors, missing_shares
 from karmma_dist.evaluation.report.model import (
     NONE,
     Cell,
@@ -26,8 +27,8 @@ from karmma_dist.evaluation.report.model import (
     p_value,
     percent,
 )
-from karmma_dist.evaluation.report.plots import Line, Point, bar_figure, line_figure, panel_figure
-from karmma_dist.evaluation.report.rows import clips_behind, condition_cells, condition_name, every_figure, every_row
+from karmma_dist.evaluation.report.plots import Line, Point, bar_figure, line_figure
+from karmma_dist.evaluation.report.rows import clips_behind, condition_cells, every_figure, every_row
 from karmma_dist.evaluation.report.sentences import (
     FALL,
     FIGURE_NAMES,
@@ -38,24 +39,20 @@ from karmma_dist.evaluation.report.sentences import (
     result_sentences,
     verdicts,
 )
-from karmma_dist.evaluation.results import DropCurve, Interval, ResultRow, Results, SubsetSummary
+from karmma_dist.evaluation.results import DropCurve, ResultRow, Results
 from karmma_dist.evaluation.statistics.compare import Comparison, ConditionTest, FigureTest
 from karmma_dist.evaluation.summary import (
     LEVEL,
     METRIC,
     Subset,
-    broken_condition,
-    by_corruption,
     fullest,
-    interval_of,
-    mean_over_seeds,
     model_ranks,
     rows_of,
     subset_rows,
 )
 from karmma_dist.modalities import letters
 
-CURVE_PLOT, SUBSET_PLOT, CORRUPTION_PLOT = "drop_curve.png", "subsets.png", "corruptions.png"
+CURVE_PLOT, SUBSET_PLOT = "drop_curve.png", "subsets.png"
 
 
 def evaluation_page(content: ReportContent) -> Page:
@@ -66,6 +63,7 @@ def evaluation_page(content: ReportContent) -> Page:
         at_a_glance(models),
         missing_at_random(models),
         subsets_section(models),
+        missing_shares(models),
         *broken_sensors(models),
         Section("findings", "Findings", result_sentences(models, comparison)),
         *([] if comparison is None else differences(comparison)),
@@ -113,22 +111,22 @@ def at_a_glance(models: Models) -> Section:
     """Return one line per model with the figures by which models are compared."""
     subsets = [results.summary.subsets for results in models.values()]
     curves = [results.summary.drop_curve for results in models.values()]
-    columns = {fullest_name(models): _cells([_point(fullest(results.rows)) for results in models.values()])}
+    columns = {fullest_name(models): cells_of([point_of(fullest(results.rows)) for results in models.values()])}
     if any(subsets):
-        columns["average over subsets"] = _summary_cells(subsets, "average")
-        columns["relative drop (%)"] = _summary_cells(subsets, "relative_drop", lower_is_better=True)
+        columns["average over subsets"] = summary_cells(subsets, "average")
+        columns["relative drop (%)"] = summary_cells(subsets, "relative_drop", lower_is_better=True)
         if len(models) > 1:
             columns["average rank"] = best_cells(list(model_ranks(models).values()), lower_is_better=True)
     if any(curves):
-        columns["mean over drop probabilities"] = _summary_cells(curves, "area")
-        columns["fall (points)"] = _summary_cells(curves, "fall", lower_is_better=True)
-        columns["fall (% of initial value)"] = _summary_cells(curves, "relative_fall", lower_is_better=True)
+        columns["mean over drop probabilities"] = summary_cells(curves, "area")
+        columns["fall (points)"] = summary_cells(curves, "fall", lower_is_better=True)
+        columns["fall (% of initial value)"] = summary_cells(curves, "relative_fall", lower_is_better=True)
     body: list[TableLine] = [
         [name, *(cells[place] for cells in columns.values())] for place, name in enumerate(models)
     ]
     caption = "Relative drop: loss against the largest subset, averaged over the smaller ones. Best values are in bold."
     heading = compared_heading()
-    table = Table(f"{_capital(heading)} of each model", [f"{heading} (%)", *columns], body,
+    table = Table(f"{capitalised(heading)} of each model", [f"{heading} (%)", *columns], body,
                   caption=caption if any(subsets) else "")  # fmt: skip
     return Section("glance", "At a glance", tables=[table])
 
@@ -175,22 +173,22 @@ def subsets_section(models: Models) -> Section:
         [
             letters(subset),
             _clip_counts([row for groups in rows.values() for row in groups.get(subset, [])]),
-            *_cells([_point(groups.get(subset, [])) for groups in rows.values()]),
+            *cells_of([point_of(groups.get(subset, [])) for groups in rows.values()]),
         ]
         for subset in subsets
     ]
     summaries = [results.summary.subsets for results in models.values()]
     foot: list[TableLine] = [
-        ["average over subsets", "", *_summary_cells(summaries, "average")],
-        ["average relative drop (%)", "", *_summary_cells(summaries, "relative_drop", lower_is_better=True)],
+        ["average over subsets", "", *summary_cells(summaries, "average")],
+        ["average relative drop (%)", "", *summary_cells(summaries, "relative_drop", lower_is_better=True)],
     ]
     if len(models) > 1:
         ranks = list(model_ranks(models).values())
         foot.append(["average rank", "", *best_cells(ranks, lower_is_better=True)])
     suffix, heading = f" at drop probability {probability:g}" if probability else "", compared_heading()
     caption = "A clip that has none of a subset's modalities cannot be shown to a model; it is counted as “without”."
-    table = Table(f"{_capital(heading)} per subset{suffix}", ["present", "clips", *models], body, foot,
-                  caption=caption + _interval_note(models))  # fmt: skip
+    table = Table(f"{capitalised(heading)} per subset{suffix}", ["present", "clips", *models], body, foot,
+                  caption=caption + interval_note(models))  # fmt: skip
     return Section("subsets", f"Subsets of the modalities{suffix}: {heading} (%)", tables=[table], short="Subsets")
 
 
@@ -199,13 +197,15 @@ def subset_picture(models: Models) -> Picture | None:
     probability, rows, subsets = _subsets(models)
     if len(subsets) < 2:
         return None
-    points = {name: {letters(subset): _point(groups[subset]) for subset in subsets if subset in groups}
+    points = {name: {letters(subset): point_of(groups[subset]) for subset in subsets if subset in groups}
               for name, groups in rows.items()}  # fmt: skip
     suffix, label = f" at drop probability {probability:g}" if probability else "", f"{compared_heading()} (%)"
     return Picture(
         SUBSET_PLOT,
-        f"{_capital(compared_heading())} per subset of the modalities{suffix}",
-        " ".join(_range(name, {group: point.value for group, point in bars.items()}) for name, bars in points.items()),
+        f"{capitalised(compared_heading())} per subset of the modalities{suffix}",
+        " ".join(
+            extremes(name, {group: point.value for group, point in bars.items()}) for name, bars in points.items()
+        ),
         lambda: bar_figure(points, "modalities present", label),
     )
 
@@ -219,15 +219,15 @@ def missing_at_random(models: Models) -> Section:
     ]
     summaries = list(curves.values())
     foot: list[TableLine] = [
-        ["mean height (area)", *_summary_cells(summaries, "area")],
-        ["fall (points)", *_summary_cells(summaries, "fall", lower_is_better=True)],
-        ["fall (% of initial value)", *_summary_cells(summaries, "relative_fall", lower_is_better=True)],
+        ["mean height (area)", *summary_cells(summaries, "area")],
+        ["fall (points)", *summary_cells(summaries, "fall", lower_is_better=True)],
+        ["fall (% of initial value)", *summary_cells(summaries, "relative_fall", lower_is_better=True)],
     ]
     has_seeds = any(curve.num_seeds > 1 for curve in summaries)
     deviation = " ± is the standard deviation over the seeds." if has_seeds else ""
     columns = ["drop probability (%)", *(f"{name} ({letters(curve.modalities)})" for name, curve in curves.items())]
     table = Table(
-        f"{_capital(compared_heading())} per drop probability", columns, body, foot,
+        f"{capitalised(compared_heading())} per drop probability", columns, body, foot,
         caption=f"At least one modality of each clip is kept.{deviation}{_band_note(models)}",
     )  # fmt: skip
     heading = f"Modalities missing at random: {compared_heading()} (%)"
@@ -250,58 +250,14 @@ def curve_picture(models: Models) -> Picture | None:
     label = f"{compared_heading()} (%)"
     return Picture(
         CURVE_PLOT,
-        f"{_capital(compared_heading())} over the probability that a modality is missing at inference",
-        " ".join(_range(name, {f"{x:g} %": point.value for x, point in line.items()}) for name, line in lines.items()),
+        f"{capitalised(compared_heading())} over the probability that a modality is missing at inference",
+        " ".join(
+            extremes(name, {f"{x:g} %": point.value for x, point in line.items()}) for name, line in lines.items()
+        ),
         lambda: line_figure(
             lines, "probability that a modality is missing (%)", label, (f"chance ({chance:.2g} %)", chance)
         ),
     )
-
-
-def broken_sensors(models: Models) -> list[Section]:
-    """Return the cost of each corruption under each model's fullest condition and, folded, under the others."""
-    fullest_conditions = {name: broken_condition(results) for name, results in models.items()}
-    conditions = {name: condition for name, condition in fullest_conditions.items() if condition is not None}
-    heading = compared_heading()
-    if not conditions:
-        return []
-    rows = {name: by_corruption(models[name].rows, condition) for name, condition in conditions.items()}
-    values = {name: {key: mean_over_seeds(seeds) for key, seeds in groups.items()} for name, groups in rows.items()}
-    losses = [_average_loss(by_corrupt) for by_corrupt in values.values()]
-    columns = [f"{name} ({condition_name(*condition)})" for name, condition in conditions.items()]
-    table = Table(
-        f"{_capital(heading)} per corrupted sensor", ["broken sensor", "severity", *columns], _broken_lines(rows),
-        [["average", "relative drop (%)", *best_cells(losses, lower_is_better=True)]], frozenset({0, 1}),
-        "Names consist of sensor, kind and severity. A sensor that feeds several modalities, such as the camera, "
-        "breaks all of them at once; a modality broken under its own name leaves the others intact. In parentheses: "
-        "the change in points against intact sensors. A broken modality counts as present, and the model is not told "
-        "that it is broken." + _interval_note(models),
-    )  # fmt: skip
-    return [
-        Section("broken", f"Broken sensors: {heading} (%)", tables=[table], pictures=[_broken_picture(values)],
-                short="Broken sensors"),
-        _other_conditions(models, conditions),
-    ]  # fmt: skip
-
-
-def _other_conditions(models: Models, shown: Mapping[str, tuple[Subset, float]]) -> Section:
-    others = dict.fromkeys(
-        (row.modalities, row.drop_prob)
-        for name, results in models.items()
-        for row in results.rows
-        if row.corrupt is not None and (row.modalities, row.drop_prob) != shown[name]
-    )
-    tables = [
-        Table(
-            f"{condition_name(*condition)}: {compared_heading()} per corrupted sensor",
-            ["broken sensor", "severity", *models],
-            _broken_lines({name: by_corruption(results.rows, condition) for name, results in models.items()}),
-            text_columns=frozenset({0, 1}),
-        )
-        for condition in others
-    ]  # fmt: skip
-    heading = f"Broken sensors under other conditions: {compared_heading()} (%)"
-    return Section("broken-others", heading, tables=tables, is_folded=True, short="Under other conditions")
 
 
 def differences(comparison: Comparison, has_words: bool = True) -> list[Section]:
@@ -322,7 +278,7 @@ def differences(comparison: Comparison, has_words: bool = True) -> list[Section]
         f"The tests are paired on the same {comparison.num_clips:,} clips. Differences are in points: “model” minus "
         "“against”. Averages and falls have a paired bootstrap test with a 95 % interval, single conditions an exact "
         "McNemar test. p-values are corrected with Holm's method over all pairs and, for single conditions, over all "
-        "conditions (those with broken sensors separately). Significant differences are in bold."
+        "conditions (those with a failing sensor separately). Significant differences are in bold."
     )
     words = [sentence for pair in pairs for sentence in verdicts(pair)] if has_words else []
     columns = ["figure", "model", "against", "difference", "95 % interval", "p"]
@@ -361,16 +317,9 @@ def _curves(models: Models) -> dict[str, DropCurve]:
     return {name: curve for name, results in models.items() if (curve := results.summary.drop_curve) is not None}
 
 
-def _point(rows: Sequence[ResultRow]) -> Point:
-    """Return the mean over seeds, with its interval if known."""
-    value = mean_over_seeds(rows)
-    low, high = (None if value is None else interval_of(rows)) or (None, None)
-    return Point(value, low, high)
-
-
 def _curve_point(results: Results, curve: DropCurve, place: int) -> Point:
     """Return the mean over seeds at one drop probability, with the curve's own interval if the summary has it."""
-    point = _point(rows_of(results.rows, curve.modalities, curve.drop_prob[place]))
+    point = point_of(rows_of(results.rows, curve.modalities, curve.drop_prob[place]))
     ends = None if curve.mean_ci is None else curve.mean_ci[METRIC][place]
     return point if ends is None else Point(point.value, *ends)
 
@@ -391,75 +340,13 @@ def _curve_cells(models: Models, curves: Mapping[str, DropCurve], probability: f
         points.append(Point(None) if place is None else _curve_point(models[name], curve, place))
         std = None if place is None or curve.num_seeds < 2 else curve.std[METRIC][place]
         deviations.append(f"± {std:.2f}" if std else "")
-    return _cells(points, deviations)
-
-
-def _cells(points: Sequence[Point], asides: Sequence[str] | None = None) -> list[Cell]:
-    """Return cells with the best one marked; each value is followed by its aside and its interval."""
-    pairs = zip(asides or [""] * len(points), points, strict=True)
-    return best_cells([p.value for p in points], [f"{aside} {interval(_ends(p))}".strip() for aside, p in pairs])
-
-
-def _ends(point: Point) -> Interval | None:
-    return None if point.low is None or point.high is None else (point.low, point.high)
-
-
-def _summary_cells(
-    summaries: Sequence[SubsetSummary | DropCurve | None], key: str, lower_is_better: bool = False
-) -> list[Cell]:
-    """Return one figure of each summary, with its interval if it has one."""
-    values = [None if summary is None else getattr(summary, key)[METRIC] for summary in summaries]
-    intervals = [getattr(summary, f"{key}_ci", None) or {} for summary in summaries]
-    return best_cells(values, [interval(ends.get(METRIC)) for ends in intervals], lower_is_better)
+    return cells_of(points, deviations)
 
 
 def _clip_counts(rows: Sequence[ResultRow]) -> str:
     """Return the clip count of a line; several counts if the models differ."""
     counts = (f"{row.num_clips:,}" + (f" ({row.num_without:,} without)" if row.num_without else "") for row in rows)
     return " / ".join(dict.fromkeys(counts))
-
-
-def _broken_lines(rows: Mapping[str, Mapping[str | None, Sequence[ResultRow]]]) -> list[TableLine]:
-    """Return one line per corruption: each model's figure, its change against intact sensors, its interval."""
-    lines: list[TableLine] = []
-    for corrupt in dict.fromkeys(corrupt for groups in rows.values() for corrupt in groups):
-        points = [_point(groups.get(corrupt, [])) for groups in rows.values()]
-        changes = ["" if corrupt is None else _change(groups, corrupt) for groups in rows.values()]
-        meaning = "" if corrupt is None else parse_corruption(corrupt).meaning
-        lines.append([corrupt or "none", meaning, *_cells(points, changes)])
-    return lines
-
-
-def _change(rows: Mapping[str | None, Sequence[ResultRow]], corrupt: str) -> str:
-    value, base = mean_over_seeds(rows.get(corrupt, [])), mean_over_seeds(rows.get(None, []))
-    return "" if value is None or base is None else f"({value - base:+.2f})"
-
-
-def _average_loss(values: Mapping[str | None, float | None]) -> float | None:
-    broken = [value for corrupt, value in values.items() if corrupt is not None]
-    return metrics.average_relative_drop(values.get(None), broken)
-
-
-def _broken_picture(values: Mapping[str, Mapping[str | None, float | None]]) -> Picture:
-    """Return one panel per kind of corruption, over the severity; severity 0 means intact sensors."""
-    panels: dict[str, dict[str, dict[float, Point]]] = {}
-    for name, by_corrupt in values.items():
-        for corrupt, value in by_corrupt.items():
-            if corrupt is not None:
-                corruption = parse_corruption(corrupt)
-                line = panels.setdefault(corruption.name, {}).setdefault(name, {0: Point(by_corrupt.get(None))})
-                line[corruption.severity] = Point(value)
-    ordered = {kind: {name: dict(sorted(line.items())) for name, line in lines.items()}
-               for kind, lines in panels.items()}  # fmt: skip
-    named = {name: {key or "intact sensors": value for key, value in by_corrupt.items()}
-             for name, by_corrupt in values.items()}  # fmt: skip
-    label = f"{compared_heading()} (%)"
-    return Picture(
-        CORRUPTION_PLOT,
-        f"{_capital(compared_heading())} over the severity of each corruption",
-        " ".join(_range(name, by_corrupt) for name, by_corrupt in named.items()),
-        lambda: panel_figure(ordered, "severity (0: intact)", label, range(NUM_SEVERITIES + 1)),
-    )
 
 
 def _figure_label(figure: str) -> str:
@@ -475,26 +362,8 @@ def _tested(test: ConditionTest | None) -> Cell:
     return Cell(NONE) if test is None or test.difference is None else _difference(test, f"({p_value(test.p_holm)})")
 
 
-def _range(name: str, values: Mapping[str, float | None]) -> str:
-    """Describe a series of a picture in words: its highest and lowest value."""
-    known = {place: value for place, value in values.items() if value is not None}
-    if not known:
-        return f"{name}: no clip could be evaluated."
-    high, low = (choose(known, key=lambda place: known[place]) for choose in (max, min))
-    return f"{name}: from {known[high]:.1f} % ({high}) down to {known[low]:.1f} % ({low})."
-
-
-def _interval_note(models: Models) -> str:
-    has_intervals = any(row.intervals.get(METRIC) for results in models.values() for row in results.rows)
-    return " Square brackets and whiskers show 95 % intervals." if has_intervals else ""
-
-
 def _band_note(models: Models) -> str:
     curves = _curves(models).values()
     if any(curve.mean_ci for curve in curves):
         return " Square brackets and bands show 95 % intervals."
     return " The band shows ± one standard deviation." if any(curve.num_seeds > 1 for curve in curves) else ""
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]

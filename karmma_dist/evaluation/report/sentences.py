@@ -138,8 +138,8 @@ def _full_test(pair: PairTests, models: Models) -> ConditionTest | None:
     if any(len(seeds) != 1 for seeds in rows):
         return None
     conditions = {(row.modalities, row.drop_prob) for seeds in rows for row in seeds}
-    intact = [test for test in pair.conditions if test.corrupt is None]
-    return next((test for test in intact if conditions == {(test.modalities, test.drop_prob)}), None)
+    plain = [test for test in pair.conditions if test.condition.is_plain]
+    return next((test for test in plain if conditions == {(test.modalities, test.drop_prob)}), None)
 
 
 def result_sentences(models: Models, comparison: Comparison | None = None) -> list[str]:

@@ -54,12 +54,14 @@ class ConditionTest:
     only_second: int
     p: float
     p_holm: float = math.nan
-    """p-value corrected over all pairs and all conditions with intact sensors, or all with a broken sensor."""
+    """p-value corrected over all pairs and all conditions of the same kind: plain ones, those with a broken sensor, and
+    those in which a share of the clips lacks one modality."""
+    missing: str | None = None
 
     @property
     def condition(self) -> Condition:
         """The condition of the test."""
-        return Condition(self.modalities, self.drop_prob, self.seed, self.corrupt)
+        return Condition(self.modalities, self.drop_prob, self.seed, self.corrupt, self.missing)
 
 
 @dataclass(frozen=True)
@@ -228,11 +230,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _corrected(pairs: Sequence[PairTests]) -> list[PairTests]:
-    """Return the tests with p-values corrected over all pairs; conditions with a broken sensor are corrected apart."""
+    """Return the tests with p-values corrected over all pairs; see `ConditionTest.p_holm`."""
     tests = [test for pair in pairs for test in pair.conditions]
     adjusted: dict[int, float] = {}
-    for is_broken in (False, True):
-        adjusted |= _holm([test for test in tests if (test.corrupt is not None) == is_broken])
+    for kind in {_kind(test) for test in tests}:
+        adjusted |= _holm([test for test in tests if _kind(test) == kind])
     for figure in FIGURES:
         adjusted |= _holm([test for pair in pairs if (test := pair.test(figure)) is not None])
     corrected = []
@@ -244,6 +246,10 @@ def _corrected(pairs: Sequence[PairTests]) -> list[PairTests]:
         }
         corrected.append(PairTests(pair.models, conditions, **over))
     return corrected
+
+
+def _kind(test: ConditionTest) -> tuple[bool, bool]:
+    return test.corrupt is not None, test.missing is not None
 
 
 def _holm(tests: Sequence[ConditionTest | FigureTest]) -> dict[int, float]:
@@ -283,6 +289,7 @@ def _condition(condition: Condition, first_N: np.ndarray, second_N: np.ndarray) 
         drop_prob=condition.drop_prob,
         seed=condition.seed,
         corrupt=condition.corrupt,
+        missing=condition.missing,
         num_clips=num,
         difference=100.0 * (only_second - only_first) / num if num else None,
         only_first=only_first,

@@ -71,6 +71,45 @@ def test_dropped_modalities_stay_dropped_at_a_higher_probability(batch, subset, 
     assert not (high_BM & ~low_BM).any()
 
 
+shares = st.floats(0.001, 1).map(lambda share: f"audio:{share:.3f}")
+
+
+@given(clips(), shares, seeds)
+def test_a_missing_share_takes_its_modality_and_nothing_else(batch, share, seed):
+    keys, present_BM = batch
+    keep_BM = keep(Condition(MODALITIES, seed=seed, missing=share), keys, present_BM, MODALITIES)
+    audio = MODALITIES.index("audio")
+    others = [column for column in range(len(MODALITIES)) if column != audio]
+    assert torch.equal(keep_BM[:, others], present_BM[:, others])
+    assert torch.equal(keep_BM.any(dim=1), present_BM.any(dim=1))  # the last modality of a clip stays
+    assert not (keep_BM & ~present_BM).any()
+
+
+@given(clips(), st.tuples(shares, shares), seeds)
+def test_clips_lacking_a_modality_lack_it_at_larger_shares(batch, pair, seed):
+    keys, present_BM = batch
+    low, high = sorted(pair, key=lambda share: float(share.split(":")[1]))
+    nested = [Condition(MODALITIES, seed=seed, missing=missing) for missing in (low, high)]
+    low_BM, high_BM = (keep(condition, keys, present_BM, MODALITIES) for condition in nested)
+    assert not (high_BM & ~low_BM).any()
+
+
+@given(clips(), seeds)
+def test_a_missing_share_of_one_is_the_subset_without(batch, seed):
+    keys, present_BM = batch
+    other = tuple(name for name in MODALITIES if name != "audio")
+    keep_BM = keep(Condition(MODALITIES, seed=seed, missing="audio:1"), keys, present_BM, MODALITIES)
+    has_other_B = present_BM[:, [MODALITIES.index(name) for name in other]].any(dim=1)
+    without_BM = keep(Condition(other), keys, present_BM, MODALITIES)
+    assert torch.equal(keep_BM[has_other_B], without_BM[has_other_B])
+
+
+def test_a_missing_share_is_the_share_of_many_clips():
+    keys, names = [f"P01_{number}" for number in range(20_000)], MODALITIES[:3]
+    keep_BM = keep(Condition(names, missing="audio:0.3"), keys, torch.ones(20_000, 3, dtype=torch.bool), names)
+    assert (~keep_BM[:, 2]).double().mean() == pytest.approx(0.3, abs=0.013)  # four standard deviations
+
+
 @pytest.mark.parametrize("probability", [0.2, 0.5, 0.9])
 def test_subsets_follow_the_papers_distribution(probability):
     num, names = 20_000, MODALITIES[:3]
@@ -131,6 +170,17 @@ def test_subsets_and_sweep_share_no_condition():
     assert len(conditions) == len(set(conditions)) == 7 + 9 * 2
 
 
+def test_missing_shares_are_added_for_every_seed_and_set():
+    conditions = build_conditions(MODALITIES[:3], subsets=True, num_seeds=2, missing=["A:0.50", "audio:0.5", "V:1"])
+    added = [c for c in conditions if c.missing is not None]
+    with_audio = [("video", "audio"), ("flow", "audio"), MODALITIES[:3]]
+    lacking_audio = {(c.modalities, c.seed) for c in added if c.missing == "audio:0.5"}
+    assert lacking_audio == set(itertools.product(with_audio, (0, 1)))
+    assert {c.missing for c in added} == {"audio:0.5", "video:1"}
+    assert len(added) == 12
+    assert conditions[: len(conditions) - 12] == build_conditions(MODALITIES[:3], subsets=True)
+
+
 def test_chosen_modalities_narrow_every_condition_and_take_the_models_order():
     conditions = build_conditions(MODALITIES, modalities=["audio", "video"], subsets=True, sweep=True)
     assert {name for c in conditions for name in c.modalities} == {"video", "audio"}
@@ -150,6 +200,17 @@ def test_settings_without_effect_cause_a_warning(caplog):
         (lambda: Condition(("video",), 0.5, -1), "seed -1"),
         (lambda: Condition(()), "at least one modality"),
         (lambda: Condition(("video", "video")), "once"),
+        (lambda: Condition(("video", "audio"), 0.5, missing="audio:0.5"), "not together"),
+        (lambda: Condition(("video", "audio"), corrupt="video:blur:3", missing="audio:0.5"), "not together"),
+        (lambda: Condition(("video", "audio"), missing="flow:0.5"), "'flow' is not one of"),
+        (lambda: Condition(("audio",), missing="audio:0.5"), "without another modality"),
+        (lambda: build_conditions(["video", "audio"], missing=["audio"]), "as in audio:0.5"),
+        (lambda: build_conditions(["video", "audio"], missing=["audio:nan"]), "as in audio:0.5"),
+        (lambda: build_conditions(["video", "audio"], missing=["V,A:0.5"]), "as in audio:0.5"),
+        (lambda: build_conditions(["video", "audio"], missing=["audio:0"]), "audio:0: the share"),
+        (lambda: build_conditions(["video", "audio"], missing=["audio:50"]), "audio:50: the share"),
+        (lambda: build_conditions(["video", "audio"], missing=["gaze:0.5"]), "unknown modality 'gaze'"),
+        (lambda: build_conditions(["video"], missing=["video:0.5"]), "without another modality"),
         (lambda: build_conditions(["video"], modalities=["audio"]), "'audio'"),
         (lambda: build_conditions(["video"], num_seeds=0), "seeds 0"),
         (lambda: keep(Condition(("audio",)), ["a"], torch.ones(1, 1).bool(), ["video"]), "'audio'"),

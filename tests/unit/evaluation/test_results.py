@@ -71,6 +71,7 @@ rows = st.builds(
     drop_prob=st.floats(0, 1),
     seed=st.integers(0, 99),
     corrupt=st.none() | st.just("video:blur:3"),
+    missing=st.none() | st.just("audio:0.5"),
     num_clips=st.integers(0, 999),
     num_without=st.integers(0, 999),
     num_present=st.dictionaries(st.sampled_from(MODALITIES), st.integers(0, 99)),
@@ -88,6 +89,7 @@ def test_any_row_is_read_back_with_group_sizes_first(row: ResultRow) -> None:
     written = row.to_dict()
     assert parse_row(json.loads(json.dumps(written)), "x") == row
     keys = list(written)
+    assert ("missing" in keys) == (row.missing is not None)
     if "num_tail" in keys:
         assert keys.index("num_tail") < keys.index("action_top1_tail")
     if row.intervals:

@@ -22,7 +22,9 @@ def outcomes(
     accuracy: float, random: np.random.Generator, difficulty_N: np.ndarray, subsets: bool = False
 ) -> ClipResults:
     """Return a model that is right on `accuracy` of the clips, more often on easier clips."""
-    conditions = build_conditions(MODALITIES, subsets=subsets, sweep=subsets, num_seeds=2 if subsets else 1)
+    missing = ["audio:0.5", "video:0.9"] if subsets else []
+    num_seeds = 2 if subsets else 1
+    conditions = build_conditions(MODALITIES, subsets=subsets, sweep=subsets, num_seeds=num_seeds, missing=missing)
     shape = (len(difficulty_N), len(conditions))
     right_NK = random.uniform(size=shape) < np.clip(accuracy + difficulty_N[:, None], 0, 1)
     ranks = {"action": np.where(right_NK, 0, random.integers(1, 9, shape)).astype(np.int32)}
@@ -75,13 +77,15 @@ def test_means_equal_those_of_the_evaluation(random: np.random.Generator) -> Non
     _, subsets, curve = summarise(rows)
     assert subsets is not None
     assert curve is not None
-    whole = [row for row in rows if row.drop_prob == 0]
+    whole = [row for row in rows if row.drop_prob == 0 and row.missing is None]
+    lacking = [row for row in rows if row.missing == "audio:0.5" and len(row.modalities) == 3]
     wanted = {
         "average": subsets.average["action_top1"],
         "relative drop": subsets.relative_drop["action_top1"],
         "area": curve.area["action_top1"],
         "fall": curve.fall["action_top1"],
         "drop 0.5": curve.mean["action_top1"][5],
+        "missing A:0.5": np.mean([row.figures["action_top1"] for row in lacking]),
         "V+A": next(row.figures["action_top1"] for row in rows if row.modalities == ("video", "audio")),
         "all": next(row.figures["action_top1"] for row in whole if len(row.modalities) == 3),
     }

@@ -21,7 +21,7 @@ from karmma_dist.evaluation.conditions import build_conditions, keep
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector, Predictions, check_path, write_predictions
 from karmma_dist.streaming.batch import Batch
-from kits.fusion import CONDITIONS, HEADS, MODALITIES, Fusion, make_batches, predict, singles
+from kits.fusion import ALL_CONDITIONS, CONDITIONS, HEADS, MODALITIES, Fusion, make_batches, predict, singles
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 
@@ -47,6 +47,7 @@ def test_the_file_gives_back_every_rows_top1(tmp_path: Path):
             row.modalities
         )
         assert (file["condition_drop_prob"][k], file["condition_seed"][k]) == (row.drop_prob, row.seed)
+        assert file["condition_missing"][k] == (row.missing or "")
 
 
 def soft_batches(num: int) -> list[Batch]:
@@ -111,7 +112,7 @@ def test_log_probabilities_match_the_models_scores():
 
 def test_each_condition_has_the_predictions_it_has_alone():
     predictions, _ = predict()
-    for k, condition in enumerate(CONDITIONS):
+    for k, condition in enumerate(ALL_CONDITIONS):
         collector = PredictionCollector(MODALITIES, [condition])
         evaluate(Fusion(), make_batches(), [condition], device="cpu", predictions=collector)
         (keys, actual), (expected_keys, expected) = predictions.of_condition(k), collector.finish().of_condition(0)
@@ -122,7 +123,7 @@ def test_each_condition_has_the_predictions_it_has_alone():
 def test_each_prediction_has_the_mask_of_its_seed_and_key(tmp_path: Path):
     file = written(predict()[0], tmp_path / "predictions.npz")
     bits_M = 1 << np.arange(len(MODALITIES))
-    for k, condition in enumerate(CONDITIONS):
+    for k, condition in enumerate(ALL_CONDITIONS):
         kept_NM = keep(condition, file["keys"].tolist(), torch.from_numpy(file["present"]), MODALITIES).numpy()
         mask_N = kept_NM @ bits_M
         at_N = file["prediction"][:, k]
@@ -154,7 +155,7 @@ def test_predictions_do_not_depend_on_the_batch_size(num: int, batch_size: int):
 
 
 def test_collecting_predictions_changes_no_row():
-    assert predict()[1] == evaluate(Fusion(), make_batches(), CONDITIONS, device="cpu")
+    assert predict()[1] == evaluate(Fusion(), make_batches(), ALL_CONDITIONS, device="cpu")
 
 
 def test_clips_without_labels_are_predicted_and_not_scored():
@@ -237,7 +238,8 @@ def test_parquet_alone_gives_back_every_rows_top1(tmp_path: Path):
     write_predictions(predictions, tmp_path / "p.parquet")
     table = read_parquet(tmp_path / "p.parquet")
     for row in results.rows:
-        condition = {"modalities": list(row.modalities), "drop_prob": row.drop_prob, "seed": row.seed}
+        condition = {"modalities": list(row.modalities), "drop_prob": row.drop_prob, "seed": row.seed,
+                     "missing": row.missing}  # fmt: skip
         places = [place for place, listed in enumerate(table["conditions"]) if condition in listed]
         assert len(places) == len({table["key"][place] for place in places}) == row.num_clips
         for head in HEADS:

@@ -6,7 +6,7 @@ import pytest
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import build_conditions
-from karmma_dist.evaluation.report.content import MOST_BROKEN, ReportContent, condense, condition_of
+from karmma_dist.evaluation.report.content import MOST_BROKEN, ReportContent, condense
 from karmma_dist.evaluation.report.rows import terminal_rows
 from karmma_dist.evaluation.report.write import PAGE_BYTES, write_report
 from karmma_dist.evaluation.statistics.compare import compare
@@ -50,7 +50,7 @@ def test_a_suite_is_shown_with_all_modalities_and_intact_rows(suite):
 def test_paired_tests_stay_with_their_rows(suite):
     rows = condense(suite).models["a"].rows
     tests = condense(suite).comparison.pairs[0].conditions
-    assert [test.condition for test in tests] == [condition_of(row) for row in rows]
+    assert [test.condition for test in tests] == [row.condition for row in rows]
 
 
 def test_the_report_names_omitted_rows_and_their_file(suite, tmp_path):

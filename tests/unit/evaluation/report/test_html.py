@@ -94,6 +94,25 @@ def test_broken_sensors_are_in_no_subset_and_no_curve(models, page):
     assert [line[0] for line in broken[1:3]] == ["none", "video:blur:1"]
 
 
+def test_a_missing_share_has_its_own_table_and_picture():
+    shares = [f"audio:{share}" for share in (0.2, 0.5, 1)]
+    choices = {"subsets": True, "sweep": True, "num_seeds": 3}
+    models = {name: random_results(seed, missing=shares, **choices) for seed, name in enumerate(["weak", "strong"])}
+    page = Page(html_of("t", models))
+    table = page.tables["Action top-1 when a share of the clips lacks one modality"]
+    whole = [line for line in table[1:] if line[0] == "V+F+A"]
+    assert [line[1:3] for line in whole] == [["–", "0"], ["audio", "20"], ["audio", "50"], ["audio", "100"]]
+    for column, results in enumerate(models.values()):
+        rows = [row for row in results.rows if row.missing == "audio:0.5" and len(row.modalities) == 3]
+        mean = sum(row.figures["action_top1"] for row in rows) / len(rows)
+        assert len(rows) == 3
+        assert whole[2][3 + column].startswith(f"{mean:.2f} (")
+    assert sum("over the share of the clips" in title for title, _ in page.pictures) == 1
+    without = Page(html_of("t", {name: random_results(seed, **choices) for seed, name in enumerate(models)}))
+    for label in ("Action top-1 per subset", "Action top-1 per drop probability"):
+        assert [line[0] for line in page.tables[label]] == [line[0] for line in without.tables[label]]
+
+
 def test_the_best_is_bold_unless_the_model_is_alone(models, page):
     best = max(results.summary.subsets.average["action_top1"] for results in models.values())
     assert f"{best:.2f}" in page.bold
