@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	$(BIN)/karmma-dist demo --out demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=4 --durations=12 --dist=loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

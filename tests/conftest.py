@@ -34,6 +34,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_FIRST = ("slurm", "distributed", "end_to_end")
+"""Folders whose tests wait most of their time: begun first, they leave no worker waiting alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of these folders before all others."""
+    items.sort(key=lambda item: next((n for n, name in enumerate(_FIRST) if name in item.path.parts), len(_FIRST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _private_extension_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Compiled extensions, if any, must not meet another run's half-built ones."""
