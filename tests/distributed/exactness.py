@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from karmma_dist.evaluation.run import validate
 from karmma_dist.io.files import write_whole
 from karmma_dist.launching.local import launch_local
+from karmma_dist.modalities.signal.member import Channel, SignalMember, Track, write_member
 from karmma_dist.models.karmma import KarmmaModel, KnownTokens
 from karmma_dist.models.model_card import load_model, save_model
 from karmma_dist.packing.pack import pack
@@ -47,14 +48,14 @@ from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips
 from karmma_dist.streaming.order import Slice
 
-MODALITIES = ("video", "flow", "audio", "detections")
+MODALITIES = ("video", "flow", "audio", "detections", "signal")
 NUM_RANKS, BATCH_SIZE, NUM_STEPS = 2, 12, 3
 LR = {"sgd": 0.1, "adamw": 1e-3}
 NOISE = 1e-8
 """AdamW's epsilon: smaller gradients are below what it takes for one, and where the whole gradient has norm 1 (it is
 clipped to that) they are what rounding leaves."""
 
-V, FL, A, D = ([index == place for index in range(4)] for place in range(4))
+V, FL, A, D, S = ([index == place for index in range(5)] for place in range(5))
 
 
 def _both(*patterns: list[bool]) -> list[bool]:
@@ -63,8 +64,9 @@ def _both(*patterns: list[bool]) -> list[bool]:
 
 PRESENCE: dict[str, list[list[bool]]] = {
     # The first six clips of each batch are the first rank's, the other six the second's.
-    "disjoint": [V, _both(V, FL), FL, V, FL, _both(V, FL), A, _both(A, D), D, D, A, _both(A, D)],
-    "absent": [_both(V, A), A, _both(V, FL, A, D), _both(A, D), FL, V, V, _both(V, D), FL, _both(FL, D), D, V],
+    "disjoint": [V, _both(V, FL), FL, V, FL, _both(V, FL), A, _both(A, D), S, D, _both(D, S), _both(A, D, S)],
+    "absent": [_both(V, A), _both(A, S), _both(V, FL, A, D, S), _both(A, D), FL, V,
+               S, _both(V, D), FL, _both(FL, D), D, _both(V, S)],
     "equal sizes": [V, V, V, V, V, V, FL, FL, FL, FL, FL, FL],
 }
 """The modalities that clips keep, by their place in the batch; "dropped" is the recipe's own modality dropout.
@@ -122,6 +124,7 @@ def make_recipe(case: Case, shards: Path, folder: Path) -> Recipe:
         "flow": swin,
         "audio": swin if teaches else {"name": "small_audio", "options": {"width": 4}},
         "detections": {"name": "stlt", "options": stlt},
+        "signal": {"name": "signal_cnn", "options": {"width": 4, "dropout": 0.0}},
     }
     return Recipe.model_validate(
         {
@@ -139,6 +142,7 @@ def make_recipe(case: Case, shards: Path, folder: Path) -> Recipe:
                 "video": {"num_frames": 4, "short_side": 32, "crop": 32},
                 "audio": {"num_windows": 4, "window_s": 0.5, "num_mels": 32},
                 "detections": {"num_frames": 3, "max_boxes": 2},
+                "signal": {"rate_hz": 20, "num_samples": 32, "num_channels": 2},
             },
             "model": {
                 "encoders": {m: {**encoder, "frozen": teaches} for m, encoder in encoders.items()},
@@ -164,7 +168,7 @@ def make_recipe(case: Case, shards: Path, folder: Path) -> Recipe:
 
 
 def make_shards(folder: Path) -> Path:
-    """Pack 36 synthetic clips that have video, flow and audio, and give each of them boxes as well."""
+    """Pack 36 synthetic clips that have video, flow and audio, and give each of them boxes and a signal as well."""
     write_kitchen(folder / "raw", seed=0, train_recordings=3, validation_recordings=1, clips_per_recording=12)
     packed, out = folder / "packed", folder / "shards"
     pack(load_spec("demo", raw=str(folder / "raw"), out=str(packed), overrides=["clips_per_shard=12"]))
@@ -176,7 +180,7 @@ def make_shards(folder: Path) -> Path:
         clips = before.clips(split)
         shards = [
             write_shard(
-                out / shard.name, [(c.key, _with_boxes(before, c)) for c in clips if c.shard == shard.name], header
+                out / shard.name, [(c.key, _with_more(before, c)) for c in clips if c.shard == shard.name], header
             )
             for shard in entry.shards
         ]
@@ -185,16 +189,22 @@ def make_shards(folder: Path) -> Path:
     return out
 
 
-def _with_boxes(folder: ShardFolder, clip: Clip) -> dict[str, bytes]:
-    """Return a clip's members and five frames of two boxes made from its key."""
-    corners = np.random.default_rng(zlib.crc32(clip.key.encode())).uniform(0, 0.5, (5, 2, 2)).round(3)
+def _with_more(folder: ShardFolder, clip: Clip) -> dict[str, bytes]:
+    """Return a clip's members, five frames of two boxes, and two channels of a signal, made from its key."""
+    random = np.random.default_rng(zlib.crc32(clip.key.encode()))
+    corners = random.uniform(0, 0.5, (5, 2, 2)).round(3)
     frames = [[[*xy, *(xy + 0.4), kind, 0.9] for kind, xy in enumerate(frame, 1)] for frame in corners]
     boxes = json.dumps({"width": 96, "height": 72, "frames": frames}).encode()
     members = {m: folder.read(clip, m) for m in ("video", "flow", "audio")}
     metadata = json.loads(folder.read(clip, "json"))
     counts = {"num_frames": 5, "num_boxes": 10}
     metadata["modalities"]["detections"] = {"bytes": len(boxes), "crc32": zlib.crc32(boxes), **counts}
-    return {"json": json.dumps(metadata).encode(), **members, "detections": boxes}
+    channels = tuple(Channel(name, "N", "force", 0.0, 1.0) for name in ("left", "right"))
+    track = Track(channels, 1.0, np.arange(40) / 20, random.normal(size=(2, 40)).round(3))
+    signal = write_member(SignalMember(0.0, 2.0, (track,)))
+    sizes = {"num_channels": 2, "num_samples": 40, "span_s": 2.0, "channels": "left [N], right [N]"}
+    metadata["modalities"]["signal"] = {"bytes": len(signal), "crc32": zlib.crc32(signal), **sizes}
+    return {"json": json.dumps(metadata).encode(), **members, "detections": boxes, "signal": signal}
 
 
 def make_teacher(shards: Path, folder: Path) -> None:
