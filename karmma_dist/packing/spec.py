@@ -23,6 +23,7 @@ from karmma_dist.modalities.video import VideoSpec
 from karmma_dist.packing.readers import find_reader, readers
 from karmma_dist.packing.readers.csv_table import PlainPaths
 from karmma_dist.packing.readers.epic_kitchens import EpicKitchensPaths
+from karmma_dist.packing.readers.epic_sounds import EpicSoundsPaths
 from karmma_dist.packing.readers.something_something import SomethingSomethingPaths
 from karmma_dist.settings import PathText, Positive, Settings, check_other_sections, flat, load_settings, mark, unmarked
 from karmma_dist.shards.format import split_problem
@@ -65,6 +66,8 @@ class PackingSpec(Settings):
     """Boxes; only Something-Something has them in its annotations."""
     epic_kitchens: EpicKitchensPaths | None = None
     """Sub-paths of the reader epic_kitchens."""
+    epic_sounds: EpicSoundsPaths | None = None
+    """Sub-paths of the reader epic_sounds."""
     something_something: SomethingSomethingPaths | None = None
     """Sub-paths of the reader something_something."""
     plain: PlainPaths | None = None

@@ -215,13 +215,55 @@ def write_epic(
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("validation", validation)):
         if rows is not None:
-            with open(folder / f"EPIC_100_{name}.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, columns, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(rows)
+            _write_table(folder / f"EPIC_100_{name}.csv", columns, rows)
     (folder / "EPIC_100_verb_classes.csv").write_text("id,key,instances,category\n0,take,[],x\n1,put,[],x\n")
     (folder / "EPIC_100_noun_classes.csv").write_text("id,key\n0,tap\n1,cup\n2,pan\n")
     return root
+
+
+SOUND_COLUMNS = ["annotation_id", "participant_id", "video_id", "start_timestamp", "stop_timestamp", "start_sample",
+                 "stop_sample", "description", "class", "class_id"]  # fmt: skip
+SOUND_CLASSES = ["metal-only collision", "cut / chop", "scrub / scrape / scour / wipe"]
+
+
+def sound_row(
+    key: str, video: str = "P01_01", start_s: float = 0.1, stop_s: float = 1.1, label: int = 0, **other: object
+) -> dict:
+    """Return one annotation of EPIC-SOUNDS with every column; times are rounded to milliseconds."""
+    base = {
+        "annotation_id": key, "participant_id": video.split("_")[0], "video_id": video,
+        "start_timestamp": sound_timestamp(start_s), "stop_timestamp": sound_timestamp(stop_s),
+        "start_sample": int(start_s * 24_000), "stop_sample": int(stop_s * 24_000), "description": "a clang",
+        "class": SOUND_CLASSES[label], "class_id": label,
+    }  # fmt: skip
+    return base | other
+
+
+def sound_timestamp(time_s: float) -> str:
+    """Return a time in seconds as EPIC-SOUNDS writes it, HH:MM:SS.sss."""
+    minutes, milliseconds = divmod(round(1000 * time_s), 60_000)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{milliseconds // 1000:02d}.{milliseconds % 1000:03d}"
+
+
+def write_sounds(
+    root: Path, train: list[dict], validation: list[dict] | None = None, test: list[dict] | None = None,
+    columns: list[str] = SOUND_COLUMNS,
+) -> Path:  # fmt: skip
+    """Write the annotations of EPIC-SOUNDS; the table of the test split has no description and no class."""
+    tables = {"train": (train, columns), "validation": (validation, columns)}
+    tables["recognition_test_timestamps"] = (test, [name for name in columns if name in SOUND_COLUMNS[:7]])
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for name, (rows, own_columns) in tables.items():
+        if rows is not None:
+            _write_table(root / "annotations" / f"EPIC_Sounds_{name}.csv", own_columns, rows)
+    return root
+
+
+def _write_table(path: Path, columns: list[str], rows: list[dict]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def movie_path(root: Path, video: str = "P01_01") -> Path:
@@ -230,7 +272,7 @@ def movie_path(root: Path, video: str = "P01_01") -> Path:
 
 
 def epic_spec(root: Path, out: Path | None = None, **fields: object) -> PackingSpec:
-    """Return a specification for a small Epic-Kitchens."""
+    """Return a specification for a small Epic-Kitchens, or with another `reader` for a dataset of its recordings."""
     base = {"reader": "epic_kitchens", "dataset": "test", "raw": str(root), "out": str(out or root / "out")}
     return PackingSpec.model_validate(base | fields)
 

@@ -7,6 +7,7 @@ import functools
 from karmma_dist.errors import nearest, quoted
 from karmma_dist.packing.readers.csv_table import PLAIN
 from karmma_dist.packing.readers.epic_kitchens import EPIC_KITCHENS
+from karmma_dist.packing.readers.epic_sounds import EPIC_SOUNDS
 from karmma_dist.packing.readers.reader import Reader
 from karmma_dist.packing.readers.something_something import SOMETHING_SOMETHING
 from karmma_dist.plugins import with_plugins
@@ -17,7 +18,10 @@ __all__ = ["Reader", "find_reader", "readers"]
 @functools.cache
 def readers() -> dict[str, Reader]:
     """Return all readers by name."""
-    built_in = {"epic_kitchens": EPIC_KITCHENS, "something_something": SOMETHING_SOMETHING, "plain": PLAIN}
+    built_in = {
+        "epic_kitchens": EPIC_KITCHENS, "epic_sounds": EPIC_SOUNDS, "something_something": SOMETHING_SOMETHING,
+        "plain": PLAIN,
+    }  # fmt: skip
     return with_plugins(built_in, "karmma_dist.readers", Reader)
 
 

@@ -235,7 +235,7 @@ def _check(spec: PackingSpec) -> None:
         ValueError: the specification asks for such a source.
     """
     if spec.audio.source == "hdf5":
-        raise ValueError("audio.source 'hdf5': only reader 'epic_kitchens' has such a file")
+        raise ValueError("audio.source 'hdf5': reader 'plain' has no such file: choose auto, movie or none")
     if spec.flow.source == "files":
         raise ValueError("flow.source 'files': reader 'plain' has no flow files: choose auto, compute or none")
 

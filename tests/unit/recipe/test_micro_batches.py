@@ -26,7 +26,7 @@ from karmma_dist.training.checkpoint.resume import differing_fields
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = sorted(
     f"{path.parent.name}/{path.stem}"
-    for folder in ("epic_kitchens", "epic_kitchens_star", "something_something")
+    for folder in ("epic_kitchens", "epic_kitchens_star", "epic_sounds", "something_something")
     for path in (ROOT / "recipes" / folder).glob("*.yaml")
     if path.stem not in ("base", "expert")
 )

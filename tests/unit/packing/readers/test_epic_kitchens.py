@@ -13,7 +13,8 @@ from karmma_dist.errors import UserError
 from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.clip_cutter import cut_recording
 from karmma_dist.packing.pack import make_plan
-from karmma_dist.packing.readers.epic_kitchens import nominal_fps, read_epic_kitchens
+from karmma_dist.packing.readers.epic_kitchens import read_epic_kitchens
+from karmma_dist.packing.readers.epic_recordings import nominal_fps
 from karmma_dist.packing.records import CutClip, Plan
 from kits.packing import (
     COLUMNS,
