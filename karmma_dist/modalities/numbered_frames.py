@@ -40,7 +40,44 @@ _MOST_BYTES = 1 << 28
 """Largest size in bytes of the file of one frame."""
 
 
-class NumberedFrames:
+class FrameNumbers:
+    """The numbers of the frames that one recording has in a file, tar or folder."""
+
+    path: Path
+    modality: str
+    first: int
+    last: int
+
+    def clamped(self, start: int, stop: int | None, num_lacking: int = 0) -> range:
+        """Return the file numbers from start up to (not including) stop, limited to those from the first to the last.
+
+        A clip whose stop is its start has one frame.
+
+        Args:
+            start: First number; 0 for the first that exists.
+            stop: Number after the last; None for all that follow.
+            num_lacking: Numbers that may be missing at either end. A partly extracted folder or tar lacks more.
+
+        Raises:
+            MediaError: none of the frames exist, or too many are missing.
+        """
+        stop = self.last + 1 if stop is None else max(stop, start + 1)
+        numbers = range(max(start, self.first), min(stop, self.last + 1))
+        if not numbers:
+            raise MediaError(
+                self.modality, "cut",
+                f"{self.path.name} has frames {self.first} to {self.last}, the clip is {start} to {stop - 1}",
+            )  # fmt: skip
+        if stop - numbers.stop > num_lacking or (start > 0 and numbers.start - start > num_lacking):
+            raise MediaError(
+                self.modality, "cut",
+                f"{self.path.name} ends too early or starts too late: it has frames {self.first} to {self.last}, "
+                f"the clip is {start} to {stop - 1}",
+            )  # fmt: skip
+        return numbers
+
+
+class NumberedFrames(FrameNumbers):
     """The frames of one recording, opened for random access.
 
     Args:
@@ -78,34 +115,6 @@ class NumberedFrames:
     ) -> None:
         if self._tar is not None:
             self._tar.close()
-
-    def clamped(self, start: int, stop: int | None, num_lacking: int = 0) -> range:
-        """Return the file numbers from start up to (not including) stop, limited to those from the first to the last.
-
-        A clip whose stop is its start has one frame.
-
-        Args:
-            start: First number; 0 for the first that exists.
-            stop: Number after the last; None for all that follow.
-            num_lacking: Numbers that may be missing at either end. A partly extracted folder or tar lacks more.
-
-        Raises:
-            MediaError: none of the frames exist, or too many are missing.
-        """
-        stop = self.last + 1 if stop is None else max(stop, start + 1)
-        numbers = range(max(start, self.first), min(stop, self.last + 1))
-        if not numbers:
-            raise MediaError(
-                self.modality, "cut",
-                f"{self.path.name} has frames {self.first} to {self.last}, the clip is {start} to {stop - 1}",
-            )  # fmt: skip
-        if stop - numbers.stop > num_lacking or (start > 0 and numbers.start - start > num_lacking):
-            raise MediaError(
-                self.modality, "cut",
-                f"{self.path.name} ends too early or starts too late: it has frames {self.first} to {self.last}, "
-                f"the clip is {start} to {stop - 1}",
-            )  # fmt: skip
-        return numbers
 
     def read(self, number: int, component: str = "") -> np.ndarray:
         """Decode one frame: uint8 (H, W, 3) RGB, or (H, W) of flow's component "u" or "v".
@@ -249,7 +258,7 @@ def _filled(layout: str, component: str) -> str:
 
 
 def numbers_shown(
-    clip: ClipRecord, frames: NumberedFrames, start: int, stop: int | None, nominal: Fraction, fps: Fraction
+    clip: ClipRecord, frames: FrameNumbers, start: int, stop: int | None, nominal: Fraction, fps: Fraction
 ) -> list[int]:
     """Return the file numbers that show the clip at `fps`, as many as a video file would give.
 
@@ -265,3 +274,18 @@ def numbers_shown(
         existing.start + int(place * nominal / fps) for place in range(num_frames_between(clip.start_s, stop_s, fps))
     ]
     return [number for number in wanted if number <= frames.last]
+
+
+def numbers_held(
+    clip: ClipRecord, frames: FrameNumbers, stop_s: float, nominal: Fraction, fps: Fraction
+) -> list[int]:
+    """Return the file number of every moment of the clip at `fps`; at moments before and after all files, the nearest.
+
+    The moments are those of stored pictures, so that what is stored without a clock keeps their time.
+
+    Raises:
+        MediaError: the clip has none of the frames, or too many are missing.
+    """
+    frames.clamped(clip.start_frame, clip.stop_frame, round(CUT_TOLERANCE_S * nominal))
+    places = range(num_frames_between(clip.start_s, stop_s, fps))
+    return [min(max(clip.start_frame + int(place * nominal / fps), frames.first), frames.last) for place in places]

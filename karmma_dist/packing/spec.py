@@ -24,8 +24,19 @@ from karmma_dist.packing.readers import find_reader, readers
 from karmma_dist.packing.readers.csv_table import PlainPaths
 from karmma_dist.packing.readers.epic_kitchens import EpicKitchensPaths
 from karmma_dist.packing.readers.epic_sounds import EpicSoundsPaths
+from karmma_dist.packing.readers.reader import RECORDED_IF_CHANGED
 from karmma_dist.packing.readers.something_something import SomethingSomethingPaths
-from karmma_dist.settings import PathText, Positive, Settings, check_other_sections, flat, load_settings, mark, unmarked
+from karmma_dist.settings import (
+    PathText,
+    Positive,
+    Settings,
+    check_other_sections,
+    flat,
+    is_marked,
+    load_settings,
+    mark,
+    unmarked,
+)
 from karmma_dist.shards.format import split_problem
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -63,7 +74,7 @@ class PackingSpec(Settings):
     audio: AudioSpec = AudioSpec()
     """Audio; Something-Something has none."""
     detections: DetectionsSpec = DetectionsSpec()
-    """Boxes; only Something-Something has them in its annotations."""
+    """Boxes; annotated in Something-Something, detected in Epic-Kitchens."""
     epic_kitchens: EpicKitchensPaths | None = None
     """Sub-paths of the reader epic_kitchens."""
     epic_sounds: EpicSoundsPaths | None = None
@@ -96,10 +107,14 @@ class PackingSpec(Settings):
         for other in readers():
             if other != self.reader and getattr(self, other, None) is not None:
                 raise ValueError(f"section '{other}' has no effect with reader '{self.reader}': remove it")
-        unread = [name for name in MODALITIES if name in type(self).model_fields and name not in reader.modalities]
+        readable = {*reader.modalities, *reader.on_request}
+        unread = [name for name in MODALITIES if name in type(self).model_fields and name not in readable]
         for section in [*unread, *([] if reader.takes_participants else ["participants"])]:
             if section in self.model_fields_set:
                 raise ValueError(f"'{section}' has no effect with reader '{self.reader}': remove it")
+        for name, source in reader.on_request.items():
+            if name in self.model_fields_set and (given := getattr(self, name).source) not in (source, "none"):
+                raise ValueError(f"{name}.source '{given}' has no effect with reader '{self.reader}': choose {source}")
         if getattr(self, self.reader, None) is None:
             setattr(self, self.reader, reader.paths())
         self._check_splits(self.reader)
@@ -124,7 +139,9 @@ class PackingSpec(Settings):
     @property
     def modalities(self) -> list[str]:
         """Modalities that every clip declares, present or null."""
-        offered, fields = find_reader(self.reader).modalities, type(self).model_fields
+        reader, fields = find_reader(self.reader), type(self).model_fields
+        asked = {name for name, source in reader.on_request.items() if getattr(self, name).source == source}
+        offered = asked.union(reader.modalities)
         return [
             name
             for name, section in self.sections().items()
@@ -137,7 +154,8 @@ class PackingSpec(Settings):
 
     def recorded(self) -> dict[str, Any]:
         """Return the settings as the manifest records them: all that decide bytes, without paths of this machine."""
-        return {name: value for name, value in unmarked(self, NOT_IN_BYTES).items() if value is not None}
+        recorded = {name: value for name, value in unmarked(self, NOT_IN_BYTES).items() if value is not None}
+        return _without_unchanged(self, recorded)
 
     def differences(self, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return the settings that differ from those of a manifest: dotted name -> recorded value and present value.
@@ -148,9 +166,21 @@ class PackingSpec(Settings):
         Raises:
             ValueError: a value is recorded in place of a section.
         """
-        former, present = flat(_with_defaults(self, None, recorded)), flat(self.recorded())
+        former, present = (flat(_with_defaults(self, None, each)) for each in (recorded, self.recorded()))
         names = [*present, *(name for name in former if name not in present)]
         return {name: (former.get(name), present.get(name)) for name in names if former.get(name) != present.get(name)}
+
+
+def _without_unchanged(section: Settings, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recorded settings of a section without fields of their default that are marked RECORDED_IF_CHANGED."""
+    kept = dict(recorded)
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if is_marked(field, RECORDED_IF_CHANGED) and value == field.default:
+            del kept[name]
+        elif isinstance(value, Settings) and name in kept:
+            kept[name] = _without_unchanged(value, kept[name])
+    return kept
 
 
 def _with_defaults(section: Settings, default: Settings | None, recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,11 @@ class DetectionsInput(Settings):
 
 
 class DetectionsSpec(Settings):
-    """Annotated boxes of hands and objects, one list per video frame."""
+    """Boxes of hands and objects, one list per video frame."""
 
-    source: Literal["auto", "none"] = "auto"
-    """`auto`: the dataset's boxes, if it has any. `none`: do not store boxes."""
+    source: Literal["auto", "hand_objects", "none"] = "auto"
+    """`auto`: the annotated boxes of the dataset, if it has any. `hand_objects`: the published detections of
+    Epic-Kitchens-100, a file per recording. `none`: do not store boxes."""
     max_boxes: Positive = 14
     """Boxes kept per frame, hands first [STLT's code: 14]."""
 

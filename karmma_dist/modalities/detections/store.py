@@ -1,11 +1,13 @@
-"""Boxes of hands and objects from JSON files of several GB, read one clip at a time.
+"""Boxes of hands and objects: from JSON files of several GB, read one clip at a time, or from a pickle per recording.
 
-Two formats are recognised by their first character; boxes are in pixels of the clip's original size.
+Two formats of JSON are recognised by their first character; boxes are in pixels of the clip's original size.
 
 * Something-Else's annotations (https://github.com/joaanna/something_else): an object {clip: [frames]}, frames with
   `name` CLIP/NNNN.jpg and `labels` with `box2d` x1, y1, x2, y2.
 * STLT's compact lists (https://github.com/gorjanradevski/revisiting-spatial-temporal-layouts), annotated or detected:
   a list of {"id": clip, "frames": [frames]}, frames in order with `frame_objects` of x1, y1, x2, y2, category, score.
+
+`hand_objects.py` describes the pickles.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.json_fields import JsonObject, parse_strictly
 from karmma_dist.modalities.detections import HAND, OBJECT, DetectionsSpec
+from karmma_dist.modalities.detections.hand_objects import PICTURE_SIZE, HandObjects
+from karmma_dist.modalities.numbered_frames import numbers_held
 from karmma_dist.modalities.recording import ClipRecord, MediaError, Recording, media_error
 from karmma_dist.modalities.storage import Sections, Source, Storage, Stored
+from karmma_dist.modalities.video import VIDEO
 
 if TYPE_CHECKING:
     from karmma_dist.modalities.pictures import CutPictures
@@ -106,9 +112,19 @@ def detections_json(entry: Any, width: int, height: int, num_frames: int, max_bo
             position = int(number[1]) - first if number else place
             kept = [box for label in _labels(frame) if (box := _box(label, width, height)) is not None]
             if position < num_frames:
-                boxes[position] = sorted(kept, key=lambda box: (box[4], -box[5]))[:max_boxes]
+                boxes[position] = _best(kept, max_boxes)
     except ValueError as error:
         raise MediaError("detections", "parse", f"boxes of another format: {error}") from None
+    return _member(boxes, width, height)
+
+
+def _best(boxes: list[list[float]], max_boxes: int) -> list[list[float]]:
+    """Return the boxes of a frame that are stored, hands first and then by score."""
+    return sorted(boxes, key=lambda box: (box[4], -box[5]))[:max_boxes]
+
+
+def _member(boxes: list[list[list[float]]], width: int, height: int) -> tuple[bytes, int]:
+    """Return the detections member of the boxes of every frame, and count them."""
     content = {"width": width, "height": height, "frames": boxes}
     return json.dumps(content, separators=(",", ":")).encode(), sum(map(len, boxes))
 
@@ -264,8 +280,37 @@ class BoxesSource(Source):
         return data, {"num_frames": num_frames, "num_boxes": num_boxes}
 
 
+class HandObjectSource(Source):
+    """A recording's pickle of detections, with numbered frames.
+
+    Args:
+        frames: The detections.
+        nominal_fps: Frame rate of the numbers.
+        max_fps: Highest rate of stored pictures, which is that of stored boxes.
+        max_boxes: Boxes kept per frame.
+    """
+
+    def __init__(self, frames: HandObjects, nominal_fps: int, max_fps: float, max_boxes: int) -> None:
+        self._frames, self._max_boxes = frames, max_boxes
+        self._nominal_fps = Fraction(nominal_fps)
+        self._fps = min(self._nominal_fps, Fraction(max_fps).limit_denominator(1001))
+
+    @property
+    def reach_s(self) -> float:
+        """End of the last frame in seconds from the start of the recording."""
+        return float(self._frames.last / self._nominal_fps)
+
+    def cut(self, clip: ClipRecord, stop_s: float | None, pictures: CutPictures) -> Stored:
+        """Store the boxes of the frames that show the clip, at the rate of stored pictures."""
+        end_s = self.reach_s if stop_s is None else stop_s
+        numbers = numbers_held(clip, self._frames, end_s, self._nominal_fps, self._fps)
+        boxes = [_best(self._frames.boxes(number), self._max_boxes) for number in numbers]
+        data, num_boxes = _member(boxes, *(pictures.source_size or PICTURE_SIZE))
+        return data, {"num_frames": len(boxes), "num_boxes": num_boxes}
+
+
 class DetectionsStorage(Storage):
-    """The storage of annotated boxes."""
+    """The storage of boxes."""
 
     needs_pictures = True
     entry_field = "boxes"
@@ -274,10 +319,15 @@ class DetectionsStorage(Storage):
 
     def open(
         self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None
-    ) -> BoxesSource | None:
-        """Return the recording's file of boxes, which is read clip by clip."""
-        file = recording.media.get("detections")
-        return None if file is None else BoxesSource(file.path, sections["detections"].max_boxes)
+    ) -> Source | None:
+        """Return the recording's file of boxes, read clip by clip, or its detections, read here."""
+        file, section = recording.media.get("detections"), sections["detections"]
+        if file is None:
+            return None
+        if section.source == "hand_objects":
+            frames = HandObjects(recording.usable(file.path, "detections"), recording.name)
+            return HandObjectSource(frames, recording.nominal_fps, sections[VIDEO.name].max_fps, section.max_boxes)
+        return BoxesSource(file.path, section.max_boxes)
 
 
 STORAGE = DetectionsStorage()

@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING
 
 from karmma_dist.errors import UserError
 from karmma_dist.modalities.recording import ClipRecord
-from karmma_dist.packing.readers.epic_recordings import SPAN_COLUMNS, AnnotatedClip, EpicPaths, clip_span, plan_clips
-from karmma_dist.packing.readers.reader import Reader
+from karmma_dist.packing.readers.epic_recordings import (
+    SPAN_COLUMNS,
+    AnnotatedClip,
+    EpicPaths,
+    clip_span,
+    epic_reader,
+    plan_clips,
+)
 from karmma_dist.packing.readers.tables import (
     SplitTables,
     UniqueKeys,
@@ -94,4 +100,4 @@ def _clip(
     )
 
 
-EPIC_KITCHENS = Reader(EpicKitchensPaths, read_epic_kitchens, ("video", "flow", "audio"))
+EPIC_KITCHENS = epic_reader(EpicKitchensPaths, read_epic_kitchens)

@@ -8,7 +8,7 @@ The IMU of PXX_1YY is found by the tracks that `shards/epic_kitchens_imu.yaml` n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from karmma_dist.errors import UserError
 from karmma_dist.modalities.audio.store import recordings_with_sound
 from karmma_dist.modalities.recording import ClipRecord, MediaFile, Recording
+from karmma_dist.packing.readers.reader import RECORDED_IF_CHANGED, Reader
 from karmma_dist.packing.readers.tables import SplitTables, check_name
 from karmma_dist.packing.records import MediaFinder, Plan, inside, shared_file
 from karmma_dist.seeding import hold_out_word
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _TIMESTAMP = re.compile(r"(\d{1,6}):([0-5]?\d):([0-5]?\d(?:\.\d+)?)", re.ASCII)
+
+_BOXES = {"detections": "hand_objects"}
+"""Modality that clips declare if the specification asks for it by this `source`."""
 
 SPAN_COLUMNS = ("participant_id", "video_id", "start_timestamp", "stop_timestamp")
 """Columns that every table of clips has."""
@@ -53,6 +57,8 @@ class EpicPaths(Settings):
     """Audio in the format of auditory-slow-fast: one mono dataset per recording. Needs the extra `hdf5`."""
     audio_hdf5_rate: Positive = 24_000
     """Samples per second of the HDF5 file, which does not record them."""
+    hand_objects: Annotated[str, RECORDED_IF_CHANGED] = "EPIC-KITCHENS/{participant}/hand-objects/{recording}.pkl"
+    """Published detections of hands and objects, stored with `detections.source: hand_objects`."""
     pruned_splits: list[str] = []
     """Splits without the clips whose class, of any head, never occurs in `train`: the paper's evaluation drops 24 of
     Epic-Kitchens' 9,668 validation clips in this way (nouns 205, 240, 288 and 295)."""
@@ -143,8 +149,11 @@ def plan_clips(
     if unknown := set(spec.participants) - {participant for participant, _ in clips}:
         notes.append(f"participants without any clip: {', '.join(sorted(unknown))}")
     with_audio = _audio_files(tables.raw, spec, paths, notes)
-    finder = _RecordingFinder(MediaFinder(tables.raw), spec.reader, paths, with_audio)
+    with_boxes = spec.detections.source == _BOXES["detections"]
+    finder = _RecordingFinder(MediaFinder(tables.raw), spec.reader, paths, with_audio, with_boxes)
     recordings = tuple(finder.recording(*ids, tuple(some)) for ids, some in clips.items())
+    if with_boxes and not any("detections" in recording.media for recording in recordings):
+        notes.append(f"no detections: no recording has {paths.hand_objects}")
     held_out = tuple(paths.hold_out) if "train" in tables.files else ()
     media = finder.media
     return Plan(recordings, classes, (*tables.files, *held_out), (*notes, *media.notes()), media.sought)
@@ -212,6 +221,8 @@ class _RecordingFinder:
     paths: EpicPaths
     with_audio: dict[str, Path]
     """HDF5 file of audio per recording that it contains."""
+    with_boxes: bool
+    """True if detections of hands and objects are stored."""
 
     def recording(self, participant: str, name: str, clips: tuple[ClipRecord, ...]) -> Recording:
         """Return a recording with the paths of its media that exist."""
@@ -223,12 +234,17 @@ class _RecordingFinder:
         video_file = self.media.file(expanded(paths.movies), f"{self.section}.movies")
         frames = self.media.frames(expanded(paths.rgb_frames), f"{self.section}.rgb_frames")
         flow = self.media.frames(expanded(paths.flow_frames), f"{self.section}.flow_frames")
+        boxes = None
+        if self.with_boxes:
+            boxes = self.media.file(expanded(paths.hand_objects), f"{self.section}.hand_objects")
         fps = nominal_fps(name)
         media = {}
         if flow is not None:
             media["flow"] = MediaFile(flow, rate=2 if fps == 60 else 1)
         if name in self.with_audio:
             media["audio"] = MediaFile(self.with_audio[name], rate=paths.audio_hdf5_rate)
+        if boxes is not None:
+            media["detections"] = MediaFile(boxes)
         return Recording(
             name,
             participant,
@@ -237,5 +253,10 @@ class _RecordingFinder:
             frames=frames,
             media=media,
             nominal_fps=fps,
-            problems=self.media.problems([video_file, frames, flow]),
+            problems=self.media.problems([video_file, frames, flow, boxes]),
         )
+
+
+def epic_reader(paths: type[EpicPaths], read: Callable[[PackingSpec], Plan]) -> Reader:
+    """Return the reader of a dataset of these recordings."""
+    return Reader(paths, read, ("video", "flow", "audio"), on_request=_BOXES)

@@ -19,10 +19,10 @@ from karmma_dist.packing.readers.epic_recordings import (
     AnnotatedClip,
     EpicPaths,
     clip_span,
+    epic_reader,
     nominal_fps,
     plan_clips,
 )
-from karmma_dist.packing.readers.reader import Reader
 from karmma_dist.packing.readers.tables import UNLABELLED, UniqueKeys, integer, rows, split_tables
 
 if TYPE_CHECKING:
@@ -142,4 +142,4 @@ def frames_shown(start_s: float, stop_s: float, fps: int) -> tuple[int, int]:
     return first, max(first, last) + 1
 
 
-EPIC_SOUNDS = Reader(EpicSoundsPaths, read_epic_sounds, ("video", "flow", "audio"))
+EPIC_SOUNDS = epic_reader(EpicSoundsPaths, read_epic_sounds)

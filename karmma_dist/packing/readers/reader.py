@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from karmma_dist.settings import Settings
+from karmma_dist.settings import Settings, mark
 
 if TYPE_CHECKING:
     from karmma_dist.packing.records import Plan
     from karmma_dist.packing.spec import PackingSpec
+
+
+RECORDED_IF_CHANGED = mark("recorded_if_changed")
+"""Mark of fields that are younger than shards that exist: manifests hold them only if they have not their default."""
 
 
 def _accept(_: PackingSpec) -> None:
@@ -28,6 +32,8 @@ class Reader:
     modalities: tuple[str, ...]
     """Modalities that every clip declares; those that are no field of the specification are declared if they have a
     section."""
+    on_request: Mapping[str, str] = field(default_factory=dict)
+    """Further modalities, each with the `source` by which a specification asks for it: clips declare it only then."""
     takes_participants: bool = True
     """True if recordings name the participant."""
     check: Callable[[PackingSpec], None] = _accept

@@ -169,6 +169,22 @@ def _entries(table: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{table}: has no entry (a file that does not exist is skipped)")
 
 
+def _check(spec: PackingSpec) -> None:
+    """Refuse sources that only other datasets have.
+
+    Raises:
+        ValueError: the specification asks for such a source.
+    """
+    if spec.detections.source == "hand_objects":
+        raise ValueError(
+            "detections.source 'hand_objects': reader 'something_something' has no such files: choose auto or none"
+        )
+
+
 SOMETHING_SOMETHING = Reader(
-    SomethingSomethingPaths, read_something_something, ("video", "flow", "detections"), takes_participants=False
+    SomethingSomethingPaths,
+    read_something_something,
+    ("video", "flow", "detections"),
+    takes_participants=False,
+    check=_check,
 )
