@@ -13,6 +13,7 @@ import pytest
 
 from karmma_dist.modalities.recording import ClipRecord, Recording
 from karmma_dist.packing.pack import make_plan
+from karmma_dist.packing.readers import find_reader
 from karmma_dist.packing.readers.something_something import read_something_something
 from karmma_dist.packing.records import Plan
 from karmma_dist.packing.spec import load_spec
@@ -121,3 +122,30 @@ def test_every_row_of_something_something_finds_its_class(tmp_path: Path) -> Non
             assert clip.labels == {"action": int(classes[entry["template"].replace("[", "").replace("]", "")])}
             assert clip.narration == entry.get("label", entry["template"])
     assert {clip.labels["action"] for clip in clips.values()} == set(range(174))
+
+
+SOUNDS = {"validation": ("validation", 8_035), "test": ("recognition_test_timestamps", 5_131)}
+
+
+def test_every_row_of_epic_sounds_becomes_its_clip(tmp_path: Path) -> None:
+    """Also that samples repeat the timestamps, which is why the reader takes those alone."""
+    (tmp_path / "annotations").symlink_to(real("annotations/epic_sounds"))
+    plan = find_reader("epic_sounds").read(load_spec("epic_sounds", raw=tmp_path, out=tmp_path / "out"))
+    names = plan.classes["sound"]
+    assert len(names) == 44
+    clips = {clip.key: (recording, clip) for recording in plan.recordings for clip in recording.clips}
+    for split, (name, num) in SOUNDS.items():
+        with open(tmp_path / "annotations" / f"EPIC_Sounds_{name}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(plan.keys(split)) == num
+        for row in rows:
+            recording, clip = clips[row["annotation_id"]]
+            assert clip.split == split
+            assert (recording.participant, recording.name) == (row["participant_id"], row["video_id"])
+            label = clip.labels["sound"]
+            assert (label is None) == (split == "test")
+            assert label is None or (names[label], str(label)) == (row["class"], row["class_id"])
+            assert clip.stop_s is not None
+            for time_s, column in ((clip.start_s, "start"), (clip.stop_s, "stop")):
+                assert time_s == pytest.approx(_seconds(row[f"{column}_timestamp"]), abs=1e-6)
+                assert -1 <= int(row[f"{column}_sample"]) - round(time_s * 24_000) <= 0
