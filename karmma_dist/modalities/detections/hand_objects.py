@@ -16,6 +16,7 @@ from karmma_dist.io.json_fields import shown
 from karmma_dist.io.plain_pickle import read_bytes_list
 from karmma_dist.io.protobuf import Field, Kind, parse_message
 from karmma_dist.modalities.detections import HAND, OBJECT
+from karmma_dist.modalities.file_type import unusable_type
 from karmma_dist.modalities.numbered_frames import FrameNumbers
 from karmma_dist.modalities.recording import MediaError, media_error
 
@@ -55,7 +56,7 @@ class HandObjects(FrameNumbers):
         self.path, self.modality = path, "detections"
         self._messages: dict[int, bytes] = {}
         try:
-            for place, message in enumerate(read_bytes_list(read_file(path, _MOST_BYTES))):
+            for place, message in enumerate(read_bytes_list(_content(path))):
                 self._add(place, message, recording)
             if not self._messages:
                 raise ValueError("has no frame")
@@ -98,6 +99,20 @@ class HandObjects(FrameNumbers):
             return [box for box in itertools.chain(hands, objects) if box[0] < box[2] and box[1] < box[3]]
         except ValueError as error:
             raise MediaError(self.modality, "parse", f"{self.path.name}: frame {number}: {error}") from None
+
+
+def _content(path: Path) -> bytes:
+    """Return the content of a pickle.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is of another type, or too large.
+    """
+    if problem := unusable_type(path):
+        raise ValueError(problem)
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"has more than {_MOST_BYTES:,} bytes")
+    return read_file(path, _MOST_BYTES)
 
 
 def _box(detection: dict[str, object], category: int) -> list[float]:

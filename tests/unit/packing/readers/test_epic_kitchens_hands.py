@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from karmma_dist.errors import UserError
-from karmma_dist.modalities.detections import HAND, OBJECT
+from karmma_dist.modalities.detections import HAND, OBJECT, hand_objects
 from karmma_dist.modalities.detections.decode import read_frames
 from karmma_dist.modalities.detections.hand_objects import PICTURE_SIZE
 from karmma_dist.packing.inspect.inspect import contact_sheet
@@ -145,21 +145,23 @@ def broken(video: str = "P01_01", number: int = 1, boxes: Sequence[Box] = ()) ->
     return pickle.dumps([frame_message("P01_01", 3), frame_message(video, number, boxes)], 4)
 
 
-@pytest.mark.parametrize(
-    ("content", "stage", "named"),
-    [
-        (b"", "open", "P01_01.pkl: not a pickle of detections: pickle exhausted before seeing STOP"),
-        (pickle.dumps([]), "open", "has no frame"),
-        (pickle.dumps([print]), "open", "byte 13: instruction SHORT_BINUNICODE makes no list of bytes"),
-        (pickle.dumps([b"\xff"]), "open", "entry 0: byte 0: a number is cut"),
-        (broken(video="P01_02"), "open", "entry 1 is of recording 'P01_02'"),
-        (broken(number=0), "open", "entry 1 is of frame 0: frames are numbered from 1"),
-        (broken(number=3), "open", "entry 1 is of frame 3, which has one before"),
-        (broken(boxes=[[0.1, 0.1, 0.2, 0.2, OBJECT, 0.5]] * 1001), "open", "entry 1 has more than 1,000 boxes"),
-        (pickle.dumps([frame_message("P01_01", n) for n in range(61, 71)]), "cut", "ends too early or starts too late"),
-        (pickle.dumps([frame_message("P01_01", 500)]), "cut", "has frames 500 to 500, the clip is"),
-    ],
-)
+BROKEN = {
+    "empty": (b"", "open", "not a pickle of detections: is empty"),
+    "page": (b"<!DOCTYPE html><html></html>", "open", "not a pickle of detections: is a page of HTML or XML"),
+    "cut": (b"\x80\x03]q\x00", "open", "not a pickle of detections: pickle exhausted before seeing STOP"),
+    "no frame": (pickle.dumps([]), "open", "has no frame"),
+    "function": (pickle.dumps([print]), "open", "byte 13: instruction SHORT_BINUNICODE makes no list of bytes"),
+    "no message": (pickle.dumps([b"\xff"]), "open", "entry 0: byte 0: a number is cut"),
+    "other recording": (broken(video="P01_02"), "open", "entry 1 is of recording 'P01_02'"),
+    "frame 0": (broken(number=0), "open", "entry 1 is of frame 0: frames are numbered from 1"),
+    "frame twice": (broken(number=3), "open", "entry 1 is of frame 3, which has one before"),
+    "many boxes": (broken(boxes=[[0, 0, 1, 1, OBJECT, 0.5]] * 1001), "open", "entry 1 has more than 1,000 boxes"),
+    "short": (pickle.dumps([frame_message("P01_01", n) for n in range(61, 71)]), "cut", "ends too early or starts too"),
+    "elsewhere": (pickle.dumps([frame_message("P01_01", 500)]), "cut", "has frames 500 to 500, the clip is"),
+}
+
+
+@pytest.mark.parametrize(("content", "stage", "named"), BROKEN.values(), ids=list(BROKEN))
 def test_a_broken_pickle_fails_the_clips_of_its_recording(
     tmp_path: Path, content: bytes, stage: str, named: str
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_broken_pickle_fails_the_clips_of_its_recording(
     assert {failure.key for failure in failures} == {"P01_01_0", "P01_01_1"}
     for failure in failures:
         assert (failure.modality, failure.stage) == ("detections", stage)
+        assert failure.error.startswith("P01_01.pkl")
         assert named in failure.error
         assert failure.error.isprintable()
 
@@ -218,6 +221,14 @@ def test_a_pickle_that_is_no_file_or_leads_nowhere_is_damage(tmp_path: Path) -> 
     path.mkdir()
     (failure,) = pack(spec(tmp_path, "other")).failures
     assert "is a folder, not a file" in failure.error
+
+
+def test_a_pickle_that_is_too_large_fails_its_clips_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_recording(tmp_path, "P01_01", SPANS[:1])
+    monkeypatch.setattr(hand_objects, "_MOST_BYTES", 1000)
+    (failure,) = pack(spec(tmp_path)).failures
+    assert failure.stage == "open"
+    assert failure.error == "P01_01.pkl: not a pickle of detections: has more than 1,000 bytes"
 
 
 def test_no_path_of_detections_leaves_the_raw_folder(tmp_path: Path) -> None:
