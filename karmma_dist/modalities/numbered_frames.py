@@ -46,7 +46,9 @@ class FrameNumbers:
     path: Path
     modality: str
     first: int
+    """Lowest number."""
     last: int
+    """Highest number."""
 
     def clamped(self, start: int, stop: int | None, num_lacking: int = 0) -> range:
         """Return the file numbers from start up to (not including) stop, limited to those from the first to the last.

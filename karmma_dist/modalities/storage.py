@@ -92,7 +92,8 @@ class Storage(ABC):
     """
 
     needs_pictures: ClassVar[bool] = False
-    """True if cutting members from a source needs facts about the clip's pictures, for example their size."""
+    """True if cutting members from a source needs facts about the clip's pictures, for example their size, unless
+    `reads_pictures` says otherwise of the settings."""
     media_stream: ClassVar[MediaStream | None] = None
     """Stream of a media file from which members can be made; None if the modality needs a separate file."""
     media_source: ClassVar[str] = "auto"
@@ -101,6 +102,10 @@ class Storage(ABC):
     """True if a clip's moments are counted in this member, so that it is stored even if no model uses it."""
     entry_field: ClassVar[str] = ""
     """Name of a clip's entry (`ClipRecord.entries`) in the identity of a plan; empty if files have no entries."""
+
+    def reads_pictures(self, settings: Any) -> bool:
+        """Return True if cutting members from a source by these settings needs facts about the clip's pictures."""
+        return self.needs_pictures
 
     @property
     @abstractmethod

@@ -124,7 +124,7 @@ class _Cutter:
             if maker is not None:
                 self._makers[name] = maker
         self._shown: VideoFile | NumberedFrames | None = None
-        if self._makers or any(MODALITIES[name].storage.needs_pictures for name in self._sources):
+        if self._makers or any(MODALITIES[name].storage.reads_pictures(sections[name]) for name in self._sources):
             if file is not None and file.video is not None:
                 self._shown = file
             elif recording.frames is not None:

@@ -100,12 +100,13 @@ def difference_between(packed: DatasetHeader, spec: PackingSpec, plan: RecordedP
 
 def _with_media(plan: Plan, spec: PackingSpec) -> Plan:
     """Leave out recordings without any media file, and note how many."""
-    present = [r for r in plan.recordings if _has_media(r)]
+    sections = spec.sections()
+    present = [r for r in plan.recordings if _has_media(r, sections)]
     if not present:
         sought = f": the first looked for is {plan.sought}" if plan.sought is not None else ""
         num = len(plan.recordings)
         raise UserError(f"{spec.raw}: no media file of any of the {num} annotated recordings exists{sought}")
-    absent = [r for r in plan.recordings if not _has_media(r)]
+    absent = [r for r in plan.recordings if not _has_media(r, sections)]
     if not absent:
         return plan
     num_clips = sum(len(recording.clips) for recording in absent)
@@ -113,8 +114,8 @@ def _with_media(plan: Plan, spec: PackingSpec) -> Plan:
     return replace(plan, recordings=tuple(present), notes=(*plan.notes, note))
 
 
-def _has_media(recording: Recording) -> bool:
-    alone = (name for name in recording.media if not MODALITIES[name].storage.needs_pictures)
+def _has_media(recording: Recording, sections: Mapping[str, Any]) -> bool:
+    alone = (name for name in recording.media if not MODALITIES[name].storage.reads_pictures(sections.get(name)))
     return recording.video_file is not None or recording.frames is not None or any(alone)
 
 

@@ -317,6 +317,10 @@ class DetectionsStorage(Storage):
 
     settings = DetectionsSpec
 
+    def reads_pictures(self, settings: DetectionsSpec) -> bool:
+        """Return True for boxes in pixels; those of hand-object detections are fractions of the picture."""
+        return settings.source != "hand_objects"
+
     def open(
         self, recording: Recording, sections: Sections, files: ExitStack, video_file: VideoFile | None
     ) -> Source | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from karmma_dist.errors import UserError
 from karmma_dist.modalities.detections import HAND, OBJECT, hand_objects
-from karmma_dist.modalities.detections.decode import read_frames
+from karmma_dist.modalities.detections.decode import picture_size, read_frames
 from karmma_dist.modalities.detections.hand_objects import PICTURE_SIZE
 from karmma_dist.packing.inspect.inspect import contact_sheet
 from karmma_dist.packing.pack import make_plan, pack
@@ -265,3 +266,17 @@ def test_sounds_have_the_same_detections_without_any_picture(tmp_path: Path) -> 
     assert f'"width":{PICTURE_SIZE[0]},"height":{PICTURE_SIZE[1]}'.encode() in folder.read(clip, "detections")
     contact_sheet(folder, tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_boxes_alone_are_packed_without_reading_a_picture(tmp_path: Path) -> None:
+    write_recording(tmp_path, "P01_01")
+    nothing_else = {"video": {"source": "none"}, "audio": {"source": "none"}}
+    beside = pack(spec(tmp_path, **nothing_else))
+    shutil.rmtree(tmp_path / "EPIC-KITCHENS/P01/rgb_frames")
+    alone = pack(spec(tmp_path, "alone"))
+    for summary in (beside, alone):
+        assert not summary.failures
+        assert summary.subsets == {"train": {"D": 3}}
+        folder = ShardFolder(summary.out)
+        for clip in folder.clips("train"):
+            assert picture_size(folder.read(clip, "detections")) == PICTURE_SIZE
