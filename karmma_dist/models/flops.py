@@ -106,8 +106,8 @@ class ClipFlops:
 def flops_per_clip(model: KarmmaModel) -> ClipFlops:
     """Count a model's FLOPs on a twin on the meta device; `model` may be on any device and is not modified."""
     # A twin that leaves absent tokens out gives the cost of any set of modalities in the fusion block: stand-in tokens
-    # are only added.
-    recipe = model.recipe.model_copy(update={"missing": "leave_out"})
+    # are only added, as are other tokens that replace missing ones. Prompts are tokens of their own.
+    recipe = model.recipe if model.leaves_out else model.recipe.model_copy(update={"missing": "leave_out"})
     twin = meta_model(recipe, model.inputs, model.modalities, model.heads).eval()
     encoders, projections, tokens = {}, {}, {}
     for modality, x in meta_clip(twin.inputs, twin.modalities).items():
