@@ -244,6 +244,11 @@ class KarmmaModel(nn.Module):
             raise UserError(f"a model with model.fusion {self.recipe.fusion} has no fusion block")
         return self.fusion
 
+    @property
+    def _runs_every_part(self) -> bool:
+        """True if all ranks must gather the same parameters, of which fusion has some for each modality."""
+        return self.runs_every_encoder and isinstance(self.fusion, BottleneckFusion)
+
     def train(self, mode: bool = True) -> KarmmaModel:
         """Set the mode of all modules except frozen encoders, which stay in eval mode."""
         super().train(mode)
@@ -355,7 +360,7 @@ class KarmmaModel(nn.Module):
         keep = present if keep_BM is None else self._on_cpu(keep_BM, "keep_BM")
         _check_keep(keep, present)
         # Without gradients, positions that no clip attends to can be dropped; with gradients the graph must not change.
-        drops = self.leaves_out and not torch.is_grad_enabled()
+        drops = self.leaves_out and not torch.is_grad_enabled() and not self._runs_every_part
         used = [m for m in range(len(self.modalities)) if not drops or bool(keep[:, m].any())]
         parts = [self._place(self.modalities[m], tokens, present[:, m], keep[:, m]) for m in used]
         counted = keep[:, used] if self.leaves_out else torch.ones_like(keep[:, used])

@@ -105,6 +105,24 @@ def test_a_rival_runs_in_bfloat16_and_learns_finite_numbers(kind: str) -> None:
         assert bool(gradient.isfinite().all()), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_model_runs_the_same_modules_whatever_is_present(kind: str) -> None:
+    """Check it without gradients: a sharded teacher's ranks gather the parameters of every module that they run."""
+    model = build(kind).eval()
+    model.runs_every_encoder = True
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    orders = set()
+    with torch.no_grad():
+        for subset in SUBSETS:
+            ran.clear()
+            model(only(clips(1), torch.tensor([subset])), torch.tensor([subset]))
+            orders.add(tuple(ran))
+    assert len(orders) == 1
+
+
 def test_zeros_take_the_place_of_missing_tokens() -> None:
     tokens, encoded = fused_tokens("zeros")
     for m, name in enumerate(MODALITIES):
