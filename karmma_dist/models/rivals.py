@@ -16,7 +16,7 @@ D width, L layers with prompts, P prompts of a layer.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +29,7 @@ _MEAN_DECAY = 0.99
 """Factor per optimizer step of the mean of an encoder's tokens in training: tokens of 100 steps ago count a third."""
 
 
-class Filler(nn.Module):
+class Filler(nn.Module, ABC):
     """The tokens that replace a missing modality's; unlike `StandIn` it adds nothing to the tokens of present ones."""
 
     def forward(self, tokens_BTD: Tensor, keep_B: Tensor, projection: nn.Module) -> Tensor:
