@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from karmma_dist.errors import UserError
+from karmma_dist.memory.memory import sets_of
 from karmma_dist.models.flops import count_flops, flops_per_clip, meta_clip, meta_model
 from karmma_dist.models.model_card import load_model, save_model
 from karmma_dist.models.rivals import BottleneckFusion, MeanTokens
 from karmma_dist.models.running_sums import RunningSums, running_sums
-from karmma_dist.recipe import ModelRecipe
+from karmma_dist.recipe import DistillRecipe, ModelRecipe
 from karmma_dist.settings import dump, validate
+from karmma_dist.training.teacher import Teacher
 from kits.models import HEADS, INPUTS, KINDS, MODALITIES, RIVALS, SUBSETS, build, clips, gradients, only
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,6 +123,20 @@ def test_a_sharded_model_runs_the_same_modules_whatever_is_present(kind: str) ->
             model(only(clips(1), torch.tensor([subset])), torch.tensor([subset]))
             orders.add(tuple(ran))
     assert len(orders) == 1
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_a_rival_answers_as_a_teacher_what_it_says_of_each_subset(kind: str) -> None:
+    model = build(kind).eval()
+    losses = {head: [0.0] for head in HEADS}
+    teacher = Teacher([model], MODALITIES, losses, DistillRecipe(teacher="t")).eval()
+    everything, whole = torch.ones(2, 4, dtype=torch.bool), clips(2)
+    with torch.no_grad():
+        answers_BSA = teacher(whole, everything, answers_for="all")[:, :, 0]
+        tokens = model.encode(whole, everything)
+        for s, subset_M in enumerate(sets_of(4)[1:]):
+            logits = model.fuse(tokens, everything, subset_M.expand(2, -1))
+            torch.testing.assert_close(answers_BSA[:, s], torch.cat([logits["verb"], logits["noun"]], dim=1))
 
 
 def test_zeros_take_the_place_of_missing_tokens() -> None:
