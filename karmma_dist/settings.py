@@ -75,7 +75,7 @@ def unmarked(settings: Settings, mark: Any) -> dict[str, Any]:
     dumped = settings.model_dump(mode="json")
     kept = (name for name, field in type(settings).model_fields.items() if not is_marked(field, mark))
     names = [*kept, *(settings.__pydantic_extra__ or {})]
-    return {name: _unmarked(getattr(settings, name), dumped[name], mark) for name in names}
+    return {name: _unmarked(getattr(settings, name), dumped[name], mark) for name in names if name in dumped}
 
 
 def _unmarked(value: Any, dumped: Any, mark: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from karmma_dist.distributed import heartbeat
 from karmma_dist.distributed.world import World
@@ -57,6 +58,15 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
     dist.all_reduce(packed)
     return dict(zip(names, (packed / dist.get_world_size()).tolist(), strict=True))
+
+
+def sum_over_ranks(numbers: Tensor) -> Tensor:
+    """Return the sum of a tensor over the ranks, on its device; the tensor may be changed."""
+    if dist.get_world_size() == 1:
+        return numbers
+    reduced = numbers.cuda() if dist.get_backend() == "nccl" else numbers
+    dist.all_reduce(reduced)
+    return reduced.to(numbers.device)
 
 
 def store() -> dist.Store:

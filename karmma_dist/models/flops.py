@@ -1,7 +1,8 @@
 """The FLOPs of a KARMMA model: 2 x the multiply-accumulates of convolutions, linear layers and attention products.
 
 They are counted on the meta device, without weights and without computing: on a CPU PyTorch's counter misses fused
-attention.
+attention. What a batch costs once, however many clips it has, is not counted: the Linear of mean tokens that replace
+missing ones.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ClipFlops:
     frozen: frozenset[str]
     """Modalities whose encoder is not trained."""
     leaves_out: bool
-    """True if absent tokens are left out; otherwise learnable tokens replace them."""
+    """True if absent tokens are left out; otherwise others replace them."""
 
     def alone(self, subset: tuple[str, ...]) -> int:
         """Return the FLOPs of one clip in a model of the same sizes with only the modalities of `subset`."""
@@ -106,8 +107,8 @@ class ClipFlops:
 def flops_per_clip(model: KarmmaModel) -> ClipFlops:
     """Count a model's FLOPs on a twin on the meta device; `model` may be on any device and is not modified."""
     # A twin that leaves absent tokens out gives the cost of any set of modalities in the fusion block: stand-in tokens
-    # are only added.
-    recipe = model.recipe.model_copy(update={"missing": "leave_out"})
+    # are only added, as are other tokens that replace missing ones. Prompts are tokens of their own.
+    recipe = model.recipe if model.leaves_out else model.recipe.model_copy(update={"missing": "leave_out"})
     twin = meta_model(recipe, model.inputs, model.modalities, model.heads).eval()
     encoders, projections, tokens = {}, {}, {}
     for modality, x in meta_clip(twin.inputs, twin.modalities).items():

@@ -25,6 +25,7 @@ from karmma_dist.modalities import MODALITIES
 from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.encoders.table import build_encoder, input_shape
 from karmma_dist.models.encoders.transformer import INIT_STD, TransformerLayer, at_least_float32, init_linears
+from karmma_dist.models.rivals import BottleneckFusion, Filler, MeanTokens, MissingToken, Prompts, head_columns
 from karmma_dist.recipe import InputRecipe, ModelRecipe
 
 Grouping = Literal["paper", "even"]
@@ -104,12 +105,15 @@ class FusionBlock(nn.Module):
         init_linears(self)
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
 
-    def forward(self, tokens_BTD: Tensor, attend_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BTD: Tensor, attend_BT: Tensor | None = None, prompts_BLPD: Tensor | None = None
+    ) -> Tensor:
         """Mix the tokens of each clip.
 
         Args:
             tokens_BTD: Tokens of all modalities.
             attend_BT: bool, True = attend to this token; outputs at other tokens are meaningless. None attends to all.
+            prompts_BLPD: P tokens that precede the input of each of the first L layers, of a rival; see `Prompts`.
 
         Returns:
             (B, 1 + T, D), [CLS] first.
@@ -117,9 +121,13 @@ class FusionBlock(nn.Module):
         cls = self.cls_token.expand(len(tokens_BTD), -1, -1)
         x = torch.cat([cls, tokens_BTD], dim=1)  # (B, 1 + T, D)
         keys = None if attend_BT is None else nn.functional.pad(attend_BT, (1, 0), value=True)[:, None]  # (B, 1, 1 + T)
-        for layer in self.layers:
+        prompts = () if prompts_BLPD is None else prompts_BLPD.unbind(dim=1)
+        for depth, layer in enumerate(self.layers):
+            if depth < len(prompts):
+                x = torch.cat([prompts[depth], x], dim=1)
+                keys = None if keys is None else nn.functional.pad(keys, (prompts[depth].shape[1], 0), value=True)
             x = layer(x, keys)
-        out: Tensor = self.norm(x)
+        out: Tensor = self.norm(x[:, -1 - tokens_BTD.shape[1] :] if prompts else x)
         return out
 
 
@@ -153,7 +161,7 @@ class KarmmaModel(nn.Module):
     needs no stand-in tokens and has none either (29.64 M for the student on video).
 
     With `fusion: mean` a model of one modality predicts from the mean of its encoder's tokens with just a linear layer
-    per head (arXiv 2307.07483).
+    per head (arXiv 2307.07483). The other values of `fusion` and `missing` are rivals: see `rivals.py`.
 
     Args:
         model: Architecture.
@@ -189,22 +197,27 @@ class KarmmaModel(nn.Module):
         self.modalities, self.heads = tuple(modalities), dict(heads)
         encoders = {m: build_encoder(m, model.encoders[m], inputs) for m in modalities}
         self.encoders = nn.ModuleDict(encoders)
-        is_pooled = model.fusion == "mean"
+        is_pooled, is_late = model.fusion == "mean", model.fusion == "late"
         self.num_tokens = {m: 1 if is_pooled else min(e.num_tokens, model.tau) for m, e in encoders.items()}
         self.frozen = frozenset(m for m in modalities if model.encoders[m].frozen)
-        self.width = encoders[modalities[0]].width if is_pooled else model.width
+        self.width = encoders[modalities[0]].width if is_pooled else sum(heads.values()) if is_late else model.width
         self.projections = nn.ModuleDict(
-            {m: nn.Identity() if is_pooled else nn.Linear(e.width, model.width) for m, e in encoders.items()}
+            {m: nn.Identity() if is_pooled else nn.Linear(e.width, self.width) for m, e in encoders.items()}
         )
-        self.leaves_out = model.missing == "leave_out"
-        standing_in = () if self.leaves_out or len(modalities) == 1 else modalities
+        self.leaves_out = model.missing in ("leave_out", "prompts")
+        standing_in = () if model.missing != "stand_in" or len(modalities) == 1 else modalities
         self.stand_ins = nn.ModuleDict({m: StandIn(self.num_tokens[m], model.width) for m in standing_in})
-        self.fusion = None if is_pooled else FusionBlock(
-            model.width, model.num_heads, model.num_layers, model.feedforward, model.attention_dropout
-        )
-        self.shared = None if is_pooled else nn.Linear(model.width, model.fc_width)
+        self.fusion = _build_fusion(model, len(modalities))
+        self.shared = None if is_pooled or is_late else nn.Linear(model.width, model.fc_width)
         features = self.width if is_pooled else model.fc_width
-        self.classifiers = nn.ModuleDict({head: nn.Linear(features, num) for head, num in heads.items()})
+        self.classifiers = nn.ModuleDict(
+            head_columns(heads) if is_late else {head: nn.Linear(features, num) for head, num in heads.items()}
+        )
+        filled = modalities if model.missing in ("mean", "token") and len(modalities) > 1 else ()
+        self.fillers = nn.ModuleDict({m: self._build_filler(m) for m in filled})
+        self.prompts = None if model.missing != "prompts" else Prompts(
+            len(modalities), model.num_prompt_layers, model.prompt_length, model.width
+        )
         # Gives device and dtype. Reading a parameter would gather it if parameters are sharded over ranks.
         self.register_buffer("_like", torch.zeros(()), persistent=False)
         for part in (self.projections, self.shared, self.classifiers):
@@ -214,16 +227,27 @@ class KarmmaModel(nn.Module):
             self.encoders[modality].requires_grad_(False)
         self.train(self.training)
 
+    def _build_filler(self, modality: str) -> Filler:
+        if self.recipe.missing == "token":
+            return MissingToken(self.width)
+        num, width = self.num_tokens[modality], self.encoder_width(modality)
+        return MeanTokens(num, width, frozen=modality in self.frozen)
+
     @property
     def fusion_block(self) -> FusionBlock:
         """The fusion block.
 
         Raises:
-            UserError: the model has `fusion: mean` and thus no fusion block.
+            UserError: the model has another `fusion` than `transformer` and thus no fusion block.
         """
-        if self.fusion is None:
-            raise UserError("a model with model.fusion mean has no fusion block")
+        if not isinstance(self.fusion, FusionBlock):
+            raise UserError(f"a model with model.fusion {self.recipe.fusion} has no fusion block")
         return self.fusion
+
+    @property
+    def _runs_every_part(self) -> bool:
+        """True if all ranks must gather the same parameters, of which fusion has some for each modality."""
+        return self.runs_every_encoder and isinstance(self.fusion, BottleneckFusion)
 
     def train(self, mode: bool = True) -> KarmmaModel:
         """Set the mode of all modules except frozen encoders, which stay in eval mode."""
@@ -258,7 +282,7 @@ class KarmmaModel(nn.Module):
 
         Returns:
             Tokens (N, T, D) by modality, after encoder, tau-average and Linear; with `fusion: mean` their mean,
-            (N, 1, D).
+            (N, 1, D). With `fusion: late` the Linear gives the logits of all heads.
 
         Raises:
             ValueError: `present_BM` and `inputs` disagree, or an input has another shape or dtype, or a modality that
@@ -281,6 +305,8 @@ class KarmmaModel(nn.Module):
                 reduced = self._reduce(modality, self.blank_clip(modality))
             else:
                 continue
+            if num and modality in self.fillers and self.training and torch.is_grad_enabled():
+                cast(Filler, self.fillers[modality]).observe(reduced)
             projected = self.projections[modality](reduced)
             tokens[modality] = projected if num else projected[:0]
         return tokens
@@ -299,7 +325,7 @@ class KarmmaModel(nn.Module):
         """Encode one modality of N clips to (N, T, width of the encoder), tau-averaged."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and modality not in self.frozen):
             tokens: Tensor = self.encoders[modality](x)
-            if self.fusion is None:
+            if self.recipe.fusion == "mean":
                 return tokens.mean(dim=1, keepdim=True)
             return tau_average(tokens, self.recipe.tau, self.recipe.grouping)
 
@@ -334,24 +360,33 @@ class KarmmaModel(nn.Module):
         keep = present if keep_BM is None else self._on_cpu(keep_BM, "keep_BM")
         _check_keep(keep, present)
         # Without gradients, positions that no clip attends to can be dropped; with gradients the graph must not change.
-        drops = self.leaves_out and not torch.is_grad_enabled()
+        drops = self.leaves_out and not torch.is_grad_enabled() and not self._runs_every_part
         used = [m for m in range(len(self.modalities)) if not drops or bool(keep[:, m].any())]
-        names = [self.modalities[m] for m in used]
-        lengths = [self.num_tokens[name] for name in names]
-        parts = [self._place(name, tokens, present[:, m], keep[:, m]) for m, name in zip(used, names, strict=True)]
-        if self.fusion is None:
-            return self._predict(parts[0], torch.ones_like(parts[0][..., 0]))
-        keep = keep[:, used]
-        attend_BT = None
-        if self.leaves_out and not bool(keep.all()):
-            attend_BT = keep.repeat_interleave(torch.tensor(lengths), dim=1).to(parts[0].device)
-        cls_B1D, *rest = self.fusion(torch.cat(parts, dim=1), attend_BT).split([1, *lengths], dim=1)
-        outputs = torch.cat([cls_B1D, *(part.mean(dim=1, keepdim=True) for part in rest)], dim=1)  # (B, M + 1, D)
-        counted = F.pad(keep if self.leaves_out else torch.ones_like(keep), (1, 0), value=True).to(outputs)
+        parts = [self._place(self.modalities[m], tokens, present[:, m], keep[:, m]) for m in used]
+        counted = keep[:, used] if self.leaves_out else torch.ones_like(keep[:, used])
+        if isinstance(self.fusion, FusionBlock):
+            prompts = None if self.prompts is None else self.prompts(keep)
+            outputs = self._mix(self.fusion, parts, counted, prompts)
+            counted = F.pad(counted, (1, 0), value=True)
+        elif self.fusion is not None:
+            outputs = self.fusion(parts, used, counted)
+        else:
+            outputs = torch.cat([part.mean(dim=1, keepdim=True) for part in parts], dim=1)
+        counted = counted.to(outputs)
         return self._predict(outputs, counted / counted.sum(dim=1, keepdim=True))
 
+    def _mix(
+        self, block: FusionBlock, parts: list[Tensor], counted_BM: Tensor, prompts_BLPD: Tensor | None
+    ) -> Tensor:
+        """Return [CLS] and the mean of each modality's tokens after the fusion block, (B, M + 1, D)."""
+        lengths, attend_BT = [part.shape[1] for part in parts], None
+        if not bool(counted_BM.all()):
+            attend_BT = counted_BM.repeat_interleave(torch.tensor(lengths), dim=1).to(parts[0].device)
+        cls_B1D, *rest = block(torch.cat(parts, dim=1), attend_BT, prompts_BLPD).split([1, *lengths], dim=1)
+        return torch.cat([cls_B1D, *(part.mean(dim=1, keepdim=True) for part in rest)], dim=1)
+
     def _place(self, modality: str, tokens: dict[str, Tensor], present_B: Tensor, keep_B: Tensor) -> Tensor:
-        """Bring tokens of N clips into batch order, (B, T, D), with zeros (plus stand-ins) for clips without them."""
+        """Bring tokens of N clips into batch order, (B, T, D), with zeros, or what replaces them, for other clips."""
         shape = (self.num_tokens[modality], self.width)
         given = tokens.get(modality, self._like.new_zeros(0, *shape))
         num = int(present_B.sum())
@@ -362,6 +397,8 @@ class KarmmaModel(nn.Module):
         placed = padded.index_select(0, rows_B.to(padded.device))
         if modality in self.stand_ins:
             return cast(Tensor, self.stand_ins[modality](placed))
+        if modality in self.fillers:
+            return cast(Tensor, self.fillers[modality](placed, keep_B, self.projections[modality]))
         return placed
 
     def _predict(self, outputs_BMD: Tensor, weights_BM: Tensor) -> dict[str, Tensor]:
@@ -401,6 +438,16 @@ class KarmmaModel(nn.Module):
                 f"{name} is {flags_BM.dtype} {tuple(flags_BM.shape)}, expected torch.bool (B, {len(self.modalities)})"
             )
         return flags_BM.cpu()
+
+
+def _build_fusion(model: ModelRecipe, num_modalities: int) -> FusionBlock | BottleneckFusion | None:
+    """Return what mixes the tokens; None: each modality's are averaged."""
+    if model.fusion in ("mean", "late"):
+        return None
+    sizes = model.width, model.num_heads, model.num_layers, model.feedforward, model.attention_dropout
+    if model.fusion == "transformer":
+        return FusionBlock(*sizes)
+    return BottleneckFusion(num_modalities, *sizes, num_tokens=model.bottleneck_tokens, first=model.bottleneck_from)
 
 
 def _autocast_takes(x: Tensor) -> bool:

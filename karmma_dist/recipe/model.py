@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from karmma_dist.errors import nearest, quoted
 from karmma_dist.modalities import MODALITIES
@@ -71,10 +71,12 @@ class ModelRecipe(Settings):
     all of data.modalities, and every clip keeps at least one of these. None: all of data.modalities."""
     encoders: dict[str, EncoderRecipe] = {}
     """Encoders by modality."""
-    fusion: Literal["transformer", "mean"] = "transformer"
+    fusion: Literal["transformer", "mean", "late", "bottleneck"] = "transformer"
     """Computation from tokens to predictions. `transformer`: the fusion block, a shared layer and a classifier per head
     [paper]. `mean`, for unimodal models: the mean of the encoder's tokens and a linear layer per head; tau and the
-    sizes below have no effect [Radevski]."""
+    sizes below have no effect [Radevski]. `late`: for each modality the mean of its tokens and a linear layer per head,
+    whose predictions are averaged over the present modalities; the sizes below have no effect. `bottleneck`: a
+    transformer per modality; they exchange information only through a few bottleneck tokens (arXiv 2107.00135)."""
     tau: Positive = 300
     """Maximum number of tokens of a modality in the fusion block [fit]."""
     grouping: Literal["paper", "even"] = "paper"
@@ -95,14 +97,40 @@ class ModelRecipe(Settings):
     """Width of the fully connected layer that the heads share."""
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on attention weights in the fusion block [paper: teacher 0.3, student 0]."""
-    missing: Literal["leave_out", "stand_in"] = "stand_in"
+    missing: Literal["leave_out", "stand_in", "zeros", "mean", "token", "prompts"] = "stand_in"
     """Treatment of missing modalities. `leave_out`: their tokens are excluded from attention (teacher). `stand_in`:
-    learnable tokens replace them (student) [paper]."""
+    learnable tokens replace them (student) [paper]. `zeros`: zeros replace them. `mean`: the training clips' mean token
+    at each position replaces them. `token`: one learnable token per modality, repeated at all positions, replaces them,
+    and nothing is added to the tokens of present modalities (arXiv 2401.11470). `prompts`: they are excluded from
+    attention, and learnable prompts for the set of present modalities precede the tokens (arXiv 2303.03369)."""
+    bottleneck_tokens: Positive = 4
+    """Number of bottleneck tokens of `fusion: bottleneck` (4 in arXiv 2107.00135)."""
+    bottleneck_from: Annotated[int, Field(ge=0)] = 0
+    """First layer, counted from 0, that has bottleneck tokens; in the layers before it each modality is alone. Another
+    layer must follow, in which the modalities read what the others have written (8 of 12 layers in arXiv 2107.00135;
+    ours: 0, since fusion blocks have few layers)."""
+    prompt_length: Positive = 16
+    """Number of prompts that `missing: prompts` adds at a layer (16 in arXiv 2303.03369)."""
+    prompt_layers: Positive | None = None
+    """Number of layers, from the first on, at whose input prompts are added. None: half of them, rounded up (6 of 12 in
+    arXiv 2303.03369)."""
 
     @property
     def num_views(self) -> int:
         """Number of different views of a training clip; 0: a new one in each epoch."""
         return next((encoder.memory.views for encoder in self.encoders.values() if encoder.memory is not None), 0)
+
+    @property
+    def num_prompt_layers(self) -> int:
+        """Number of layers at whose input `missing: prompts` adds prompts."""
+        return (self.num_layers + 1) // 2 if self.prompt_layers is None else self.prompt_layers
+
+    @model_serializer(mode="wrap")
+    def _without_default_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out options of one value of `fusion` or `missing` at their defaults: other models do not have them."""
+        tree: dict[str, Any] = handler(self)
+        defaults = {name: type(self).model_fields[name].default for name in _OPTION_OF}
+        return {name: value for name, value in tree.items() if name not in defaults or value != defaults[name]}
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelRecipe:
@@ -116,7 +144,37 @@ class ModelRecipe(Settings):
             raise ValueError(f"encoders: memories of one model must have the same number of views, not {shown}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        self._check_fusion_and_missing()
         return self
+
+    def _check_fusion_and_missing(self) -> None:
+        fusion, missing = self.fusion, self.missing
+        if fusion == "late" and missing != "leave_out":
+            raise ValueError(
+                f"fusion late averages the predictions of present modalities, so that nothing replaces missing ones: "
+                f"set missing: leave_out, not {missing}"
+            )
+        if fusion == "mean" and missing not in ("leave_out", "stand_in"):
+            raise ValueError(f"fusion mean is for one modality, which is never missing: remove missing: {missing}")
+        if missing == "prompts" and fusion != "transformer":
+            raise ValueError(f"missing prompts is for fusion transformer, not for {fusion}")
+        for option, (field, value) in _OPTION_OF.items():
+            if option in self.model_fields_set and getattr(self, field) != value:
+                raise ValueError(f"{option} is an option of {field} {value}, not of {getattr(self, field)}: remove it")
+        if fusion == "bottleneck" and self.bottleneck_from + 2 > self.num_layers:
+            raise ValueError(
+                f"bottleneck_from {self.bottleneck_from} with num_layers {self.num_layers}: modalities write into the "
+                f"bottleneck in one layer and read in the next: set num_layers to {self.bottleneck_from + 2} or more"
+            )
+        if missing == "prompts" and self.num_prompt_layers > self.num_layers:
+            raise ValueError(f"prompt_layers {self.prompt_layers} exceeds num_layers {self.num_layers}")
+
+
+_OPTION_OF = {
+    "bottleneck_tokens": ("fusion", "bottleneck"), "bottleneck_from": ("fusion", "bottleneck"),
+    "prompt_length": ("missing", "prompts"), "prompt_layers": ("missing", "prompts"),
+}  # fmt: skip
+"""The field and its value to which an option belongs."""
 
 
 
@@ -124,7 +182,8 @@ class ObjectiveRecipe(Settings):
     """Objective that training minimises instead of the default of the stage."""
 
     name: str
-    """Name in the table of objectives: cross_entropy, distillation, or an objective of another package."""
+    """Name in the table of objectives: cross_entropy, distillation, hard_combinations (arXiv 2304.08028), or an
+    objective of another package."""
     options: dict[str, Any] = {}
     """Options of the objective; see its class."""
 

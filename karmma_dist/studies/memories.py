@@ -196,7 +196,8 @@ def _token_facts(recipe: Recipe, modality: str) -> dict[str, Any]:
     return {
         "modality": modality, "encoder": {**unmarked(encoder, NOT_LEARNED), **changed},
         "dtype": encoder.memory and encoder.memory.dtype,
-        "tau": recipe.model.tau, "grouping": recipe.model.grouping, "fusion": recipe.model.fusion,
+        "tau": recipe.model.tau, "grouping": recipe.model.grouping,
+        "fusion": "mean" if recipe.model.fusion == "mean" else "transformer",  # all others take the same tokens
         "shards": masked(recipe.data.shards), "split": recipe.data.train_split,
         **_view_facts(recipe),
     }  # fmt: skip

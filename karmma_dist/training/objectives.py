@@ -2,6 +2,7 @@
 
     cross_entropy   on labels: unimodal encoders, teachers, Baseline, Baseline with modality dropout
     distillation    alpha * cross-entropy + (1 - alpha) * KL(teacher || student); the frozen teacher runs online
+    hard_combinations    cross-entropy, more of it for hard combinations of modalities; see `hard_combinations.py`
 
 A recipe selects one in its section `objective`; without that section, the stage determines it.
 """
@@ -21,6 +22,7 @@ from karmma_dist.distributed.collectives import raise_on_all
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.models.losses import cross_entropy, distillation
+from karmma_dist.models.running_sums import RunningSums
 from karmma_dist.plugins import find_plugin, with_plugins
 from karmma_dist.recipe import DistillRecipe, Recipe
 from karmma_dist.settings import Settings, validate
@@ -39,6 +41,10 @@ Every rank must call it for every batch; the result carries no gradient."""
 
 class Objective(ABC):
     """The loss of a batch."""
+
+    sums: RunningSums | None = None
+    """Sums over the clips of earlier steps on which the loss depends. The trainer commits them after each step, and
+    saves them in checkpoints."""
 
     @abstractmethod
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -113,7 +119,9 @@ _OWN = {
 @cache
 def objective_table() -> dict[str, ObjectiveType]:
     """Return all objectives by name: ours, and the entry points `karmma_dist.objectives` of other packages."""
-    return with_plugins(_OWN, "karmma_dist.objectives", ObjectiveType)
+    from karmma_dist.training.hard_combinations import HARD_COMBINATIONS  # which derives from `Objective`
+
+    return with_plugins({**_OWN, "hard_combinations": HARD_COMBINATIONS}, "karmma_dist.objectives", ObjectiveType)
 
 
 def build_objective(recipe: Recipe, soft_targets: SoftTargets | None) -> Objective:

@@ -22,13 +22,22 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import nn
 
-from karmma_dist.distributed.collectives import barrier, gather, highest, mean_over_ranks, raise_on_all, store
+from karmma_dist.distributed.collectives import (
+    barrier,
+    gather,
+    highest,
+    mean_over_ranks,
+    raise_on_all,
+    store,
+    sum_over_ranks,
+)
 from karmma_dist.distributed.graph_check import GraphCheck
 from karmma_dist.distributed.heartbeat import START_S, mark
 from karmma_dist.distributed.world import World
 from karmma_dist.errors import Stopped, UserError
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import save_model
+from karmma_dist.models.running_sums import running_sums
 from karmma_dist.models.weights import build_model
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import Recipe
@@ -192,6 +201,7 @@ class Trainer:
         soft_targets = None if teacher is None else soft_targets_of(teacher, self.answers)
         self.objective = build_objective(recipe, soft_targets)
         assert isinstance(self.engine.model, KarmmaModel)
+        self.sums = running_sums(self.engine.model) + ([] if self.objective.sums is None else [self.objective.sums])
         self.throughput = Throughput(
             self.engine.model, [] if teacher is None else members_of(teacher), recipe.data.modalities,
             self.engine.device, self.engine.dtype, recipe.training.peak_tflops, verbose=world.is_main,
@@ -219,6 +229,10 @@ class Trainer:
         saved = load_checkpoint(self.engine, checkpoint, self.recipe, self.world, self.data_state)
         self.position = saved.position
         self.metrics = {name: math.nan if v is None else v for name, v in saved.state["metrics"].items()}
+        if self.objective.sums is not None:
+            if "objective" not in saved.state:
+                raise UserError(f"{checkpoint}: saved with another objective: start over with --resume never")
+            self.objective.sums.restore(saved.state["objective"])
         accumulation = self.schedule.accumulation
         passes = Fraction(accumulation, saved.state.get("accumulation", accumulation))
         self.averages.restore(saved.averages, self.world.rank, self.world.size, passes)
@@ -281,6 +295,8 @@ class Trainer:
             flops += self.throughput.flops(batch)
             passes.append(self._forward_backward(batch, step * accumulation + micro, step))
         self._is_warm = True
+        for sums in self.sums:
+            sums.commit(sum_over_ranks, keep=not passes[-1].update.skipped)
         self._record(passes, step)
         seconds = time.perf_counter() - began
         self.averages.add({"wait_s": waited, "step_s": seconds, "flops": flops})
@@ -385,8 +401,10 @@ class Trainer:
         began = time.monotonic()
         mark("saving", START_S)
         self.damage.share(gather(self.damage.take()))  # a resumed run does not read these clips again
-        passes = {"accumulation": self.schedule.accumulation}
-        state = {"metrics": self.metrics, "checkpoint_s": self.saver.total_s, **passes}
+        state = {
+            "metrics": self.metrics, "checkpoint_s": self.saver.total_s, "accumulation": self.schedule.accumulation,
+            **({} if self.objective.sums is None else {"objective": self.objective.sums.sums.tolist()}),
+        }  # fmt: skip
         self.saver.save(self.engine, done, self.averages.state(), state)
         if wait:
             self.saver.finish()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from typing import Any
 
@@ -13,63 +12,16 @@ from torch import Tensor
 from karmma_dist.errors import UserError
 from karmma_dist.models.encoders.table import input_shape
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.recipe import EncoderRecipe, InputRecipe, ModelRecipe
-
-INPUTS = InputRecipe.model_validate(
-    {
-        "video": {"num_frames": 7, "crop": 16, "short_side": 16},
-        "audio": {"num_windows": 2, "window_s": 0.2, "num_mels": 16},
-        "detections": {"num_frames": 3, "max_boxes": 2},
-    }
-)
-MODALITIES = ("video", "flow", "audio", "detections")
-HEADS = {"verb": 5, "noun": 3}
-SUBSETS = [tuple(bits) for bits in itertools.product([False, True], repeat=4) if any(bits)]
-STLT = {"spatial_layers": 1, "temporal_layers": 1, "width": 8, "heads": 2, "dropout": 0.0}
-MISSING = ("leave_out", "stand_in")
+from karmma_dist.recipe import EncoderRecipe, ModelRecipe
+from kits.models import HEADS, INPUTS, KINDS, MISSING, MODALITIES, SUBSETS, assert_same, build, clips, gradients, only
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def build(missing: str = "leave_out", modalities: tuple[str, ...] = MODALITIES, **changes: Any) -> KarmmaModel:
-    frozen = changes.pop("frozen", ())
-    names = {"video": "small_video", "flow": "small_video", "audio": "small_audio", "detections": "stlt"}
-    options = {m: STLT if m == "detections" else {"width": 4} for m in names}
-    encoders = {m: EncoderRecipe(name=names[m], options=options[m], frozen=m in frozen) for m in modalities}
-    sizes = {"width": 16, "num_heads": 2, "feedforward": 16, "fc_width": 24, "tau": 5, "num_layers": 2}
-    recipe = ModelRecipe(encoders=encoders, missing=missing, **{**sizes, **changes})  # type: ignore[arg-type]
-    torch.manual_seed(0)
-    return KarmmaModel(recipe, INPUTS, modalities, HEADS)
-
-
-def clips(num: int, modalities: tuple[str, ...] = MODALITIES) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    whole = {m: torch.randn(num, *input_shape(m, INPUTS)) for m in modalities}
-    if "detections" in whole:
-        whole["detections"][..., 4] = torch.randint(0, 3, whole["detections"].shape[:-1])
-    return whole
-
-
-def only(whole: dict[str, Tensor], present_BM: Tensor) -> dict[str, Tensor]:
-    return {m: whole[m][present_BM[:, i]] for i, m in enumerate(whole) if bool(present_BM[:, i].any())}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for head in a:
-        torch.testing.assert_close(a[head], b[head], atol=1e-5, rtol=1e-5)
-
-
-def gradients(model: KarmmaModel, logits: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    model.zero_grad()
-    sum(value.square().sum() for value in logits.values()).backward()  # type: ignore[union-attr]
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("training", [False, True])
-def test_a_clips_logits_do_not_depend_on_its_batch_mates(missing: str, training: bool) -> None:
-    model = build(missing).train(training)
+def test_a_clips_logits_do_not_depend_on_its_batch_mates(kind: str, training: bool) -> None:
+    model = build(kind).train(training)
     present = torch.tensor(SUBSETS)
     whole = clips(len(SUBSETS))
     together = model(only(whole, present), present)
@@ -80,9 +32,9 @@ def test_a_clips_logits_do_not_depend_on_its_batch_mates(missing: str, training:
             assert_same(model(only(alone, mask), mask), {head: x[row : row + 1] for head, x in together.items()})
 
 
-@pytest.mark.parametrize("missing", MISSING)
-def test_the_order_of_clips_only_orders_the_logits(missing: str) -> None:
-    model = build(missing).eval()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_of_clips_only_orders_the_logits(kind: str) -> None:
+    model = build(kind).eval()
     present, whole = torch.tensor(SUBSETS), clips(len(SUBSETS))
     order = torch.randperm(len(SUBSETS))
     logits = model(only(whole, present), present)
@@ -90,10 +42,10 @@ def test_the_order_of_clips_only_orders_the_logits(missing: str) -> None:
     assert_same({head: x[order] for head, x in logits.items()}, shuffled)
 
 
-@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grad", [False, True])
-def test_keeping_a_subset_is_as_if_the_rest_were_absent(missing: str, grad: bool) -> None:
-    model = build(missing).eval()
+def test_keeping_a_subset_is_as_if_the_rest_were_absent(kind: str, grad: bool) -> None:
+    model = build(kind).eval()
     keep, whole = torch.tensor(SUBSETS), clips(len(SUBSETS))
     present = torch.ones_like(keep)
     with torch.set_grad_enabled(grad):
@@ -101,10 +53,10 @@ def test_keeping_a_subset_is_as_if_the_rest_were_absent(missing: str, grad: bool
         assert_same(kept, model(only(whole, keep), keep))
 
 
-@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("subset", [(True, False, False, False), (False, False, True, True), (True, True, True, True)])
-def test_every_parameter_gets_a_finite_gradient_whatever_is_present(missing: str, subset: tuple[bool, ...]) -> None:
-    model = build(missing).train()
+def test_every_parameter_gets_a_finite_gradient_whatever_is_present(kind: str, subset: tuple[bool, ...]) -> None:
+    model = build(kind).train()
     present = torch.tensor([subset] * 3)
     whole = clips(3)
     logits = model(only(whole, present), present)
@@ -113,13 +65,14 @@ def test_every_parameter_gets_a_finite_gradient_whatever_is_present(missing: str
         assert bool(gradient.isfinite().all()), name
         modality = name.split(".")[1]
         absent = modality in MODALITIES and not subset[MODALITIES.index(modality)]
-        if name.startswith(("encoders", "projections")) and absent:
+        of_clips = ("encoders",) if kind == "mean" else ("encoders", "projections")  # a mean is projected, too
+        if name.startswith(of_clips) and absent:
             assert not gradient.any(), name
 
 
-@pytest.mark.parametrize("missing", MISSING)
-def test_gradients_arrive_in_one_order_whatever_is_present(missing: str) -> None:
-    model = build(missing, frozen=("flow",)).train()
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_arrive_in_one_order_whatever_is_present(kind: str) -> None:
+    model = build(kind, frozen=("flow",)).train()
     arrived: list[str] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -137,8 +90,8 @@ def test_gradients_arrive_in_one_order_whatever_is_present(missing: str) -> None
 def test_running_an_encoder_without_clips_changes_no_logit() -> None:
     present = torch.tensor([[True, False, False, False]] * 2)
     whole = only(clips(2), present)
-    for missing in MISSING:
-        model = build(missing)
+    for kind in KINDS:
+        model = build(kind)
         trained = model.train()(whole, present)
         with torch.no_grad():
             assert_same(trained, model(whole, present))

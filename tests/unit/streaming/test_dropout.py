@@ -119,6 +119,18 @@ def test_an_empty_pattern_keeps_each_present_modality_equally_often() -> None:
     assert sum(kept[0] for kept in chosen) == 500
 
 
+@given(st.integers(1, 5), st.sampled_from(DRAWS), st.integers(0, 99))
+def test_certain_dropout_keeps_exactly_one_modality_of_each_clip(num: int, draw: str, seed: int) -> None:
+    """Experts of late fusion are trained so: each clip has one of its own modalities, all equally often."""
+    present_NM = np.random.default_rng(seed).random((600, num)) < 0.7
+    present_NM[:, 0] |= ~present_NM.any(axis=1)
+    kept_NM = np.array(kept_by_loader(recipe(1.0, draw), present_NM, seed))
+    assert (kept_NM.sum(axis=1) == 1).all()
+    assert not (kept_NM & ~present_NM).any()
+    expected_M = (present_NM / present_NM.sum(axis=1, keepdims=True)).sum(axis=0)
+    assert (np.abs(kept_NM.sum(axis=0) - expected_M) <= 5 * np.sqrt(expected_M)).all()
+
+
 @given(st.integers(0, 2**16), st.integers(1, 5), st.integers(0, 2**32))
 def test_a_clip_keeps_a_student_modality_and_others_as_drawn(
     bits: int, num: int, word: int

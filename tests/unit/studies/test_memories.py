@@ -200,7 +200,7 @@ def test_tokens_are_shared_by_rows_that_see_the_same_views(home: Path) -> None:
         {"label": label, "recipe": "tiny/teacher", "set": [change]}
         for label, change in {
             "dropout": "data.modality_dropout.probability=0.5", "optimizer": "optimizer.lr=0.1",
-            "batch": "training.batch_size=5", "width": "model.width=32",
+            "batch": "training.batch_size=5", "width": "model.width=32", "missing": "model.missing=token",
             "tau": "model.tau=3", "jitter": "inputs.video.jitter=0.3",
             "options": "model.encoders.video.options.width=8",
         }.items()
@@ -208,9 +208,10 @@ def test_tokens_are_shared_by_rows_that_see_the_same_views(home: Path) -> None:
     only = [f"{memory}views: 7}}", "model.encoders.audio.memory=null"]
     views = {"label": "views", "recipe": "tiny/teacher", "set": only}
     int8 = {"label": "int8", "recipe": "tiny/teacher", "set": [f"{memory}views: 2, dtype: int8}}"]}
-    paths = tokens(plan_with_teacher(home, TEACHER_ROW, *rows, views, int8))
+    late = {"label": "late", "recipe": "tiny/teacher", "set": ["model.fusion=late", "model.missing=leave_out"]}
+    paths = tokens(plan_with_teacher(home, TEACHER_ROW, *rows, views, int8, late))
     same = {label for label, path in paths.items() if path == paths["teacher"]}
-    assert same == {"teacher", "dropout", "optimizer", "batch", "width", "views"}
+    assert same == {"teacher", "dropout", "optimizer", "batch", "width", "missing", "late", "views"}
     assert len(set(paths.values())) == 1 + len({"tau", "jitter", "options", "int8"})
     assert all(re.fullmatch(r"tokens/video/seed0-[0-9a-f]{8}", path) for path in paths.values())
     alone = tokens(plan_with_teacher(home, TEACHER_ROW, seeds=3))

@@ -87,6 +87,20 @@ def test_an_exact_memory_changes_no_bit(
     assert lines(reading)[0]["tflops_per_s"] > 0
 
 
+def test_models_that_mix_tokens_in_other_ways_read_the_same_memory(
+    shards: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = {"views": 0, "dtype": "float32"}
+    mean, bottleneck = {"missing": "mean"}, {"fusion": "bottleneck", "missing": "leave_out", "num_layers": 2}
+    online = trained(teacher(tmp_path, shards, "online", model=mean), world)
+    trained(teacher(tmp_path, shards, "filling", exact), world)
+    never_encode(monkeypatch)
+    assert trained(teacher(tmp_path, shards, "mean", exact, model=mean), world) == online
+    late = {"fusion": "late", "missing": "leave_out"}
+    for name, model in {"bottleneck": bottleneck, "late": late, "prompts": {"missing": "prompts"}}.items():
+        trained(teacher(tmp_path, shards, name, exact, model=model), world)
+
+
 @pytest.mark.parametrize(("views", "dtype"), [(0, "int8"), (2, "bfloat16")])
 def test_a_run_is_the_same_whatever_was_stored_before(
     shards: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, views: int, dtype: str
