@@ -32,9 +32,9 @@ class Reader:
     modalities: tuple[str, ...]
     """Modalities that every clip declares; those that are no field of the specification are declared if they have a
     section."""
-    on_request: Mapping[str, str] = field(default_factory=dict)
-    """Further modalities, each with the `source` by which a specification asks for it: clips declare it only then."""
     takes_participants: bool = True
     """True if recordings name the participant."""
     check: Callable[[PackingSpec], None] = _accept
     """Function that raises ValueError if the specification asks for media that such datasets lack."""
+    on_request: Mapping[str, str] = field(default_factory=dict)
+    """Further modalities, each with the `source` by which a specification asks for it: clips declare it only then."""
