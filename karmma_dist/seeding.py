@@ -5,6 +5,7 @@ the step at which a run was interrupted.
 
     draw                                     follows from                 by
     clips of an epoch in a random order      seed, epoch                  Philox, key (seed, 2 epoch)
+    clips of a pass over a mixture's dataset seed, dataset, pass          Philox, key (seed, 2 pass + dataset 2^40)
     modality dropout in training             seed, epoch, place           Philox, key (seed, 2 epoch + 1)
     the modality kept where all are dropped  seed, epoch, place           Philox, key (seed + 2^63, epoch)
     dropout inside the model                 seed, forward pass, rank     Philox, key (seed, number), then torch
@@ -33,11 +34,27 @@ import numpy as np
 
 _FALLBACK = 2**63
 """Offset of the seed; seeds of recipes are smaller, so that the sum differs from every run's seed."""
+_DATASET = 2**40
+"""Offset between the datasets of a mixture, more than twice the number of passes of any run."""
 
 
 def order_words(num: int, seed: int, epoch: int) -> np.ndarray:
     """Draw the words that order an epoch's clips and shards: uint64 (num,)."""
     return _philox_words(num, seed, 2 * epoch)
+
+
+def pass_words(num: int, seed: int, dataset: int, number: int) -> np.ndarray:
+    """Draw the words that order a pass over the clips of one dataset of a mixture: uint64 (num,).
+
+    The first dataset has the words of `order_words`, so that a dataset alone is a mixture of one.
+
+    Args:
+        num: Number of clips.
+        seed: Seed of the run.
+        dataset: Number of the dataset, counted from 0.
+        number: Number of the pass, counted from 0.
+    """
+    return _philox_words(num, seed, 2 * number + dataset * _DATASET)
 
 
 def dropout_words(num: int, seed: int, epoch: int) -> np.ndarray:

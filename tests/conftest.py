@@ -70,6 +70,14 @@ def shards(kitchen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def actions(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second dataset for mixtures: 20 of the training clips and 6 for validation, with another head and no flow."""
+    from kits.mixtures import write_actions
+
+    return write_actions(shards, tmp_path_factory.mktemp("actions") / "shards")
+
+
 @pytest.fixture
 def downloads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow each other without a pause, and no proxy stands before loopback."""

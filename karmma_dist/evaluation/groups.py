@@ -20,7 +20,7 @@ import numpy as np
 
 from karmma_dist.errors import UserError
 from karmma_dist.packing.readers.tables import integer, rows
-from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.folder import Shards
 from karmma_dist.shards.format import Clip, DamageError
 
 TAIL_FILES = {"verb": "EPIC_100_tail_verbs.csv", "noun": "EPIC_100_tail_nouns.csv"}
@@ -96,7 +96,7 @@ def read_groups(annotations: Path, heads: Mapping[str, int], participant_of: Cal
     return Groups(tail, people, participant_of)
 
 
-def participants(folder: ShardFolder, clips: Sequence[Clip]) -> Callable[[str], str | None]:
+def participants(folder: Shards, clips: Sequence[Clip]) -> Callable[[str], str | None]:
     """Return a function from a clip key to its participant, which it reads from the metadata in the shards."""
     by_key = {clip.key: clip for clip in clips}
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
+from karmma_dist.evaluation.datasets import dataset_of_mixture, with_heads_of
 from karmma_dist.evaluation.exports.exports import Exports
 from karmma_dist.evaluation.groups import Groups, participants, read_groups
 from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import ModelCard, load_model
 from karmma_dist.recipe import DataRecipe, ViewsRecipe, data_of, read_run_recipe
 from karmma_dist.runs.folder import BEST, run_places
-from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.folder import Shards
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
 
 Choose = Callable[[Sequence[str]], list[Condition]]
@@ -72,7 +73,8 @@ def plan_evaluation(
     Args:
         run: Run folder, its best/ folder, or a weights file with a model.yaml in the same folder.
         conditions: Function that returns the conditions, given the model's modalities.
-        shards: Shards folder; None: the run's own.
+        shards: Shards folder; None: the run's own. A run on a mixture is evaluated on one of its datasets, by the heads
+            that this has.
         split: Split; None: the run's test split if it has one, else its validation split.
         batch_size: Clips per batch; None: the recipe's. The results do not depend on it.
         num_workers: Decoding processes; None: the recipe's.
@@ -83,9 +85,9 @@ def plan_evaluation(
         out: Folder for results and report; None: eval/ in the folder of the weights.
 
     Raises:
-        UserError: weights or shards are missing, the shards have other classes than the model, a split or modality
-            does not exist, the split has no labels although nothing is exported or a sensor is to be broken, an
-            export is impossible, or the folder cannot be written.
+        UserError: weights or shards are missing (or, of a mixture, not named), the shards have other classes than the
+            model, a split or modality does not exist, the split has no labels although nothing is exported or a sensor
+            is to be broken, an export is impossible, or the folder cannot be written.
     """
     model, card = load_model(run)
     weights_folder, home = run_places(run)
@@ -93,6 +95,10 @@ def plan_evaluation(
     if recipe is None and shards is None:
         raise UserError(f"{weights_folder}: no recipe.yaml with the weights: name the shards with --shards DIR")
     base = recipe.data if recipe else data_of(str(shards), card.modalities)
+    shard_folder: Shards | None = None
+    if base.mixture:
+        base, shard_folder = dataset_of_mixture(base, shards, card)
+        model, card = with_heads_of(model, card, shard_folder)
     changes = {"shards": shards, "validation_split": split or default_split(base), "num_workers": num_workers}
     known = {name: value for name, value in changes.items() if value is not None}
     # A student may use fewer modalities than the clips it was trained on.
@@ -107,7 +113,7 @@ def plan_evaluation(
     chosen = conditions(model.modalities)
     intact = [condition for condition in chosen if condition.corrupt is None]
     chosen_exports.check(card.heads, intact)
-    shard_folder = open_shards(data)
+    shard_folder = shard_folder or open_shards(data)
     check_classes(card, shard_folder)
     clips = EvaluationClips(shard_folder, data, card.inputs, data.validation_split, chosen_views)
     folder = weights_folder / "eval" if out is None else out
@@ -139,7 +145,7 @@ def run_name(run: Path) -> str:
     return name if home == folder else f"{name}/{BEST}"
 
 
-def check_classes(card: ModelCard, folder: ShardFolder) -> None:
+def check_classes(card: ModelCard, folder: Shards) -> None:
     """Check that every class number means the same class in the shards as in the model.
 
     Raises:

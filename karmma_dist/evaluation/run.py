@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +35,8 @@ from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.progress import Report, silent
 from karmma_dist.recipe import DataRecipe, Recipe
 from karmma_dist.runs.folder import read_state, run_folders
+from karmma_dist.shards.folder import Shards
+from karmma_dist.shards.mixture import open_dataset
 from karmma_dist.streaming.batch import prepare
 from karmma_dist.streaming.loader import EvaluationClips, evaluation_batches, open_shards
 from karmma_dist.streaming.prefetch import on_device
@@ -207,15 +209,24 @@ def _evaluate(
 class Validation:
     """Validation of a model that is being trained; it fulfils the protocol `training.trainer.Validate`."""
 
-    def metrics(self, heads: Collection[str]) -> dict[str, bool]:
+    def metrics(
+        self, heads: Collection[str], datasets: Mapping[str, Collection[str]] | None = None
+    ) -> dict[str, bool]:
         """Return the figures that a validation measures, first the figure by which models are compared.
 
         Args:
             heads: Heads of the model.
+            datasets: Heads of each dataset of a mixture, by name. The figures of each are measured, as DATASET/FIGURE,
+                and their means over the datasets that have them, as FIGURE.
 
         Returns:
             True if lower is better, by name of the figure.
         """
+        if datasets:
+            own = {name: self.metrics(its_heads) for name, its_heads in datasets.items()}
+            means = {figure: lower for figures in own.values() for figure, lower in figures.items()}
+            parts = {f"{name}/{figure}": lower for name, figures in own.items() for figure, lower in figures.items()}
+            return {**means, **parts}
         figures = [figure for figure in figures_of(list(heads)) if figure.metric.in_validation]
         return {figure.name: figure.metric.lower_is_better for figure in figures}
 
@@ -224,18 +235,36 @@ class Validation:
     ) -> dict[str, float]:
         """Return the figures of a model on its validation split with every modality present: see `metrics`.
 
-        If the validation split is the training split, only the clips that `data.hold_out` holds out are used.
+        A model of a mixture is validated on each dataset, by the dataset's own heads. If the validation split is the
+        training split, only the clips that `data.hold_out` holds out are used.
         Every rank must call this and evaluates its share of the clips; all ranks return the same numbers. Damaged
         clips are left out and counted in `num_damaged`. `between` is called after each batch, equally often on every
         rank, and may raise.
         """
+        data = recipe.data.model_copy(update={"modalities": recipe.modalities})
+        if not data.mixture:
+            return self._of_dataset(model, recipe, data, open_shards(data), world, between)
+        assert isinstance(model, KarmmaModel)
+        measured = {}
+        for name in sorted(data.mixture):
+            dataset = open_dataset(data, name)
+            own = model.with_heads([head for head in model.heads if head in dataset.classes])
+            measured[name] = self._of_dataset(own, recipe, data.of_dataset(name), dataset, world, between)
+        counts = {name: sum(figures[name] for figures in measured.values()) for name in ("num_clips", "num_damaged")}
+        return {**_means(measured.values()), **counts} | {
+            f"{name}/{figure}": value for name, figures in measured.items() for figure, value in figures.items()
+        }
+
+    def _of_dataset(
+        self, model: nn.Module, recipe: Recipe, data: DataRecipe, folder: Shards, world: World,
+        between: Callable[[], None],
+    ) -> dict[str, float]:  # fmt: skip
         from karmma_dist.distributed.collectives import gather
 
         parameter = next(model.parameters())
         size = recipe.evaluation.batch_size
-        data = recipe.data.model_copy(update={"modalities": recipe.modalities})
         held_out = data.validation_split == data.train_split and data.hold_out > 0
-        clips = EvaluationClips(open_shards(data), data, recipe.inputs, data.validation_split, held_out=held_out)
+        clips = EvaluationClips(folder, data, recipe.inputs, data.validation_split, held_out=held_out)
         device, dtype = parameter.device, parameter.dtype
         with on_device(evaluation_batches(clips, size, world.rank, world.size), device) as batches:
             results = evaluate(
@@ -243,7 +272,7 @@ class Validation:
                 (prepare(batch, recipe.inputs, device, dtype) for batch in batches),
                 [Condition(tuple(data.modalities))],
                 device=device,
-                drop_nouns=data.drop_nouns,
+                drop_nouns=data.drop_nouns if "noun" in folder.classes else [],
                 progress=lambda num: between(),  # noqa: ARG005
                 gather=gather,
             )
@@ -254,6 +283,13 @@ class Validation:
             if value is not None and find_figure(name).metric.in_validation
         }
         return {**scores, "num_clips": row.num_clips, "num_damaged": results.summary.num_damaged}
+
+
+def _means(measured: Collection[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure over the datasets that have it."""
+    names = dict.fromkeys(figure for figures in measured for figure in figures)
+    values = {name: [figures[name] for figures in measured if name in figures] for name in names}
+    return {name: sum(each) / len(each) for name, each in values.items()}
 
 
 validate = Validation()

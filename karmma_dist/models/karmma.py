@@ -13,6 +13,7 @@ Legend: B clips, M modalities, N clips that have a modality, T tokens, D width, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, cast
 
@@ -248,6 +249,15 @@ class KarmmaModel(nn.Module):
     def _runs_every_part(self) -> bool:
         """True if all ranks must gather the same parameters, of which fusion has some for each modality."""
         return self.runs_every_encoder and isinstance(self.fusion, BottleneckFusion)
+
+    def with_heads(self, heads: Sequence[str]) -> KarmmaModel:
+        """Return a model of the same modules, not copied, that has only some of the heads: for one dataset of several.
+        """
+        model = copy.copy(self)
+        classifiers = nn.ModuleDict({head: self.classifiers[head] for head in heads})
+        model._modules = {**self._modules, "classifiers": classifiers}
+        model.heads = {head: self.heads[head] for head in heads}
+        return model
 
     def train(self, mode: bool = True) -> KarmmaModel:
         """Set the mode of all modules except frozen encoders, which stay in eval mode."""

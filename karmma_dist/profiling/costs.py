@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from karmma_dist.errors import UserError
+from karmma_dist.errors import UserError, masked
 from karmma_dist.modalities import parse_modalities, subsets
 from karmma_dist.models.encoders.encoder import Encoder
 from karmma_dist.models.encoders.table import input_shape
@@ -24,8 +24,8 @@ from karmma_dist.models.karmma import KarmmaModel
 from karmma_dist.models.model_card import CARD, read_card
 from karmma_dist.profiling.memory import FUSION_CLIPS, fusion_peak, inference_peak, training_peak
 from karmma_dist.recipe import InputRecipe, ModelRecipe, Recipe, load_chain
-from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import MANIFEST
+from karmma_dist.shards.mixture import open_datasets
 from karmma_dist.streaming.loader import check_heads
 
 
@@ -89,12 +89,13 @@ def _profiled_model(role: str, recipe: Recipe, heads: dict[str, int]) -> Profile
 
 def _heads(recipe: Recipe) -> dict[str, int]:
     """Return the number of classes by head, from the recipe's shards if they are local, otherwise from data.heads."""
-    folder = Path(recipe.data.shards)
-    if (folder / MANIFEST).is_file():
-        return check_heads(recipe.data, ShardFolder(folder))
+    locations = recipe.data.locations
+    if all((Path(location) / MANIFEST).is_file() for location in locations):
+        return check_heads(recipe.data, open_datasets(recipe.data))
     if not recipe.data.heads:
         raise UserError(
-            f"{recipe.name}: the number of classes is unknown: there are no shards in {folder}, and data.heads is "
+            f"{recipe.name}: the number of classes is unknown: there are no shards in "
+            f"{' or '.join(map(masked, locations))}, and data.heads is "
             "empty: pack the shards, or set it: --set data.heads.HEAD=NUMBER, for example --set data.heads.action=174"
         )
     return dict(recipe.data.heads)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, ConfigDict, Field, model_validator
 
+from karmma_dist.errors import quoted
 from karmma_dist.modalities import MODALITIES
 from karmma_dist.modalities.audio import AudioInput
 from karmma_dist.modalities.detections import DetectionsInput
@@ -86,11 +88,47 @@ class OrderRecipe(Settings):
 
 
 
+_DATASET = re.compile(r"[a-z0-9_][a-z0-9_-]{0,31}")
+_HEAD = re.compile(r"[A-Za-z0-9_-]{1,100}")
+
+
+class MixtureDataset(Settings):
+    """One of the datasets that a run is trained on together."""
+
+    shards: Annotated[PathText, SHARED]
+    """Folder of packed shards, or its URL, as `data.shards`."""
+    weight: Annotated[float, Field(gt=0)]
+    """Share of the training clips that come from this dataset, relative to the weights of the others: of weights 3 and
+    1, three quarters and one quarter of every epoch, and of every batch but for a clip or two."""
+    train_split: str | None = None
+    """Split to train on; None: data.train_split."""
+    validation_split: str | None = None
+    """Split to validate on during training; None: data.validation_split."""
+    heads: dict[str, str] = {}
+    """Other names for heads, e.g. {action: ssv2_action}: heads of two datasets with the same name are one head of the
+    model, and must have the same classes."""
+
+    @model_validator(mode="after")
+    def _names_of_heads(self) -> MixtureDataset:
+        wrong = next((name for name in self.heads.values() if not _HEAD.fullmatch(name)), None)
+        if wrong is not None:
+            raise ValueError(f"heads: {quoted(wrong)} is no name of a head: take letters, digits, '_' and '-'")
+        twice = next((name for name in self.heads.values() if list(self.heads.values()).count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"heads: two heads cannot both be called '{twice}'")
+        return self
+
+
 class DataRecipe(Settings):
     """Clips, their modalities, and their loading."""
 
-    shards: Annotated[PathText, SHARED]
-    """Folder of packed shards, or its URL: https://..., s3://..., or any other that fsspec opens."""
+    shards: Annotated[PathText | None, SHARED] = None
+    """Folder of packed shards, or its URL: https://..., s3://..., or any other that fsspec opens. None: those of
+    `mixture`."""
+    mixture: dict[str, MixtureDataset] = {}
+    """Several datasets to train on together, by name, instead of `shards`; their order has no effect. Every dataset has
+    a fixed share of each epoch, which has as many clips as all datasets together, and comes once through before any of
+    its clips comes again. A clip trains the heads that its dataset has [ours]."""
     cache_dir: Annotated[PathText | None, NOT_LEARNED, SHARED] = None
     """Folder on each node that caches shards from a URL; None: $KARMMA_DIST_CACHE or ~/.cache/karmma-dist."""
     cache_bytes: Annotated[ByteSize, Field(gt=0), NOT_LEARNED, SHARED] = ByteSize(200_000_000_000)
@@ -110,7 +148,8 @@ class DataRecipe(Settings):
     test_split: Annotated[str | None, NOT_LEARNED] = None
     """Default split of `karmma-dist eval`; None: the validation split."""
     modalities: list[str] = ["video", "flow", "audio"]
-    """Modalities to load, out of those that the shards declare."""
+    """Modalities to load, out of those that the shards declare. All clips of a mixture's dataset lack the modalities
+    that the dataset does not declare."""
     heads: Annotated[dict[str, Positive], NOT_LEARNED] = {}
     """Number of classes per head, e.g. {verb: 97, noun: 300}, for `profile` without shards. Training refuses shards
     with other numbers of classes. Empty: taken from the shards."""
@@ -127,6 +166,41 @@ class DataRecipe(Settings):
     """Maximum fraction of damaged clips in the split; if it is exceeded, the run ends and lists them."""
     drop_nouns: list[int] = []
     """Noun classes whose clips are left out of validation: Epic-Kitchens nouns that never occur in training [paper]."""
+
+    @property
+    def locations(self) -> list[str]:
+        """Folders and URLs of the shards: one, or those of the mixture."""
+        return [dataset.shards for _, dataset in sorted(self.mixture.items())] or [str(self.shards)]
+
+    def of_dataset(self, name: str) -> DataRecipe:
+        """Return the data section for one dataset of the mixture alone. The heads have the names in its shards."""
+        dataset = self.mixture[name]
+        splits = {
+            "train_split": dataset.train_split or self.train_split,
+            "validation_split": dataset.validation_split or self.validation_split,
+        }
+        return self.model_copy(update={"shards": dataset.shards, "mixture": {}, **splits})
+
+    @model_validator(mode="after")
+    def _shards_or_mixture(self) -> DataRecipe:
+        if self.shards is None and not self.mixture:
+            raise ValueError("name a folder of packed shards in 'shards', or several datasets in 'mixture'")
+        if self.shards is not None and self.mixture:
+            raise ValueError(
+                f"shards {quoted(self.shards)} and mixture exclude each other: set shards to null, or remove one"
+            )
+        wrong = next((name for name in self.mixture if not _DATASET.fullmatch(name)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"mixture: {quoted(wrong)} is no name of a dataset: take at most 32 lower-case letters, digits, '_' "
+                "and '-', not '-' first"
+            )
+        if self.mixture and self.order.lanes:
+            raise ValueError(
+                f"order.lanes {self.order.lanes} is for the shards of one dataset, not for a mixture: set order.lanes "
+                "and order.window to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _known_modalities(self) -> DataRecipe:

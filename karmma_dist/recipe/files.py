@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from karmma_dist.settings import dump, load_settings, marked
 
 _MOST_WAITING = 100
 """Recipes that come after each other."""
+_DATASET = re.compile(r"(data\.mixture\.)([^.=]+)\.")
+"""The beginning of a field of a mixture's dataset."""
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -40,15 +43,24 @@ def _find_earlier(tree: dict[str, Any], path: Path) -> None:
 def shared_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of locations, which apply to every recipe of a chain."""
     names = marked(Recipe, SHARED)
-    return [text for text in overrides if text.partition("=")[0].strip() in names]
+    return [text for text in overrides if _DATASET.sub(r"\1", text.partition("=")[0].strip()) in names]
+
+
+def _fitting(name: str, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides without those of a mixture's dataset that the recipe does not have."""
+    datasets = [match[2] if (match := _DATASET.match(text)) else None for text in overrides]
+    if not any(datasets):
+        return list(overrides)
+    known = load_recipe(name).data.mixture
+    return [text for text, dataset in zip(overrides, datasets, strict=True) if dataset is None or dataset in known]
 
 
 
 def load_chain(name: str, overrides: Sequence[str] = ()) -> list[Recipe]:
     """Load a recipe and, before it, all recipes that it comes `after`: in training order, each once.
 
-    Overrides of locations (`runs_dir`, `data.shards`, its cache, `data.num_workers`) apply to all recipes, others only
-    to the last one.
+    Overrides of locations (`runs_dir`, `data.shards` or those of a mixture's datasets, its cache, `data.num_workers`)
+    apply to all recipes, others only to the last one.
 
     Raises:
         UserError: a recipe cannot be loaded (see `load_recipe`), recipes wait for each other, or the folder of one's
@@ -66,7 +78,7 @@ def load_chain(name: str, overrides: Sequence[str] = ()) -> list[Recipe]:
             raise UserError(f"{recipe.name}: more than {_MOST_WAITING} recipes come after each other: use fewer")
         for earlier in recipe.after:
             if earlier not in visited:
-                visit(earlier, shared, (*waiting, recipe.name))
+                visit(earlier, _fitting(earlier, shared), (*waiting, recipe.name))
                 visited.add(earlier)
         for other in chain:
             if other.run_dir in recipe.run_dir.parents or recipe.run_dir in other.run_dir.parents:

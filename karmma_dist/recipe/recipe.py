@@ -127,6 +127,7 @@ class Recipe(Settings):
         if self.stage != "distill" and self.distill is not None:
             raise ValueError(f"stage {self.stage} does not use the section 'distill': remove it")
         self._check_modalities()
+        self._check_mixture()
         self.inputs = self.inputs.completed(self.data.modalities)  # a run's recipe.yaml holds every setting
         missing = [m for m in self.modalities if m not in self.model.encoders]
         if missing:
@@ -159,3 +160,20 @@ class Recipe(Settings):
             raise ValueError(f"stage {self.stage} has no teacher that uses {unused}: remove it from data.modalities")
         if self.model.fusion == "mean" and len(modalities) > 1:
             raise ValueError(f"model.fusion mean is for one modality, not for {', '.join(modalities)}")
+
+    def _check_mixture(self) -> None:
+        """Refuse what counts the clips or the heads of one dataset."""
+        if not self.data.mixture:
+            return
+        memories = [f"model.encoders.{name}.memory" for name, encoder in self.model.encoders.items() if encoder.memory]
+        memories += ["distill.memory"] if self.distill is not None and self.distill.memory is not None else []
+        for memory in memories:
+            raise ValueError(
+                f"{memory} remembers the clips of one dataset, each once per epoch; in data.mixture a clip comes as "
+                "often as its dataset's weight has it: remove the memory"
+            )
+        if self.distill is not None and self.distill.teachers and self.distill.expert_weights == "softmin":
+            raise ValueError(
+                "distill.expert_weights softmin weighs experts by their loss on held-out clips of one dataset, not of "
+                "data.mixture: set it to per_sample or equal"
+            )

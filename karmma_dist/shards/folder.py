@@ -7,6 +7,7 @@ import hashlib
 import os
 import zlib
 from pathlib import Path
+from typing import Protocol
 
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import read_file
@@ -30,6 +31,38 @@ _OF_THIS_MACHINE = {
     errno.ENOMEM: "this machine is out of memory: lower data.num_workers, or request more",
 }
 """Errors of opening a shard that say nothing about the shard, with what to do."""
+
+
+class Shards(Protocol):
+    """Clips that can be read: a folder of packed shards, or several that are used together (`mixture.py`)."""
+
+    @property
+    def where(self) -> str:
+        """Name of the clips' place in messages."""
+
+    @property
+    def folders(self) -> list[ShardFolder]:
+        """Folders that hold the clips."""
+
+    @property
+    def modalities(self) -> list[str]:
+        """Modalities that clips declare, present or null."""
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """Class names per head, in the order of their ids."""
+
+    def clips(self, split: str) -> list[Clip]:
+        """Return all clips of a split; see `ShardFolder.clips`."""
+
+    def classes_of(self, clip: Clip) -> dict[str, list[str]]:
+        """Return the class names per head of the dataset that a clip is of."""
+
+    def read(self, clip: Clip, modality: str) -> bytes:
+        """Return one member's bytes; see `ShardFolder.read`."""
+
+    def metadata(self, clip: Clip) -> ClipMetadata:
+        """Return the clip's KEY.json; see `ShardFolder.metadata`."""
 
 
 class ShardFolder:
@@ -59,6 +92,11 @@ class ShardFolder:
         """Hash of the manifest, which names those of all shards: equal only for the same clips in the same order."""
 
     @property
+    def folders(self) -> list[ShardFolder]:
+        """This folder."""
+        return [self]
+
+    @property
     def modalities(self) -> list[str]:
         """Modalities that every clip declares, present or null."""
         return list(self.manifest.header.modalities)
@@ -67,6 +105,10 @@ class ShardFolder:
     def classes(self) -> dict[str, list[str]]:
         """Class names per head, in the order of their ids."""
         return {head: list(names) for head, names in self.manifest.header.heads.items()}
+
+    def classes_of(self, clip: Clip) -> dict[str, list[str]]:  # noqa: ARG002
+        """Return the class names per head, which all clips share."""
+        return self.classes
 
     @property
     def splits(self) -> list[str]:

@@ -34,11 +34,12 @@ _logger = logging.getLogger(__name__)
 
 
 def open_folder(data: DataRecipe) -> ShardFolder:
-    """Open the recipe's shards: a folder, or the URL of one.
+    """Open the recipe's shards: a folder, or the URL of one. A mixture is opened by `mixture.open_datasets`.
 
     Raises:
         UserError: the shards are missing, cannot be reached, or do not fit into the cache.
     """
+    assert data.shards is not None
     if not is_url(data.shards):
         return ShardFolder(data.shards)
     return RemoteShards(data.shards, Cache(cache_root(data.cache_dir), data.cache_bytes))

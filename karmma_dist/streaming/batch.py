@@ -94,13 +94,15 @@ class Batch:
     inputs: dict[str, Tensor]
     """Present clips only, in batch order, by modality; a modality that no clip has is missing."""
     labels: dict[str, Tensor]
-    """int64 (B,) by head, -1 if unlabelled."""
+    """int64 (B,) by head, -1 if unlabelled, or if the clip's dataset does not have the head."""
     valid_B: Tensor
     """bool, False = padding in evaluation."""
     jitter: dict[str, Tensor]
     """Colour jitter of the present clips, float32 (N, 3), by jittered modality; missing if no clip is jittered."""
     epoch: int = 0
     step: int = 0
+    heads_vary: bool = False
+    """True if clips may lack heads, since they are of datasets with different heads. Equal in all batches of a run."""
     damage: list[Damage] = field(default_factory=list)
     """Damaged members found while this batch was made."""
     stats: LoadStats = field(default_factory=LoadStats)
@@ -121,6 +123,11 @@ class Batch:
     dropped: Batch | None = None
     """The same clips with the modalities that dropout takes from them, for a teacher that is asked about all subsets;
     padding for a clip of which one is damaged. None if it is padding alone, or nobody asks."""
+
+    @property
+    def labelled(self) -> dict[str, Tensor] | None:
+        """bool (B,) by head, True = the clip has the head; None unless `heads_vary`."""
+        return {head: labels_B >= 0 for head, labels_B in self.labels.items()} if self.heads_vary else None
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor that `map` changes."""

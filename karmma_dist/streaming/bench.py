@@ -118,7 +118,7 @@ def _settings(shards: str, recipe: str | None) -> tuple[DataRecipe, InputRecipe,
 
     If that does not fit the shards, they are the defaults.
     """
-    overrides = [f"data.shards={json.dumps(shards)}"]
+    overrides = [f"data.shards={json.dumps(shards)}", "data.mixture={}"]
     if recipe is not None:
         loaded = load_recipe(recipe, overrides)
         return loaded.data, loaded.inputs, loaded.training.batch_size, loaded.seed, f"recipe {recipe}"

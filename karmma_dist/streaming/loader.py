@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -22,13 +22,22 @@ from karmma_dist.memory.records import Lookups
 from karmma_dist.memory.tokens import TokenMemory
 from karmma_dist.recipe import DataRecipe, InputRecipe, ViewsRecipe
 from karmma_dist.seeding import fallback_words, hold_out_word
-from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.folder import Shards
 from karmma_dist.shards.format import Clip, ClipMetadata, DamageError
-from karmma_dist.shards.remote import open_folder
+from karmma_dist.shards.mixture import Mixture, open_datasets
 from karmma_dist.streaming.batch import Batch, Damage, Sample, collate
 from karmma_dist.streaming.decoded import DecodedClips
 from karmma_dist.streaming.dropout import keep_patterns, keep_present
-from karmma_dist.streaming.order import ClipOrder, Position, Schedule, Slice, evaluation_slices
+from karmma_dist.streaming.order import (
+    Choice,
+    ClipOrder,
+    EpochOrder,
+    MixtureOrder,
+    Position,
+    Schedule,
+    Slice,
+    evaluation_slices,
+)
 from karmma_dist.streaming.reader import read_samples
 from karmma_dist.streaming.views import View, evaluation_views, training_view
 from karmma_dist.streaming.worker_status import Activity
@@ -38,13 +47,13 @@ _MAX_REPLACEMENTS = 100
 """Number of clips tried for one place before giving up."""
 
 
-def open_shards(data: DataRecipe) -> ShardFolder:
-    """Open the recipe's shards and check that they declare its modalities.
+def open_shards(data: DataRecipe) -> Shards:
+    """Open the recipe's shards, or the mixture of them, and check that they declare its modalities.
 
     Raises:
         UserError: the shards lack a modality of the recipe, or cannot be opened.
     """
-    folder = open_folder(data)
+    folder = open_datasets(data)
     missing = [m for m in data.modalities if m not in folder.modalities]
     if missing:
         raise UserError(
@@ -54,7 +63,7 @@ def open_shards(data: DataRecipe) -> ShardFolder:
     return folder
 
 
-def check_heads(data: DataRecipe, folder: ShardFolder) -> dict[str, int]:
+def check_heads(data: DataRecipe, folder: Shards) -> dict[str, int]:
     """Return the number of classes by head of the shards and check it against the recipe's, if it names any.
 
     Raises:
@@ -79,13 +88,14 @@ class _Clips(ABC):
     """Modalities whose whole signals are also in the batches."""
 
     def __init__(
-        self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str, needed: Sequence[str] = (),
+        self, folder: Shards, data: DataRecipe, inputs: InputRecipe, split: str, needed: Sequence[str] = (),
         held_out: bool | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.data, self.inputs, self.split = folder, data, inputs, split
         self.needed = list(needed or data.modalities)
         self.clips = usable_clips(folder.clips(split), self.needed)
         self.heads = list(folder.classes)
+        self._heads_vary = isinstance(folder, Mixture) and folder.heads_vary
         self._decoded = DecodedClips(data.keep_decoded)
         if not self.clips:
             raise UserError(f"{folder.where}: split '{split}' has no clip with any of {', '.join(self.needed)}")
@@ -121,7 +131,7 @@ class _Clips(ABC):
         samples = self._samples_of(part, damage, activity)
         activity.start("collating")
         batch = collate(samples, self.data.modalities, self.heads, part.epoch, part.step)
-        batch.damage, batch.stats = damage, activity.end_batch()
+        batch.heads_vary, batch.damage, batch.stats = self._heads_vary, damage, activity.end_batch()
         return batch
 
     @abstractmethod
@@ -132,7 +142,7 @@ class _Clips(ABC):
         """
 
     @abstractmethod
-    def _views(self, metadata: ClipMetadata, epoch: int, key: str) -> list[View]:
+    def _views(self, metadata: ClipMetadata, epoch: int) -> list[View]:
         """Return the views of a clip."""
 
     def _read(
@@ -141,7 +151,7 @@ class _Clips(ABC):
         """Read the `wanted` modalities of a clip, one sample per view; return None if any of them is damaged."""
         try:
             metadata = self._metadata(clip, activity)
-            views = self._views(metadata, epoch, clip.key)
+            views = self._views(metadata, epoch)
             return read_samples(
                 self.folder, clip, metadata, wanted, self.inputs, views, activity, uncut=self.uncut,
                 decoded=self._decoded,
@@ -163,8 +173,7 @@ class _EpochDraw(NamedTuple):
     """The draws of one epoch."""
 
     epoch: int
-    clip_at: np.ndarray
-    """Number of the clip at each place."""
+    order: EpochOrder
     keep: np.ndarray
     """Pattern of kept modalities of each place."""
     words: np.ndarray
@@ -194,8 +203,8 @@ class TrainingClips(_Clips):
     subsets of a clip's modalities are to be remembered, other batches bring what dropout takes as well.
 
     Args:
-        folder: Opened shards.
-        data: Split, modalities, dropout and order.
+        folder: Opened shards, or a mixture of them.
+        data: Split, modalities, dropout, order and weights.
         inputs: Sizes of the arrays.
         seed: Seed of the run.
         batch_size: Clips per optimizer step, over all ranks.
@@ -204,7 +213,7 @@ class TrainingClips(_Clips):
     """
 
     def __init__(
-        self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, seed: int, batch_size: int,
+        self, folder: Shards, data: DataRecipe, inputs: InputRecipe, seed: int, batch_size: int,
         needed: Sequence[str] = (), num_views: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(folder, data, inputs, data.train_split, needed, held_out=False)
@@ -212,11 +221,26 @@ class TrainingClips(_Clips):
         self._needed_M = np.array([m in self.needed for m in data.modalities])
         self.seed = seed
         self._draw: _EpochDraw | None = None
-        shards = [clip.shard for clip in self.clips]
-        self._order = ClipOrder(shards, batch_size, seed, data.order.lanes, data.order.window)
+        self._order: ClipOrder | MixtureOrder
+        if isinstance(folder, Mixture):
+            weights = {name: dataset.weight for name, dataset in data.mixture.items()}
+            self._order = MixtureOrder(folder.count(self.clips), weights, batch_size, seed)
+        else:
+            shards = [clip.shard for clip in self.clips]
+            self._order = ClipOrder(shards, batch_size, seed, data.order.lanes, data.order.window)
         self._answers: AnswerMemory | None = None
         self._tokens: dict[str, TokenMemory] = {}
         self._is_taught = False
+
+    @property
+    def num_places(self) -> int:
+        """Number of places of an epoch, for `Schedule`: that of the clips, of a mixture without those left over."""
+        return self._order.num_places
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of places of an epoch by dataset of a mixture; empty without one."""
+        return self._order.counts if isinstance(self._order, MixtureOrder) else {}
 
     def remember(self, answers: AnswerMemory | None, tokens: Mapping[str, TokenMemory], *, is_taught: bool) -> None:
         """Look answers and tokens up from now on.
@@ -241,15 +265,15 @@ class TrainingClips(_Clips):
         """Return the draws of an epoch; streams in other threads may be in other epochs."""
         draw = self._draw
         if draw is None or draw.epoch != epoch:
-            num, modalities = len(self.clips), len(self.data.modalities)
+            num, modalities = self.num_places, len(self.data.modalities)
             keep = keep_patterns(num, modalities, self.data.modality_dropout, self.seed, epoch)
             words = fallback_words(num, self.seed, epoch)
-            draw = self._draw = _EpochDraw(epoch, self._order.clips(epoch), keep, words)
+            draw = self._draw = _EpochDraw(epoch, self._order.draw(epoch), keep, words)
         return draw
 
     def _samples_of(self, part: Slice, damage: list[Damage], activity: Activity) -> list[Sample | None]:
         places = range(part.start, part.stop)
-        drawn = [self._candidate(place, place, part.epoch) for place in places]
+        drawn = [self._drawn_at(place, part.epoch, next(self._choices(place, part.epoch))) for place in places]
         remembered = self._remembered(drawn, activity)
         if remembered is not None:
             return list(remembered)
@@ -304,13 +328,13 @@ class TrainingClips(_Clips):
         activity: Activity,
     ) -> Sample:  # fmt: skip
         """Read the clip at `place`, given as `drawn`; if it is damaged, the first undamaged one of the candidates."""
-        for candidate in itertools.islice(self._order.candidates(place), _MAX_REPLACEMENTS):
-            is_drawn = candidate == place
-            clip = drawn if is_drawn else self._candidate(place, candidate, epoch)
-            sample = self._read_training(clip, tokens if is_drawn else {}, damage, activity)
+        tried = 0
+        for choice in itertools.islice(self._choices(place, epoch), _MAX_REPLACEMENTS):
+            clip = self._drawn_at(place, epoch, choice) if tried else drawn
+            sample = self._read_training(clip, {} if tried else tokens, damage, activity)
             if sample is not None:
                 return replace(sample, dropped=self._read_dropped(clip, activity))
-        tried = min(_MAX_REPLACEMENTS, len(self.clips))
+            tried += 1
         raise UserError(f"{self.folder.where}: {tried} clips in a row are damaged, the last: {damage[-1]}")
 
     def _read_training(
@@ -351,20 +375,24 @@ class TrainingClips(_Clips):
         read = self._read(drawn.clip, wanted, drawn.source.epoch, [], activity)
         return None if read is None else read[0]
 
-    def _candidate(self, place: int, candidate: int, epoch: int) -> _Drawn:
-        """Return the clip at a candidate's place of the order, with the modalities that it keeps at `place`."""
+    def _choices(self, place: int, epoch: int) -> Iterator[Choice]:
+        """Yield the clips that may be used for a place: its own first."""
+        return self._order.choices(self._drawn_for(epoch).order, place)
+
+    def _drawn_at(self, place: int, epoch: int, choice: Choice) -> _Drawn:
+        """Return a clip with the modalities that it keeps at a place."""
         draw = self._drawn_for(epoch)
-        clip = self.clips[draw.clip_at[candidate]]
+        clip = self.clips[choice.clip]
         present_M = np.array([clip.has(m) for m in self.data.modalities])
         kept_M = keep_present(draw.keep[place], present_M, int(draw.words[place]), self._needed_M)
-        view = epoch % self._num_views if self._num_views else epoch
+        view = choice.view % self._num_views if self._num_views else choice.view
         return _Drawn(clip, present_M, kept_M, Source(view, clip.shard, clip.row))
 
     def _names(self, kept_M: np.ndarray) -> list[str]:
         return [m for m, keep in zip(self.data.modalities, kept_M, strict=True) if keep]
 
-    def _views(self, metadata: ClipMetadata, epoch: int, key: str) -> list[View]:
-        return [training_view(self.inputs.video, num_stored_frames(metadata), self.seed, epoch, key)]
+    def _views(self, metadata: ClipMetadata, epoch: int) -> list[View]:
+        return [training_view(self.inputs.video, num_stored_frames(metadata), self.seed, epoch, metadata.key)]
 
 
 class EvaluationClips(_Clips):
@@ -376,7 +404,7 @@ class EvaluationClips(_Clips):
     """
 
     def __init__(
-        self, folder: ShardFolder, data: DataRecipe, inputs: InputRecipe, split: str,
+        self, folder: Shards, data: DataRecipe, inputs: InputRecipe, split: str,
         views: ViewsRecipe | None = None, held_out: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(folder, data, inputs, split, held_out=True if held_out else None)
@@ -393,7 +421,7 @@ class EvaluationClips(_Clips):
             samples += [None] * self.views.num if read is None else read
         return samples
 
-    def _views(self, metadata: ClipMetadata, epoch: int, key: str) -> list[View]:  # noqa: ARG002
+    def _views(self, metadata: ClipMetadata, epoch: int) -> list[View]:  # noqa: ARG002
         return evaluation_views(
             self.inputs.video, num_stored_frames(metadata), self.views, is_wide=is_wide(metadata)
         )

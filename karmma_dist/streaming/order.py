@@ -15,24 +15,50 @@ costs nothing if reads at any offset are cheap. If a whole shard is fetched befo
 With as many `lanes` as nodes (or a multiple), each node reads its own part of the shards, once per epoch, for any
 number of ranks per node and accumulation steps; a shard on a lane's border is read by both lanes. Shards are permuted
 anew each epoch, so every node sees all of them over time. `tests/benchmarks/order_mixing.py` measures the choices.
+
+`MixtureOrder` does the same for several datasets, each with a fixed share of the places. A dataset is a stream of
+passes over its clips, each permuted anew, which goes on from epoch to epoch:
+
+    places of an epoch   | a a b a | a a b a | a a b a |      weights 3 and 1: places of b as even as possible
+    clips of dataset a   | 4 0 2 5 1 3 | 2 4 0 . .             each once before any comes again
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
 from karmma_dist.errors import UserError
 from karmma_dist.recipe.micro_batches import indivisible
-from karmma_dist.seeding import order_words
+from karmma_dist.seeding import order_words, pass_words
 
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
     """Return a permutation of `range(num_clips)`, int64."""
     return np.argsort(order_words(num_clips, seed, epoch), kind="stable")
+
+
+class EpochOrder(NamedTuple):
+    """The clips of an epoch."""
+
+    clip_at: np.ndarray
+    """Number of the clip at each place, int64."""
+    view_at: np.ndarray
+    """Number of the view of that clip, int64: the epoch, or the pass over its dataset."""
+
+
+class Choice(NamedTuple):
+    """A clip that may be used for a place."""
+
+    clip: int
+    """Number of the clip."""
+    view: int
+    """Number of its view."""
 
 
 class ClipOrder:
@@ -61,6 +87,20 @@ class ClipOrder:
         self._shard_of_clip = np.array([numbers.setdefault(shard, len(numbers)) for shard in shards], dtype=np.int64)
         self.batch_size, self.seed, self.lanes, self.window = batch_size, seed, lanes, window
         self.num_clips, self.steps = len(shards), len(shards) // batch_size
+
+    @property
+    def num_places(self) -> int:
+        """Number of places of an epoch."""
+        return self.num_clips
+
+    def draw(self, epoch: int) -> EpochOrder:
+        """Return the clips of an epoch: each once, with the epoch's view."""
+        return EpochOrder(self.clips(epoch), np.broadcast_to(np.int64(epoch), self.num_clips))
+
+    def choices(self, drawn: EpochOrder, place: int) -> Iterator[Choice]:
+        """Yield the clips that may be used for `place` in an epoch: its own, then its replacements; see `candidates`.
+        """
+        return (Choice(int(drawn.clip_at[c]), int(drawn.view_at[c])) for c in self.candidates(place))
 
     def clips(self, epoch: int) -> np.ndarray:
         """Return the clip number at every place, int64: a permutation. No step takes the last `num_clips % batch_size`.
@@ -115,6 +155,132 @@ class ClipOrder:
             if candidate not in seen:
                 seen.add(candidate)
                 yield candidate
+
+
+class MixtureOrder:
+    """The assignment of several datasets' clips to the places of an epoch: a function of the arguments and the epoch.
+
+    Places are divided among the datasets by weight, exactly in every epoch (largest remainder), and spread evenly: the
+    j-th of the n places of dataset i of D lies at (j + (i + 1/2) / D) / n of the epoch. So every batch, and every
+    rank's part of it, holds a dataset's share but for less than one clip with two datasets, and at most two or three
+    with eight. The pattern is that of every epoch; clips are permuted anew in each pass. No batch holds a clip twice:
+    where a pass ends within a batch, clips of the next pass that the batch already has change places with later ones.
+
+    Args:
+        sizes: Number of clips by dataset; clips are numbered dataset by dataset.
+        weights: Weight by dataset.
+        batch_size: Clips per optimizer step, over all ranks.
+        seed: Seed of the run.
+
+    Raises:
+        UserError: all clips are fewer than one batch, or a dataset has no place, or too few clips for its share of a
+            batch.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], weights: Mapping[str, float], batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+        self._sizes = list(sizes.values())
+        self._first = np.cumsum([0, *self._sizes])
+        num_clips = sum(self._sizes)
+        self.num_places = num_clips // batch_size * batch_size
+        if not self.num_places:
+            raise UserError(
+                f"data.mixture: {num_clips} training clips are fewer than one batch: lower training.batch_size "
+                f"({batch_size}) to {num_clips} or less"
+            )
+        counts = divided(self.num_places, [weights[name] for name in sizes])
+        self._dataset_at = _evenly_spread(counts)
+        self._places = [np.flatnonzero(self._dataset_at == number) for number in range(len(counts))]
+        self._most = [int(np.bincount(places // batch_size).max(initial=0)) for places in self._places]
+        self.counts = dict(zip(sizes, counts, strict=True))
+        """Number of places of an epoch by dataset."""
+        for number, name in enumerate(sizes):
+            self._check(name, number, weights[name])
+
+    def _check(self, name: str, number: int, weight: float) -> None:
+        size, most = self._sizes[number], self._most[number]
+        if not most:
+            raise UserError(
+                f"data.mixture.{name}: weight {weight:g} gives it none of the {self.num_places} clips of an epoch: "
+                "raise it, or remove the dataset"
+            )
+        if size < 2 * most:
+            raise UserError(
+                f"data.mixture.{name}: {size} training clips are too few for up to {most} in a batch of "
+                f"{self.batch_size}: it takes twice as many, {2 * most}, so that no batch has a clip twice: lower its "
+                "weight or training.batch_size"
+            )
+
+    def draw(self, epoch: int) -> EpochOrder:
+        """Return the clips of an epoch, and the passes over their datasets that they belong to."""
+        clip_at, view_at = np.empty(self.num_places, dtype=np.int64), np.empty(self.num_places, dtype=np.int64)
+        for dataset, (size, places) in enumerate(zip(self._sizes, self._places, strict=True)):
+            begin = epoch * len(places)
+            number, turn = divmod(begin, size)
+            passes = range(number, (begin + len(places) - 1) // size + 1)
+            stream = np.concatenate([self._clips_of_pass(dataset, each) for each in passes])
+            clip_at[places] = stream[turn : turn + len(places)]
+            view_at[places] = (begin + np.arange(len(places))) // size
+        return EpochOrder(clip_at, view_at)
+
+    def choices(self, drawn: EpochOrder, place: int) -> Iterator[Choice]:
+        """Yield the clips that may be used for `place` in an epoch: its own, then replacements of the same dataset.
+
+        The clips that the batch does not have are dealt to the batch's places of that dataset, from half a pass later
+        on, so that no two places get the same clip.
+        """
+        clip, view = int(drawn.clip_at[place]), int(drawn.view_at[place])
+        yield Choice(clip, view)
+        dataset = self._dataset_at[place]
+        begin = place - place % self.batch_size
+        own = begin + np.flatnonzero(self._dataset_at[begin : begin + self.batch_size] == dataset)
+        clips = self._clips_of_pass(int(dataset), int(drawn.view_at[own[0]]))
+        turn = int(np.flatnonzero(clips == drawn.clip_at[own[0]])[0])
+        later = np.roll(clips, -(turn + len(clips) // 2))
+        others = later[~np.isin(later, drawn.clip_at[own])]
+        for other in others[int(np.searchsorted(own, place)) :: len(own)].tolist():
+            yield Choice(other, view)
+
+    def _clips_of_pass(self, dataset: int, number: int) -> np.ndarray:
+        """Return the clips of a pass in their order, int64, the first ones not those of the batch that it begins in."""
+        order = self._permutation(dataset, number)
+        before, after = self._in_first_batch(dataset, number)
+        if before:
+            former = self._permutation(dataset, number - 1)[-before:]  # the end of a pass changes places with none
+            middle = order[after : len(order) - self._most[dataset]]
+            twice = np.flatnonzero(np.isin(order[:after], former))
+            free = after + np.flatnonzero(~np.isin(middle, former))[: len(twice)]
+            order[twice], order[free] = order[free], order[twice]
+        return self._first[dataset] + order
+
+    def _permutation(self, dataset: int, number: int) -> np.ndarray:
+        return np.argsort(pass_words(self._sizes[dataset], self.seed, dataset, number), kind="stable")
+
+    def _in_first_batch(self, dataset: int, number: int) -> tuple[int, int]:
+        """Return the numbers of the dataset's places before and after the beginning of a pass in the same batch."""
+        places = self._places[dataset]
+        turn = number * self._sizes[dataset] % len(places)
+        begin = int(places[turn]) // self.batch_size * self.batch_size
+        first, last = np.searchsorted(places, [begin, begin + self.batch_size])
+        return (turn - int(first), int(last) - turn) if number else (0, 0)
+
+
+def divided(num: int, weights: Sequence[float]) -> list[int]:
+    """Divide a number in proportion to weights: rounded down, the largest remainders first rounded up."""
+    exact = [num * Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
+    parts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda part: parts[part] - exact[part])
+    for part in by_remainder[: num - sum(parts)]:
+        parts[part] += 1
+    return parts
+
+
+def _evenly_spread(counts: Sequence[int]) -> np.ndarray:
+    """Return a sequence of the numbers 0, 1, ..., each as often as `counts` says, int16. See `MixtureOrder`."""
+    phases = (np.arange(len(counts)) + 0.5) / len(counts)
+    times = np.concatenate([(np.arange(n) + phase) / n for n, phase in zip(counts, phases, strict=True) if n])
+    numbers = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+    return numbers[np.argsort(times, kind="stable")]
 
 
 @dataclass(frozen=True)

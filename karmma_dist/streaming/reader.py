@@ -8,7 +8,7 @@ import numpy as np
 
 from karmma_dist.modalities import MODALITIES, DecodeError, View
 from karmma_dist.recipe import InputRecipe
-from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.folder import Shards
 from karmma_dist.shards.format import Clip, ClipMetadata, DamageError, member_name
 from karmma_dist.streaming.batch import Sample, UncutSignal
 from karmma_dist.streaming.decoded import DecodedClips
@@ -16,7 +16,7 @@ from karmma_dist.streaming.worker_status import Activity
 
 
 def read_sample(
-    folder: ShardFolder, clip: Clip, metadata: ClipMetadata, wanted: Iterable[str], inputs: InputRecipe, view: View,
+    folder: Shards, clip: Clip, metadata: ClipMetadata, wanted: Iterable[str], inputs: InputRecipe, view: View,
     activity: Activity | None = None, *, uncut: Iterable[str] = (),
 ) -> Sample:  # fmt: skip
     """Read, check and decode the `wanted` modalities of a clip (all of which it must declare).
@@ -38,7 +38,7 @@ def read_sample(
 
 
 def read_samples(
-    folder: ShardFolder, clip: Clip, metadata: ClipMetadata, wanted: Iterable[str], inputs: InputRecipe,
+    folder: Shards, clip: Clip, metadata: ClipMetadata, wanted: Iterable[str], inputs: InputRecipe,
     views: Sequence[View], activity: Activity | None = None, *, uncut: Iterable[str] = (),
     decoded: DecodedClips | None = None,
 ) -> list[Sample]:  # fmt: skip

@@ -229,7 +229,7 @@ def plan_costs(plan: StudyPlan) -> StudyCosts:
 
 def _shards(recipe: Recipe) -> ShardFolder | None:
     """Return the recipe's shards if they are on this machine."""
-    folder = Path(recipe.data.shards)
+    folder = Path(str(recipe.data.shards))
     return _opened(str(folder)) if (folder / MANIFEST).is_file() else None
 
 

@@ -175,7 +175,8 @@ def _answer_facts(recipe: Recipe) -> dict[str, Any]:
     Answers for all subsets of the modalities serve any modality dropout.
     """
     assert recipe.distill is not None
-    data = {**unmarked(recipe.data, NOT_LEARNED), "shards": masked(recipe.data.shards)}
+    data = {**unmarked(recipe.data, NOT_LEARNED), "shards": masked(str(recipe.data.shards))}
+    del data["mixture"]  # a mixture has no memory
     drawn = {
         "modalities": recipe.modalities,  # each clip keeps one of them at least
         "batch_size": recipe.training.batch_size if recipe.data.order.lanes else None,
@@ -198,7 +199,7 @@ def _token_facts(recipe: Recipe, modality: str) -> dict[str, Any]:
         "dtype": encoder.memory and encoder.memory.dtype,
         "tau": recipe.model.tau, "grouping": recipe.model.grouping,
         "fusion": "mean" if recipe.model.fusion == "mean" else "transformer",  # all others take the same tokens
-        "shards": masked(recipe.data.shards), "split": recipe.data.train_split,
+        "shards": masked(str(recipe.data.shards)), "split": recipe.data.train_split,
         **_view_facts(recipe),
     }  # fmt: skip
 

@@ -24,15 +24,16 @@ from karmma_dist.errors import UserError
 from karmma_dist.models.losses import cross_entropy, distillation
 from karmma_dist.models.running_sums import RunningSums
 from karmma_dist.plugins import find_plugin, with_plugins
-from karmma_dist.recipe import DistillRecipe, Recipe
+from karmma_dist.recipe import DataRecipe, DistillRecipe, Recipe
 from karmma_dist.settings import Settings, validate
-from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.folder import Shards
 from karmma_dist.shards.format import Clip, label_problem
+from karmma_dist.shards.mixture import open_dataset
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.training.engine import ShardedModule
 from karmma_dist.training.memories.teacher_answers import TeacherMemory
 from karmma_dist.training.teacher import Teacher
-from karmma_dist.training.tracking import accuracies, agreements, entropies
+from karmma_dist.training.tracking import accuracies, agreements, entropies, labelled_shares
 
 SoftTargets = Callable[[Batch], dict[str, Tensor]]
 """Returns the soft targets of a batch: the frozen teacher's log-probabilities (B, C) per head, at distill.temperature.
@@ -52,7 +53,8 @@ class Objective(ABC):
 
         Args:
             logits: logits_BC per head of the model in training.
-            batch: The batch that the logits were computed from.
+            batch: The batch that the logits were computed from. With `heads_vary` its clips may lack labels of some
+                heads; the loss must be a mean over clips, so that those of ranks and passes are averaged.
         """
 
 
@@ -71,8 +73,12 @@ class CrossEntropy(Objective):
 
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, accuracy and entropy; see `Objective.loss`."""
-        loss = cross_entropy(logits, batch.labels)
-        return loss, {"loss": loss.detach(), **accuracies("train", logits, batch.labels), **entropies("train", logits)}
+        labelled = batch.labelled
+        loss = cross_entropy(logits, batch.labels, labelled)
+        return loss, {
+            "loss": loss.detach(), **labelled_shares(labelled), **accuracies("train", logits, batch.labels, labelled),
+            **entropies("train", logits, labelled),
+        }  # fmt: skip
 
 
 class Distillation(Objective):
@@ -89,14 +95,16 @@ class Distillation(Objective):
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, its parts, and the accuracy and entropy of both models; entropies are at the temperature."""
         targets = self.soft_targets(batch)
-        hard = cross_entropy(logits, batch.labels)
-        soft = distillation(logits, targets, self.recipe.temperature)
+        labels, labelled = batch.labels, batch.labelled
+        hard = cross_entropy(logits, labels, labelled)
+        soft = distillation(logits, targets, self.recipe.temperature, labelled)
         loss = self.recipe.alpha * hard + (1 - self.recipe.alpha) * soft
         softened = {head: logits_BC.detach().float() / self.recipe.temperature for head, logits_BC in logits.items()}
         return loss, {
-            "loss": loss.detach(), "cross_entropy": hard.detach(), "kl": soft.detach(),
-            **accuracies("train", logits, batch.labels), **accuracies("teacher", targets, batch.labels),
-            **agreements(logits, targets), **entropies("train", softened), **entropies("teacher", targets),
+            "loss": loss.detach(), "cross_entropy": hard.detach(), "kl": soft.detach(), **labelled_shares(labelled),
+            **accuracies("train", logits, labels, labelled), **accuracies("teacher", targets, labels, labelled),
+            **agreements(logits, targets, labelled), **entropies("train", softened, labelled),
+            **entropies("teacher", targets, labelled),
         }  # fmt: skip
 
 
@@ -142,7 +150,7 @@ def build_objective(recipe: Recipe, soft_targets: SoftTargets | None) -> Objecti
     return entry.build(validate(options, entry.options, f"objective.options ({name})"), recipe, soft_targets)
 
 
-def check_labels(recipe: Recipe, folder: ShardFolder, clips: Iterable[Clip], world: World) -> None:
+def check_labels(recipe: Recipe, folder: Shards, clips: Iterable[Clip], world: World) -> None:
     """Check, before the first step, that losses and scores can be computed. Every rank must call this.
 
     Args:
@@ -152,35 +160,43 @@ def check_labels(recipe: Recipe, folder: ShardFolder, clips: Iterable[Clip], wor
         world: This rank.
 
     Raises:
-        UserError: a training clip has no label, a class of a training or validation clip does not exist, or no clip of
-            the validation split has a label for every head.
+        UserError: a training clip has no label for a head of its dataset, a class of a training or validation clip does
+            not exist, or no clip of a validation split has a label for every head of its dataset.
     """
     raise_on_all(_label_problem(recipe, folder, clips) if world.is_main else None)
 
 
-def _label_problem(recipe: Recipe, folder: ShardFolder, clips: Iterable[Clip]) -> str | None:
-    split = recipe.data.validation_split
+def _label_problem(recipe: Recipe, folder: Shards, clips: Iterable[Clip]) -> str | None:
+    data = recipe.data
+    parts: list[tuple[Shards, DataRecipe]] = [(folder, data)]
+    if data.mixture:
+        parts = [(open_dataset(data, name), data.of_dataset(name)) for name in sorted(data.mixture)]
+    validated: list[tuple[str, Shards, list[Clip]]] = []
     try:
-        validated = [] if split == recipe.data.train_split else folder.clips(split)
+        for part, own in parts:
+            if own.validation_split != own.train_split:
+                validated.append((own.validation_split, part, part.clips(own.validation_split)))
     except UserError as error:
         return str(error)
-    return _unlabelled(recipe.data.train_split, folder, clips) or _unscored(split, folder, validated)
+    problems = (_unscored(*each) for each in validated)
+    return _unlabelled(data.train_split, folder, clips) or next(filter(None, problems), None)
 
 
-def _unlabelled(split: str, folder: ShardFolder, clips: Iterable[Clip]) -> str | None:
+def _unlabelled(split: str, folder: Shards, clips: Iterable[Clip]) -> str | None:
     for clip in clips:
-        head = next((head for head in folder.classes if clip.labels.get(head) is None), None)
+        classes = folder.classes_of(clip)
+        head = next((head for head in classes if clip.labels.get(head) is None), None)
         if head is not None:
             return (
                 f"{folder.where}: clip {clip.key} of split '{split}' has no label for head '{head}': train on a "
                 "labelled split (data.train_split), or pack without this clip"
             )
-        if problem := label_problem(folder.classes, clip.labels):
+        if problem := label_problem(classes, clip.labels):
             return f"{folder.where}: clip {clip.key} of split '{split}': {problem}: pack the clips again"
     return None
 
 
-def _unscored(split: str, folder: ShardFolder, clips: Sequence[Clip]) -> str | None:
+def _unscored(split: str, folder: Shards, clips: Sequence[Clip]) -> str | None:
     for clip in clips:
         if problem := label_problem(folder.classes, clip.labels):
             return f"{folder.where}: clip {clip.key} of split '{split}': {problem}: pack the clips again"

@@ -183,7 +183,8 @@ class Teacher(nn.Module):
         """Return scores (B, E): the logarithms of the members' weights for each clip, up to a constant."""
         if self.recipe.expert_weights == "per_sample" and len(self.members) > 1:
             assert labels is not None
-            rows_BE1 = labels[head][:, None, None].expand(-1, len(self.members), 1)
+            labels_B = labels[head].clamp(min=0)  # the scores of a clip without the head weigh nothing
+            rows_BE1 = labels_B[:, None, None].expand(-1, len(self.members), 1)
             return logits_BEC.log_softmax(dim=-1).gather(2, rows_BE1)[:, :, 0] / self.recipe.weight_temperature
         return self._scores[head].to(logits_BEC.device).expand(logits_BEC.shape[:2])
 

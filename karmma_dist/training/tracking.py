@@ -16,6 +16,8 @@ from karmma_dist.streaming.batch import Batch
 _PER_STEP = ("wait_s", "step_s", "flops", "grad_norm")
 """Names measured once per optimizer step; all others are measured once per forward pass."""
 _SAME = Fraction(1)
+_OVER = " / labelled_"
+"""Text between the name of a measurement and the head by whose share of the clips its mean is to be divided."""
 
 
 def loading_sums(batch: Batch, modalities: Sequence[str]) -> dict[str, float]:
@@ -80,41 +82,88 @@ def loading_metrics(means: dict[str, float], modalities: Sequence[str]) -> dict[
     return metrics
 
 
-def accuracies(name: str, scores: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
+Labelled = Mapping[str, Tensor] | None
+"""bool (B,) by head, True = the clip has the head; None: every clip has every head."""
+
+
+def labelled_shares(labelled: Labelled) -> dict[str, Tensor]:
+    """Return labelled_HEAD, the share of clips that have a head, if clips may lack heads.
+
+    The measurements of a head, by the functions below, are then sums over the clips that have it, divided by all clips:
+    their means over passes and ranks are exact, and `over_labelled` makes them means over the clips that have the head.
+    """
+    return {f"labelled_{head}": has_B.float().mean() for head, has_B in (labelled or {}).items()}
+
+
+def over_labelled(means: Mapping[str, float]) -> dict[str, float]:
+    """Return the means over passes and ranks, those of a head's measurements over the clips that have the head.
+
+    A head that no clip had has none. See `labelled_shares`.
+    """
+    result = {}
+    for name, mean in means.items():
+        measured, _, head = name.partition(_OVER)
+        if not head:
+            result[name] = mean
+        elif share := means[f"labelled_{head}"]:
+            result[measured] = mean / share
+    return result
+
+
+def accuracies(
+    name: str, scores: dict[str, Tensor], labels: dict[str, Tensor], labelled: Labelled = None
+) -> dict[str, Tensor]:
     """Return the fraction of correctly classified clips, 0 to 1: NAME_accuracy for all heads together, and per head.
 
     Args:
         name: prefix of the metrics' names.
         scores: logits or log-probabilities (B, C) per head.
         labels: int64 (B,) per head.
+        labelled: clips that have each head.
     """
     right = {head: scores_BC.detach().argmax(-1) == labels[head] for head, scores_BC in scores.items()}
-    return _shares(f"{name}_accuracy", right)
+    return _shares(f"{name}_accuracy", right, labelled)
 
 
-def agreements(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
+def agreements(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], labelled: Labelled = None
+) -> dict[str, Tensor]:
     """Return the share of clips, 0 to 1, that both assign to the same class: for all heads together, and per head."""
     same = {head: logits_BC.detach().argmax(-1) == teacher[head].argmax(-1) for head, logits_BC in student.items()}
-    return _shares("agreement", same)
+    return _shares("agreement", same, labelled)
 
 
-def entropies(name: str, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+def entropies(name: str, scores: dict[str, Tensor], labelled: Labelled = None) -> dict[str, Tensor]:
     """Return NAME_entropy_HEAD, the mean entropy in nats of a head's class distributions.
 
     Args:
         name: prefix of the metrics' names.
         scores: logits or log-probabilities (B, C) per head.
+        labelled: clips that have each head.
     """
-    log_probs = {head: scores_BC.detach().float().log_softmax(dim=-1) for head, scores_BC in scores.items()}
-    return {
-        f"{name}_entropy_{head}": -(log_probs_BC.exp() * log_probs_BC).sum(dim=-1).mean()
-        for head, log_probs_BC in log_probs.items()
-    }
+    means = {}
+    for head, scores_BC in scores.items():
+        log_probs_BC = scores_BC.detach().float().log_softmax(dim=-1)
+        entropy_B = -(log_probs_BC.exp() * log_probs_BC).sum(dim=-1)
+        if labelled is not None:
+            entropy_B = entropy_B * labelled[head]
+        means[_of_head(f"{name}_entropy", head, labelled)] = entropy_B.mean()
+    return means
 
 
-def _shares(name: str, right: dict[str, Tensor]) -> dict[str, Tensor]:
-    shares = {f"{name}_{head}": right_B.float().mean() for head, right_B in right.items()}
-    return {name: torch.stack(list(right.values())).all(dim=0).float().mean(), **shares}
+def _shares(name: str, right: dict[str, Tensor], labelled: Labelled) -> dict[str, Tensor]:
+    """Return the shares of clips that are right in all heads that they have, and per head."""
+    in_all = list(right.values())
+    if labelled is not None:
+        in_all = [right_B | ~labelled[head] for head, right_B in right.items()]
+        right = {head: right_B & labelled[head] for head, right_B in right.items()}
+    shares = {_of_head(name, head, labelled): right_B.float().mean() for head, right_B in right.items()}
+    return {name: torch.stack(in_all).all(dim=0).float().mean(), **shares}
+
+
+def _of_head(name: str, head: str, labelled: Labelled) -> str:
+    """Return the name of a head's measurement, for `over_labelled` if clips may lack the head."""
+    return f"{name}_{head}" if labelled is None else f"{name}_{head}{_OVER}{head}"
 
 
 def _nan_for_null(total: float | None) -> float:

@@ -45,6 +45,7 @@ from karmma_dist.recipe.micro_batches import divide_batch
 from karmma_dist.runs.folder import read_state, validation_at, write_state
 from karmma_dist.runs.owner import Ownership
 from karmma_dist.seeding import forward_seed
+from karmma_dist.shards.mixture import Mixture
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import TrainingClips, check_heads, open_shards, training_batches
 from karmma_dist.streaming.order import Position, Schedule
@@ -65,14 +66,21 @@ from karmma_dist.training.profiler import tracing
 from karmma_dist.training.teacher import build_teacher, members_of
 from karmma_dist.training.throughput import Throughput
 from karmma_dist.training.trackers.run_log import RunLog
-from karmma_dist.training.tracking import Averages, answer_sums, loading_sums, pace, token_sums
+from karmma_dist.training.tracking import Averages, answer_sums, loading_sums, over_labelled, pace, token_sums
 
 
 class Validate(Protocol):
     """A function that measures a model on the recipe's validation split."""
 
-    def metrics(self, heads: Collection[str]) -> Mapping[str, bool]:
-        """Return the metrics by name, the one that models are compared by first; True if lower is better."""
+    def metrics(
+        self, heads: Collection[str], datasets: Mapping[str, Collection[str]] | None = None
+    ) -> Mapping[str, bool]:
+        """Return the metrics by name, the one that models are compared by first; True if lower is better.
+
+        Args:
+            heads: Heads of the model.
+            datasets: Heads of each dataset of a mixture, by name.
+        """
 
     def __call__(self, model: nn.Module, recipe: Recipe, world: World, between: Callable[[], None]) -> dict[str, float]:
         """Return the metrics in that order. Every rank must call this, and gets the same numbers.
@@ -174,13 +182,16 @@ class Trainer:
             torch.set_num_threads(recipe.training.threads)
         self.division = divide_batch(recipe, world.size)
         self.schedule = Schedule(
-            len(clips.clips), recipe.training.batch_size, world.size, self.division.accumulation
+            clips.num_places, recipe.training.batch_size, world.size, self.division.accumulation
         )
         self.steps_per_epoch = self.schedule.steps_per_epoch
         self.total_steps = self.steps_per_epoch * recipe.training.epochs
         self.classes = clips.folder.classes
         self.data_state = data_state(recipe, clips.folder)
-        self.best = BestWeights(recipe, self.classes, validate.metrics(self.classes))
+        datasets = {}
+        if isinstance(clips.folder, Mixture):
+            datasets = {name: dataset.classes for name, dataset in clips.folder.datasets.items()}
+        self.best = BestWeights(recipe, self.classes, validate.metrics(self.classes, datasets))
         model = build_model(recipe, self.classes, report, world.is_main)
         tokens = open_tokens(recipe, clips, model, dtype_of(recipe), world)
         self.engine = Engine(model, recipe, world)
@@ -246,6 +257,7 @@ class Trainer:
         self.log = RunLog(self.recipe, done) if self.world.is_main else None
         num_dropped = self.schedule.dropped_clips
         notes = [f"{num_dropped} of {self.schedule.num_clips} clips are left out of each epoch"] if num_dropped else []
+        notes += [f"{num} clips of each epoch from {name}" for name, num in self.clips.counts.items()]
         notes += [f"batch {self.division}"] if self.division.accumulation > 1 else []
         notes += [note for note in (self.division.warning, self.resumed) if note]
         self._report_progress(done, f"({'; '.join(notes)})" if notes else "")
@@ -428,13 +440,15 @@ class Trainer:
         )
 
     def _write_metrics(self, done: int) -> None:
-        values = mean_over_ranks(
-            {
-                **self.averages.take(),
-                "damage_noted": float(self.damage.num_noted),
-                "checkpoint_s": self.saver.take_seconds(),
-                "checkpoint_failed": float(self.saver.failed),
-            }
+        values = over_labelled(
+            mean_over_ranks(
+                {
+                    **self.averages.take(),
+                    "damage_noted": float(self.damage.num_noted),
+                    "checkpoint_s": self.saver.take_seconds(),
+                    "checkpoint_failed": float(self.saver.failed),
+                }
+            )
         )
         if values.pop("checkpoint_failed"):
             self.saver.finish()

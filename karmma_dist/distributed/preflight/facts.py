@@ -122,8 +122,7 @@ def shard_facts(chain: Sequence[Recipe], local_rank: int) -> dict[str, str]:
         UserError: a folder is missing, or one of its shards is missing or has another size.
     """
     hashes = {}
-    for recipe in chain:
-        folder = open_shards(recipe.data)
+    for folder in (folder for recipe in chain for folder in open_shards(recipe.data).folders):
         hashes[folder.where] = folder.sha256
         if local_rank == 0 and type(folder) is ShardFolder:  # other kinds of folder download shards on demand
             _check_tars(folder)

@@ -89,7 +89,7 @@ def check_slurm() -> list[Check]:
 def check_disk(chain: Sequence[Recipe]) -> list[Check]:
     """Check the space for runs, caches and temporary files."""
     places: dict[str, Path] = {"runs": Path(chain[-1].runs_dir) if chain else Path("runs")}
-    remote = [recipe for recipe in chain if is_url(recipe.data.shards)]
+    remote = [recipe for recipe in chain if any(map(is_url, recipe.data.locations))]
     if remote:
         places["cache"] = cache_root(remote[0].data.cache_dir)
     return [*(check_room(name, path) for name, path in places.items()), *check_temporary_files(chain)]
@@ -147,7 +147,7 @@ def check_room(name: str, path: Path) -> Check:
 def check_shards(chain: Sequence[Recipe]) -> list[Check]:
     """Check that the recipes' shards can be opened, except those behind a URL, which the run itself checks."""
     checks = []
-    for location in dict.fromkeys(recipe.data.shards for recipe in chain):
+    for location in dict.fromkeys(location for recipe in chain for location in recipe.data.locations):
         if is_url(location):
             checks.append(Check("shards", "ok", f"{masked(location)}, fetched on demand"))
             continue

@@ -35,7 +35,8 @@ from karmma_dist.errors import UserError
 from karmma_dist.io.files import open_regular, read_file, remove, sync, write_whole
 from karmma_dist.io.json_fields import read_json, shown
 from karmma_dist.recipe import Recipe, save_recipe
-from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.folder import Shards
+from karmma_dist.shards.mixture import Mixture
 from karmma_dist.streaming.order import Position
 from karmma_dist.training.checkpoint.record import POSITION, CheckpointRecord, FileSum, read_record
 from karmma_dist.training.checkpoint.zero_state import SavedState
@@ -66,7 +67,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)), key=_steps)
 
 
-def data_state(recipe: Recipe, folder: ShardFolder) -> dict[str, Any]:
+def data_state(recipe: Recipe, folder: Shards) -> dict[str, Any]:
     """Return every setting that determines the clips at a position, and their modalities.
 
     The dict is flat; each key is the recipe field that sets the value. A position is only meaningful with these values.
@@ -75,7 +76,7 @@ def data_state(recipe: Recipe, folder: ShardFolder) -> dict[str, Any]:
     return {
         "seed": recipe.seed,
         "training.batch_size": recipe.training.batch_size,
-        "data.shards manifest sha256": folder.sha256,
+        **_shards_state(recipe, folder),
         "data.train_split": data.train_split,
         "data.modalities": data.modalities,
         **{f"data.order.{name}": value for name, value in data.order.model_dump(mode="json").items()},
@@ -84,6 +85,20 @@ def data_state(recipe: Recipe, folder: ShardFolder) -> dict[str, Any]:
         **({"model.modalities": model_modalities} if model_modalities is not None else {}),
         **({"model.encoders.X.memory.views": recipe.model.num_views} if recipe.model.num_views else {}),
     }
+
+
+def _shards_state(recipe: Recipe, folder: Shards) -> dict[str, Any]:
+    if not isinstance(folder, Mixture):
+        (shards,) = folder.folders
+        return {"data.shards manifest sha256": shards.sha256}
+    state: dict[str, Any] = {}
+    for name, dataset in folder.datasets.items():
+        field, settings = f"data.mixture.{name}", recipe.data.mixture[name]
+        state[f"{field}.shards manifest sha256"] = dataset.folder.sha256
+        state[f"{field}.weight"] = settings.weight
+        state[f"{field}.train_split"] = settings.train_split
+        state[f"{field}.heads"] = settings.heads
+    return state
 
 
 def versions() -> dict[str, str]:

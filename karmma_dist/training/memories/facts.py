@@ -16,10 +16,10 @@ from karmma_dist.distributed.world import World
 from karmma_dist.errors import UserError
 from karmma_dist.memory.header import MemoryHeader, open_header
 from karmma_dist.recipe import Recipe
-from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.folder import Shards
 
 
-def view_facts(recipe: Recipe, folder: ShardFolder, modalities: Collection[str]) -> dict[str, Any]:
+def view_facts(recipe: Recipe, folder: Shards, modalities: Collection[str]) -> dict[str, Any]:
     """Return what decides the arrays of a clip's views: the clips, the draws, the sizes and the decoders.
 
     Args:
@@ -27,8 +27,9 @@ def view_facts(recipe: Recipe, folder: ShardFolder, modalities: Collection[str])
         folder: The opened shards.
         modalities: Modalities that the frozen model sees.
     """
+    (shards,) = folder.folders  # a mixture has no memory
     return {
-        "shards (sha256 of their manifest)": folder.sha256,
+        "shards (sha256 of their manifest)": shards.sha256,
         "split": recipe.data.train_split,
         "seed of the views": recipe.seed,
         "frames, crop and jitter": recipe.inputs.video.model_dump(mode="json"),
@@ -37,9 +38,10 @@ def view_facts(recipe: Recipe, folder: ShardFolder, modalities: Collection[str])
     }
 
 
-def clips_per_shard(recipe: Recipe, folder: ShardFolder) -> dict[str, int]:
+def clips_per_shard(recipe: Recipe, folder: Shards) -> dict[str, int]:
     """Return the number of training clips by shard."""
-    return {shard.name: shard.num_clips for shard in folder.manifest.splits[recipe.data.train_split].shards}
+    (shards,) = folder.folders  # a mixture has no memory
+    return {shard.name: shard.num_clips for shard in shards.manifest.splits[recipe.data.train_split].shards}
 
 
 def open_on_all(field: str, path: Path, make: Callable[[], MemoryHeader], world: World) -> MemoryHeader:

@@ -20,7 +20,7 @@ from karmma_dist.memory.memory import AnswerMemory, Source, dtype_name, set_of
 from karmma_dist.models.model_card import CARD
 from karmma_dist.models.weights import own_weights
 from karmma_dist.recipe import Recipe
-from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.folder import Shards
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.training.memories.facts import clips_per_shard, open_on_all, view_facts
 from karmma_dist.training.memories.writer import MemoryWriter
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 def open_answers(
-    recipe: Recipe, folder: ShardFolder, dtype: torch.dtype, clips_per_epoch: int, world: World
+    recipe: Recipe, folder: Shards, dtype: torch.dtype, clips_per_epoch: int, world: World
 ) -> AnswerMemory | None:
     """Open the memory that the recipe names, or make it; None if it names none. Every rank must call this.
 
@@ -52,7 +52,7 @@ def open_answers(
     return AnswerMemory(path, header)
 
 
-def _header(recipe: Recipe, folder: ShardFolder, dtype: torch.dtype, clips_per_epoch: int) -> MemoryHeader:
+def _header(recipe: Recipe, folder: Shards, dtype: torch.dtype, clips_per_epoch: int) -> MemoryHeader:
     """Return the header of a memory that the recipe can use."""
     assert recipe.distill is not None
     teachers = [_fingerprint(own_weights(recipe.find_run(name))) for name in recipe.distill.names]
