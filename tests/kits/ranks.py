@@ -116,9 +116,9 @@ def start(folder: Path, shards: Path, num_ranks: int, *overrides: str, script: s
     return start_ranks(folder, *[arguments] * num_ranks, scripts=[script] * num_ranks)
 
 
-def karmma_dist(folder: Path, *arguments: str, num_ranks: int = 1) -> None:
-    """Run `karmma-dist ARGUMENTS` on ranks in `folder`; fail with their output."""
-    ended = run_ranks(folder, *[arguments] * num_ranks)
+def karmma_dist(folder: Path, *arguments: str, num_ranks: int = 1, script: str = "") -> None:
+    """Run `karmma-dist ARGUMENTS` on ranks in `folder`, after a script of Python; fail with their output."""
+    ended = run_ranks(folder, *[arguments] * num_ranks, scripts=[script] * num_ranks)
     assert [code for code, *_ in ended] == [0] * num_ranks, ended
 
 
