@@ -250,10 +250,8 @@ class Validation:
             dataset = open_dataset(data, name)
             own = model.with_heads([head for head in model.heads if head in dataset.classes])
             measured[name] = self._of_dataset(own, recipe, data.of_dataset(name), dataset, world, between)
-        counts = {name: sum(figures[name] for figures in measured.values()) for name in ("num_clips", "num_damaged")}
-        return {**_means(measured.values()), **counts} | {
-            f"{name}/{figure}": value for name, figures in measured.items() for figure, value in figures.items()
-        }
+        own = {f"{name}/{figure}": value for name, figures in measured.items() for figure, value in figures.items()}
+        return _over_datasets(measured.values()) | own
 
     def _of_dataset(
         self, model: nn.Module, recipe: Recipe, data: DataRecipe, folder: Shards, world: World,
@@ -285,11 +283,13 @@ class Validation:
         return {**scores, "num_clips": row.num_clips, "num_damaged": results.summary.num_damaged}
 
 
-def _means(measured: Collection[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each figure over the datasets that have it."""
-    names = dict.fromkeys(figure for figures in measured for figure in figures)
+def _over_datasets(measured: Collection[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure over the datasets that have it, and the sums of the numbers of clips."""
+    counts = ("num_clips", "num_damaged")
+    names = dict.fromkeys(name for figures in measured for name in figures if name not in counts)
     values = {name: [figures[name] for figures in measured if name in figures] for name in names}
-    return {name: sum(each) / len(each) for name, each in values.items()}
+    means = {name: sum(each) / len(each) for name, each in values.items()}
+    return means | {name: sum(figures[name] for figures in measured) for name in counts}
 
 
 validate = Validation()

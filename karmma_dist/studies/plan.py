@@ -167,13 +167,13 @@ class _Planner:
 
     def _visit(self, source: str, row: Row, seed: int, used: set[str], waiting: tuple[str, ...]) -> _Place:
         plain = load_recipe(source)
-        if plain.data.mixture:
-            raise UserError(f"{source} trains on data.mixture, but a study evaluates all of its runs on one dataset")
         if plain.name in waiting:
             raise UserError(f"recipes wait for each other: {' -> '.join([*waiting, plain.name])}")
         changes = row.set if not waiting else row.set_of.get(plain.name, [])
         used |= {plain.name} if waiting else set()
         recipe = load_recipe(source, [*changes, *self._overrides, f"seed={seed}"])
+        if recipe.data.mixture:
+            raise UserError(f"{source} trains on data.mixture, but a study evaluates all of its runs on one dataset")
         row_recipe = load_recipe(source, [*changes, f"seed={seed}"]) if self._overrides else recipe
         earlier: dict[str, _Place] = {}
         for name in recipe.after:

@@ -243,6 +243,15 @@ def test_classes_come_from_local_shards(shards: Path) -> None:
     assert profiled.heads == {head: len(names) for head, names in ShardFolder(shards).classes.items()}
 
 
+def test_classes_of_a_mixture_are_those_of_all_its_datasets(shards: Path, actions: Path) -> None:
+    both = f"data.mixture={{a: {{shards: {actions}, weight: 1}}, b: {{shards: {shards}, weight: 1}}}}"
+    (profiled,), _ = find_models("demo/video", ["data.shards=null", both])
+    classes = ShardFolder(actions).classes | ShardFolder(shards).classes
+    assert profiled.heads == {head: len(names) for head, names in classes.items()}
+    with pytest.raises(UserError, match=r"there are no shards in demo/shards or demo_second/shards, and data\.heads is"):
+        find_models("demo/mixture")
+
+
 def test_shards_with_other_classes_than_the_recipe_are_refused(shards: Path, tmp_path: Path) -> None:
     changes = [f"data.shards={shards}", "data.heads={verb: 97}", f"runs_dir={tmp_path}"]
     recipe = load_recipe("demo/video", changes)

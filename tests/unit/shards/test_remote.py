@@ -29,8 +29,9 @@ from karmma_dist.io import download
 from karmma_dist.io.cache import Cache, Content, FetchError
 from karmma_dist.io.files import sha256_of, write_json
 from karmma_dist.recipe import DataRecipe, InputRecipe, Recipe
-from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.shards.folder import ShardFolder, Shards
 from karmma_dist.shards.format import MANIFEST, DamageError, index_path
+from karmma_dist.shards.mixture import open_datasets
 from karmma_dist.shards.remote import RemoteShards, open_folder
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.streaming.loader import TrainingClips, open_shards, training_batches
@@ -74,7 +75,18 @@ def opened(server: Server, root: Path, limit_bytes: int = PLENTY) -> RemoteShard
     return RemoteShards(server.url, Cache(root, limit_bytes))
 
 
-def everything(folder: ShardFolder, split: str = "train") -> dict[tuple[str, str], bytes]:
+def test_a_mixture_of_remote_and_local_shards_has_the_bytes_of_both(
+    server: Server, shards: Path, actions: Path, tmp_path: Path
+) -> None:
+    datasets = {"a": {"shards": str(actions), "weight": 1}, "far": {"shards": server.url, "weight": 1}}
+    mixture = open_datasets(DataRecipe.model_validate({"mixture": datasets, "cache_dir": str(tmp_path)}))
+    stored = {"a": everything(ShardFolder(actions)), "far": everything(ShardFolder(shards))}
+    expected = {(f"{name}/{key}", member): data for name in stored for (key, member), data in stored[name].items()}
+    assert everything(mixture) == expected
+    assert [type(folder) for folder in mixture.folders] == [ShardFolder, RemoteShards]
+
+
+def everything(folder: Shards, split: str = "train") -> dict[tuple[str, str], bytes]:
     """Return (key, member) -> bytes of all clips of a split."""
     return {
         (clip.key, name): folder.read(clip, name)

@@ -61,6 +61,8 @@ def test_every_table_of_the_paper_has_a_study() -> None:
         (rows({"lable": "x"}, {}), r"unknown key 'rows\.0\.lable' \(did you mean 'label'\?\)"),
         (rows({"label": "student"}, {}), "two rows are called 'student'"),
         (rows({"published": {"al": 1.0}}, {}), r"row 'teacher': published: no column 'al' \(did you mean 'all'"),
+        (rows({}, {"set": ["data.shards=null", "data.mixture={a: {shards: x, weight: 1}}"]}),
+         "row 'student': tiny/student trains on data.mixture, but a study evaluates all of its runs on one dataset"),
         (rows({}, {"recipe": "tiny/studnt"}), r"row 'student': tiny/studnt: no such file \(did you mean"),
         (rows({}, {"set": ["distill.alhpa=1"]}), r"row 'student': .*'distill\.alhpa' \(did you mean 'alpha'"),
         (rows({}, {"set_of": {"tiny/techer": ["seed=1"]}}), "row 'student': set_of names 'tiny/techer'"),
