@@ -250,8 +250,8 @@ class Validation:
             dataset = open_dataset(data, name)
             own = model.with_heads([head for head in model.heads if head in dataset.classes])
             measured[name] = self._of_dataset(own, recipe, data.of_dataset(name), dataset, world, between)
-        own = {f"{name}/{figure}": value for name, figures in measured.items() for figure, value in figures.items()}
-        return _over_datasets(measured.values()) | own
+        parts = {f"{name}/{figure}": value for name, figures in measured.items() for figure, value in figures.items()}
+        return _over_datasets(measured.values()) | parts
 
     def _of_dataset(
         self, model: nn.Module, recipe: Recipe, data: DataRecipe, folder: Shards, world: World,
