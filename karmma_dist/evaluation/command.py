@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +38,8 @@ from karmma_dist.modalities import parse_modalities
 from karmma_dist.models.model_card import CARD, ModelCard, read_card
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Progress, Report, silent
+from karmma_dist.recipe import read_run_recipe
+from karmma_dist.runs.folder import run_places
 from karmma_dist.runs.owner import owned
 from karmma_dist.terminal import console, print_line
 
@@ -205,6 +207,8 @@ def plan_runs(runs: Sequence[Path], plan: Callable[[Path], Plan]) -> dict[Path, 
     keys = {run: planned.scored_keys for run, planned in plans.items()}
     first = plans[runs[0]]
     for run, planned in plans.items():
+        if planned.model.heads != first.model.heads:
+            raise _other_classes((run, planned.model.heads), (runs[0], first.model.heads))
         check_same_keys((planned.name, keys[run]), (first.name, keys[runs[0]]))
     for planned, other in itertools.combinations(plans.values(), 2):
         check_shared([planned.name, other.name], set(planned.conditions) & set(other.conditions))
@@ -283,12 +287,22 @@ def _check_runs(runs: Sequence[Path]) -> None:
         card_path = weights.parent / CARD
         if not card_path.is_file():
             raise UserError(f"{weights}: its folder has no {CARD}, so the model to build is unknown")
-        cards[run] = read_card(card_path)
-    (first, expected), *others = cards.items()
-    for run, card in others:
+        if not _is_of_mixture(run):  # its plan tells by which of its heads it is evaluated
+            cards[run] = read_card(card_path)
+    compared = list(cards.items())
+    for run, card in compared[1:]:
+        first, expected = compared[0]
         if card.heads != expected.heads or (card.classes and expected.classes and card.classes != expected.classes):
-            counts = [", ".join(f"{head} {num}" for head, num in each.heads.items()) for each in (card, expected)]
-            raise UserError(
-                f"{run} and {first} have different classes ({counts[0]}; {counts[1]}): only models of one dataset can "
-                "be compared"
-            )
+            raise _other_classes((run, card.heads), (first, expected.heads))
+
+
+def _is_of_mixture(run: Path) -> bool:
+    _, home = run_places(run)
+    return (home / "recipe.yaml").is_file() and bool(read_run_recipe(home).data.mixture)
+
+
+def _other_classes(*runs: tuple[Path, Mapping[str, int]]) -> UserError:
+    """Return the error of two runs, each given with its heads, that cannot be compared."""
+    paths = " and ".join(str(run) for run, _ in runs)
+    counts = "; ".join(", ".join(f"{head} {num}" for head, num in heads.items()) for _, heads in runs)
+    return UserError(f"{paths} have different classes ({counts}): only models of one dataset can be compared")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
-from karmma_dist.evaluation.datasets import dataset_of_mixture, with_heads_of
+from karmma_dist.evaluation.datasets import choose_dataset
 from karmma_dist.evaluation.exports.exports import Exports
 from karmma_dist.evaluation.groups import Groups, participants, read_groups
 from karmma_dist.models.karmma import KarmmaModel
@@ -97,8 +97,9 @@ def plan_evaluation(
     base = recipe.data if recipe else data_of(str(shards), card.modalities)
     shard_folder: Shards | None = None
     if base.mixture:
-        base, shard_folder = dataset_of_mixture(base, shards, card)
-        model, card = with_heads_of(model, card, shard_folder)
+        chosen_dataset = choose_dataset(model, card, base, shards)
+        model, card, base = chosen_dataset.model, chosen_dataset.card, chosen_dataset.data
+        shard_folder = chosen_dataset.folder
     changes = {"shards": shards, "validation_split": split or default_split(base), "num_workers": num_workers}
     known = {name: value for name, value in changes.items() if value is not None}
     # A student may use fewer modalities than the clips it was trained on.

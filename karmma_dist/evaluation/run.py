@@ -248,7 +248,7 @@ class Validation:
         measured = {}
         for name in sorted(data.mixture):
             dataset = open_dataset(data, name)
-            own = model.with_heads([head for head in model.heads if head in dataset.classes])
+            own = model.with_heads({head: head for head in model.heads if head in dataset.classes})
             measured[name] = self._of_dataset(own, recipe, data.of_dataset(name), dataset, world, between)
         parts = {f"{name}/{figure}": value for name, figures in measured.items() for figure, value in figures.items()}
         return _over_datasets(measured.values()) | parts

@@ -250,13 +250,16 @@ class KarmmaModel(nn.Module):
         """True if all ranks must gather the same parameters, of which fusion has some for each modality."""
         return self.runs_every_encoder and isinstance(self.fusion, BottleneckFusion)
 
-    def with_heads(self, heads: Sequence[str]) -> KarmmaModel:
+    def with_heads(self, heads: Mapping[str, str]) -> KarmmaModel:
         """Return a model of the same modules, not copied, that has only some of the heads: for one dataset of several.
+
+        Args:
+            heads: This model's heads, by the names that the other model has for them.
         """
         model = copy.copy(self)
-        classifiers = nn.ModuleDict({head: self.classifiers[head] for head in heads})
+        classifiers = nn.ModuleDict({name: self.classifiers[head] for name, head in heads.items()})
         model._modules = {**self._modules, "classifiers": classifiers}
-        model.heads = {head: self.heads[head] for head in heads}
+        model.heads = {name: self.heads[head] for name, head in heads.items()}
         return model
 
     def train(self, mode: bool = True) -> KarmmaModel:

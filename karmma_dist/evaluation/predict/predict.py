@@ -21,7 +21,7 @@ from torch import Tensor
 from karmma_dist.distributed.process_group import device_of
 from karmma_dist.distributed.world import ALONE
 from karmma_dist.errors import UserError, nearest
-from karmma_dist.evaluation.datasets import dataset_of_mixture, with_heads_of
+from karmma_dist.evaluation.datasets import choose_dataset
 from karmma_dist.evaluation.plan import check_classes
 from karmma_dist.evaluation.predict.media import KEY, check_file, packed_media
 from karmma_dist.evaluation.scores import ranked
@@ -34,7 +34,6 @@ from karmma_dist.recipe import DataRecipe, data_of, read_run_recipe
 from karmma_dist.runs.folder import run_places
 from karmma_dist.shards.folder import ShardFolder
 from karmma_dist.shards.format import Clip
-from karmma_dist.shards.mixture import Dataset
 from karmma_dist.streaming.batch import Batch, prepare
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
 from karmma_dist.streaming.order import Slice
@@ -144,11 +143,11 @@ def predict(
     model, card = load_model(run, device)
     model.eval()
     chosen = card.modalities if modalities is None else list(parse_modalities(modalities, card.modalities))
-    data, dataset = _data(run, shards, card), None
+    data, folder = _data(run, shards, card), None
     if data is not None and data.mixture:
-        data, dataset = dataset_of_mixture(data, shards, card)
-        model, card = with_heads_of(model, card, dataset)
-    predictor = _Predictor(model, card, data, chosen, device, dataset)
+        dataset = choose_dataset(model, card, data, shards)
+        model, card, data, folder = dataset.model, dataset.card, dataset.data, dataset.folder
+    predictor = _Predictor(model, card, data, chosen, device, folder)
     predictor.check(clips)
     predictions: list[Prediction] = []
     for clip in clips:
@@ -163,11 +162,10 @@ class _Predictor:
 
     def __init__(
         self, model: KarmmaModel, card: ModelCard, data: DataRecipe | None, chosen: list[str], device: torch.device,
-        dataset: Dataset | None = None,
+        folder: ShardFolder | None = None,
     ) -> None:  # fmt: skip
         self._model, self._card, self._data, self._chosen, self._device = model, card, data, chosen, device
-        self._dataset = dataset
-        self._folder = None if dataset is None else dataset.folder
+        self._folder = folder
 
     def check(self, clips: Sequence[str]) -> None:
         """Check that every clip exists, before minutes are spent on the first.
@@ -216,7 +214,7 @@ class _Predictor:
             raise UserError("no recipe.yaml with the weights: name the shards of the clips with --shards DIR")
         if self._folder is None:
             (self._folder,) = open_shards(self._data).folders
-        check_classes(self._card, self._dataset or self._folder)
+        check_classes(self._card, self._folder)
         return self._folder
 
     def _settings(self) -> dict[str, Any]:

@@ -53,13 +53,13 @@ def test_each_dataset_is_scored_by_its_own_heads(
     assert list(kitchen["summary"]["num_classes"]) == ["action", "verb", "noun"]
     assert kitchen["summary"]["num_classes"]["action"] == 20
     assert kitchen["summary"]["num_pruned"] > 0
-    assert pairs["summary"]["num_classes"] == {"action": 20, "pair": 20}
+    assert pairs["summary"]["num_classes"] == {"action": 20}
     assert pairs["summary"]["num_clips"] == 6
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        f"{shards}: the model is asked for verb, noun; its other heads, pair, are of other datasets",
+        f"{shards}: the model's heads pair are of other datasets: ignored",
         f"{actions}: all clips lack flow, which this dataset does not have",
-        f"{actions}: the model is asked for pair; its other heads, verb, noun, are of other datasets",
+        f"{actions}: the model's heads verb, noun are of other datasets: ignored",
     ]
     only_flow = next(row for row in pairs["rows"] if row["modalities"] == ["flow"])
     assert (only_flow["num_clips"], only_flow["action_top1"]) == (0, None)
@@ -70,7 +70,7 @@ def test_scores_are_those_of_a_model_with_these_heads_alone(run: Path, shards: P
     recipe = Recipe.model_validate({"name": "x", "stage": "supervised", **_sections(run)})
     model = build_model(recipe, open_datasets(recipe.data).classes)
     classes = ShardFolder(shards).classes
-    save_model(model.with_heads(list(classes)), tmp_path / "alone", classes=classes)
+    save_model(model.with_heads({head: head for head in classes}), tmp_path / "alone", classes=classes)
     expected = results(tmp_path / "alone", tmp_path / "a", "--shards", str(shards), "--sweep")
     other = save_run(tmp_path, _sections(run)["data"]["mixture"], "again")
     assert results(other, tmp_path / "b", "--shards", str(shards), "--sweep")["rows"] == expected["rows"]
@@ -85,6 +85,27 @@ def test_a_copy_of_a_datasets_folder_is_known_by_its_classes(run: Path, actions:
     one = results(run, tmp_path / "one", "--shards", str(actions))
     other = results(run, tmp_path / "other", "--shards", str(copy))
     assert one["rows"] == other["rows"]
+
+
+def test_a_model_of_a_mixture_is_compared_with_one_of_the_dataset_alone(
+    run: Path, shards: Path, actions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compare on the dataset whose head the mixture has renamed, and with a model that lacks a head."""
+    alone = tmp_path / "alone"
+    classes, sections = ShardFolder(actions).classes, _sections(run)
+    sections["data"]["modalities"] = ["video", "audio"]
+    recipe = Recipe.model_validate({"name": "x", "stage": "supervised", **sections})
+    save_model(build_model(recipe, classes), alone, classes=classes)
+    for order in ([run, alone], [alone, run]):
+        words = ["eval", *map(str, order), "--shards", str(actions), "--modalities", "V,A"]
+        assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    comparison = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert set(comparison["models"]) == {"alone", "mixed"}
+    verbs = {"verb": ShardFolder(shards).classes["verb"]}
+    save_model(build_model(recipe, verbs), tmp_path / "verbs", classes=verbs)
+    line = refused(capsys, "eval", str(tmp_path / "verbs"), str(run), "--shards", str(shards), "--modalities", "V,A")
+    assert "have different classes (verb 4, noun 5; verb 4): only models of one dataset can be compared" in line
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -112,15 +133,15 @@ def test_shards_of_no_dataset_of_the_mixture_are_refused(
     twins = {"a": both["a"], "b": {**both["b"], "heads": {"verb": "b_verb", "noun": "b_noun"}}}
     run = save_run(tmp_path, twins, "twins")
     copy = shutil.copytree(shards, tmp_path / "copy")
-    assert "the classes are those of several datasets" in refused(capsys, "eval", str(run), "--shards", str(copy))
-    assert "the classes are those of several datasets" in refused(capsys, "eval", str(run), "--shards", str(shards))
+    assert "could be of several datasets of the mixture" in refused(capsys, "eval", str(run), "--shards", str(copy))
+    assert "could be of several datasets of the mixture" in refused(capsys, "eval", str(run), "--shards", str(shards))
 
 
 def test_a_clip_is_predicted_by_the_heads_of_its_dataset(
     run: Path, shards: Path, actions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key = ShardFolder(actions).clips("validation")[0].key
-    for folder, heads in ((shards, {"verb", "noun"}), (actions, {"pair"})):
+    for folder, heads in ((shards, {"verb", "noun"}), (actions, {"action"})):
         assert main(["predict", str(run), key, "--shards", str(folder), "--json"]) == 0
         (prediction,) = json.loads(capsys.readouterr().out)["clips"]
         actions_named = [action["names"] for guess in prediction["guesses"] for action in guess["actions"]]
@@ -131,12 +152,12 @@ def test_a_clip_is_predicted_by_the_heads_of_its_dataset(
 def test_a_model_with_fewer_heads_shares_all_parameters(run: Path) -> None:
     recipe = Recipe.model_validate({"name": "x", "stage": "supervised", **_sections(run)})
     model = build_model(recipe, open_datasets(recipe.data).classes).train()
-    part = model.with_heads(["verb"])
+    part = model.with_heads({"what": "verb"})
     assert list(model.heads) == ["verb", "noun", "pair"]
-    assert list(part.heads) == list(part.classifiers) == ["verb"]
-    own = dict(model.named_parameters())
-    assert all(parameter is own[name] for name, parameter in part.named_parameters())
+    assert list(part.heads) == list(part.classifiers) == ["what"]
+    own = {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in part.parameters()} < own
     inputs = {"audio": model.blank_clip("audio")}
     present_BM = torch.tensor([[False, False, True]])
     with torch.no_grad():
-        assert torch.equal(part(inputs, present_BM)["verb"], model(inputs, present_BM)["verb"])
+        assert torch.equal(part(inputs, present_BM)["what"], model(inputs, present_BM)["verb"])
