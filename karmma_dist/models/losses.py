@@ -26,13 +26,28 @@ def cross_entropy(
         labelled: bool (B,) by head, True = the clip has the head; None: every clip has every head.
     """
     if labelled is not None:
-        losses_B = {
-            head: F.cross_entropy(at_least_float32(logits[head]), labels[head].clamp(min=0), reduction="none")
-            for head in logits
-        }
-        return _mean_over_labelled(losses_B, labelled)
+        return clip_cross_entropy(logits, labels, labelled).mean()
     losses = [F.cross_entropy(at_least_float32(logits[head]), labels[head]) for head in logits]
     return sum(losses[1:], losses[0]) / len(losses)
+
+
+def clip_cross_entropy(
+    logits: dict[str, Tensor], labels: dict[str, Tensor], labelled: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Return each clip's cross-entropy, the mean over the heads that it has, (B,), computed in float32 or more.
+
+    Args:
+        logits: logits_BC by head.
+        labels: int64 labels (B,) by head.
+        labelled: bool (B,) by head, True = the clip has the head; None: every clip has every head.
+    """
+    if labelled is not None:
+        labels = {head: labels_B.clamp(min=0) for head, labels_B in labels.items()}
+    losses_B = {
+        head: F.cross_entropy(at_least_float32(logits_BC), labels[head], reduction="none")
+        for head, logits_BC in logits.items()
+    }
+    return _mean_over_heads(losses_B, labelled)
 
 
 def distillation(
@@ -55,7 +70,7 @@ def distillation(
             head: F.kl_div(softened[head], at_least_float32(teacher[head]), reduction="none", log_target=True).sum(-1)
             for head in student
         }
-        return _mean_over_labelled(losses_B, labelled) * temperature**2
+        return _mean_over_heads(losses_B, labelled).mean() * temperature**2
     losses = [
         F.kl_div(softened[head], at_least_float32(teacher[head]), reduction="batchmean", log_target=True)
         for head in student
@@ -63,8 +78,10 @@ def distillation(
     return sum(losses[1:], losses[0]) / len(losses) * temperature**2
 
 
-def _mean_over_labelled(losses_B: dict[str, Tensor], labelled: dict[str, Tensor]) -> Tensor:
-    """Return the mean over clips of a clip's mean over the heads that it has, of losses (B,) by head."""
-    num_heads_B = torch.stack(list(labelled.values())).sum(dim=0).clamp(min=1)
-    sums = [(losses_B[head] * (labelled[head] / num_heads_B)).sum() for head in losses_B]
-    return sum(sums[1:], sums[0]) / len(num_heads_B)
+def _mean_over_heads(losses_B: dict[str, Tensor], labelled: dict[str, Tensor] | None) -> Tensor:
+    """Return the mean (B,) of losses (B,) by head over the heads that each clip has."""
+    losses_BH = torch.stack(list(losses_B.values()), dim=1)
+    if labelled is None:
+        return losses_BH.mean(dim=1)
+    has_BH = torch.stack([labelled[head] for head in losses_B], dim=1)
+    return (losses_BH * has_BH).sum(dim=1) / has_BH.sum(dim=1).clamp(min=1)

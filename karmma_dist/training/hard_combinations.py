@@ -18,18 +18,17 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from karmma_dist.errors import UserError
-from karmma_dist.models.encoders.transformer import at_least_float32
+from karmma_dist.models.losses import clip_cross_entropy
 from karmma_dist.models.running_sums import RunningSums
 from karmma_dist.recipe import Recipe
 from karmma_dist.settings import Settings
 from karmma_dist.streaming.batch import Batch
 from karmma_dist.training.objectives import Objective, ObjectiveType, SoftTargets
-from karmma_dist.training.tracking import accuracies, entropies
+from karmma_dist.training.tracking import accuracies, entropies, labelled_shares
 
 _DECAY = 0.99
 """Factor per optimizer step of the running cross-entropy."""
@@ -78,11 +77,8 @@ class HardCombinations(Objective):
 
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, the cross-entropy without weights, and the share of clips that weigh more."""
-        losses_BH = [
-            F.cross_entropy(at_least_float32(logits_BC), batch.labels[head], reduction="none")
-            for head, logits_BC in logits.items()
-        ]
-        losses_B = torch.stack(losses_BH, dim=1).mean(dim=1)
+        labelled = batch.labelled
+        losses_B = clip_cross_entropy(logits, batch.labels, labelled)
         present_BM = batch.present_BM[:, self._columns]
         sets_B = (present_BM.long() << torch.arange(len(self._columns))).sum(dim=1).to(losses_B.device)
         is_hard_B = self._hard(losses_B.device)[sets_B] & (batch.epoch >= self.options.warmup_epochs)
@@ -91,7 +87,8 @@ class HardCombinations(Objective):
         loss = plain + self.options.weight * (losses_B * is_hard_B).mean()
         return loss, {
             "loss": loss.detach(), "cross_entropy": plain.detach(), "hard_share": is_hard_B.float().mean(),
-            **accuracies("train", logits, batch.labels), **entropies("train", logits),
+            **labelled_shares(labelled), **accuracies("train", logits, batch.labels, labelled),
+            **entropies("train", logits, labelled),
         }  # fmt: skip
 
     def _hard(self, device: torch.device) -> Tensor:

@@ -200,6 +200,19 @@ def test_a_student_is_taught_the_heads_that_its_clips_have(
         assert 0 <= entry["agreement_action"] <= 1
 
 
+def test_hard_combinations_are_found_by_the_heads_that_clips_have(
+    both: dict[str, Any], tmp_path: Path, world: World
+) -> None:
+    objective = {"name": "hard_combinations", "options": {"warmup_epochs": 0}}
+    recipe = mixture_recipe(
+        tmp_path, both, objective=objective, data={"modality_dropout": {"probability": 0.5}}, training={"epochs": 1}
+    )
+    train(recipe, world, validate)
+    for entry in lines(recipe):
+        assert 1 < entry["cross_entropy"] <= entry["loss"] < 10
+    assert any(entry["hard_share"] > 0 for entry in lines(recipe))
+
+
 def test_a_checkpoint_of_another_mixture_is_refused(
     both: dict[str, Any], shards: Path, tmp_path: Path, world: World
 ) -> None:
