@@ -100,7 +100,7 @@ class ClipOrder:
     def choices(self, drawn: EpochOrder, place: int) -> Iterator[Choice]:
         """Yield the clips that may be used for `place` in an epoch: its own, then its replacements; see `candidates`.
         """
-        return (Choice(int(drawn.clip_at[c]), int(drawn.view_at[c])) for c in self.candidates(place))
+        return (Choice(int(drawn.clip_at[each]), int(drawn.view_at[each])) for each in self.candidates(place))
 
     def clips(self, epoch: int) -> np.ndarray:
         """Return the clip number at every place, int64: a permutation. No step takes the last `num_clips % batch_size`.

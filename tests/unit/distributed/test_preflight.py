@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 
 from karmma_dist.distributed.preflight import preflight as module
-from karmma_dist.distributed.preflight.facts import attempt, device_facts, differences
+from karmma_dist.distributed.preflight.facts import attempt, device_facts, differences, shard_facts
 from karmma_dist.distributed.preflight.preflight import Outcome, preflight, report
 from karmma_dist.distributed.preflight.probes import SharedFolderProbe, planned_hosts, tasks_per_node
 from karmma_dist.distributed.world import World, free_port
 from karmma_dist.errors import UserError
 from karmma_dist.recipe import Recipe
 from karmma_dist.runs.process import node_name
+from karmma_dist.shards.folder import ShardFolder
+from kits.mixtures import mixture_recipe
 from kits.patience import HANGS_S
 
 TIMEOUT_S = 20.0
@@ -138,6 +140,17 @@ def test_a_rank_with_other_shards_is_named(shards: Path, tmp_path: Path) -> None
     good, bad = recipe(shards, tmp_path / "runs"), recipe(others, tmp_path / "runs")
     first, *_ = run_ranks([good], [good], [bad])
     assert any("rank 2" in line and "manifest" in line for line in first.failures)
+
+
+def test_every_dataset_of_a_mixture_is_compared_and_complete(shards: Path, actions: Path, tmp_path: Path) -> None:
+    both = {"a": {"shards": str(actions), "weight": 1}, "b": {"shards": str(tmp_path / "copy"), "weight": 1}}
+    shutil.copytree(shards, tmp_path / "copy")
+    assert shard_facts([mixture_recipe(tmp_path, both)], 0) == {
+        str(actions): ShardFolder(actions).sha256, str(tmp_path / "copy"): ShardFolder(shards).sha256,
+    }  # fmt: skip
+    (tmp_path / "copy/train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"copy/train-000001\.tar: is missing, the manifest names"):
+        shard_facts([mixture_recipe(tmp_path, both)], 0)
 
 
 def test_a_rank_with_another_run_folder_is_named(shards: Path, tmp_path: Path) -> None:

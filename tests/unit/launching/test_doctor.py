@@ -19,6 +19,7 @@ from karmma_dist.distributed.world import free_port
 from karmma_dist.launching.doctor import doctor, machine, probes
 from karmma_dist.launching.doctor.check import Check, bounded
 from karmma_dist.recipe import Recipe
+from kits.mixtures import mixture_recipe
 
 LIMIT_S = 120.0
 
@@ -242,6 +243,13 @@ def test_shards_of_recipes_are_checked(shards: Path, tmp_path: Path) -> None:
     assert [check.state for check in checks] == ["ok", "fix", "ok"]
     assert "train 30" in checks[0].found
     assert "secret" not in checks[2].found
+
+
+def test_shards_of_every_dataset_of_a_mixture_are_checked(shards: Path, actions: Path, tmp_path: Path) -> None:
+    places = {"a": actions, "b": tmp_path / "none", "c": shards}
+    mixed = mixture_recipe(tmp_path, {name: {"shards": str(place), "weight": 1} for name, place in places.items()})
+    checks = machine.check_shards([mixed, recipe(str(shards), tmp_path)])
+    assert [check.state for check in checks] == ["ok", "fix", "ok"]
 
 
 def test_shared_memory_is_the_size_of_decoded_batches(tmp_path: Path) -> None:
