@@ -71,9 +71,9 @@ def test_scores_are_those_of_a_model_with_these_heads_alone(run: Path, shards: P
     model = build_model(recipe, open_datasets(recipe.data).classes)
     classes = ShardFolder(shards).classes
     save_model(model.with_heads({head: head for head in classes}), tmp_path / "alone", classes=classes)
-    expected = results(tmp_path / "alone", tmp_path / "a", "--shards", str(shards), "--sweep")
+    expected = results(tmp_path / "alone", tmp_path / "a", "--shards", str(shards), "--subsets")
     other = save_run(tmp_path, _sections(run)["data"]["mixture"], "again")
-    assert results(other, tmp_path / "b", "--shards", str(shards), "--sweep")["rows"] == expected["rows"]
+    assert results(other, tmp_path / "b", "--shards", str(shards), "--subsets")["rows"] == expected["rows"]
 
 
 def _sections(run: Path) -> dict[str, Any]:
