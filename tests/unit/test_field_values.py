@@ -67,6 +67,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "SignalSpec": {"tracks": [{"file": "f", "channels": [{"name": "c", "unit": "u", "word": "w"}]}]},
     "ModelCard": {"modalities": [], "heads": {}, "model": {}, "inputs": {}},
     "FramesOptions": {"model": "m"},
+    "EpicPaths": {"splits": {"train": "t.csv"}, "heads": {"verb": "v"}},
 }  # fmt: skip
 
 
