@@ -255,9 +255,11 @@ class _Run:
                 if staged and staged.failures:
                     forget(self.staging, unit)
         self._cut([unit for unit in _share(needed, part) if load_staged(self.staging, unit) is None], workers)
-        results = [load_staged(self.staging, unit) for unit in needed]
-        if None in results or not may_assemble():
+        if any(load_staged(self.staging, unit) is None for unit in needed) or not may_assemble():
             return PackSummary(self.out, "staged", notes=list(self.plan.notes))
+        results = [load_staged(self.staging, unit) for unit in needed]
+        if None in results:  # another part has assembled between the look and the lock
+            return self._summary("already packed", read_failures(self.out / FAILURES))
         sources = {clip.key: Source(staged.tar, clip) for staged in results if staged for clip in staged.clips} | packed
         failures = {failure.key: failure for failure in known}
         failures |= {failure.key: failure for staged in results if staged for failure in staged.failures}

@@ -530,13 +530,36 @@ def test_without_flock_a_second_packer_is_refused_and_a_killed_one_blocks_nobody
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_part_that_comes_late_leaves_what_another_has_assembled(
+    frames: Path, packed_frames: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    first, second = ([*command(frames, out, workers=1), "--part", f"{number}/2"] for number in (1, 2))
+
+    @contextmanager
+    def outrun(folder: Path, part: tuple[int, int] | None) -> Iterator[Callable[[], bool]]:
+        with folder_lock(folder, part) as may_assemble:
+
+            def after_the_other() -> bool:
+                monkeypatch.undo()
+                assert main(first) == 0
+                return may_assemble()
+
+            yield after_the_other
+
+    assert main(first) == 0
+    monkeypatch.setattr("karmma_dist.packing.pack.folder_lock", outrun)
+    assert main(second) == 0
+    assert folder_bytes(out) == packed_frames
+
+
 def test_without_flock_parts_are_packed_side_by_side(
     frames: Path, packed_frames: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     with running_first(NO_FLOCK.format(code=errno.ENOSYS), tmp_path / "site"):
         words = [sys.executable, "-m", "karmma_dist", *command(frames, out, workers=1), "--part"]
-        parts = [subprocess.Popen([*words, f"{number}/2"], stderr=subprocess.DEVNULL) for number in (1, 2)]
+        parts = [subprocess.Popen([*words, f"{number}/2"]) for number in (1, 2)]
         assert [part.wait(HANGS_S) for part in parts] == [0, 0]
         if not (out / "manifest.json").is_file():  # both looked before the other one was done: neither assembled
             assert main([*command(frames, out, workers=1), "--part", "1/2"]) == 0
