@@ -11,7 +11,7 @@ changing a number. All of it is computed back when the file is loaded, not per c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,15 +141,16 @@ def compact(graph: GraphProto, *, halves: bool) -> None:
     float16 where they fit.
     """
     _lift(graph)
-    computed, kept = [], []
-    for tensor in graph.initializer:
-        nodes = _smaller(tensor, halves) if _num_values(tensor) >= _LARGE else None
-        if nodes is None:
-            kept.append(tensor)
+    computing = []
+    for place in reversed(range(len(graph.initializer))):
+        tensor = graph.initializer[place]
+        if _num_values(tensor) < _LARGE or (smaller := _smaller(tensor, halves)) is None:
             continue
-        computed += nodes
-    _replace(graph.initializer, kept)
-    _replace(graph.node, [*computed, *graph.node])
+        stored, operator, attributes = smaller
+        stored.name = f"{tensor.name}/stored"
+        computing.append(helper.make_node(operator, [stored.name], [tensor.name], **attributes))
+        tensor.CopyFrom(stored)
+    _set_nodes(graph, [*computing, *graph.node])
     _forget(graph)
 
 
@@ -157,55 +158,45 @@ def _lift(graph: GraphProto) -> None:
     """Turn nodes that hold a large constant into initial values, in place."""
     kept = []
     for node in graph.node:
-        if _holds_large(node):
-            tensor = graph.initializer.add()
-            tensor.CopyFrom(node.attribute[0].t)
-            tensor.name = node.output[0]
-        else:
+        held = node.attribute[0].t if node.op_type == "Constant" else None
+        if held is None or _num_values(held) < _LARGE:
             kept.append(node)
-    _replace(graph.node, kept)
+            continue
+        tensor = graph.initializer.add()
+        tensor.CopyFrom(held)
+        tensor.name = node.output[0]
+    _set_nodes(graph, kept)
 
 
-def _holds_large(node: NodeProto) -> bool:
-    return node.op_type == "Constant" and _num_values(node.attribute[0].t) >= _LARGE
-
-
-def _replace(field: Any, entries: Sequence[Any]) -> None:
-    """Replace the entries of a repeated field, of which some may be its own."""
-    copies = [type(entry)() for entry in entries]
-    for copy, entry in zip(copies, entries, strict=True):
-        copy.CopyFrom(entry)
-    del field[:]
-    field.extend(copies)
+def _set_nodes(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
+    """Replace a graph's nodes by others, of which some may be its own."""
+    copies = GraphProto()
+    copies.node.extend(nodes)
+    del graph.node[:]
+    graph.node.extend(copies.node)
 
 
 def _num_values(tensor: TensorProto) -> int:
-    """Return the number of a constant's values."""
     return int(np.prod(tensor.dims, dtype=np.int64))
 
 
-def _smaller(tensor: TensorProto, halves: bool) -> list[NodeProto] | None:
-    """Return nodes that compute a large constant from a smaller one, or None."""
+def _smaller(tensor: TensorProto, halves: bool) -> tuple[TensorProto, str, dict[str, Any]] | None:
+    """Return a smaller constant, and the operator and its attributes that compute a large one from it; or None."""
     array = numpy_helper.to_array(tensor)
     first = array.flat[0]
     if array.tobytes() == np.full_like(array, first).tobytes():
-        shape = _constant(f"{tensor.name}/shape", np.array(array.shape, np.int64))
         value = numpy_helper.from_array(np.array([first], array.dtype))
-        return [shape, helper.make_node("ConstantOfShape", shape.output, [tensor.name], value=value)]
-    smaller = None
+        return numpy_helper.from_array(np.array(array.shape, np.int64)), "ConstantOfShape", {"value": value}
+    kinds: tuple[type, ...] = ()
     if array.dtype == np.int64:
-        fitting = (kind for kind in (np.int16, np.int32) if np.array_equal(array, array.astype(kind)))
-        smaller = next((array.astype(kind) for kind in fitting), None)
+        kinds = (np.int16, np.int32)
     elif halves and array.dtype == np.float32 and np.abs(array).max() <= np.finfo(np.float16).max:
-        smaller = array.astype(np.float16)
-    if smaller is None:
-        return None
-    stored = _constant(f"{tensor.name}/stored", smaller)
-    return [stored, helper.make_node("Cast", stored.output, [tensor.name], to=tensor.data_type)]
-
-
-def _constant(name: str, array: np.ndarray) -> NodeProto:
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
+        kinds = (np.float16,)
+    for kind in kinds:
+        smaller = array.astype(kind)
+        if array.dtype != np.int64 or np.array_equal(array, smaller):
+            return numpy_helper.from_array(smaller), "Cast", {"to": tensor.data_type}
+    return None
 
 
 def _forget(graph: GraphProto) -> None:
@@ -224,49 +215,33 @@ def _forget(graph: GraphProto) -> None:
 
 
 def share(graphs: Sequence[GraphProto]) -> list[TensorProto]:
-    """Take constants that occur several times out of the graphs, in place; return them under names of their own.
+    """Take large constants that occur several times out of the graphs, in place; return them under names of their own.
 
     A graph inside of another one sees its values.
     """
-    counts: dict[bytes, int] = {}
-    for tensor, _ in _constants(graphs):
-        counts[_content(tensor)] = counts.get(_content(tensor), 0) + 1
-    names: dict[bytes, str] = {}
-    shared = []
+    places: dict[bytes, list[tuple[GraphProto, str]]] = {}
     for graph in graphs:
-        renamed: dict[str, str] = {}
-
-        def take(tensor: TensorProto, name: str, renamed: dict[str, str] = renamed) -> bool:
-            content = _content(tensor)
-            if counts.get(content, 0) < 2:
-                return False
-            if content not in names:
-                names[content] = f"shared/{len(names)}"
-                shared.append(TensorProto())
-                shared[-1].CopyFrom(tensor)
-                shared[-1].name = names[content]
-            renamed[name] = names[content]
-            return True
-
-        _remove(graph, take)
-        _rename(graph, renamed)
+        for tensor in graph.initializer:
+            if _num_values(tensor) >= _LARGE:
+                places.setdefault(_content(tensor), []).append((graph, tensor.name))
+    repeated = [found for found in places.values() if len(found) > 1]
+    shared: list[TensorProto] = []
+    for number, found in enumerate(repeated):
+        taken = [_taken(graph, name) for graph, name in found]
+        for graph, name in found:
+            _rename(graph, {name: f"shared/{number}"})
+        taken[0].name = f"shared/{number}"
+        shared.append(taken[0])
     return shared
 
 
-def _constants(graphs: Sequence[GraphProto]) -> Iterator[tuple[TensorProto, str]]:
-    """Yield the large constants of graphs, and the names of their values."""
-    for graph in graphs:
-        yield from ((tensor, tensor.name) for tensor in graph.initializer if _num_values(tensor) >= _LARGE)
-        for node in graph.node:
-            if _holds_large(node):
-                yield node.attribute[0].t, node.output[0]
-
-
-def _remove(graph: GraphProto, take: Callable[[TensorProto, str], bool]) -> None:
-    """Remove the large constants that `take` takes."""
-    taken = {name for tensor, name in _constants([graph]) if take(tensor, name)}
-    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in taken])
-    _replace(graph.node, [node for node in graph.node if not node.output or node.output[0] not in taken])
+def _taken(graph: GraphProto, name: str) -> TensorProto:
+    """Remove an initial value from a graph and return it."""
+    place = next(place for place, tensor in enumerate(graph.initializer) if tensor.name == name)
+    tensor = TensorProto()
+    tensor.CopyFrom(graph.initializer[place])
+    del graph.initializer[place]
+    return tensor
 
 
 def _content(tensor: TensorProto) -> bytes:

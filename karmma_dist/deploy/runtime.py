@@ -9,7 +9,8 @@ Needs NumPy and onnxruntime alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,8 +22,8 @@ from karmma_dist.errors import UserError, nearest, one_line
 if TYPE_CHECKING:
     import onnxruntime
 
-_ERRORS_ONLY = 3
-"""Severity of what ONNX Runtime logs."""
+_FATAL_ONLY = 4
+"""Severity of what ONNX Runtime logs: it raises its errors, too."""
 
 
 class Runtime:
@@ -63,7 +64,8 @@ class Runtime:
             arrays: Arrays of the clip's present modalities, of the shapes and types in the header.
 
         Raises:
-            UserError: no modality is present, one is not the model's, or an array has another shape or type.
+            UserError: no modality is present, one is not the model's, or an array has another shape or type, or values
+                that the model has no row for, such as the category 7 of a box.
         """
         if not arrays:
             raise UserError(f"no sensor is present: the model needs one of {', '.join(self._inputs)}")
@@ -77,7 +79,8 @@ class Runtime:
             feed[given.name] = arrays.get(name, self._blank[name])
             feed[given.flag] = np.array(name in arrays)
         outputs = [self.header.output(head) for head in self.header.heads]
-        return dict(zip(self.header.heads, self._session.run(outputs, feed), strict=True))
+        with _refused("the arrays of the clip"):
+            return dict(zip(self.header.heads, self._session.run(outputs, feed), strict=True))
 
 
 def open_session(
@@ -93,7 +96,6 @@ def open_session(
     """
     try:
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as errors
     except ImportError:
         raise UserError(
             "onnxruntime is not installed: pip install 'karmma-dist[runtime]' (or 'karmma-dist[export]' to export)"
@@ -102,13 +104,22 @@ def open_session(
     if unknown := [name for name in providers if name not in known]:
         raise UserError(f"this onnxruntime has no {unknown[0]}; it has {', '.join(known)}")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, _ERRORS_ONLY
-    refusals = errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented
-    try:
+    options.intra_op_num_threads, options.log_severity_level = threads, _FATAL_ONLY
+    with _refused(shown):
         return onnxruntime.InferenceSession(content, options, providers=list(providers))
-    except refusals as error:
-        version = onnxruntime.__version__
-        raise UserError(f"{shown}: onnxruntime {version} cannot run it: {one_line(error, 300)}") from None
+
+
+@contextmanager
+def _refused(shown: str) -> Iterator[None]:
+    """Turn ONNX Runtime's refusal of a model, or of values that a model cannot take, into one line."""
+    from onnxruntime import __version__
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    kinds = errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{shown}: onnxruntime {__version__} cannot run the model: {one_line(error, 300)}") from None
 
 
 def _check(given: ModelInput, array: np.ndarray) -> None:

@@ -18,11 +18,10 @@ from karmma_dist.recipe import InputRecipe, ModelRecipe
 
 SENSORS = {
     "video": {"name": "swin3d_small", "options": {"width": 24, "depths": [2, 2], "heads": [1, 2]}},
-    "flow": {"name": "small_video", "options": {"width": 4}},
     "detections": {"name": "stlt", "options": {"width": 16, "heads": 2, "spatial_layers": 1, "temporal_layers": 1}},
     "signal": {"name": "signal_cnn", "options": {"width": 8}},
 }
-"""An encoder of each kind of array that `kits.evaluation` has no run for, and one with tables of windows."""
+"""An encoder of each kind of array that `kits.evaluation` has no run of, and one with tables of windows."""
 INPUTS = InputRecipe.model_validate(
     {
         "video": {"num_frames": 8, "short_side": 64, "crop": 64},
@@ -33,7 +32,7 @@ INPUTS = InputRecipe.model_validate(
 
 
 def save_sensors(folder: Path, **model: object) -> Path:
-    """Write an untrained model of four sensors as a run folder."""
+    """Write an untrained model of three sensors as a run folder."""
     sizes = {"width": 16, "num_heads": 2, "feedforward": 16, "fc_width": 16, "tau": 20}
     recipe = ModelRecipe.model_validate({"encoders": SENSORS, **sizes, **model})
     with torch.random.fork_rng():

@@ -11,17 +11,15 @@ import torch
 
 from karmma_dist.cli import main
 from karmma_dist.deploy import export
-from karmma_dist.deploy.clip_model import ClipEncoder
 from karmma_dist.deploy.runtime import Runtime
 from karmma_dist.errors import UserError
 from karmma_dist.modalities import MODALITIES, Decoder, subsets
-from karmma_dist.models.encoders.small import SmallVideo
 from kits.exported import export_again, exported, loaded, save_sensors
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_sensors(tmp_path_factory.mktemp("exported") / "sensors", average="probabilities")
+    return save_sensors(tmp_path_factory.mktemp("exported") / "sensors", average="probabilities", missing="leave_out")
 
 
 def clip(runtime: Runtime, seed: int) -> dict[str, np.ndarray]:
@@ -51,14 +49,14 @@ def test_every_subset_is_answered_like_the_run(run: Path) -> None:
 def test_weights_of_an_encoder_are_used_only_where_it_is_present(run: Path) -> None:
     graph = onnx.load(exported(run).path).graph
     branches = {node.input[0]: node for node in graph.node if node.op_type == "If"}
-    assert set(branches) == {"has_video", "has_flow", "has_detections", "has_signal"}
+    assert set(branches) == {"has_video", "has_detections", "has_signal"}
     for flag, node in branches.items():
         name = flag.removeprefix("has_")
         then, absent = (next(a.g for a in node.attribute if a.name == f"{which}_branch") for which in ("then", "else"))
         assert [each.op_type for each in absent.node] == ["Constant", "ConstantOfShape"]
         assert any(name in each.input for each in then.node)
     outside = {value for node in graph.node if node.op_type != "If" for value in node.input}
-    assert not outside & {"video", "flow", "detections", "signal"}
+    assert not outside & {"video", "detections", "signal"}
 
 
 def test_the_file_holds_the_parameters_and_every_table_once(run: Path) -> None:
@@ -75,6 +73,14 @@ def test_the_file_holds_the_parameters_and_every_table_once(run: Path) -> None:
                 constants[content] = tensor.name
             float_bytes += array.nbytes * (array.dtype == np.float32)
     assert float_bytes < 1.02 * exported(run).parameter_bytes
+
+
+def test_a_value_that_an_encoder_has_no_row_for_is_one_line(run: Path) -> None:
+    runtime = Runtime.open(exported(run).path)
+    arrays = {"detections": np.full_like(clip(runtime, 0)["detections"], 7)}
+    with pytest.raises(UserError, match=r"^the arrays of the clip: onnxruntime .* cannot run the model") as caught:
+        runtime.logits(arrays)
+    assert "\n" not in str(caught.value)
 
 
 def graphs_of(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
@@ -120,11 +126,14 @@ def test_what_cannot_be_exported_is_one_line(run: Path, tmp_path: Path, capsys, 
         assert "modality signal cannot be exported: SignalDecoder has no method 'array'" in refusal(str(run))
 
 
-def test_an_encoder_that_cannot_be_traced_is_named(run: Path, monkeypatch) -> None:
-    forward = SmallVideo.forward
-    monkeypatch.setattr(SmallVideo, "forward", lambda self, x: forward(self, x) if x.sum() else forward(self, -x))
-    model = loaded(run)
-    encoder = ClipEncoder(model, "flow")
-    with pytest.raises(UserError, match=r"^the encoder of flow cannot be exported: PyTorch") as caught:
-        export._trace(encoder, (torch.ones(8, 64, 64, 2, dtype=torch.uint8),), "the encoder of flow")
+class Undecided(torch.nn.Module):
+    """A module that reads a value in Python to decide what to compute."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x
+
+
+def test_a_part_that_cannot_be_traced_is_named() -> None:
+    with pytest.raises(UserError, match=r"^the encoder of smell cannot be exported: PyTorch") as caught:
+        export._trace(Undecided(), (torch.ones(3),), "the encoder of smell")
     assert "\n" not in str(caught.value)
