@@ -7,6 +7,7 @@ each sensor and once for all of them: a file whose answers differ from those of 
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Iterator
@@ -76,12 +77,11 @@ def export_run(
 
     Raises:
         UserError: the run has parts that cannot be exported, onnx or onnxruntime is not installed, the model is too
-            large for one file, or the file's answers differ from the run's.
+            large for one file, the file's answers differ from the run's, or it cannot be written.
     """
     _check_installed()
     target = run_places(run)[0] / FILE if out is None else out
-    if target.suffix != ".onnx" or target.is_dir():
-        raise UserError(f"{target}: the name of the file must end with .onnx")
+    _check_target(target)
     model, card, packing, warning = _load(run, shards)
     check_exportable(model)
     header = _header(run, model, card, precision, packing)
@@ -98,6 +98,22 @@ def export_run(
     report("export", len(header.modalities) + 2, len(header.modalities) + 2)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Exported(target, header, len(content), 4 * num_parameters, difference, warning)
+
+
+def _check_target(path: Path) -> None:
+    """Check that a file can be written, before minutes are spent on it.
+
+    Raises:
+        UserError: its name or its folder does not allow it.
+    """
+    if path.suffix != ".onnx":
+        raise UserError(f"{path}: the name of the file must end with .onnx")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: its folder does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: its folder cannot be written")
 
 
 def _check_installed() -> None:

@@ -116,7 +116,10 @@ def test_what_cannot_be_exported_is_one_line(run: Path, tmp_path: Path, capsys, 
         return line
 
     assert refusal(str(run), "--out", str(tmp_path / "model.pt")).endswith("must end with .onnx")
-    assert "no such run folder" in refusal(str(tmp_path / "nothing"))
+    assert refusal(str(run), "--out", str(tmp_path / "a/model.onnx")).endswith("its folder does not exist")
+    (tmp_path / "folder.onnx").mkdir()
+    assert refusal(str(run), "--out", str(tmp_path / "folder.onnx")).endswith("is a folder: name a file")
+    assert str(tmp_path / "nothing") in refusal(str(tmp_path / "nothing"), "--out", str(tmp_path / "model.onnx"))
     assert str(tmp_path / "none") in refusal(str(run), "--shards", str(tmp_path / "none"))
     with monkeypatch.context() as patch:
         patch.setitem(__import__("sys").modules, "onnxscript", None)
