@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from karmma_dist.commands import diagnostics, evaluation, packing, training
+from karmma_dist.commands import deploy, diagnostics, evaluation, packing, training
 from karmma_dist.commands.options import HomePath
 from karmma_dist.errors import LostRank, Stopped, UserError, one_line, say
 from karmma_dist.terminal import keep_warnings_harmless, prepare_streams, print_line, silence
@@ -28,6 +28,12 @@ _OF_THE_USER = {
     errno.EBADF, errno.ENXIO, errno.ENODEV, errno.ETXTBSY, errno.EBUSY,
 }  # fmt: skip
 """Errors about a path that was named, its permissions or its disk: bad input. Others are problems that were found."""
+
+
+_NOT_OF_THE_RUNTIME = {
+    "torch", "torchvision", "timm", "deepspeed", "webdataset", "safetensors", "tensorboard", "matplotlib", "jinja2",
+}  # fmt: skip
+"""Packages that are missing where only the extra `runtime` is installed."""
 
 
 class _Commands(click.Group):
@@ -65,7 +71,7 @@ def demo(out: Path) -> None:
 
 for command in (
     packing.shard, packing.inspect, packing.verify, training.launch, training.train, evaluation.evaluate,
-    training.study, evaluation.predict, diagnostics.profile, diagnostics.doctor, training.runs_command,
+    training.study, evaluation.predict, deploy.export, diagnostics.profile, diagnostics.doctor, training.runs_command,
     training.memory_command, diagnostics.bench_group, diagnostics.recipe_group,
 ):  # fmt: skip
     cli.add_command(command)
@@ -93,6 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         say("interrupted: run the same command again to go on")
         return 130
+    except ModuleNotFoundError as error:
+        if error.name not in _NOT_OF_THE_RUNTIME:
+            raise
+        return _fail(
+            f"{error.name} is not installed: the extra 'runtime' alone serves predict with an exported model; for all "
+            "else install karmma-dist with its dependencies"
+        )
     except OSError as error:
         return _fail_by_system(error)
     except UnicodeEncodeError as error:

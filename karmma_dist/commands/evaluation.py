@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from karmma_dist.commands.options import HomePath, print_json
 from karmma_dist.terminal import print_line
+
+if TYPE_CHECKING:
+    from karmma_dist.evaluation.predict.prediction import Prediction
 
 
 @click.command("eval")
@@ -108,11 +112,21 @@ def predict(
     run: Path, clips: tuple[str, ...], shards: str | None, start: float | None, stop: float | None,
     modalities: str | None, as_json: bool,
 ) -> None:
-    """Predict the action in a clip. RUN: a run folder or a weights file. CLIP: a media file, or a key in the shards."""
-    from karmma_dist.evaluation.predict.predict import predict as ask
-    from karmma_dist.evaluation.predict.predict import print_predictions
+    """Predict the action in a clip.
+
+    RUN: a run folder, a weights file, or an .onnx file that karmma-dist export wrote. CLIP: a media file, or a key in
+    the shards.
+    """
+    from karmma_dist.deploy.model_file import is_model_file
+    from karmma_dist.evaluation.predict.prediction import print_predictions
     from karmma_dist.progress import Progress, silent
 
+    if is_model_file(run):
+        from karmma_dist.deploy.predict import predict_exported
+
+        ask: Callable[..., list[Prediction]] = predict_exported
+    else:
+        from karmma_dist.evaluation.predict.predict import predict as ask
     with Progress() as report:
         predictions = ask(
             run, clips, shards=shards, start_s=start, stop_s=stop, modalities=modalities,

@@ -33,6 +33,7 @@ from karmma_dist.evaluation.corruptions.batches import (
 )
 from karmma_dist.evaluation.exports.predictions import PredictionCollector
 from karmma_dist.evaluation.groups import Groups
+from karmma_dist.evaluation.metrics import ranked
 from karmma_dist.evaluation.results import Results
 from karmma_dist.evaluation.scores import (
     BatchScores,
@@ -40,7 +41,6 @@ from karmma_dist.evaluation.scores import (
     is_unlabelled,
     joint_ranks,
     merge,
-    ranked,
     score_rows,
 )
 from karmma_dist.evaluation.views import mean_over_views, one_row_per_clip, rows_of_views

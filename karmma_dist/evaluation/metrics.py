@@ -30,7 +30,7 @@ ENTRY_POINTS = "karmma_dist.metrics"
 """Entry point group in which other packages register a `Metric`."""
 
 ACTION = "action"
-"""Name under which the combination of the heads' classes is scored (see `scores.ranked`)."""
+"""Name under which the combination of the heads' classes is scored (see `ranked`)."""
 
 GROUPS = ("tail", "unseen")
 """Groups of clips that have their own metrics if their lists are known (see `groups`)."""
@@ -39,6 +39,18 @@ NUM_BINS = 15
 """Number of confidence bins of equal width over [0, 1]; 15 is the usual choice."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_ci)")
+
+
+def ranked(heads: Sequence[str]) -> dict[str, list[str]]:
+    """Return the heads that make up each scored name: first "action", then every other head.
+
+    The action is verb x noun if the model has both heads, else the head "action" if it exists, else all heads together.
+    """
+    if "verb" in heads and "noun" in heads:
+        action = ["verb", "noun"]
+    else:
+        action = [ACTION] if ACTION in heads else list(heads)
+    return {ACTION: action} | {head: [head] for head in heads if head != ACTION}
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from karmma_dist.evaluation.datasets import choose_dataset
 from karmma_dist.evaluation.exports.exports import Exports
 from karmma_dist.evaluation.groups import Groups, participants, read_groups
 from karmma_dist.models.karmma import KarmmaModel
-from karmma_dist.models.model_card import ModelCard, load_model
+from karmma_dist.models.model_card import load_model
 from karmma_dist.recipe import DataRecipe, ViewsRecipe, data_of, read_run_recipe
 from karmma_dist.runs.folder import BEST, run_places
-from karmma_dist.shards.folder import Shards
+from karmma_dist.shards.folder import Shards, check_classes
 from karmma_dist.streaming.loader import EvaluationClips, open_shards
 
 Choose = Callable[[Sequence[str]], list[Condition]]
@@ -144,26 +144,6 @@ def run_name(run: Path) -> str:
         return run.stem
     name = read_run_recipe(home).name
     return name if home == folder else f"{name}/{BEST}"
-
-
-def check_classes(card: ModelCard, folder: Shards) -> None:
-    """Check that every class number means the same class in the shards as in the model.
-
-    Raises:
-        UserError: a head is missing in the shards, or its classes differ.
-    """
-    for head, num in card.heads.items():
-        stored, known = folder.classes.get(head), card.classes.get(head)
-        if stored is None:
-            problem = f"the shards have no head '{head}' as the model has (they have {', '.join(folder.classes)})"
-        elif len(stored) != num:
-            problem = f"the shards have {len(stored)} classes of '{head}', the model has {num}"
-        elif known is not None and known != stored:
-            number = next(number for number, (a, b) in enumerate(zip(known, stored, strict=True)) if a != b)
-            problem = f"class {number} of '{head}' is '{stored[number]}' in the shards, '{known[number]}' in the model"
-        else:
-            continue
-        raise UserError(f"{folder.where}: {problem}: name shards of the model's own dataset")
 
 
 def _check_labels(clips: EvaluationClips, heads: Mapping[str, int], exports: Exports, has_corruptions: bool) -> bool:

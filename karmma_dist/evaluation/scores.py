@@ -24,7 +24,7 @@ from torch import Tensor
 from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import Condition
 from karmma_dist.evaluation.groups import Groups
-from karmma_dist.evaluation.metrics import ACTION, ClipScores, Figure, majority_share, metric_table
+from karmma_dist.evaluation.metrics import ClipScores, Figure, majority_share, metric_table, ranked
 from karmma_dist.evaluation.results import ClipResults, ResultRow, Results, Summary
 from karmma_dist.evaluation.summary import summarise
 
@@ -97,18 +97,6 @@ def joint_labels(labels: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         joint_B = joint_B * size + labels_B
         known_B = known_B & (labels_B >= 0)
     return joint_B.masked_fill(~known_B, -1)
-
-
-def ranked(heads: Sequence[str]) -> dict[str, list[str]]:
-    """Return the heads that make up each scored name: first "action", then every other head.
-
-    The action is verb x noun if the model has both heads, else the head "action" if it exists, else all heads together.
-    """
-    if "verb" in heads and "noun" in heads:
-        action = ["verb", "noun"]
-    else:
-        action = [ACTION] if ACTION in heads else list(heads)
-    return {ACTION: action} | {head: [head] for head in heads if head != ACTION}
 
 
 def figures_of(heads: Sequence[str]) -> list[Figure]:

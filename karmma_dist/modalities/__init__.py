@@ -13,6 +13,7 @@ from karmma_dist.errors import UserError, nearest
 from karmma_dist.modalities.audio import AUDIO
 from karmma_dist.modalities.contract import (
     ArraysBreaker,
+    ArrayType,
     Breakage,
     Breaker,
     DecodeError,
@@ -34,9 +35,9 @@ from karmma_dist.modalities.video import VIDEO
 from karmma_dist.plugins import with_plugins
 
 __all__ = [
-    "LETTERS", "MODALITIES", "ArraysBreaker", "Breakage", "Breaker", "DecodeError", "Decoder", "Description", "Drawing",
-    "Modality", "Pictures", "Sheet", "SignalBreaker", "StoredError", "TensorMaker", "View", "letters",
-    "parse_modalities", "subsets",
+    "LETTERS", "MODALITIES", "ArrayType", "ArraysBreaker", "Breakage", "Breaker", "DecodeError", "Decoder",
+    "Description", "Drawing", "Modality", "Pictures", "Sheet", "SignalBreaker", "StoredError", "TensorMaker", "View",
+    "letters", "parse_modalities", "subsets",
 ]  # fmt: skip
 
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
+from karmma_dist.errors import UserError
 from karmma_dist.settings import Settings
 
 if TYPE_CHECKING:
@@ -141,6 +143,26 @@ class Description:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class ArrayType:
+    """The array that a decoder gives for one view."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """NumPy's name of the type of its values."""
+    axes: str
+    """Names of the axes, and the meaning of the values."""
+    rate_hz: float | None = None
+    """Samples per second along the last axis; None if it is no axis of time."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        import numpy as np
+
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
 class Decoder(ABC):
     """The part that decodes a member's bytes to arrays. Every method raises `DecodeError` if decoding fails."""
 
@@ -177,9 +199,17 @@ class Decoder(ABC):
         """Return the same arrays as `cut`, bit for bit, decoding only the parts that the views show."""
         return self.cut(self.decode(data, description, settings), description, settings, views, length_s)
 
-    @abstractmethod
+    def array(self, settings: Any) -> ArrayType:
+        """Return shape and type of one view's array; files that `karmma-dist export` writes take it as their input.
+
+        Raises:
+            UserError: the decoder does not tell, so that a model of its modality cannot be exported.
+        """
+        raise UserError(f"{type(self).__name__} has no method 'array', which tells the shape and type of its arrays")
+
     def num_bytes(self, settings: Any) -> int:
         """Return the size of one view's array in bytes."""
+        return self.array(settings).num_bytes
 
     @abstractmethod
     def check(self, data: bytes, description: Any) -> None:

@@ -18,7 +18,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from karmma_dist.modalities.contract import DecodeError, Decoder, Pictures, StoredError, View
+from karmma_dist.modalities.contract import ArrayType, DecodeError, Decoder, Pictures, StoredError, View
 from karmma_dist.modalities.video import VideoInput
 
 _STRICT = {"err_detect": "explode+aggressive"}
@@ -160,11 +160,12 @@ class FramesDecoder(Decoder):
 
     Args:
         channels: Values per pixel of an array.
+        pixel: Meaning of those values.
         heights: Number of pictures stacked vertically in a stored frame.
     """
 
-    def __init__(self, channels: int, heights: int = 1) -> None:
-        self.channels, self.heights = channels, heights
+    def __init__(self, channels: int, pixel: str, heights: int = 1) -> None:
+        self.channels, self.pixel, self.heights = channels, pixel, heights
 
     @abstractmethod
     def resized(self, frame: av.VideoFrame, short_side: int) -> np.ndarray:
@@ -205,9 +206,10 @@ class FramesDecoder(Decoder):
                         crops_F[shown_F] = _crop(picture, settings.crop, view)
         return self.oriented(crops, views)
 
-    def num_bytes(self, settings: VideoInput) -> int:
-        """Return the size of F crops in bytes."""
-        return self.channels * settings.num_frames * settings.crop**2
+    def array(self, settings: VideoInput) -> ArrayType:
+        """Return the type of F crops."""
+        shape = (settings.num_frames, settings.crop, settings.crop, self.channels)
+        return ArrayType(shape, "uint8", f"frames, rows, columns, {self.pixel}")
 
     def check(self, data: bytes, description: Any) -> None:
         """Decode the first frame and the last group of pictures; count the rest without decoding."""

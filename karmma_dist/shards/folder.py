@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -109,6 +110,11 @@ class ShardFolder:
     def classes_of(self, clip: Clip) -> dict[str, list[str]]:  # noqa: ARG002
         """Return the class names per head, which all clips share."""
         return self.classes
+
+    def label_names(self, clip: Clip) -> dict[str, str | None]:
+        """Return the class name of a clip per head; None in an unlabelled split."""
+        classes = self.classes
+        return {head: None if label is None else classes[head][label] for head, label in clip.labels.items()}
 
     @property
     def splits(self) -> list[str]:
@@ -243,3 +249,35 @@ class ShardFolder:
         if problem:
             raise DamageError(clip.shard, clip.key, name, problem)
         return metadata
+
+
+class HasClasses(Protocol):
+    """The description of a model: its card, or the header of an exported one."""
+
+    @property
+    def heads(self) -> Mapping[str, int]:
+        """Number of classes by head."""
+
+    @property
+    def classes(self) -> Mapping[str, list[str]]:
+        """Class names by head, in the order of their ids; may be empty."""
+
+
+def check_classes(model: HasClasses, shards: Shards) -> None:
+    """Check that every class number means the same class in the shards as in the model.
+
+    Raises:
+        UserError: a head is missing in the shards, or its classes differ.
+    """
+    for head, num in model.heads.items():
+        stored, known = shards.classes.get(head), model.classes.get(head)
+        if stored is None:
+            problem = f"the shards have no head '{head}' as the model has (they have {', '.join(shards.classes)})"
+        elif len(stored) != num:
+            problem = f"the shards have {len(stored)} classes of '{head}', the model has {num}"
+        elif known is not None and known != stored:
+            number = next(number for number, (a, b) in enumerate(zip(known, stored, strict=True)) if a != b)
+            problem = f"class {number} of '{head}' is '{stored[number]}' in the shards, '{known[number]}' in the model"
+        else:
+            continue
+        raise UserError(f"{shards.where}: {problem}: name shards of the model's own dataset")

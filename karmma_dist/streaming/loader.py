@@ -39,7 +39,7 @@ from karmma_dist.streaming.order import (
     evaluation_slices,
 )
 from karmma_dist.streaming.reader import read_samples
-from karmma_dist.streaming.views import View, evaluation_views, training_view
+from karmma_dist.streaming.views import View, evaluation_views, num_stored_frames, training_view
 from karmma_dist.streaming.worker_status import Activity
 from karmma_dist.streaming.workers import Batches
 
@@ -430,11 +430,6 @@ class EvaluationClips(_Clips):
 def _blank(clip: Clip) -> Sample:
     """Return a sample without arrays."""
     return Sample(clip.key, clip.labels, {}, np.ones(3, dtype=np.float32))
-
-
-def num_stored_frames(metadata: ClipMetadata) -> int:
-    """Return the number of a clip's stored frames, 0 if it has no pictures."""
-    return 0 if metadata.pictures is None else metadata.pictures.num_frames
 
 
 def is_wide(metadata: ClipMetadata) -> bool:

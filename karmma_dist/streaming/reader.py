@@ -3,16 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from karmma_dist.modalities import MODALITIES, DecodeError, View
+from karmma_dist.modalities import MODALITIES, DecodeError, Decoder, Description, View
 from karmma_dist.recipe import InputRecipe
 from karmma_dist.shards.folder import Shards
 from karmma_dist.shards.format import Clip, ClipMetadata, DamageError, member_name
-from karmma_dist.streaming.batch import Sample, UncutSignal
 from karmma_dist.streaming.decoded import DecodedClips
 from karmma_dist.streaming.worker_status import Activity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from karmma_dist.memory.memory import Source
+
+
+@dataclass(frozen=True)
+class UncutSignal:
+    """A clip's whole decoded member, from which a view is cut."""
+
+    decoded: np.ndarray
+    """The whole decoded member, shared by all views of the clip."""
+    description: Description
+    view: View
+    length_s: float
+    """Length of the clip in seconds; the view's times are fractions of it."""
+
+    def cut(self, decoder: Decoder, settings: Any, decoded: np.ndarray | None = None) -> np.ndarray:
+        """Cut the view's array with the modality's decoder, from this signal or from `decoded` if given."""
+        whole = self.decoded if decoded is None else decoded
+        return decoder.cut(whole, self.description, settings, [self.view], self.length_s)[0]
+
+
+@dataclass
+class Sample:
+    """One decoded clip: arrays of its modalities in the batch; all other modalities are absent."""
+
+    key: str
+    labels: dict[str, int | None]
+    arrays: dict[str, np.ndarray]
+    jitter_3: np.ndarray
+    uncut: dict[str, UncutSignal] = field(default_factory=dict)
+    """Whole signals from which arrays are cut, by modality, for the modalities that were requested."""
+    kept: tuple[str, ...] | None = None
+    """Modalities that the clip brings, if not all of them were read: what models say of the others is remembered."""
+    source: Source | None = None
+    """The clip's place in memories; None without one."""
+    answer_EA: Tensor | None = None
+    """The teacher's remembered answer."""
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """Remembered tokens of frozen encoders, packed, uint8 (X,), by modality; their arrays are missing."""
+    dropped: Sample | None = None
+    """The same clip with the modalities that dropout takes from it; None if they were not read or one is damaged."""
 
 
 def read_sample(

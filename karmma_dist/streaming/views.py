@@ -11,6 +11,7 @@ from karmma_dist.modalities.contract import View
 from karmma_dist.modalities.video import VideoInput
 from karmma_dist.recipe import ViewsRecipe
 from karmma_dist.seeding import view_draws
+from karmma_dist.shards.format import ClipMetadata
 
 _LAST = float(np.nextafter(1.0, 0.0))
 """Largest position of a crop; positions are fractions in [0, 1)."""
@@ -65,6 +66,11 @@ def evaluation_views(video: VideoInput, num_stored: int, views: ViewsRecipe, *, 
             top, left = (0.5, edge) if is_wide else (edge, 0.5)
             sampled.append(View(times, top, left, False, np.ones(3, dtype=np.float32)))
     return sampled
+
+
+def num_stored_frames(metadata: ClipMetadata) -> int:
+    """Return the number of a clip's stored frames, 0 if it has no pictures."""
+    return 0 if metadata.pictures is None else metadata.pictures.num_frames
 
 
 def _dense_times(video: VideoInput, num_stored: int, place: float) -> np.ndarray:

@@ -18,7 +18,8 @@ PACKAGE = Path(karmma_dist.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 MOST_FILES = 12
 NAMELESS = (
-    "distributed", "evaluation", "io", "models", "profiling", "runs", "shards", "streaming", "studies", "training",
+    "deploy", "distributed", "evaluation", "io", "models", "profiling", "runs", "shards", "streaming", "studies",
+    "training",
 )  # fmt: skip
 """Rooms that name no modality."""
 
@@ -84,6 +85,8 @@ def test_a_room_that_serves_every_modality_names_none(name: str) -> None:
         ("karmma_dist.launching.local", {"torch", "deepspeed"}),
         ("karmma_dist.evaluation.command", {"deepspeed", "timm"}),
         ("karmma_dist.profiling.costs", {"deepspeed"}),
+        ("karmma_dist.deploy.runtime", {"torch", "av", "cv2", "pydantic", "yaml", "click", "rich"}),
+        ("karmma_dist.deploy.predict", {"torch", "timm", "deepspeed", "webdataset", "matplotlib", "safetensors"}),
     ],
 )
 def test_a_module_loads_no_library_that_it_does_not_need(module: str, absent: set[str]) -> None:

@@ -229,11 +229,10 @@ def test_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_predict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from karmma_dist.evaluation.predict import predict
+    from karmma_dist.evaluation.predict.prediction import Action, Guess, Prediction
 
-    actions = [predict.Action({"verb": HOSTILE}, {"verb": 0}, 0.5)]
-    found = predict.Prediction(
-        HOSTILE, 1.0, ["video"], [], [], {"verb": HOSTILE}, [predict.Guess(["video"], actions)]
-    )
+    actions = [Action({"verb": HOSTILE}, {"verb": 0}, 0.5)]
+    found = Prediction(HOSTILE, 1.0, ["video"], [], [], {"verb": HOSTILE}, [Guess(["video"], actions)])
     monkeypatch.setattr(predict, "predict", lambda *_, **__: [found])
     assert main(["predict", "run", "clip"]) == 0
     expect_text(capsys.readouterr().out, f"{SHOWN} (1 s): found video", f"labelled: {SHOWN}", f"50.0 {SHOWN}")

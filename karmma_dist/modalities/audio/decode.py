@@ -11,7 +11,7 @@ import av
 import numpy as np
 
 from karmma_dist.modalities.audio import SAMPLE_RATE, AudioDescription, AudioInput
-from karmma_dist.modalities.contract import DecodeError, Decoder, StoredError, View
+from karmma_dist.modalities.contract import ArrayType, DecodeError, Decoder, StoredError, View
 
 
 class AudioDecoder(Decoder):
@@ -33,9 +33,10 @@ class AudioDecoder(Decoder):
         """Cut windows, each centred on its moment if their numbers are equal [paper], else spread evenly."""
         return np.stack([cut_windows(decoded, view.times_F * length_s, settings) for view in views])
 
-    def num_bytes(self, settings: AudioInput) -> int:
-        """Return the size of all windows in bytes."""
-        return 2 * settings.num_windows * settings.window_samples
+    def array(self, settings: AudioInput) -> ArrayType:
+        """Return the type of all windows."""
+        shape = (settings.num_windows, settings.window_samples)
+        return ArrayType(shape, "int16", "windows, samples; mono, full scale 32768", SAMPLE_RATE)
 
     def check(self, data: bytes, description: AudioDescription) -> None:
         """Decode everything and count the samples."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from karmma_dist.io.json_fields import JsonObject
-from karmma_dist.modalities.contract import DecodeError, Decoder, StoredError, View
+from karmma_dist.modalities.contract import ArrayType, DecodeError, Decoder, StoredError, View
 from karmma_dist.modalities.detections import NUM_VALUES, DetectionsDescription, DetectionsInput
 from karmma_dist.modalities.stored_frames import floor_places
 
@@ -36,9 +36,11 @@ class DetectionsDecoder(Decoder):
         """Take the boxes at the views' moments, counted in fractions of the frames, since boxes have no frame rate."""
         return np.stack([_view_boxes(decoded, settings, view) for view in views])
 
-    def num_bytes(self, settings: DetectionsInput) -> int:
-        """Return the size of F frames' boxes in bytes."""
-        return 4 * NUM_VALUES * settings.num_frames * settings.max_boxes
+    def array(self, settings: DetectionsInput) -> ArrayType:
+        """Return the type of F frames' boxes."""
+        shape = (settings.num_frames, settings.max_boxes, NUM_VALUES)
+        axes = "frames, boxes, values: x0 y0 x1 y1 in [0, 1], category (0 no box, 1 hand, 2 object), score"
+        return ArrayType(shape, "float32", axes)
 
     def check(self, data: bytes, description: DetectionsDescription) -> None:
         """Count frames and boxes, and check the boxes' coordinates."""

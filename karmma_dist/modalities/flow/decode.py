@@ -16,7 +16,7 @@ class FlowDecoder(FramesDecoder):
     """A decoder to uint8 (V, F, crop, crop, 2), displacements u and v; 127.5 is no motion."""
 
     def __init__(self) -> None:
-        super().__init__(channels=2, heights=2)
+        super().__init__(channels=2, pixel="u and v; 127.5 is no motion", heights=2)
 
     def resized(self, frame: av.VideoFrame, short_side: int) -> np.ndarray:
         """Return uint8 (H, W, 2), u and v as channels, since resizing the stacked frame would mix their rows."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from karmma_dist.errors import UserError
-from karmma_dist.modalities.contract import DecodeError, Decoder, StoredError, View
+from karmma_dist.modalities.contract import ArrayType, DecodeError, Decoder, StoredError, View
 from karmma_dist.modalities.signal import SignalDescription, SignalInput
 from karmma_dist.modalities.signal.member import SignalMember, read_member
 
@@ -59,9 +59,11 @@ class SignalDecoder(Decoder):
                 channel[:] = np.interp(moments_S, times_T, values_T, left=0, right=0)
         return windows
 
-    def num_bytes(self, settings: SignalInput) -> int:
-        """Return the size of a window in bytes."""
-        return 4 * settings.num_channels * settings.num_samples
+    def array(self, settings: SignalInput) -> ArrayType:
+        """Return the type of a window."""
+        shape = (settings.num_channels, settings.num_samples)
+        axes = "channels, samples; each channel with mean 0 and variance 1"
+        return ArrayType(shape, "float32", axes, settings.rate_hz)
 
     def check(self, data: bytes, description: SignalDescription) -> None:
         """Read everything and compare sizes, length and channels."""

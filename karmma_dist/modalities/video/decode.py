@@ -12,7 +12,7 @@ class VideoDecoder(FramesDecoder):
     """A decoder to uint8 (V, F, crop, crop, 3), RGB."""
 
     def __init__(self) -> None:
-        super().__init__(channels=3)
+        super().__init__(channels=3, pixel="RGB")
 
     def resized(self, frame: av.VideoFrame, short_side: int) -> np.ndarray:
         """Return uint8 (H, W, 3)."""

@@ -56,7 +56,7 @@ def describe_clip(folder: ShardFolder, key: str) -> dict[str, Any]:
     described = JsonObject.parse(folder.read(clip, "json")).unchecked()
     described["shard"] = clip.shard
     described["offsets"] = {name: member.offset for name, member in clip.members.items() if member is not None}
-    described["label_names"] = label_names(folder, clip)
+    described["label_names"] = folder.label_names(clip)
     return described
 
 
@@ -83,7 +83,7 @@ def contact_sheet(folder: ShardFolder, out_png: Path, keys: list[str] | None = N
             metadata: ClipMetadata | None = folder.metadata(clip)
         except DamageError:
             metadata = None
-        names = {} if label_problem(folder.classes, clip.labels) else label_names(folder, clip)
+        names = {} if label_problem(folder.classes, clip.labels) else folder.label_names(clip)
         rows.append((clip, metadata, names))
     try:
         draw_sheet(folder, rows, out_png)
@@ -103,12 +103,6 @@ def find_clip(folder: ShardFolder, key: str) -> Clip:
     if key not in clips:
         raise UserError(f"{folder.root}: no clip '{key}'{nearest(key, list(clips))}")
     return clips[key]
-
-
-def label_names(folder: ShardFolder, clip: Clip) -> dict[str, str | None]:
-    """Return the class name per head; None in an unlabelled split."""
-    classes = folder.classes
-    return {head: None if label is None else classes[head][label] for head, label in clip.labels.items()}
 
 
 def _describe_split(folder: ShardFolder, split: str) -> dict[str, Any]:

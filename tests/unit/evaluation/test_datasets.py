@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from karmma_dist.cli import main
+from karmma_dist.deploy.model_file import read_model_file
+from karmma_dist.deploy.predict import predict_exported
+from karmma_dist.evaluation.predict.predict import predict
 from karmma_dist.models.model_card import save_model
 from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe, read_run_recipe, save_recipe
@@ -147,6 +150,23 @@ def test_a_clip_is_predicted_by_the_heads_of_its_dataset(
         actions_named = [action["names"] for guess in prediction["guesses"] for action in guess["actions"]]
         assert {head for names in actions_named for head in names} == heads
         assert ("flow" in prediction["absent"]) == (folder == actions)
+
+
+def test_an_exported_file_has_the_heads_of_one_dataset(
+    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.onnx"
+    assert "name the shards of one dataset with --shards" in refused(capsys, "export", str(run), "--out", str(file))
+    assert main(["export", str(run), "--out", str(file), "--shards", str(shards)]) == 0
+    _, header = read_model_file(file)
+    assert header.heads == {head: len(names) for head, names in ShardFolder(shards).classes.items()}
+    key = ShardFolder(shards).clips("validation")[0].key
+    (of_run,) = predict(run, [key], shards=str(shards))
+    (of_file,) = predict_exported(file, [key], shards=str(shards))
+    assert of_file.labels == of_run.labels
+    for ours, theirs in zip(of_file.guesses, of_run.guesses, strict=True):
+        probabilities = [sorted(action.probability for action in guess.actions) for guess in (ours, theirs)]
+        assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-4)
 
 
 def test_a_model_with_fewer_heads_shares_all_parameters(run: Path) -> None:

@@ -19,7 +19,8 @@ from karmma_dist.errors import UserError
 from karmma_dist.evaluation.conditions import build_conditions
 from karmma_dist.evaluation.plan import plan_evaluation
 from karmma_dist.evaluation.predict import media as predict_media
-from karmma_dist.evaluation.predict.predict import Prediction, likeliest, predict
+from karmma_dist.evaluation.predict.predict import predict
+from karmma_dist.evaluation.predict.prediction import Prediction, likeliest
 from karmma_dist.evaluation.run import carry_out
 from karmma_dist.models.karmma import KarmmaModel
 from kits.evaluation import NOUNS, SPANS, VERBS, make_place
