@@ -193,7 +193,7 @@ def _smaller(tensor: TensorProto, halves: bool) -> tuple[TensorProto, str, dict[
     elif halves and array.dtype == np.float32 and np.abs(array).max() <= np.finfo(np.float16).max:
         kinds = (np.float16,)
     for kind in kinds:
-        smaller = array.astype(kind)
+        smaller: np.ndarray = array.astype(kind)
         if array.dtype != np.int64 or np.array_equal(array, smaller):
             return numpy_helper.from_array(smaller), "Cast", {"to": tensor.data_type}
     return None
