@@ -106,7 +106,8 @@ def generator(*parts: int | str) -> np.random.Generator:
     """Return a separate generator for these parts: Philox, keyed by 128 bits of a BLAKE2b hash of "part/part/...".
 
     (seed, clip key, modality) draws the noise or the lost boxes of a broken sensor, (seed, split) the permutation that
-    spreads a split's clips over shards. Parts that are already joined give the same generator.
+    spreads a split's clips over shards, ("export", modality) the noise that an exported file is tried on. Parts that
+    are already joined give the same generator.
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))

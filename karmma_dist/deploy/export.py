@@ -35,6 +35,7 @@ from karmma_dist.models.model_card import ModelCard, load_model
 from karmma_dist.models.weights import own_weights
 from karmma_dist.progress import Report, silent
 from karmma_dist.runs.folder import run_places
+from karmma_dist.seeding import generator
 from karmma_dist.shards.folder import ShardFolder, check_classes
 from karmma_dist.streaming.loader import open_shards
 
@@ -185,7 +186,7 @@ def _input(modality: str, model: KarmmaModel) -> ModelInput:
 
 def _noise(given: ModelInput) -> Tensor:
     """Return an array of noise: whole numbers of the whole range, or floats in [0, 1)."""
-    random, dtype = np.random.default_rng(0), np.dtype(given.dtype)
+    random, dtype = generator("export", given.modality), np.dtype(given.dtype)
     if dtype.kind == "f":
         return torch.from_numpy(random.random(given.shape).astype(dtype))
     limits = np.iinfo(dtype)

@@ -19,6 +19,7 @@ from typing import Any
 from karmma_dist.errors import UserError
 from karmma_dist.io.files import json_text, read_file
 from karmma_dist.io.json_fields import JsonObject
+from karmma_dist.io.protobuf import walk_fields
 
 FORMAT = 1
 """Version of the format."""
@@ -31,8 +32,6 @@ MOST_BYTES = (1 << 31) - 1
 
 _METADATA_PROPS, _KEY, _VALUE = 14, 1, 2
 """Numbers of fields in onnx.proto."""
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
-"""Wire types."""
 
 
 @dataclass(frozen=True)
@@ -184,42 +183,9 @@ def _metadata(content: bytes) -> Iterator[tuple[str, tuple[int, int]]]:
     Raises:
         ValueError: the content is no protobuf message.
     """
-    for number, start, stop in _fields(content, 0, len(content)):
+    for number, start, stop in walk_fields(content):
         if number == _METADATA_PROPS:
-            parts = {field: place for field, *place in _fields(content, start, stop)}
+            parts = {field: place for field, *place in walk_fields(content, start, stop)}
             if {_KEY, _VALUE} <= parts.keys():
                 value_start, value_stop = parts[_VALUE]
                 yield content[slice(*parts[_KEY])].decode(), (value_start, value_stop)
-
-
-def _fields(content: bytes, place: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the number of each field of a message, and where its value starts and stops."""
-    while place < end:
-        tag, place = _varint(content, place, end)
-        start = place
-        wire_type = tag & 7
-        if wire_type == _VARINT:
-            _, place = _varint(content, place, end)
-        elif wire_type in (_FIXED32, _FIXED64):
-            place += 4 if wire_type == _FIXED32 else 8
-        elif wire_type == _LENGTH:
-            length, start = _varint(content, place, end)
-            place = start + length
-        else:
-            raise ValueError(f"byte {start - 1} is no field")
-        if place > end:
-            raise ValueError(f"byte {start}: a field is cut")
-        yield tag >> 3, start, place
-
-
-def _varint(content: bytes, place: int, end: int) -> tuple[int, int]:
-    number = 0
-    for shift in range(0, 64, 7):
-        if place >= end:
-            break
-        byte = content[place]
-        place += 1
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return number, place
-    raise ValueError(f"byte {place} is in no number")

@@ -4,18 +4,19 @@
     parse_message(data, BOX)            # {"left": 0.25, "right": 0.5}
 
 Format: https://protobuf.dev/programming-guides/encoding. As in proto3, a number or text that is missing is 0 or empty.
-A message inside of another is returned as its bytes.
+A message inside of another is returned as its bytes. `walk_fields` finds fields of large messages without a schema.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-_VARINT, _LENGTH, _FIXED32 = 0, 2, 5
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _LONGEST_VARINT = 10
 _INT32 = range(-(1 << 31), 1 << 31)
 
@@ -75,6 +76,36 @@ def parse_message(data: bytes, schema: Schema) -> dict[str, Any]:
         seen.add(number)
         values[field.name] = value
     return values
+
+
+def walk_fields(data: bytes, place: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int]]:
+    """Yield the number of each field of a message, and where its value starts and stops, without a schema.
+
+    Args:
+        data: Bytes that hold the message.
+        place: Start of the message.
+        stop: End of the message; None: that of the bytes.
+
+    Raises:
+        ValueError: the message is cut, or has something else than fields.
+    """
+    stop = len(data) if stop is None else stop
+    while place < stop:
+        begin = place
+        tag, start = _varint(data, place)
+        wire_type, place = tag & 7, start
+        if wire_type == _VARINT:
+            _, place = _varint(data, start)
+        elif wire_type == _LENGTH:
+            length, start = _varint(data, start)
+            place = start + length
+        elif wire_type in _SIZES:
+            place = start + _SIZES[wire_type]
+        else:
+            raise ValueError(f"byte {begin}: not a field")
+        if place > stop:
+            raise ValueError(f"byte {begin}: a field is cut")
+        yield tag >> 3, start, place
 
 
 def _value(data: bytes, place: int, field: Field) -> tuple[Any, int]:

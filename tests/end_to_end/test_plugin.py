@@ -157,7 +157,7 @@ def test_a_missing_part_of_a_modality_is_named() -> None:
 
 
 def test_a_missing_method_of_a_part_is_named_when_loaded(tmp_path: Path) -> None:
-    method = "num_bytes"
+    method = "check"
     source = tmp_path / "source"
     source.mkdir()
     for path in SOURCE.glob("*.py"):

@@ -16,7 +16,7 @@ from karmma_dist.evaluation.corruptions.batches import Sensors
 from karmma_dist.evaluation.corruptions.kinds import KINDS
 from karmma_dist.evaluation.evaluate import evaluate
 from karmma_dist.evaluation.exports.predictions import PredictionCollector
-from karmma_dist.evaluation.predict.predict import _Predictor
+from karmma_dist.evaluation.predict.predict import _RunPredictor
 from karmma_dist.memory.header import MemoryHeader, open_header
 from karmma_dist.memory.memory import AnswerMemory, Source
 from karmma_dist.models.karmma import KarmmaModel
@@ -214,8 +214,8 @@ def test_prediction_runs_on_the_device(shards: Path, inputs: InputRecipe, model:
     key = ShardFolder(shards).clips("validation")[0].key
 
     def actions(device: torch.device) -> list[tuple[list[str], list[dict[str, str]]]]:
-        predictor = _Predictor(model.to(device).eval(), card, data, list(model.modalities), device)
-        guesses = predictor.predict(key, None, None).guesses
+        predictor = _RunPredictor(model.to(device).eval(), card, data, list(model.modalities), device)
+        guesses = predictor.predict([key], None, None)[0].guesses
         model.to("cpu")
         return [(guess.modalities, [action.names for action in guess.actions]) for guess in guesses]
 
