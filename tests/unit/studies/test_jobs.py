@@ -18,6 +18,7 @@ from karmma_dist.studies import jobs
 from karmma_dist.studies.jobs import LOCK, train_runs
 from karmma_dist.studies.plan import StudyRun, plan_study
 from karmma_dist.studies.study import load_study
+from kits.patience import HANGS_S
 from kits.studies import STUDY, write_study
 
 AGAIN = "then run the same command again to resume"
@@ -38,6 +39,13 @@ signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 pathlib.Path("ready").touch()
 time.sleep(behaviour.get("takes_s", 0.05))
+until = time.monotonic() + behaviour.get("waits_s", 0)
+while time.monotonic() < until:  # until it is not the only one, or another has begun since
+    lines = pathlib.Path("order").read_text().splitlines()
+    own = lines.index(f"begin {name}")
+    if len(lines) > own + 1 or sum(1 if line.startswith("begin") else -1 for line in lines[:own]):
+        break
+    time.sleep(0.05)
 run.mkdir(parents=True, exist_ok=True)
 (run / "recipe.yaml").write_text(recipe.read_text())
 (run / "state.json").write_text(json.dumps({"state": "finished"}))
@@ -76,7 +84,7 @@ def test_every_run_begins_after_those_it_needs(runs: list[StudyRun]) -> None:
 
 
 def test_at_most_two_runs_train_in_parallel(runs: list[StudyRun]) -> None:
-    behave(takes_s=0.3)
+    behave(takes_s=0.3, waits_s=HANGS_S)  # a slow start must not keep them apart
     train_runs(runs, Path("out"), 2, print)
     at_once = most = 0
     for line in order():
