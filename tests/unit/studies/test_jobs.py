@@ -24,7 +24,7 @@ from kits.studies import STUDY, write_study
 AGAIN = "then run the same command again to resume"
 
 TRAINER = """
-import json, os, pathlib, signal, sys, time
+import itertools, json, os, pathlib, signal, sys, time
 recipe = pathlib.Path(sys.argv[1])
 name = next(line.split(": ")[1] for line in recipe.read_text().splitlines() if line.startswith("name: "))
 run = pathlib.Path("runs") / name
@@ -40,10 +40,9 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 pathlib.Path("ready").touch()
 time.sleep(behaviour.get("takes_s", 0.05))
 until = time.monotonic() + behaviour.get("waits_s", 0)
-while time.monotonic() < until:  # until it is not the only one, or another has begun since
-    lines = pathlib.Path("order").read_text().splitlines()
-    own = lines.index(f"begin {name}")
-    if len(lines) > own + 1 or sum(1 if line.startswith("begin") else -1 for line in lines[:own]):
+while time.monotonic() < until:  # until two have run at once
+    steps = [1 if line.startswith("begin") else -1 for line in pathlib.Path("order").read_text().splitlines()]
+    if max(itertools.accumulate(steps)) > 1:
         break
     time.sleep(0.05)
 run.mkdir(parents=True, exist_ok=True)
