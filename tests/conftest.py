@@ -40,7 +40,8 @@ _FIRST = ("slurm", "distributed", "end_to_end")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of these folders before all others."""
-    items.sort(key=lambda item: next((n for n, name in enumerate(_FIRST) if name in item.path.parts), len(_FIRST)))
+    first = [Path(__file__).parent / name for name in _FIRST]
+    items.sort(key=lambda item: next((n for n, path in enumerate(first) if path in item.path.parents), len(first)))
 
 
 @pytest.fixture(scope="session", autouse=True)
