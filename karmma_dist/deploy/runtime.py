@@ -2,7 +2,7 @@
 
     model = Runtime.open("student.onnx")
     model.header.modalities                          # what it takes: shapes, types, rates
-    model.logits({"video": frames, "audio": windows})   # any subset; an encoder runs only where its sensor is present
+    model.logits({name: array})                      # any subset; an encoder runs only where its sensor is present
 
 Needs NumPy and onnxruntime alone.
 """

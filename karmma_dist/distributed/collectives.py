@@ -61,7 +61,10 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 
 def sum_over_ranks(numbers: Tensor) -> Tensor:
-    """Return the sum of a tensor over the ranks, on its device; the tensor may be changed."""
+    """Return the sum of a tensor over the ranks, on its device. Every rank must call this.
+
+    The tensor may be changed.
+    """
     if dist.get_world_size() == 1:
         return numbers
     reduced = numbers.cuda() if dist.get_backend() == "nccl" else numbers

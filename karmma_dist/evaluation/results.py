@@ -69,6 +69,11 @@ class ResultRow:
     """The modality that a share of the clips lacks, such as `audio:0.5`; None: no fixed modality is missing."""
 
     @property
+    def is_plain(self) -> bool:
+        """True if the condition consists of modalities and a drop probability only."""
+        return self.corrupt is None and self.missing is None
+
+    @property
     def condition(self) -> Condition:
         """The condition of the row."""
         return Condition(self.modalities, self.drop_prob, self.seed, self.corrupt, self.missing)

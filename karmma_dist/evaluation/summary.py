@@ -49,7 +49,7 @@ def _percentages(rows: Sequence[ResultRow]) -> tuple[list[str], list[str]]:
 
 def plain_rows(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """Return the rows whose conditions consist of modalities and a drop probability only."""
-    return [row for row in rows if row.condition.is_plain]
+    return [row for row in rows if row.is_plain]
 
 
 def rows_of(rows: Iterable[ResultRow], modalities: Sequence[str], drop_prob: float) -> list[ResultRow]:

@@ -167,10 +167,10 @@ class Recipe(Settings):
             return
         memories = [f"model.encoders.{name}.memory" for name, encoder in self.model.encoders.items() if encoder.memory]
         memories += ["distill.memory"] if self.distill is not None and self.distill.memory is not None else []
-        for memory in memories:
+        if memories:
             raise ValueError(
-                f"{memory} remembers the clips of one dataset, each once per epoch; in data.mixture a clip comes as "
-                "often as its dataset's weight has it: remove the memory"
+                f"{memories[0]} remembers the clips of one dataset, each once per epoch; in data.mixture a clip comes "
+                "as often as its dataset's weight has it: remove the memory"
             )
         if self.distill is not None and self.distill.teachers and self.distill.expert_weights == "softmin":
             raise ValueError(

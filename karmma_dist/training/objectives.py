@@ -10,9 +10,10 @@ A recipe selects one in its section `objective`; without that section, the stage
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +46,23 @@ class Objective(ABC):
 
     sums: RunningSums | None = None
     """Sums over the clips of earlier steps on which the loss depends. The trainer commits them after each step, and
-    saves them in checkpoints."""
+    saves `state` in checkpoints."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the entries of a checkpoint's state from which `restore` goes on, as JSON values."""
+        return {} if self.sums is None else {"objective": self.sums.sums.tolist()}
+
+    def restore(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """Go on from the state of a checkpoint.
+
+        Raises:
+            UserError: the checkpoint was saved with another objective.
+        """
+        if self.sums is None:
+            return
+        if "objective" not in state:
+            raise UserError(f"{checkpoint}: saved with another objective: start over with --resume never")
+        self.sums.restore(state["objective"])
 
     @abstractmethod
     def loss(self, logits: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

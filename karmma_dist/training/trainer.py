@@ -89,7 +89,6 @@ class Validate(Protocol):
         """
 
 
-
 def train(
     recipe: Recipe,
     world: World,
@@ -188,10 +187,9 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * recipe.training.epochs
         self.classes = clips.folder.classes
         self.data_state = data_state(recipe, clips.folder)
-        datasets = {}
-        if isinstance(clips.folder, Mixture):
-            datasets = {name: dataset.classes for name, dataset in clips.folder.datasets.items()}
-        self.best = BestWeights(recipe, self.classes, validate.metrics(self.classes, datasets))
+        datasets = clips.folder.datasets if isinstance(clips.folder, Mixture) else {}
+        heads_of = {name: dataset.classes for name, dataset in datasets.items()}
+        self.best = BestWeights(recipe, self.classes, validate.metrics(self.classes, heads_of))
         model = build_model(recipe, self.classes, report, world.is_main)
         tokens = open_tokens(recipe, clips, model, dtype_of(recipe), world)
         self.engine = Engine(model, recipe, world)
@@ -240,10 +238,7 @@ class Trainer:
         saved = load_checkpoint(self.engine, checkpoint, self.recipe, self.world, self.data_state)
         self.position = saved.position
         self.metrics = {name: math.nan if v is None else v for name, v in saved.state["metrics"].items()}
-        if self.objective.sums is not None:
-            if "objective" not in saved.state:
-                raise UserError(f"{checkpoint}: saved with another objective: start over with --resume never")
-            self.objective.sums.restore(saved.state["objective"])
+        self.objective.restore(saved.state, checkpoint)
         accumulation = self.schedule.accumulation
         passes = Fraction(accumulation, saved.state.get("accumulation", accumulation))
         self.averages.restore(saved.averages, self.world.rank, self.world.size, passes)
@@ -415,7 +410,7 @@ class Trainer:
         self.damage.share(gather(self.damage.take()))  # a resumed run does not read these clips again
         state = {
             "metrics": self.metrics, "checkpoint_s": self.saver.total_s, "accumulation": self.schedule.accumulation,
-            **({} if self.objective.sums is None else {"objective": self.objective.sums.sums.tolist()}),
+            **self.objective.state(),
         }  # fmt: skip
         self.saver.save(self.engine, done, self.averages.state(), state)
         if wait:
@@ -440,16 +435,11 @@ class Trainer:
         )
 
     def _write_metrics(self, done: int) -> None:
-        values = over_labelled(
-            mean_over_ranks(
-                {
-                    **self.averages.take(),
-                    "damage_noted": float(self.damage.num_noted),
-                    "checkpoint_s": self.saver.take_seconds(),
-                    "checkpoint_failed": float(self.saver.failed),
-                }
-            )
-        )
+        means = mean_over_ranks({
+            **self.averages.take(), "damage_noted": float(self.damage.num_noted),
+            "checkpoint_s": self.saver.take_seconds(), "checkpoint_failed": float(self.saver.failed),
+        })  # fmt: skip
+        values = over_labelled(means)
         if values.pop("checkpoint_failed"):
             self.saver.finish()
         if values.pop("damage_noted"):
