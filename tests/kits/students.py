@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -12,6 +15,7 @@ from karmma_dist.models.model_card import save_model
 from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
+from karmma_dist.training.engine import Engine
 from karmma_dist.training.teacher import Teacher
 from kits.recipes import tiny_recipe
 
@@ -63,3 +67,18 @@ def losses(run: Recipe) -> list[tuple[float, float, float]]:
 def never_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where a teacher is asked from now on."""
     monkeypatch.setattr(Teacher, "forward", lambda *_, **__: pytest.fail("the teacher was asked"))
+
+
+@contextmanager
+def interrupted_at(number: int) -> Iterator[None]:
+    """Interrupt training instead of its step of this number, counted from 1."""
+    step, calls = Engine.step, []
+
+    def die(self: Engine, lr: float) -> Any:
+        calls.append(lr)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return step(self, lr)
+
+    with mock.patch.object(Engine, "step", die):
+        yield

@@ -17,13 +17,12 @@ from karmma_dist.evaluation.run import validate
 from karmma_dist.models.losses import cross_entropy
 from karmma_dist.recipe import Recipe
 from karmma_dist.streaming.batch import Batch
-from karmma_dist.training.engine import Engine
 from karmma_dist.training.hard_combinations import HardCombinations
 from karmma_dist.training.objectives import build_objective
 from karmma_dist.training.trainer import train
 from kits.experts import HEADS, make_recipe
 from kits.recipes import tiny_recipe
-from kits.students import MODALITIES, lines, weights
+from kits.students import MODALITIES, interrupted_at, lines, weights
 
 ONE, TWO, THREE = 1, 2, 4
 """Sets of a single modality."""
@@ -130,23 +129,11 @@ def rival(folder: Path, shards: Path, name: str) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-def test_a_run_resumes_with_the_sums_of_earlier_steps(
-    shards: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_with_the_sums_of_earlier_steps(shards: Path, tmp_path: Path, world: World) -> None:
     whole, broken = rival(tmp_path, shards, "whole"), rival(tmp_path, shards, "broken")
     train(whole, world, validate)
-    step, calls = Engine.step, []
-
-    def die(self: Engine, lr: float) -> Any:
-        calls.append(lr)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return step(self, lr)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", die)
-        with pytest.raises(KeyboardInterrupt):
-            train(broken, world, validate)
+    with interrupted_at(6), pytest.raises(KeyboardInterrupt):
+        train(broken, world, validate)
     train(broken, world, validate)
     assert weights(broken) == weights(whole)
     figures = [(entry["loss"], entry["cross_entropy"], entry["hard_share"]) for entry in lines(whole)]

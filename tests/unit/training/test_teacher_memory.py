@@ -18,10 +18,19 @@ from karmma_dist.models.model_card import save_model
 from karmma_dist.models.weights import build_model
 from karmma_dist.recipe import Recipe
 from karmma_dist.shards.folder import ShardFolder
-from karmma_dist.training.engine import Engine
 from karmma_dist.training.trainer import train
 from kits.recipes import tiny_recipe
-from kits.students import EXPERTS, MODALITIES, lines, losses, never_ask, save_teachers, student, weights
+from kits.students import (
+    EXPERTS,
+    MODALITIES,
+    interrupted_at,
+    lines,
+    losses,
+    never_ask,
+    save_teachers,
+    student,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,21 +132,11 @@ def test_missing_and_damaged_answers_are_computed_anew_and_stored(
 
 
 def test_a_run_that_ends_early_leaves_its_answers_and_resumes_with_them(
-    runs: Path, shards: Path, world: World, online: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, shards: Path, world: World, online: Recipe, tmp_path: Path
 ) -> None:
     run = student(runs, shards, "resumed", distill={"memory": str(tmp_path)}, training={"checkpoint_every_steps": 1})
-    step, calls = Engine.step, []
-
-    def die(self: Engine, lr: float) -> Any:
-        calls.append(lr)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return step(self, lr)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", die)
-        with pytest.raises(KeyboardInterrupt):
-            train(run, world, validate)
+    with interrupted_at(6), pytest.raises(KeyboardInterrupt):
+        train(run, world, validate)
     assert sum(epoch.num_answers for epoch in read_contents(tmp_path, verify=True).epochs) == 6 * 6
     train(run, world, validate)
     assert (losses(run), weights(run)) == (losses(online), weights(online))
